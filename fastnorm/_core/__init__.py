@@ -1,0 +1,42 @@
+"""The compiled kernels, for the widest instruction set that this processor has."""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from types import ModuleType
+
+LEVELS = ("x86-64-v2", "x86-64-v3", "x86-64-v4")
+
+
+def _load() -> tuple[ModuleType | None, str, str]:
+    """The kernels' module (None: not built), the level it was built for, the processor's level."""
+    try:
+        cpu = import_module("fastnorm._core._cpu")
+    except ImportError:
+        return None, "", ""
+    found: int = cpu.level()  # 0: not x86-64, or older than v2
+    allowed = found
+    cap = os.environ.get("FASTNORM_CPU", "")
+    if cap:
+        if cap not in LEVELS:
+            raise ValueError(
+                f"FASTNORM_CPU={cap!r} is no instruction set fastnorm knows; "
+                f"set it to one of {', '.join(LEVELS)}, or unset it"
+            )
+        allowed = min(found, LEVELS.index(cap) + 1)
+    for level in range(allowed, 0, -1):
+        name = LEVELS[level - 1]
+        try:
+            module = import_module(f"fastnorm._core._kernels_{name.removeprefix('x86-64-')}")
+        except ImportError:
+            continue
+        return module, name, LEVELS[found - 1]
+    try:
+        plain = import_module("fastnorm._core._kernels_plain")
+    except ImportError:
+        return None, "", ""
+    return plain, "plain", LEVELS[found - 1] if found else "plain"
+
+
+kernels, level_used, level_found = _load()

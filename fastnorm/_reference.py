@@ -1,0 +1,771 @@
+"""Every operation of fastnorm in plain NumPy: slow, obvious, and the oracle of every test.
+
+Each function has the name, the argument order and the defaults of the public one, without ``out``,
+and a keyword-only ``dtype``: the precision it computes in and answers in (tests pass
+``np.longdouble``). Rounding to the dtype of ``x`` is the caller's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+Array: TypeAlias = NDArray[Any]
+Axis: TypeAlias = int | tuple[int, ...] | None
+Shape: TypeAlias = int | tuple[int, ...] | None
+Activation: TypeAlias = str | Callable[[float], float] | None
+
+# NaN and infinity are ordinary data here, and a group of nothing has the mean 0/0: no warnings.
+quiet = np.errstate(all="ignore")
+
+
+# --- Building blocks ------------------------------------------------------------------------------
+
+
+def _axes(axis: Axis, ndim: int) -> tuple[int, ...]:
+    if axis is None:
+        return tuple(range(ndim))
+    return tuple(a % ndim for a in (axis if isinstance(axis, tuple) else (axis,)))
+
+
+def _sum(values: Array, axis: Axis) -> Array:
+    """Sum over `axis`, kept as 1. Copied, as NumPy adds pairwise only along contiguous memory."""
+    axes = tuple(sorted(_axes(axis, values.ndim)))
+    kept = tuple(a for a in range(values.ndim) if a not in axes)
+    shape = tuple(1 if a in axes else size for a, size in enumerate(values.shape))
+    summed = math.prod(values.shape[a] for a in axes)
+    rows = values.transpose(kept + axes).reshape(math.prod(shape), summed)
+    total: Array = np.ascontiguousarray(rows).sum(axis=1).reshape(shape)
+    return total
+
+
+def _count(shape: tuple[int, ...], axis: Axis, where: ArrayLike | None) -> Array:
+    """How many elements enter each group's statistics."""
+    inside = np.broadcast_to(True if where is None else np.asarray(where, bool), shape)
+    return _sum(inside.astype(np.int64), axis)
+
+
+def _statistics(
+    x: Array, axis: Axis, where: ArrayLike | None, *, centred: bool = True, total: bool = False
+) -> tuple[Array, Array, Array, Array]:
+    """(hi, lo, var, std) of each group; hi + lo is the mean, to more digits than one number holds.
+
+    `centred=False` measures from 0 instead of from the mean; `total` adds the squares up instead of
+    averaging them, so std is the Euclidean norm.
+    """
+    axes = _axes(axis, x.ndim)
+    inside = np.broadcast_to(True if where is None else np.asarray(where, bool), x.shape)
+    count = _count(x.shape, axes, where)
+
+    def average(values: Array) -> Array:
+        return _sum(np.where(inside, values, 0), axes) / count
+
+    # A power of two per group brings max|x| into [1/2, 1): exact, and its square is in range.
+    biggest = np.max(abs(x), axis=axes, keepdims=True, where=inside, initial=0)
+    finite = np.isfinite(biggest)
+    exponent = np.frexp(np.where(finite, biggest, 0))[1]
+    x = np.ldexp(x, -exponent)
+
+    hi = lo = np.zeros_like(biggest)
+    if centred:
+        # Around the first mean the numbers are as small as the spread, and so is their rounding.
+        # In a constant group they are a few units in the last place, which add up exactly: hi is
+        # the constant itself, lo and the variance are 0.
+        first = average(x)
+        rest = np.where(finite, average(x - first), 0)
+        hi = first + rest
+        lo = np.where(finite, (first - hi) + rest, 0)
+
+    # Centred in two steps: what the mean is still off by, squared, is below any rounding.
+    squares = ((x - hi) - lo) ** 2
+    var = _sum(np.where(inside, squares, 0), axes) if total else average(squares)
+    std = np.sqrt(var)
+    return (
+        np.ldexp(hi, exponent),
+        np.ldexp(lo, exponent),
+        np.ldexp(var, 2 * exponent),
+        np.ldexp(std, exponent),
+    )
+
+
+@quiet
+def moments(
+    x: ArrayLike, axis: Axis, *, where: ArrayLike | None = None, dtype: DTypeLike = np.float64
+) -> tuple[Array, Array]:
+    """Mean and biased variance of each group, the reduced axes kept as 1."""
+    mean, _, var, _ = _statistics(np.asarray(x).astype(dtype), axis, where)
+    return mean, var
+
+
+@quiet
+def norm(
+    x: ArrayLike, axis: Axis, *, where: ArrayLike | None = None, dtype: DTypeLike = np.float64
+) -> Array:
+    """Euclidean norm of each group, the reduced axes kept as 1."""
+    return _statistics(np.asarray(x).astype(dtype), axis, where, centred=False, total=True)[3]
+
+
+@quiet
+def normalize(
+    x: ArrayLike,
+    axis: Axis,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    eps: float = 1e-5,
+    *,
+    centred: bool = True,
+    where: ArrayLike | None = None,
+    residual: ArrayLike | None = None,
+    activation: Activation = None,
+    mean: ArrayLike | None = None,
+    var: ArrayLike | None = None,
+    scale: str = "rstd",
+    dtype: DTypeLike = np.float64,
+    return_rstd: bool = False,
+) -> tuple[Array, ...]:
+    """activation((x - mean) * rstd * weight + bias + residual) -> (y, mean, var), or with rstd too.
+
+    Statistics are taken over `axis` and kept as 1; `mean` and `var` given are used instead of them.
+    `centred=False` leaves the mean at 0 (RMS). `scale="l2"` divides by max(norm, eps) instead, and
+    var is then the sum of squares. A group with var + eps = 0 has rstd 0, so its y is exactly bias.
+    Ask for rstd rather than computing it from var: var leaves the range before its root does.
+    Only x - mean itself has to be in range.
+    """
+    x = np.asarray(x).astype(dtype)
+    if mean is not None and var is not None:
+        hi, var_ = np.asarray(mean).astype(dtype), np.asarray(var).astype(dtype)
+        lo, std = np.zeros_like(hi), np.sqrt(var_)
+    else:
+        l2 = scale == "l2"
+        hi, lo, var_, std = _statistics(x, axis, where, centred=centred and not l2, total=l2)
+
+    eps_ = x.dtype.type(eps)
+    divisor = np.maximum(std, eps_) if scale == "l2" else np.hypot(std, np.sqrt(eps_))
+    divisor = np.where(divisor == 0, np.inf, divisor)
+    y = ((x - hi) - lo) / divisor  # in two steps: see hi and lo in _statistics
+    if weight is not None:
+        y = y * np.asarray(weight).astype(dtype)
+    if bias is not None:
+        y = y + np.asarray(bias).astype(dtype)
+    if residual is not None:
+        y = y + np.asarray(residual).astype(dtype)
+    y = activate(y, activation)
+    return (y, hi, var_, 1 / divisor) if return_rstd else (y, hi, var_)
+
+
+@quiet
+def activate(y: Array, name: Activation) -> Array:
+    """The activation called `name`, or any function of one float, applied to each element."""
+    z: Array = y
+    if name is None:
+        return y
+    if name == "relu":
+        z = np.maximum(y, 0)
+    elif name == "silu":
+        z = y / (1 + np.exp(-y))
+    elif name == "gelu":
+        z = y * _normal_cdf(y)
+    elif name == "gelu_tanh":  # (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)), which cancels nothing
+        u = np.sqrt(2 / _pi(y.dtype)) * (y + y.dtype.type("0.044715") * y**3)
+        z = y / (1 + np.exp(-2 * u))
+    elif callable(name):  # float64: what a function compiled by numba can take
+        z = np.vectorize(name, otypes=[np.float64])(y.astype(np.float64)).astype(y.dtype)
+    else:
+        raise ValueError(f"activation {name!r} is not 'relu', 'silu', 'gelu' or 'gelu_tanh'")
+    return z
+
+
+def _pi(dtype: np.dtype[Any]) -> Any:
+    return dtype.type("3.14159265358979323846264338327950288")
+
+
+def _normal_cdf(y: Array) -> Array:
+    """P(Z < y) of the standard normal distribution, relatively accurate in the lower tail too."""
+    cdf: Array
+    if y.dtype == np.float64:
+        cdf = np.vectorize(math.erfc, otypes=[np.float64])(-y * math.sqrt(0.5)) / 2
+        return cdf
+    z = np.minimum(abs(y), 200)  # the density underflows long before 200
+    # exp(-z^2/2) amplifies the rounding of z^2, so z is split into a part whose square is exact.
+    coarse = np.round(z * 16) / 16
+    density = np.exp(-(coarse**2) / 2) * np.exp(-(z - coarse) * (z + coarse) / 2)
+    density /= np.sqrt(2 * _pi(y.dtype))
+    # Below 2: 1/2 - density * (z + z^3/3 + z^5/(3*5) + ...). At z = 2, 60 terms reach 1e-40.
+    small = np.minimum(z, 2)
+    term = series = small
+    for k in range(1, 60):
+        term = term * small**2 / (2 * k + 1)
+        series = series + term
+    # From 2 on: Laplace's continued fraction, density / (z + 1/(z + 2/(z + 3/...))).
+    large = np.maximum(z, 2)
+    fraction = large
+    for k in range(200, 0, -1):
+        fraction = large + k / fraction
+    tail = np.where(z < 2, 0.5 - density * series, density / fraction)
+    cdf = np.where(y < 0, tail, 1 - tail)
+    return cdf
+
+
+@quiet
+def normalize_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    axis: Axis,
+    mean: ArrayLike,
+    rstd: ArrayLike,
+    weight: ArrayLike | None = None,
+    *,
+    centred: bool = True,
+    training: bool = True,
+    dtype: DTypeLike = np.float64,
+) -> tuple[Array, Array, Array]:
+    """(dx, dy * xhat, dy); the last two, summed over what weight and bias broadcast, are theirs.
+
+    With g = dy * weight: dx = rstd * (g - [average of g] - [xhat * average of g * xhat]). The first
+    bracket is the way through the mean (not if `centred=False`), the second the way through the
+    variance; neither where the statistics were given (`training=False`).
+    """
+    x, dy = np.asarray(x).astype(dtype), np.asarray(dy).astype(dtype)
+    mean, rstd = np.asarray(mean).astype(dtype), np.asarray(rstd).astype(dtype)
+    xhat = (x - mean) * rstd
+    g = dy if weight is None else dy * np.asarray(weight).astype(dtype)
+    dx = g
+    if training:
+        count = _count(x.shape, axis, None)
+        if centred:
+            dx = dx - _sum(g, axis) / count
+        dx = dx - xhat * (_sum(g * xhat, axis) / count)
+    return dx * rstd, dy * xhat, dy
+
+
+# --- Where weight and bias lie --------------------------------------------------------------------
+# `places` says which axis of x each axis of a parameter runs along.
+
+
+def _channel_places(shape: tuple[int, ...], x: Array, channel_axis: int) -> tuple[int, ...]:
+    """(C,) is per channel, (N, C) per sample and channel, the rest broadcasts as in NumPy."""
+    channel = channel_axis % x.ndim
+    sample = 0 if channel else 1
+    if len(shape) == 1:
+        return (channel,)
+    if len(shape) == 2 and shape[0] in (1, x.shape[sample]) and shape[1] in (1, x.shape[channel]):
+        return (sample, channel)
+    return tuple(range(x.ndim - len(shape), x.ndim))
+
+
+def _layer_places(shape: tuple[int, ...], x: Array, axes: tuple[int, ...]) -> tuple[int, ...]:
+    """The sizes of the normalised axes in the order given; the rest broadcasts as in NumPy."""
+    if shape == tuple(x.shape[a] for a in axes):
+        return axes
+    return tuple(range(x.ndim - len(shape), x.ndim))
+
+
+def _place(parameter: ArrayLike, places: tuple[int, ...], ndim: int) -> Array:
+    """The parameter as an array that broadcasts against x."""
+    values = np.asarray(parameter)
+    shape = [1] * ndim
+    for place, size in zip(places, values.shape, strict=True):
+        shape[place] = size
+    return values.transpose(sorted(range(len(places)), key=places.__getitem__)).reshape(shape)
+
+
+def _collect(values: Array, places: tuple[int, ...], shape: tuple[int, ...]) -> Array:
+    """The reverse of `_place` for gradients: sum over every axis that the parameter broadcast."""
+    sizes = dict(zip(places, shape, strict=True))
+    broadcast = tuple(a for a in range(values.ndim) if sizes.get(a, 1) == 1)
+    others = tuple(a for a in range(values.ndim) if a not in places)
+    return _sum(values, broadcast).transpose(places + others).reshape(shape)
+
+
+# --- Channel norms: x as (N, G, C/G, *positions) --------------------------------------------------
+
+
+def _split(array: ArrayLike, x: Array, groups: int, channel_axis: int) -> Array:
+    """`array`, broadcast to x, as (N, G, C/G, *positions)."""
+    moved = np.moveaxis(np.broadcast_to(np.asarray(array), x.shape), channel_axis, 1)
+    n, c, *positions = moved.shape
+    return moved.reshape(n, groups, c // max(groups, 1), *positions)
+
+
+def _unsplit(array: Array, x: Array, channel_axis: int) -> Array:
+    moved = np.moveaxis(x, channel_axis, 1)
+    return np.moveaxis(array.reshape(moved.shape), 1, channel_axis)
+
+
+def _split_axes(ndim: int, batch: bool) -> tuple[int, ...]:
+    """What shares a statistic: a group's channels and positions; for batch norm samples too."""
+    return (0, *range(2, ndim)) if batch else tuple(range(2, ndim))
+
+
+def _channel_norm(
+    x: ArrayLike,
+    groups: int | None,
+    weight: ArrayLike | None,
+    bias: ArrayLike | None,
+    eps: float,
+    channel_axis: int,
+    *,
+    batch: bool = False,
+    running: tuple[Array | None, Array | None] = (None, None),
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    where: ArrayLike | None = None,
+    residual: ArrayLike | None = None,
+    return_stats: bool = False,
+    **shared: Any,
+) -> Any:
+    x = np.asarray(x)
+    groups = x.shape[channel_axis] if groups is None else groups
+    xs = _split(x, x, groups, channel_axis)
+
+    def split(array: ArrayLike | None) -> Array | None:
+        return None if array is None else _split(array, x, groups, channel_axis)
+
+    def split_parameter(p: ArrayLike | None) -> Array | None:
+        if p is None:
+            return None
+        return split(_place(p, _channel_places(np.shape(p), x, channel_axis), x.ndim))
+
+    mean = var = None
+    if not use_input_stats:
+        if running[0] is None or running[1] is None:
+            raise ValueError("statistics that are not the input's: running_mean and running_var")
+        mean, var = (np.asarray(r).reshape(1, groups, *[1] * (xs.ndim - 2)) for r in running)
+    axes = _split_axes(xs.ndim, batch)
+    where = split(where)
+    y, mean, var, rstd = normalize(
+        xs,
+        axes,
+        split_parameter(weight),
+        split_parameter(bias),
+        eps,
+        where=where,
+        residual=split(residual),
+        mean=mean,
+        var=var,
+        return_rstd=True,
+        **shared,
+    )
+    mean, var, rstd = (s.reshape(s.shape[:2]) for s in (mean, var, rstd))
+    if use_input_stats:
+        count = _count(xs.shape, axes, where).reshape(mean.shape)
+        _update(running[0], mean, count, momentum)
+        _update(running[1], var * count / (count - 1), count, momentum)
+    y = _unsplit(y, x, channel_axis)
+    shape = (groups,) if batch else (len(xs), groups)
+    stats = (np.broadcast_to(s if not batch else s[0], shape) for s in (mean, rstd))
+    return (y, *stats) if return_stats else y
+
+
+def _update(running: Array | None, batch: Array, count: Array, momentum: float) -> None:
+    """Move `running` to the samples' average statistic; what counted nothing changes nothing."""
+    if running is None:
+        return
+    average = np.where(count > 0, batch, 0).sum(axis=0) / (count > 0).sum(axis=0)
+    updated = (1 - momentum) * running.astype(batch.dtype) + momentum * average
+    np.copyto(running, updated, casting="unsafe", where=(count > 0).any(axis=0))
+
+
+def _channel_norm_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    mean: ArrayLike,
+    rstd: ArrayLike,
+    groups: int | None,
+    weight: ArrayLike | None,
+    channel_axis: int,
+    batch: bool = False,
+    **options: Any,
+) -> tuple[Array, Array, Array]:
+    x = np.asarray(x)
+    channels = x.shape[channel_axis]
+    groups = channels if groups is None else groups
+    weight = np.ones(channels) if weight is None else np.asarray(weight)
+    places = _channel_places(weight.shape, x, channel_axis)
+    xs = _split(x, x, groups, channel_axis)
+    shape = (1 if batch else len(xs), groups) + (1,) * (xs.ndim - 2)
+    dys = _split(dy, x, groups, channel_axis)
+    weights = _split(_place(weight, places, x.ndim), x, groups, channel_axis)
+    mean, rstd = np.reshape(mean, shape), np.reshape(rstd, shape)
+    axes = _split_axes(xs.ndim, batch)
+    gradients = normalize_backward(dys, xs, axes, mean, rstd, weights, **options)
+    dx, dy_xhat, dy = (_unsplit(g, x, channel_axis) for g in gradients)
+    return dx, _collect(dy_xhat, places, weight.shape), _collect(dy, places, weight.shape)
+
+
+@quiet
+def batch_norm(
+    x: ArrayLike,
+    running_mean: Array | None = None,
+    running_var: Array | None = None,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    channel_axis: int = 1,
+    **shared: Any,
+) -> Any:
+    """Each channel over samples and positions; if not training, by the running statistics."""
+    shared.update(batch=True, running=(running_mean, running_var), momentum=momentum)
+    return _channel_norm(
+        x, None, weight, bias, eps, channel_axis, use_input_stats=training, **shared
+    )
+
+
+@quiet
+def batch_norm_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    mean: ArrayLike,
+    rstd: ArrayLike,
+    weight: ArrayLike | None = None,
+    *,
+    training: bool = True,
+    channel_axis: int = 1,
+    dtype: DTypeLike = np.float64,
+) -> tuple[Array, Array, Array]:
+    """dx, dweight, dbias."""
+    return _channel_norm_backward(
+        dy, x, mean, rstd, None, weight, channel_axis, batch=True, training=training, dtype=dtype
+    )
+
+
+@quiet
+def instance_norm(
+    x: ArrayLike,
+    running_mean: Array | None = None,
+    running_var: Array | None = None,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    channel_axis: int = 1,
+    **shared: Any,
+) -> Any:
+    """Each channel of each sample over its positions."""
+    shared.update(running=(running_mean, running_var), momentum=momentum)
+    return _channel_norm(
+        x, None, weight, bias, eps, channel_axis, use_input_stats=use_input_stats, **shared
+    )
+
+
+@quiet
+def instance_norm_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    mean: ArrayLike,
+    rstd: ArrayLike,
+    weight: ArrayLike | None = None,
+    *,
+    channel_axis: int = 1,
+    dtype: DTypeLike = np.float64,
+) -> tuple[Array, Array, Array]:
+    """dx, dweight, dbias."""
+    return _channel_norm_backward(dy, x, mean, rstd, None, weight, channel_axis, dtype=dtype)
+
+
+@quiet
+def group_norm(
+    x: ArrayLike,
+    num_groups: int,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    eps: float = 1e-5,
+    *,
+    channel_axis: int = 1,
+    **shared: Any,
+) -> Any:
+    """Each group of neighbouring channels of each sample, over its channels and positions."""
+    return _channel_norm(x, num_groups, weight, bias, eps, channel_axis, **shared)
+
+
+@quiet
+def group_norm_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    mean: ArrayLike,
+    rstd: ArrayLike,
+    num_groups: int,
+    weight: ArrayLike | None = None,
+    *,
+    channel_axis: int = 1,
+    dtype: DTypeLike = np.float64,
+) -> tuple[Array, Array, Array]:
+    """dx, dweight, dbias."""
+    return _channel_norm_backward(dy, x, mean, rstd, num_groups, weight, channel_axis, dtype=dtype)
+
+
+# --- Layer and RMS norm ---------------------------------------------------------------------------
+
+
+def _layer_axes(x: Array, normalized_shape: Shape, axis: Axis) -> tuple[int, ...]:
+    if normalized_shape is None and axis is not None:
+        return _axes(axis, x.ndim)
+    if normalized_shape is not None and axis is None:
+        return tuple(range(x.ndim - np.size(normalized_shape), x.ndim))
+    raise ValueError("give exactly one of normalized_shape and axis")
+
+
+def _layer_weight(
+    weight: ArrayLike | None, x: Array, axes: tuple[int, ...], offset: float, dtype: DTypeLike
+) -> Array | None:
+    if weight is None:
+        return None
+    placed = _place(weight, _layer_places(np.shape(weight), x, axes), x.ndim)
+    shifted: Array = placed.astype(dtype) + offset
+    return shifted
+
+
+def _layer_norm(
+    x: ArrayLike,
+    normalized_shape: Shape,
+    weight: ArrayLike | None,
+    bias: ArrayLike | None,
+    eps: float,
+    axis: Axis,
+    weight_offset: float = 0.0,
+    return_stats: bool = False,
+    dtype: DTypeLike = np.float64,
+    **shared: Any,
+) -> Any:
+    x = np.asarray(x)
+    axes = _layer_axes(x, normalized_shape, axis)
+    weight = _layer_weight(weight, x, axes, weight_offset, dtype)
+    bias = _layer_weight(bias, x, axes, 0.0, dtype)
+    y, mean, _, rstd = normalize(
+        x, axes, weight, bias, eps, return_rstd=True, dtype=dtype, **shared
+    )
+    return (y, mean, rstd) if return_stats else y
+
+
+def _layer_norm_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    mean: ArrayLike,
+    rstd: ArrayLike,
+    normalized_shape: Shape,
+    weight: ArrayLike | None,
+    axis: Axis,
+    weight_offset: float = 0.0,
+    dtype: DTypeLike = np.float64,
+    **options: Any,
+) -> tuple[Array, Array, Array]:
+    x = np.asarray(x)
+    axes = _layer_axes(x, normalized_shape, axis)
+    shape = tuple(x.shape[a] for a in axes) if weight is None else np.shape(weight)
+    weight = _layer_weight(weight, x, axes, weight_offset, dtype)
+    dx, dy_xhat, dy = normalize_backward(dy, x, axes, mean, rstd, weight, dtype=dtype, **options)
+    places = _layer_places(shape, x, axes)
+    return dx, _collect(dy_xhat, places, shape), _collect(dy, places, shape)
+
+
+@quiet
+def layer_norm(
+    x: ArrayLike,
+    normalized_shape: Shape = None,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: Axis = None,
+    **shared: Any,
+) -> Any:
+    """Over the trailing axes of `normalized_shape`, or over `axis`."""
+    return _layer_norm(x, normalized_shape, weight, bias, eps, axis, **shared)
+
+
+@quiet
+def layer_norm_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    mean: ArrayLike,
+    rstd: ArrayLike,
+    normalized_shape: Shape = None,
+    weight: ArrayLike | None = None,
+    *,
+    axis: Axis = None,
+    dtype: DTypeLike = np.float64,
+) -> tuple[Array, Array, Array]:
+    """dx, dweight, dbias."""
+    return _layer_norm_backward(dy, x, mean, rstd, normalized_shape, weight, axis, dtype=dtype)
+
+
+def _machine_epsilon(dtype: np.dtype[Any]) -> float:
+    """The spacing of `dtype` at 1; of float64 for integers, which are computed in float64."""
+    if dtype.name == "bfloat16":
+        return 2.0**-7
+    return float(np.finfo(dtype if dtype.kind == "f" else np.float64).eps)
+
+
+@quiet
+def rms_norm(
+    x: ArrayLike,
+    normalized_shape: Shape = None,
+    weight: ArrayLike | None = None,
+    eps: float | None = None,
+    *,
+    axis: Axis = None,
+    weight_offset: float = 0.0,
+    return_stats: bool = False,
+    **shared: Any,
+) -> Any:
+    """Over the axes of layer_norm: x / sqrt(average of x^2 + eps) * (weight + weight_offset)."""
+    eps = _machine_epsilon(np.asarray(x).dtype) if eps is None else eps
+    shared.update(centred=False, return_stats=True)
+    y, _, rstd = _layer_norm(x, normalized_shape, weight, None, eps, axis, weight_offset, **shared)
+    return (y, rstd) if return_stats else y
+
+
+@quiet
+def rms_norm_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    rstd: ArrayLike,
+    normalized_shape: Shape = None,
+    weight: ArrayLike | None = None,
+    *,
+    axis: Axis = None,
+    weight_offset: float = 0.0,
+    dtype: DTypeLike = np.float64,
+) -> tuple[Array, Array]:
+    """dx, dweight."""
+    dx, dweight, _ = _layer_norm_backward(
+        dy, x, 0, rstd, normalized_shape, weight, axis, weight_offset, dtype, centred=False
+    )
+    return dx, dweight
+
+
+def _add(x: ArrayLike, residual: ArrayLike) -> Array:
+    """Add in x's dtype, rounding once: float64 is wide enough for all narrower types."""
+    x, residual = np.asarray(x), np.asarray(residual)
+    wide = np.result_type(x, residual, np.float64)
+    floating = x.dtype.kind == "f" or x.dtype.name == "bfloat16"
+    total: Array = x.astype(wide) + residual.astype(wide)
+    return total.astype(x.dtype if floating else np.float64)
+
+
+@quiet
+def add_layer_norm(
+    x: ArrayLike,
+    residual: ArrayLike,
+    normalized_shape: Shape,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    eps: float = 1e-5,
+    *,
+    dtype: DTypeLike = np.float64,
+) -> tuple[Array, Array]:
+    """layer_norm(x + residual), and x + residual in x's dtype."""
+    total = _add(x, residual)
+    return layer_norm(total, normalized_shape, weight, bias, eps, dtype=dtype), total
+
+
+@quiet
+def add_rms_norm(
+    x: ArrayLike,
+    residual: ArrayLike,
+    normalized_shape: Shape,
+    weight: ArrayLike | None = None,
+    eps: float | None = None,
+    *,
+    dtype: DTypeLike = np.float64,
+) -> tuple[Array, Array]:
+    """rms_norm(x + residual), and x + residual in x's dtype."""
+    total = _add(x, residual)
+    return rms_norm(total, normalized_shape, weight, eps, dtype=dtype), total
+
+
+# --- The others -----------------------------------------------------------------------------------
+
+
+def l2_normalize(
+    x: ArrayLike, axis: Axis = -1, *, eps: float = 1e-12, dtype: DTypeLike = np.float64
+) -> Array:
+    """Unit vectors: x / max(||x||, eps)."""
+    return normalize(x, axis, eps=eps, scale="l2", dtype=dtype)[0]
+
+
+@quiet
+def local_response_norm(
+    x: ArrayLike,
+    size: int,
+    alpha: float = 1e-4,
+    beta: float = 0.75,
+    k: float = 1.0,
+    *,
+    channel_axis: int = 1,
+    dtype: DTypeLike = np.float64,
+) -> Array:
+    """Divide by (k + alpha * average of x^2 over `size` channels around, zeros outside)^beta."""
+    x = np.moveaxis(np.asarray(x).astype(dtype), channel_axis, 0)
+    squares = np.pad(x**2, [(size // 2, (size - 1) // 2)] + [(0, 0)] * (x.ndim - 1))
+    windows = sum(squares[i : i + len(x)] for i in range(size))
+    return np.moveaxis(x / (k + alpha * windows / size) ** beta, 0, channel_axis)
+
+
+def weight_norm(
+    v: ArrayLike, g: ArrayLike, *, axis: Axis = 0, dtype: DTypeLike = np.float64
+) -> Array:
+    """Length g, direction v: g * v / ||v||, the norm over all axes but `axis`; 0 where v is."""
+    v, g = np.asarray(v), np.asarray(g)
+    kept = () if axis is None else _axes(axis, v.ndim)
+    normed = tuple(a for a in range(v.ndim) if a not in kept)
+    if g.ndim == 1 and len(kept) == 1:
+        g = _place(g, kept, v.ndim)
+    return normalize(v, normed, g, eps=0.0, scale="l2", dtype=dtype)[0]
+
+
+def weight_standardize(w: ArrayLike, *, eps: float = 1e-5, dtype: DTypeLike = np.float64) -> Array:
+    """(w - mean) / sqrt(var + eps) of each output channel (axis 0)."""
+    return normalize(w, tuple(range(1, np.ndim(w))), eps=eps, dtype=dtype)[0]
+
+
+@quiet
+def global_response_norm(
+    x: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike,
+    *,
+    eps: float = 1e-6,
+    channel_axis: int = 1,
+    dtype: DTypeLike = np.float64,
+) -> Array:
+    """With Nx a channel's norm over its sample's average norm: weight * (x * Nx) + bias + x."""
+    x = np.asarray(x).astype(dtype)
+    channel = channel_axis % x.ndim
+    positions = tuple(a for a in range(x.ndim) if a not in (0 if channel else 1, channel))
+    size = norm(x, positions, dtype=dtype)
+    average = _sum(size, channel) / x.shape[channel] + eps
+    response = x * (size / np.where(average == 0, np.inf, average))
+    weight, bias = (
+        _place(p, _channel_places(np.shape(p), x, channel), x.ndim).astype(dtype)
+        for p in (weight, bias)
+    )
+    y: Array = weight * response + bias + x
+    return y
+
+
+@quiet
+def dynamic_tanh(
+    x: ArrayLike,
+    alpha: ArrayLike,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    dtype: DTypeLike = np.float64,
+) -> Array:
+    """No statistics: weight * tanh(alpha * x) + bias."""
+    y: Array = np.tanh(np.asarray(alpha).astype(dtype) * np.asarray(x).astype(dtype))
+    if weight is not None:
+        y = y * np.asarray(weight).astype(dtype)
+    if bias is not None:
+        y = y + np.asarray(bias).astype(dtype)
+    return y

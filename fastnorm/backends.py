@@ -1,0 +1,464 @@
+"""Who computes, and with how many threads.
+
+A backend is one function that carries out a `Pass`; adding one is adding such a function to
+`_AVAILABLE`. Everything above this floor describes passes and knows no backend.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastnorm import _core, _reference
+from fastnorm.layout import Layout, describe
+
+Array = NDArray[Any]
+
+# In the order of `enum Activation` in _core/kernels.pxi.
+ACTIVATIONS = (None, "relu", "silu", "gelu", "gelu_tanh", "tanh")
+
+
+class Scaling(IntEnum):
+    """How a group's statistics become its scale: `enum Scaling` in _core/kernels.pxi."""
+
+    RSTD = 0  # 1 / sqrt(var + eps)
+    NORM = 1  # 1 / max(sqrt(sum of squares), eps)
+    FACTOR = 2  # given: var holds the scale itself
+
+
+@dataclass(slots=True)
+class Pass:
+    """One pass over x: statistics over its reduced axes, then the step, into y.
+
+    Every array is native and aligned and has as many axes as x. `y`, `residual`, `mask`, `addend`
+    and `total` have its shape, the others broadcast against it. `mean`, `var` and `rstd` are
+    float64; they are filled, or where `given` the first two are read. With `total`, x + addend is
+    written there and is what the pass is of. `y` may be None (statistics alone).
+    """
+
+    x: Array
+    y: Array | None
+    reduced: tuple[bool, ...]
+    mean: Array
+    var: Array
+    rstd: Array
+    weight: Array | None = None
+    bias: Array | None = None
+    mask: Array | None = None
+    residual: Array | None = None
+    addend: Array | None = None
+    total: Array | None = None
+    eps: float = 0.0
+    centred: bool = True
+    given: bool = False
+    scaling: Scaling = Scaling.RSTD
+    activation: str | None = None
+    activation_first: bool = False  # activation before the affine step instead of after it
+
+
+# --- Cython ---------------------------------------------------------------------------------------
+
+# operands in the order of the kernels' signature; all but the statistics may be absent
+_OPERANDS = ("x", "y", "residual", "addend", "total", "mask", "weight", "bias")
+
+
+def _steps(array: Array, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides in elements; 0 where the array is broadcast."""
+    size = array.itemsize
+    return tuple(
+        0 if length == 1 != whole else stride // size
+        for stride, length, whole in zip(array.strides, array.shape, shape, strict=True)
+    )
+
+
+def _forward(operands: dict[str, Array]) -> dict[str, Array]:
+    """The same walk with every stride of x positive."""
+    negative = [stride < 0 for stride in operands["x"].strides]
+    if not any(negative):
+        return operands
+    turn = tuple(slice(None, None, -1) if n else slice(None) for n in negative)
+    return {name: array[turn] for name, array in operands.items()}
+
+
+def _layout_of(operands: dict[str, Array], reduced: tuple[bool, ...]) -> Layout | None:
+    shape = operands["x"].shape
+    steps = {
+        name: _steps(array, shape)
+        for name, array in operands.items()
+        if name not in ("var", "rstd")
+    }
+    steps["stats"] = steps.pop("mean")
+    return describe(shape, reduced, tuple(steps.items()))
+
+
+def _cython(p: Pass) -> None:
+    operands = {n: array for n in _OPERANDS if (array := getattr(p, n)) is not None}
+    operands = _forward(operands | {"mean": p.mean, "var": p.var, "rstd": p.rstd})
+    layout = _layout_of(operands, p.reduced)
+    if p.total is not None and p.addend is not None and (layout is None or layout.columns):
+        # the kernels add on the way only along runs
+        total = p.x.astype(_computing(p.x.dtype)) + p.addend.astype(_computing(p.x.dtype))
+        p.total[...] = total
+        p.x, p.addend, p.total = p.total, None, None
+        return _cython(p)
+    y_back = None
+    if layout is None:
+        # an order of axes that the kernels cannot walk: kept axes first, then reduced, in copies
+        order = sorted(range(p.x.ndim), key=lambda axis: p.reduced[axis])
+        y_back = p.y.transpose(order) if p.y is not None else None
+        for name, array in operands.items():
+            moved = array.transpose(order)
+            if name in ("weight", "bias"):
+                moved = np.broadcast_to(moved, tuple(p.x.shape[axis] for axis in order))
+            if name in ("mean", "var", "rstd"):
+                operands[name] = moved
+            else:
+                operands[name] = (
+                    np.empty(moved.shape, moved.dtype)
+                    if name == "y"
+                    else (np.ascontiguousarray(moved))
+                )
+        layout = _layout_of(operands, tuple(sorted(p.reduced)))
+        assert layout is not None, "contiguous operands always have a layout"
+    _core.kernels.run_pass(  # type: ignore[union-attr]
+        layout,
+        operands["x"],
+        operands.get("y"),
+        operands["mean"],
+        operands["var"],
+        operands["rstd"],
+        weight=operands.get("weight"),
+        bias=operands.get("bias"),
+        mask=operands.get("mask"),
+        residual=operands.get("residual"),
+        addend=operands.get("addend"),
+        total=operands.get("total"),
+        centred=p.centred,
+        given=p.given,
+        scaling=p.scaling,
+        eps=p.eps,
+        activation=ACTIVATIONS.index(p.activation),
+        activation_first=p.activation_first,
+        threads=get_num_threads(),
+    )
+    if y_back is not None:
+        y_back[...] = operands["y"]
+    return None
+
+
+def _computing(dtype: np.dtype[Any]) -> type[np.floating[Any]]:
+    return np.float64 if dtype.itemsize == 8 else np.float32
+
+
+# --- NumPy ----------------------------------------------------------------------------------------
+
+
+def _numpy(p: Pass) -> None:
+    axes = tuple(axis for axis, reduced in enumerate(p.reduced) if reduced)
+    x = p.x
+    with np.errstate(all="ignore"):
+        if p.total is not None and p.addend is not None:
+            wide = _computing(x.dtype)
+            p.total[...] = x.astype(wide) + p.addend.astype(wide)
+            x = p.total
+        if p.scaling is Scaling.FACTOR:
+            x = x.astype(np.float64) * p.var
+            statistics: dict[str, Any] = {"mean": 0.0, "var": 1.0}
+        else:
+            statistics = {"mean": p.mean, "var": p.var} if p.given else {}
+        y, mean, var, rstd = _reference.normalize(
+            x,
+            axes,
+            None if p.activation_first else p.weight,
+            None if p.activation_first else p.bias,
+            p.eps,
+            centred=p.centred,
+            where=p.mask,
+            residual=p.residual,
+            activation=None if p.activation == "tanh" else p.activation,
+            scale="l2" if p.scaling is Scaling.NORM else "rstd",
+            return_rstd=True,
+            **statistics,
+        )
+        if p.activation == "tanh":
+            y = np.tanh(y)
+        if p.activation_first:
+            y = y * (1.0 if p.weight is None else p.weight) + (0.0 if p.bias is None else p.bias)
+        if p.y is not None:
+            p.y[...] = y
+    if not p.given:
+        p.mean[...], p.var[...], p.rstd[...] = mean, var, rstd
+
+
+# --- The choice -----------------------------------------------------------------------------------
+
+_AVAILABLE: dict[str, Callable[[Pass], None]] = {"numpy": _numpy}
+if _core.kernels is not None:
+    _AVAILABLE = {"cython": _cython, **_AVAILABLE}
+NAMES = ("auto", "cython", "numba", "numpy")
+
+_current = ""
+
+
+def compute(p: Pass) -> None:
+    """Carry out a pass on the backend in use."""
+    _AVAILABLE[_current](p)
+
+
+def set_backend(name: str) -> None:
+    """Choose who computes, for the whole process.
+
+    Parameters
+    ----------
+    name
+        ``"cython"``, ``"numpy"``, or ``"auto"``: the fastest at hand. Also read at import from the
+        environment variable ``FASTNORM_BACKEND``.
+
+    Raises
+    ------
+    ValueError
+        If there is no such backend, or this installation does not have it.
+
+    Examples
+    --------
+    >>> import fastnorm as fn
+    >>> fn.set_backend("numpy")
+    >>> fn.get_backend()
+    'numpy'
+    >>> fn.set_backend("auto")
+    """
+    global _current
+    if name not in NAMES:
+        raise ValueError(f"no backend is called {name!r}: use one of {', '.join(map(repr, NAMES))}")
+    if name != "auto" and name not in _AVAILABLE:
+        raise ValueError(
+            f"this installation has no {name!r} backend, expected one of "
+            f"{', '.join(map(repr, _AVAILABLE))}; use one of those, or 'auto'"
+        )
+    _current = next(iter(_AVAILABLE)) if name == "auto" else name
+
+
+def get_backend() -> str:
+    """Return the name of the backend that computes.
+
+    Returns
+    -------
+    str
+        Never ``"auto"``, but what it stands for.
+
+    Examples
+    --------
+    >>> import fastnorm as fn
+    >>> fn.get_backend() in ("cython", "numpy")
+    True
+    """
+    return _current
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Use another backend inside a ``with`` block.
+
+    Parameters
+    ----------
+    name
+        As for :func:`set_backend`.
+
+    Raises
+    ------
+    ValueError
+        If there is no such backend, or this installation does not have it.
+
+    Examples
+    --------
+    >>> import fastnorm as fn
+    >>> with fn.backend("numpy"):
+    ...     print(fn.get_backend())
+    numpy
+    """
+    before = _current
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(before)
+
+
+# --- Threads --------------------------------------------------------------------------------------
+
+# GNU OpenMP hangs in a forked child of a process that has used threads, so a child runs serially.
+_forked = False
+
+
+def _in_child() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
+
+
+def _default_threads() -> int:
+    for name in ("FASTNORM_NUM_THREADS", "OMP_NUM_THREADS"):
+        value = os.environ.get(name, "").split(",")[0].strip()
+        if value.isdigit() and int(value) > 0:
+            return int(value)
+        if value and name.startswith("FASTNORM"):
+            raise ValueError(f"{name}={value!r} is no number of threads: set it to 1 or more")
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+_threads = _default_threads()
+
+
+def set_num_threads(n: int) -> None:
+    """Set the largest number of threads a call may use, for the whole process.
+
+    Results do not depend on it, bit for bit. Small arrays use one thread whatever it is.
+
+    Parameters
+    ----------
+    n
+        1 or more. At import it is ``FASTNORM_NUM_THREADS``, else ``OMP_NUM_THREADS``, else the
+        number of processors this process may run on.
+
+    Raises
+    ------
+    ValueError
+        If `n` is not a whole number, or is less than 1.
+
+    Examples
+    --------
+    >>> import fastnorm as fn
+    >>> before = fn.get_num_threads()
+    >>> fn.set_num_threads(1)
+    >>> fn.get_num_threads()
+    1
+    >>> fn.set_num_threads(before)
+    """
+    global _threads
+    if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
+        raise ValueError(f"num_threads is {n!r}, and must be a whole number, 1 or more")
+    _threads = int(n)
+
+
+def get_num_threads() -> int:
+    """Return the largest number of threads a call may use.
+
+    Returns
+    -------
+    int
+        1 in a forked child: OpenMP cannot run there.
+
+    Examples
+    --------
+    >>> import fastnorm as fn
+    >>> fn.get_num_threads() >= 1
+    True
+    """
+    return 1 if _forked else _threads
+
+
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    """Use at most `n` threads inside a ``with`` block.
+
+    Parameters
+    ----------
+    n
+        As for :func:`set_num_threads`.
+
+    Raises
+    ------
+    ValueError
+        If `n` is not a whole number, or is less than 1.
+
+    Examples
+    --------
+    >>> import fastnorm as fn
+    >>> with fn.threads(1):
+    ...     print(fn.get_num_threads())
+    1
+    """
+    before = _threads
+    set_num_threads(n)
+    try:
+        yield
+    finally:
+        set_num_threads(before)
+
+
+# --- What is at hand ------------------------------------------------------------------------------
+
+
+def show_config(mode: str = "stdout") -> dict[str, Any] | None:
+    """Show versions, instruction sets, threads and backends.
+
+    Parameters
+    ----------
+    mode
+        ``"stdout"`` prints, ``"dicts"`` returns the same as a dictionary.
+
+    Returns
+    -------
+    dict or None
+        With ``"dicts"``; otherwise None.
+
+    Raises
+    ------
+    ValueError
+        If `mode` is neither.
+
+    Examples
+    --------
+    >>> import fastnorm as fn
+    >>> sorted(fn.show_config("dicts"))
+    ['backends', 'cpu', 'cuda', 'threads', 'versions']
+    """
+    if mode not in ("stdout", "dicts"):
+        raise ValueError(f"mode is {mode!r}: use 'stdout' to print, 'dicts' to get a dictionary")
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {"python": platform.python_version(), "numpy": np.__version__}
+    for name in ("fastnorm", "numba"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    config: dict[str, Any] = {
+        "versions": versions,
+        "cpu": {
+            "machine": platform.machine(),
+            "instruction set found": _core.level_found or "unknown",
+            "instruction set used": _core.level_used or "none: no compiled kernels",
+        },
+        "threads": {
+            "at most": get_num_threads(),
+            "openmp": _core.kernels is not None and _core.kernels.has_threads(),
+        },
+        "backends": {"in use": _current, "at hand": list(_AVAILABLE)},
+        "cuda": {"numba.cuda imported": "numba.cuda" in sys.modules},
+    }
+    if mode == "dicts":
+        return config
+    for section, entries in config.items():
+        print(section)
+        for name, value in entries.items():
+            shown = ", ".join(value) if isinstance(value, list) else value
+            print(f"  {name}: {shown}")
+    return None
+
+
+set_backend(os.environ.get("FASTNORM_BACKEND", "") or "auto")

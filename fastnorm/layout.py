@@ -1,0 +1,117 @@
+"""Which axes share a statistic, and how they lie in memory.
+
+Every norm is handed to the kernels as the same thing: an array whose axes are *kept* (each index
+has statistics of its own) or *reduced* (they share them), and operands that broadcast against it.
+`describe` sorts those axes by their place in memory, merges the ones that are one walk through
+memory, and names what is left: a kept pair (a, b), a reduced pair (p, s) and columns c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+# A group of fewer neighbours than this is too short to walk along: columns are taken side by side
+# and merged instead. 32 lanes of a vector register file are filled twice.
+SHORT_RUN = 64
+
+# Operands of the size of x. The kernels read and write them along the innermost axis.
+FULL = ("x", "y", "residual", "addend", "total")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A pass over memory: five dimensions (a, b, p, s, c) and each operand's strides in elements.
+
+    `columns` tells which axis is innermost: s (False: runs) or c (True). `neighbours` columns
+    together have one statistic.
+    """
+
+    columns: bool
+    dims: tuple[int, int, int, int, int]
+    neighbours: int
+    strides: Mapping[str, tuple[int, int, int, int, int]]
+
+
+@dataclass(slots=True)
+class _Axis:
+    size: int
+    reduced: bool
+    strides: dict[str, int]
+
+    def continues(self, inner: _Axis) -> bool:
+        """Whether a step along this axis is `inner.size` steps along `inner`, for every operand."""
+        return all(s == inner.strides[name] * inner.size for name, s in self.strides.items())
+
+
+@lru_cache(maxsize=4096)
+def describe(
+    shape: tuple[int, ...],
+    reduced: tuple[bool, ...],
+    strides: tuple[tuple[str, tuple[int, ...]], ...],
+) -> Layout | None:
+    """Describe a pass, or return None where its axes lie in no order the kernels can walk.
+
+    `strides` holds, for each operand, a stride in elements along each axis: 0 where the operand is
+    broadcast. "stats" are the means and variances. Those of x are positive.
+    """
+    names = [name for name, _ in strides]
+    axes = [
+        _Axis(size, kind, {name: steps[i] for name, steps in strides})
+        for i, (size, kind) in enumerate(zip(shape, reduced, strict=True))
+        if size != 1
+    ]
+    if any(axis.strides["x"] <= 0 for axis in axes):
+        return None
+    axes = _merged(sorted(axes, key=lambda axis: -axis.strides["x"]))
+    none = _Axis(1, True, dict.fromkeys(names, 0))
+    inner = axes.pop() if axes else none
+    if axes and any(inner.strides[name] != 1 for name in FULL if name in inner.strides):
+        return None
+    if not axes and inner is not none and any(inner.strides.get(name, 1) != 1 for name in FULL):
+        return None
+
+    columns, neighbours = not inner.reduced, 1
+    if inner.reduced and inner.size < SHORT_RUN and any(axis.reduced for axis in axes):
+        # channels-last: a group's channels are neighbours, its positions are rows
+        columns, neighbours = True, inner.size
+        if not axes[-1].reduced and _side_by_side(axes[-1], inner):
+            outer = axes.pop()
+            together = inner.strides | {"stats": outer.strides["stats"]}
+            inner = _Axis(outer.size * inner.size, False, together)
+
+    kept = [axis for axis in axes if not axis.reduced]
+    rows = [axis for axis in axes if axis.reduced]
+    if columns:
+        last = [none, none, *rows][-2:] + [inner]
+    else:
+        last = [none, *rows][-1:] + [inner, none]
+    if len(kept) > 2 or len(rows) > (2 if columns else 1):
+        return None
+    five = [none, none, *kept][-2:] + last
+    a, b, p, s, c = (axis.size for axis in five)
+    return Layout(
+        columns,
+        (a, b, p, s, c),
+        neighbours,
+        {name: tuple(axis.strides[name] for axis in five) for name in names},  # type: ignore[misc]
+    )
+
+
+def _merged(axes: list[_Axis]) -> list[_Axis]:
+    merged: list[_Axis] = []
+    for axis in axes:
+        if merged and merged[-1].reduced == axis.reduced and merged[-1].continues(axis):
+            merged[-1] = _Axis(merged[-1].size * axis.size, axis.reduced, axis.strides)
+        else:
+            merged.append(axis)
+    return merged
+
+
+def _side_by_side(outer: _Axis, inner: _Axis) -> bool:
+    return all(
+        outer.strides[name] == inner.strides[name] * inner.size
+        for name in outer.strides
+        if name != "stats"
+    )

@@ -96,10 +96,8 @@ def spread(value: Array, shape: tuple[int, ...], name: str, expected: str) -> Ar
     return padded
 
 
-def channel_parameter(value: ArrayLike | None, name: str, x: Array, axis: int) -> Array | None:
+def channel_parameter(value: ArrayLike, name: str, x: Array, axis: int) -> Array:
     """A weight or bias of a channel norm, along the axes of x with the channels moved to axis 1."""
-    if value is None:
-        return None
     p = parameter(value, name, x)
     samples, channels = (1 if axis == 0 else x.shape[0]), x.shape[axis]
     if p.shape == (channels,):
@@ -115,12 +113,8 @@ def channel_parameter(value: ArrayLike | None, name: str, x: Array, axis: int) -
     return np.moveaxis(spread(p, x.shape, name, expected), axis, 1)
 
 
-def axis_parameter(
-    value: ArrayLike | None, name: str, x: Array, axes: tuple[int, ...]
-) -> Array | None:
+def axis_parameter(value: ArrayLike, name: str, x: Array, axes: tuple[int, ...]) -> Array:
     """A weight or bias of layer or RMS norm, along the axes of x."""
-    if value is None:
-        return None
     p = parameter(value, name, x)
     own = tuple(x.shape[axis] for axis in axes)
     if p.shape == own:

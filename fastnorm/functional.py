@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -77,7 +77,15 @@ def _rstd(var: Array, eps: float) -> Array:
     """1 / sqrt(var + eps), and 0 where that is 1 / 0: such a group is constant."""
     shifted = var + eps
     with np.errstate(all="ignore"):
-        return cast(Array, np.where(shifted == 0, 0.0, 1.0 / np.sqrt(shifted)))
+        return np.where(shifted == 0, 0.0, 1.0 / np.sqrt(shifted))
+
+
+def _channels(value: ArrayLike | None, name: str, x: Array, axis: int) -> Array | None:
+    return None if value is None else channel_parameter(value, name, x, axis)
+
+
+def _axes(value: ArrayLike | None, name: str, x: Array, axes: tuple[int, ...]) -> Array | None:
+    return None if value is None else axis_parameter(value, name, x, axes)
 
 
 def _as_it_is(array: Array) -> Array:
@@ -171,8 +179,7 @@ def _counted(where: ArrayLike | None, array: Array, axes: tuple[int, ...]) -> Ar
     """How many elements enter each statistic."""
     if where is None:
         return np.array(math.prod(array.shape[a] for a in axes))
-    mask = cast(Array, mask_of(where, array))
-    return np.asarray(np.count_nonzero(mask, axis=axes))
+    return np.asarray(np.count_nonzero(mask_of(where, array), axis=axes))  # type: ignore[arg-type]
 
 
 def batch_norm(
@@ -254,8 +261,8 @@ def batch_norm(
     channels = array.shape[axis]
     eps = check_eps(eps)
     check_running(running_mean, running_var, channels, written=training)
-    w = channel_parameter(weight, "weight", array, axis)
-    b = channel_parameter(bias, "bias", array, axis)
+    w = _channels(weight, "weight", array, axis)
+    b = _channels(bias, "bias", array, axis)
     view = _channels_second(axis)
     shared: dict[str, Any] = {
         "view": view,
@@ -394,8 +401,8 @@ def instance_norm(
     samples, channels = array.shape[0], array.shape[axis]
     eps = check_eps(eps)
     check_running(running_mean, running_var, channels, written=True)
-    w = channel_parameter(weight, "weight", array, axis)
-    b = channel_parameter(bias, "bias", array, axis)
+    w = _channels(weight, "weight", array, axis)
+    b = _channels(bias, "bias", array, axis)
     counts = _counted(where, array, tuple(a for a in range(1, array.ndim) if a != axis))
     if running_var is not None:
         require_two(counts, "instance_norm with running_var", "a running variance")
@@ -493,7 +500,7 @@ def group_norm(
         return moved.reshape(moved.shape[:1] + both + moved.shape[2:])
 
     def parameter(value: ArrayLike | None, name: str) -> Array | None:
-        placed = channel_parameter(value, name, array, axis)
+        placed = _channels(value, name, array, axis)
         return None if placed is None else split(np.moveaxis(placed, 1, axis))
 
     y, mean, _, rstd = _run(
@@ -583,8 +590,8 @@ def layer_norm(
         x,
         array,
         axes,
-        axis_parameter(weight, "weight", array, axes),
-        axis_parameter(bias, "bias", array, axes),
+        _axes(weight, "weight", array, axes),
+        _axes(bias, "bias", array, axes),
         eps=check_eps(eps),
         where=where,
         residual=residual,
@@ -677,7 +684,7 @@ def rms_norm(
         x,
         array,
         axes,
-        axis_parameter(weight, "weight", array, axes),
+        _axes(weight, "weight", array, axes),
         eps=eps,
         centred=False,
         where=where,
@@ -820,8 +827,8 @@ def _add_norm(
         x,
         array,
         axes,
-        axis_parameter(weight, "weight", array, axes),
-        axis_parameter(bias, "bias", array, axes),
+        _axes(weight, "weight", array, axes),
+        _axes(bias, "bias", array, axes),
         eps=eps,
         centred=centred,
         addend=addend,
@@ -876,8 +883,8 @@ def l2_normalize(
     array = as_array(x, "x")
     check_ndim(array, 1, "l2_normalize", "(..., D)")
     axes = layer_axes(array, None, range(array.ndim) if axis is None else axis, "l2_normalize")
-    options = {"centred": False, "scaling": Scaling.NORM, "eps": check_eps(eps)}
-    return _run(x, array, axes, out=out, **options)[0]
+    eps = check_eps(eps)
+    return _run(x, array, axes, centred=False, scaling=Scaling.NORM, eps=eps, out=out)[0]
 
 
 def local_response_norm(
@@ -1091,7 +1098,7 @@ def global_response_norm(
     array = as_array(x, "x")
     check_ndim(array, 2, "global_response_norm", "(N, C, ...)")
     axis = channel_axis_of(array, channel_axis, "global_response_norm")
-    w = cast(Array, channel_parameter(weight, "weight", array, axis))
+    w = channel_parameter(weight, "weight", array, axis)
     b = channel_parameter(bias, "bias", array, axis)
     eps = check_eps(eps)
     moved = np.moveaxis(array, axis, 1)

@@ -1,0 +1,175 @@
+"""The command line: ``python -m fastnorm``, and the script ``fastnorm``.
+
+Results go to stdout, progress and warnings to stderr. Every command is a function of the parsed
+arguments that returns an exit status: 0, or 2 for what cannot be used. What a command needs beyond
+NumPy is imported in that function.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import fastnorm as fn
+
+# The extra in pyproject.toml, and what it brings: {import: distribution}.
+_EXTRAS = {"demo": {"matplotlib": "matplotlib", "PIL": "pillow", "sklearn": "scikit-learn"}}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Parameters
+    ----------
+    argv
+        The arguments after the program's name; None takes them from ``sys.argv``.
+
+    Returns
+    -------
+    int
+        The exit status. argparse raises SystemExit by itself for ``--help``, ``--version`` and
+        arguments it cannot read.
+    """
+    arguments = _parser().parse_args(argv)
+    status: int = arguments.command(arguments)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastnorm", description="Normalization for NumPy arrays on the CPU."
+    )
+    parser.add_argument("--version", action="version", version=f"fastnorm {fn.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    about = "normalise feature maps of photographs: times, errors and a picture"
+    demo = commands.add_parser("demo", help=about, description=f"{about.capitalize()}.")
+    demo.set_defaults(command=_demo)
+    demo.add_argument(
+        "--output",
+        type=_new_file,
+        default="demo.png",
+        metavar="PNG",
+        help="where the picture goes (default: %(default)s)",
+    )
+    demo.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    demo.add_argument(
+        "--threads",
+        type=_positive,
+        default=fn.get_num_threads(),
+        metavar="N",
+        help="of fastnorm and of PyTorch (default: %(default)s)",
+    )
+    # for tests: the side of the feature maps
+    demo.add_argument("--size", type=_positive, default=256, help=argparse.SUPPRESS)
+
+    about = "show versions, instruction sets, threads and backends"
+    info = commands.add_parser("info", help=about, description=f"{about.capitalize()}.")
+    info.set_defaults(command=_info)
+    info.add_argument("--json", action="store_true", help="print it as JSON")
+    return parser
+
+
+# --- Arguments ------------------------------------------------------------------------------------
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 1 or more")
+    return int(text)
+
+
+def _new_file(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a directory: name a file in it")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no directory '{path.parent}' for {path.name!r}")
+    return path
+
+
+# --- What is told on stderr -----------------------------------------------------------------------
+
+
+def _warn(text: str) -> None:
+    print(f"fastnorm: {text}", file=sys.stderr)
+
+
+def _lacks(extra: str) -> bool:
+    """Whether a library of `extra` is missing; if so, say what to install."""
+    missing = [name for module, name in _EXTRAS[extra].items() if find_spec(module) is None]
+    if missing:
+        names = " and ".join(missing)
+        _warn(f"this needs {names}: install with pip install 'fastnorm[{extra}]'")
+    return bool(missing)
+
+
+class _Progress:
+    """A bar on stderr while the ``with`` block runs; nothing where stderr is no terminal."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._done = 0
+        self._visible = sys.stderr.isatty()
+
+    def __call__(self, step: str) -> None:
+        """Show that `step` begins."""
+        width = 24
+        bar = "#" * (width * self._done // self._steps)
+        self._write(f"[{bar:-<{width}}] {step}")
+        self._done += 1
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._write("")
+
+    def _write(self, line: str) -> None:
+        if self._visible:
+            # to the start of the line, and delete to its end
+            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+
+
+# --- The commands ---------------------------------------------------------------------------------
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    if _lacks("demo"):
+        return 2
+    from fastnorm import demo
+
+    if fn.get_backend() == "numpy":
+        _warn("no compiled kernels in use: these are NumPy's times; see 'fastnorm info'")
+    with _Progress(demo.STEPS) as progress:
+        result, picture = demo.run(arguments.size, arguments.threads, progress)
+    try:
+        arguments.output.write_bytes(picture)
+    except OSError as error:
+        _warn(f"cannot write the picture: {error}")
+        return 2
+    if arguments.json:
+        print(json.dumps(result.to_dict() | {"picture": str(arguments.output)}, indent=2))
+    else:
+        print(f"{result.to_text()}\n\nThe picture is in {arguments.output}")
+    return 0
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    if arguments.json:
+        config: dict[str, Any] | None = fn.show_config("dicts")
+        print(json.dumps(config, indent=2))
+    else:
+        fn.show_config()
+    return 0

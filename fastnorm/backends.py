@@ -165,38 +165,43 @@ def _computing(dtype: np.dtype[Any]) -> type[np.floating[Any]]:
 def _numpy(p: Pass) -> None:
     axes = tuple(axis for axis, reduced in enumerate(p.reduced) if reduced)
     x = p.x
+    # what the formulas round on the way stays below what rounding the result takes
+    wider = np.longdouble if x.dtype == np.float64 else np.float64
     with np.errstate(all="ignore"):
         if p.total is not None and p.addend is not None:
-            wide = _computing(x.dtype)
-            p.total[...] = x.astype(wide) + p.addend.astype(wide)
+            computing = _computing(x.dtype)
+            p.total[...] = x.astype(computing) + p.addend.astype(computing)
             x = p.total
+        statistics: dict[str, Any] = {"mean": p.mean, "var": p.var} if p.given else {}
         if p.scaling is Scaling.FACTOR:
-            x = x.astype(np.float64) * p.var
-            statistics: dict[str, Any] = {"mean": 0.0, "var": 1.0}
-        else:
-            statistics = {"mean": p.mean, "var": p.var} if p.given else {}
+            x = x.astype(wider) * p.var
+            statistics = {"mean": 0.0, "var": 1.0}
+        affine = (p.weight, p.bias)
         y, mean, var, rstd = _reference.normalize(
             x,
             axes,
-            None if p.activation_first else p.weight,
-            None if p.activation_first else p.bias,
+            *(affine if not p.activation_first else (None, None)),
             p.eps,
             centred=p.centred,
             where=p.mask,
             residual=p.residual,
-            activation=None if p.activation == "tanh" else p.activation,
             scale="l2" if p.scaling is Scaling.NORM else "rstd",
             return_rstd=True,
+            dtype=wider,
             **statistics,
         )
-        if p.activation == "tanh":
-            y = np.tanh(y)
-        if p.activation_first:
-            y = y * (1.0 if p.weight is None else p.weight) + (0.0 if p.bias is None else p.bias)
         if p.y is not None:
+            if p.activation == "tanh":
+                y = np.tanh(y)
+            elif p.activation is not None:
+                # long double has no erf of its own; activations only pass on relative errors
+                y = _reference.activate(y.astype(np.float64), p.activation)
+            if p.activation_first:
+                weight, bias = affine
+                y = y * (1.0 if weight is None else weight) + (0.0 if bias is None else bias)
             p.y[...] = y
-    if not p.given:
-        p.mean[...], p.var[...], p.rstd[...] = mean, var, rstd
+        if not p.given:
+            p.mean[...], p.var[...], p.rstd[...] = mean, var, rstd
 
 
 # --- The choice -----------------------------------------------------------------------------------

@@ -184,7 +184,7 @@ NORMS = (
     ),
     Norm(
         "rms",
-        each="sample, mean kept",
+        each="sample (no mean)",
         over="C, H, W",
         samples=False,
         channels=16,
@@ -478,11 +478,12 @@ def draw(images: Array, x: Array, names: Sequence[str]) -> bytes:
             _draw_image(ax, images[sample].transpose(1, 2, 0))
             for ax, channel, (name, colour) in zip(others, channels, SHOWN.items()):
                 before = _draw_image(ax, x[sample, channel], BEFORE)
-                ax.set_title(name, fontsize=10, pad=5, color=colour)
+                ax.set_title(name, fontsize=9, pad=5, color=colour)
 
         for row, norm in enumerate(NORMS, start=1):
-            label = "for each\n" + norm.each.replace(" of ", "\nof ").replace(", ", ",\n")
-            _write_label(figure.add_subplot(grid[row, 0]), norm.name, f"{label}\nover {norm.over}")
+            each = norm.each.replace(" of ", "\nof ").replace(" (", "\n(")
+            label = f"for each {each}\nover {norm.over}"
+            _write_label(figure.add_subplot(grid[row, 0]), norm.name, label)
             _draw_block(figure.add_subplot(grid[row, 1]), x.shape, norm)
             y = contenders(norm, x, None)["fastnorm"]()
             for i, sample in enumerate(samples):
@@ -493,20 +494,13 @@ def draw(images: Array, x: Array, names: Sequence[str]) -> bytes:
 
         for left, image, title in ((0.42, before, "before"), (0.72, after, "after a norm")):
             bar = figure.add_axes((left, 0.032, 0.2, 0.012))
-            figure.colorbar(image, cax=bar, orientation="horizontal", extend="both")
+            ticks = np.linspace(*image.get_clim(), 5)
+            figure.colorbar(image, bar, orientation="horizontal", extend="both", ticks=ticks)
             bar.set_title(title, fontsize=9, pad=4)
             bar.tick_params(labelsize=8, length=2)
-        return _png(figure)
-
-
-def _png(figure: Any) -> bytes:
-    """The figure with 256 colours: less than half the size, and no difference to the eye."""
-    from PIL import Image
-
-    full, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(full, format="png", dpi=DPI)
-    Image.open(full).convert("RGB").quantize(256).save(small, "png", optimize=True)
-    return small.getvalue()
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=DPI)
+    return buffer.getvalue()
 
 
 def _write_heading(figure: Any, shape: tuple[int, ...]) -> None:
@@ -539,10 +533,14 @@ def _write_label(ax: Any, name: str, text: str) -> None:
 
 def _draw_image(ax: Any, values: Array, reach: float | None = None) -> Any:
     """A photograph (H, W, 3), or one channel in colours that reach from -reach to reach."""
+    from matplotlib import colormaps
+
     ax.axis("off")
     if reach is None:
         return ax.imshow(values)
-    return ax.imshow(values, cmap="RdBu_r", vmin=-reach, vmax=reach)
+    # fewer colours than 256 look the same and take a third of the bytes less
+    colours = colormaps["RdBu_r"].resampled(81)
+    return ax.imshow(values, cmap=colours, vmin=-reach, vmax=reach, interpolation_stage="data")
 
 
 def _draw_histograms(ax: Any, channels: Array, last: bool) -> None:
@@ -554,7 +552,7 @@ def _draw_histograms(ax: Any, channels: Array, last: bool) -> None:
         ax.stairs(heights, edges, color=colour, lw=1.1)
         ax.stairs(heights, edges, color=colour, alpha=0.12, fill=True)
     ax.axvline(0, color=FAINT, lw=0.5)
-    ax.set(xlim=(-4, 4), ylim=(0, 0.85), xticks=(-3, 0, 3), yticks=[])
+    ax.set(xlim=(-4, 4), ylim=(0, 1), xticks=(-3, 0, 3), yticks=[])
     ax.set_box_aspect(1)
     ax.spines[["left", "right", "top"]].set_visible(False)
     ax.spines["bottom"].set_color(EDGE)

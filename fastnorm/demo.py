@@ -309,32 +309,28 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON can hold it: an error that is not a number becomes None."""
-        found: dict[str, Any] = asdict(self)
-        for errors in [row["ulps"] for row in found["norms"]] + list(found["offset"].values()):
-            if isinstance(errors, dict):
-                errors.update({k: v if np.isfinite(v) else None for k, v in errors.items()})
+        found: dict[str, Any] = _storable(asdict(self))
         return found
 
     def to_text(self) -> str:
         """Return it as a table for a terminal, in plain ASCII."""
         names = list(self.versions)
-        columns = [
+        what = [
             ["", "norm", *(row.norm for row in self.norms)],
             ["", "a statistic for each", *(row.each for row in self.norms)],
             ["", "over", *(row.over for row in self.norms)],
         ]
-        for name in names:
-            times = [f"{row.milliseconds[name]:.2f}" for row in self.norms]
-            columns.append([TITLES[name], "ms", *times])
-            if name != "fastnorm":
-                ratios = [f"{row.times_as_long[name]:.1f}" for row in self.norms]
-                columns.append(["", "times", *ratios])
-        for name in names:
-            errors = [_short(row.ulps[name]) for row in self.norms]
-            columns.append([TITLES[name], "ulp", *errors])
-
-        size = 4e-6 * np.prod(self.shape)
+        times = [
+            [[TITLES[name], "ms", *(f"{row.milliseconds[name]:.2f}" for row in self.norms)]]
+            for name in names
+        ]
+        for name, block in zip(names[1:], times[1:]):
+            block.append(["", "times", *(f"{row.times_as_long[name]:.1f}" for row in self.norms)])
         errors = [
+            [TITLES[name], "ulp", *(_short(row.ulps[name]) for row in self.norms)] for name in names
+        ]
+        size = 4e-6 * np.prod(self.shape)
+        offset = [
             f"{TITLES[name]} {_short(self.offset.ulps[name])} ulp"
             f" ({self.offset.largest_error[name]:.1e})"
             for name in names
@@ -345,7 +341,7 @@ class Result:
                 ", ".join(f"{TITLES[n]} {version}" for n, version in self.versions.items())
                 + f"; threads: {self.threads} (NumPy: 1)",
                 "",
-                *_aligned(columns, left=3),
+                *_aligned([what, *times, errors]),
                 "",
                 "ms: the median for one call. times: as long as fastnorm takes. ulp: the largest",
                 "error in units in the last place of the exact result, or of 2^-20 below that.",
@@ -354,24 +350,30 @@ class Result:
                     f"Every channel lifted by {self.offset.mean_over_std:,.0f} of its standard "
                     f"deviations, then {self.offset.norm} norm; largest error:"
                 ),
-                ", ".join(errors),
+                ", ".join(offset),
             ]
         )
+
+
+def _storable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _storable(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_storable(part) for part in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _short(number: float) -> str:
     return f"{number:.0e}" if number >= 1e4 else f"{number:.1f}"
 
 
-def _aligned(columns: Sequence[Sequence[str]], left: int) -> Iterator[str]:
-    """Lines of a table; its first `left` columns are aligned to the left."""
-    widths = [max(map(len, column)) for column in columns]
-    for cells in zip(*columns):
-        padded = [
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths))
-        ]
-        yield "  ".join(padded).rstrip()
+def _aligned(blocks: Sequence[Sequence[Sequence[str]]]) -> list[str]:
+    """Lines of a table of blocks of columns; the first block is aligned to the left."""
+    parts = []
+    for side, block in zip("<" + ">" * len(blocks), blocks):
+        columns = [[f"{cell:{side}{max(map(len, col))}}" for cell in col] for col in block]
+        parts.append(["  ".join(cells) for cells in zip(*columns)])
+    return [" | ".join(line).rstrip() for line in zip(*parts)]
 
 
 @contextmanager
@@ -492,9 +494,10 @@ def draw(images: Array, x: Array, names: Sequence[str]) -> bytes:
                 for ax, channel in zip(others, channels):
                     after = _draw_image(ax, y[sample, channel], AFTER)
 
-        for left, image, title in ((0.42, before, "before"), (0.72, after, "after a norm")):
+        scales = ((0.42, before, BEFORE, "before"), (0.72, after, AFTER, "after a norm"))
+        for left, image, reach, title in scales:
             bar = figure.add_axes((left, 0.032, 0.2, 0.012))
-            ticks = np.linspace(*image.get_clim(), 5)
+            ticks = np.linspace(-reach, reach, 5)
             figure.colorbar(image, bar, orientation="horizontal", extend="both", ticks=ticks)
             bar.set_title(title, fontsize=9, pad=4)
             bar.tick_params(labelsize=8, length=2)
@@ -545,7 +548,7 @@ def _draw_image(ax: Any, values: Array, reach: float | None = None) -> Any:
 
 def _draw_histograms(ax: Any, channels: Array, last: bool) -> None:
     """How the values of some channels (K, H, W) are distributed."""
-    edges = np.linspace(-4, 4, 65)
+    edges = np.linspace(-4, 4, 41)
     for values, colour in zip(channels, SHOWN.values()):
         # the square root shows the tails beside a narrow peak
         heights = np.sqrt(np.histogram(values, edges)[0] / values.size)

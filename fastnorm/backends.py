@@ -101,8 +101,9 @@ def _layout_of(operands: dict[str, Array], reduced: tuple[bool, ...]) -> Layout 
 
 
 def _cython(p: Pass) -> None:
-    operands = {n: array for n in _OPERANDS if (array := getattr(p, n)) is not None}
-    operands = _forward(operands | {"mean": p.mean, "var": p.var, "rstd": p.rstd})
+    given = {n: array for n in _OPERANDS if (array := getattr(p, n)) is not None}
+    given |= {"mean": p.mean, "var": p.var, "rstd": p.rstd}
+    operands = _forward(given)
     layout = _layout_of(operands, p.reduced)
     if p.total is not None and p.addend is not None and (layout is None or layout.columns):
         # the kernels add on the way only along runs
@@ -115,7 +116,7 @@ def _cython(p: Pass) -> None:
         # an order of axes that the kernels cannot walk: kept axes first, then reduced, in copies
         order = sorted(range(p.x.ndim), key=lambda axis: p.reduced[axis])
         y_back = p.y.transpose(order) if p.y is not None else None
-        for name, array in operands.items():
+        for name, array in given.items():
             moved = array.transpose(order)
             if name in ("weight", "bias"):
                 moved = np.broadcast_to(moved, tuple(p.x.shape[axis] for axis in order))

@@ -18,6 +18,8 @@ SHORT_RUN = 64
 
 # Operands of the size of x. The kernels read and write them along the innermost axis.
 FULL = ("x", "y", "residual", "addend", "total")
+# Operands that along the innermost axis are one number, or as many numbers side by side.
+PARAMETERS = ("weight", "bias")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +69,10 @@ def describe(
     axes = _merged(sorted(axes, key=lambda axis: -axis.strides["x"]))
     none = _Axis(1, True, dict.fromkeys(names, 0))
     inner = axes.pop() if axes else none
-    if axes and any(inner.strides[name] != 1 for name in FULL if name in inner.strides):
-        return None
-    if not axes and inner is not none and any(inner.strides.get(name, 1) != 1 for name in FULL):
+    if inner is not none and (
+        any(inner.strides.get(name, 1) != 1 for name in FULL)
+        or any(inner.strides.get(name, 0) not in (0, 1) for name in PARAMETERS)
+    ):
         return None
 
     columns, neighbours = not inner.reduced, 1

@@ -51,10 +51,10 @@ def parameters(op: Operation, x: Any, **options: Any) -> dict[str, Any]:
 
 
 def check(op: Operation, x: Any, p: dict[str, Any], **options: Any) -> Any:
-    """Compare with the reference; no number on the way is larger than 16 here."""
+    """Compare with the reference; no number on the way is larger than 16, or than the result."""
     y, exact = call(op, x, p, **options), expected(op, x, p, **options)
     for got, right in zip(y, exact) if isinstance(y, tuple) else [(y, exact)]:
-        assert_close(got, right, 16)
+        assert_close(got, right, np.maximum(16, abs(right)))
     return y
 
 
@@ -122,9 +122,10 @@ def test_activations_alone(activation: str) -> None:
     one = np.float32([1.0])
     y = fn.batch_norm(x[:, None], one * 0, one, eps=0.0, activation=activation)[:, 0]
     exact = fn._reference.activate(x.astype(np.float64), activation)
-    # e^-u multiplies the rounding of u by u: 40 at most here (x^2/2, or 2u of gelu_tanh: 80)
+    # e^-2u multiplies what 2u = 67 has lost by as much: four roundings, two of them constants'
+    tail = 4 / 2 * 67 if activation == "gelu_tanh" else 0
     error = abs(y - exact) / np.maximum(abs(exact), 1e-30)
-    assert error.max() <= (8 + 80 / 2) * epsilon(F32)
+    assert error.max() <= (8 + tail) * epsilon(F32)
     assert error[abs(x) < 1].max() <= 8 * epsilon(F32)
     with np.errstate(all="ignore"):
         assert np.isnan(
@@ -325,15 +326,15 @@ def test_describe_names_the_walk() -> None:
         flags = tuple(r == "R" for r in reduced)
         return describe(shape, flags, (("x", steps), ("y", steps), ("stats", stats)))
 
-    batch = walk((4, 8, 30), "RKR", "012")
-    assert (batch.columns, batch.dims) == (False, (1, 8, 4, 30, 1))
-    last = walk((4, 8, 30), "RKR", "021")
-    assert (last.columns, last.dims, last.neighbours) == (True, (1, 1, 1, 120, 8), 1)
-    group = walk((4, 2, 4, 30), "KKRR", "0123")
-    assert (group.columns, group.dims) == (False, (1, 8, 1, 120, 1))
-    grouped = walk((4, 2, 4, 30), "KKRR", "0312")
-    assert (grouped.columns, grouped.dims, grouped.neighbours) == (True, (1, 4, 1, 30, 8), 4)
-    layer2d = walk((4, 8, 30), "KRK", "012")
-    assert (layer2d.columns, layer2d.dims) == (True, (1, 4, 1, 8, 30))
+    batch = walk((4, 8, 90), "RKR", "012")
+    assert (batch.columns, batch.dims) == (False, (1, 8, 4, 90, 1))
+    last = walk((4, 8, 90), "RKR", "021")
+    assert (last.columns, last.dims, last.neighbours) == (True, (1, 1, 1, 360, 8), 1)
+    group = walk((4, 2, 4, 90), "KKRR", "0123")
+    assert (group.columns, group.dims) == (False, (1, 8, 1, 360, 1))
+    grouped = walk((4, 2, 4, 90), "KKRR", "0312")
+    assert (grouped.columns, grouped.dims, grouped.neighbours) == (True, (1, 4, 1, 90, 8), 4)
+    layer2d = walk((4, 8, 90), "KRK", "012")
+    assert (layer2d.columns, layer2d.dims) == (True, (1, 4, 1, 8, 90))
     # reduced, kept, reduced, kept, reduced, kept: more than the kernels count
     assert walk((3, 4, 3, 4, 3, 4, 3), "RKRKRKR", "0123456") is None

@@ -1,0 +1,118 @@
+"""Who computes, with how many threads, and what importing costs."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+import fastnorm as fn
+
+from .helpers import BACKENDS, COMPILED, run_python
+
+
+def test_backends_are_chosen_and_restored() -> None:
+    before = fn.get_backend()
+    for name in BACKENDS:
+        with fn.backend(name):
+            assert fn.get_backend() == name
+        assert fn.get_backend() == before
+    with pytest.raises(RuntimeError, match="inside"), fn.backend("numpy"):
+        raise RuntimeError("inside")
+    assert fn.get_backend() == before
+    fn.set_backend("auto")
+    assert fn.get_backend() == BACKENDS[0]
+    fn.set_backend(before)
+
+
+def test_threads_are_chosen_and_restored() -> None:
+    before = fn.get_num_threads()
+    with fn.threads(3):
+        assert fn.get_num_threads() == 3
+    assert fn.get_num_threads() == before
+    for wrong in (0, -1, 1.5, True, "2"):
+        with pytest.raises(ValueError, match="num_threads"):
+            fn.set_num_threads(wrong)
+
+
+def test_show_config(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fn.show_config() is None
+    printed = capsys.readouterr().out
+    config = fn.show_config("dicts")
+    json.dumps(config)
+    for section in ("versions", "cpu", "threads", "backends", "cuda"):
+        assert section in config
+        assert section in printed
+    assert np.__version__ in printed
+
+
+PROBE = "import fastnorm as fn; print(fn.get_backend(), fn.get_num_threads())"
+
+
+@pytest.mark.parametrize(
+    ("environment", "printed"),
+    [
+        ({"FASTNORM_BACKEND": "numpy", "FASTNORM_NUM_THREADS": "3"}, "numpy 3"),
+        ({"FASTNORM_BACKEND": "numpy", "OMP_NUM_THREADS": "5,2"}, "numpy 5"),
+        ({"FASTNORM_NUM_THREADS": "7", "OMP_NUM_THREADS": "5"}, f"{BACKENDS[0]} 7"),
+    ],
+)
+def test_environment(environment: dict[str, str], printed: str) -> None:
+    run = run_python("-c", PROBE, **environment)
+    assert run.stdout.strip() == printed, run.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"FASTNORM_BACKEND": "fast"}, "'fast'"),
+        ({"FASTNORM_NUM_THREADS": "many"}, "FASTNORM_NUM_THREADS='many'"),
+        ({"FASTNORM_CPU": "x86-64-v9"}, "x86-64-v9"),
+    ],
+)
+def test_wrong_environment(environment: dict[str, str], words: str) -> None:
+    if "FASTNORM_CPU" in environment and not COMPILED:
+        return  # nothing is chosen
+    run = run_python("-c", PROBE, **environment)
+    assert run.returncode != 0
+    assert "ValueError" in run.stderr
+    assert words in run.stderr
+
+
+@pytest.mark.skipif(not COMPILED, reason="no compiled kernels")
+def test_instruction_sets_can_be_capped() -> None:
+    show = "import fastnorm as fn; print(fn.show_config('dicts')['cpu']['instruction set used'])"
+    free = run_python("-c", show).stdout.strip()
+    capped = run_python("-c", show, FASTNORM_CPU="x86-64-v2").stdout.strip()
+    assert capped == ("x86-64-v2" if free.startswith("x86-64") else free)
+
+
+def test_import_brings_nothing_optional() -> None:
+    optional = ["numba", "torch", "dask", "ml_dtypes", "matplotlib", "scipy", "sklearn", "PIL"]
+    code = f"import sys, fastnorm; print([m for m in {optional} if m in sys.modules])"
+    run = run_python("-c", code)
+    assert run.stdout.strip() == "[]", run.stderr
+
+
+def test_without_compiled_kernels() -> None:
+    """A source build with no compiler: NumPy computes, with the same results."""
+    code = """
+import sys
+sys.modules["fastnorm._core._cpu"] = None  # importing it raises ImportError
+import numpy as np, fastnorm as fn
+x = np.random.default_rng(0).standard_normal((4, 8, 30)).astype(np.float32) + 1000
+print(fn.get_backend(), fn.group_norm(x, 2).astype(float).sum(axis=2).round(4).tolist())
+"""
+    run = run_python("-c", code)
+    x = np.random.default_rng(0).standard_normal((4, 8, 30)).astype(np.float32) + 1000
+    right = fn.group_norm(x, 2).astype(float).sum(axis=2)
+    name, sums = run.stdout.split(" ", 1)
+    assert name == "numpy", run.stderr
+    # 30 outputs of at most 4, each within 3 units of 2^-22 of the other's, rounded to 1e-4
+    np.testing.assert_allclose(json.loads(sums), right, atol=30 * 3 * 2**-22 + 1e-4)
+
+
+def test_helpers_do_not_leak_the_environment() -> None:
+    assert "FASTNORM_BACKEND" not in os.environ

@@ -1,6 +1,6 @@
 """Forward passes of fastnorm beside NumPy and PyTorch: `make bench`.
 
-Each contender's result is checked before it is timed. PyTorch runs with as many threads as fastnorm.
+Each result is checked before it is timed. PyTorch runs with as many threads as fastnorm.
 """
 
 from __future__ import annotations

@@ -228,7 +228,7 @@ def ulps(y: Array, exact: Array) -> float:
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], object]], rounds: int = 7, block: float = 0.03
+    calls: Mapping[str, Callable[[], object]], rounds: int = 5, block: float = 0.03
 ) -> dict[str, float]:
     """Time calls in turns: the median over the rounds, in milliseconds a call.
 
@@ -418,7 +418,7 @@ def run(
         A PNG file.
     """
     threads = fn.get_num_threads() if threads is None else threads
-    rounds = 7 if size >= 128 else 1
+    rounds = 5 if size >= 128 else 1
     with fn.threads(threads), _pytorch(threads) as torch:
         report("feature maps")
         images, bank = photographs(size), filters()

@@ -213,11 +213,30 @@ if _core.kernels is not None:
 NAMES = ("auto", "cython", "numba", "numpy")
 
 _current = ""
+_quick_rows: Any = getattr(_core.kernels, "quick_rows", None)
 
 
 def compute(p: Pass) -> None:
     """Carry out a pass on the backend in use."""
     _AVAILABLE[_current](p)
+
+
+def quick_rows(
+    x: Any, normalized_shape: Any, weight: Any, bias: Any, eps: float, centred: bool
+) -> Array | None:
+    """Normalise plain contiguous rows without describing a pass; None where that is called for.
+
+    A description costs tens of microseconds, as much as normalising 10,000 numbers.
+    """
+    if _current != "cython":
+        return None
+    if type(normalized_shape) is tuple and len(normalized_shape) == 1:
+        normalized_shape = normalized_shape[0]
+    if type(normalized_shape) is not int:
+        return None
+    threads = 1 if _forked else _threads
+    y: Array | None = _quick_rows(x, normalized_shape, weight, bias, eps, centred, threads)
+    return y
 
 
 def set_backend(name: str) -> None:

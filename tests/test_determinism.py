@@ -125,3 +125,16 @@ def test_a_forked_child_of_a_threaded_process() -> None:
         child.join()
     assert threads == 1
     assert_same_bits(y, right)
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
+@pytest.mark.parametrize("size", [2, 3, 64, 768, 5000])
+def test_the_lean_door_gives_the_same_bits(size: int, dtype: str) -> None:
+    """Plain rows take a shorter way to the kernel; asking for statistics takes the long one."""
+    x, w = data((300, size), dtype, 3.0), data((2, size), "f8" if dtype == "f8" else "f4")
+    for weight, bias in ((None, None), (w[0], None), (None, w[1]), (w[0], w[1])):
+        right = fn.layer_norm(x, size, weight, bias, return_stats=True)[0]
+        assert_same_bits(fn.layer_norm(x, size, weight, bias), right)
+        assert_same_bits(fn.layer_norm(x, (size,), weight, bias), right)
+        right = fn.rms_norm(x, size, weight, 1e-6, return_stats=True)[0]
+        assert_same_bits(fn.rms_norm(x, size, weight, 1e-6), right)

@@ -480,9 +480,10 @@ cdef void finish(Pass* q, Item it, Moments m, Scale* s, real* kind) noexcept nog
                 rstd = inverse_root(m2, m2_rest) if m2 != 0.0 else 0.0
                 if sqrt(m2) < q.eps * unit:
                     rstd = 1.0 / (q.eps * unit)
-            mean_out[0] = mean / unit
-            var_out[0] = var / unit / unit
-            rstd_out[0] = rstd * unit
+            if q.mean.data != NULL:
+                mean_out[0] = mean / unit
+                var_out[0] = var / unit / unit
+                rstd_out[0] = rstd * unit
         if real is float:
             # beyond 2^100 either way, x - hi or r could leave float's range or its precision
             wide = rstd != 0.0 and not (7.9e-31 < fabs(rstd) < 1.3e30 and fabs(mean) < 1.3e30)
@@ -964,6 +965,92 @@ cdef int operand(Operand* o, object array, tuple strides) except -1:
     o.c *= size
     return 0
 
+cdef int carry_out(Pass* q, int threads) noexcept:
+    """Derive what follows from the dimensions, and run."""
+    cdef float as_float = 0
+    cdef double as_double = 0
+    cdef int failed
+    cdef Py_ssize_t groups, size = bytes_of(q.x.storage)
+    q.length = q.p * q.s
+    q.width = q.chunks = 1
+    q.block = BLOCK
+    if q.columns:
+        groups = q.c // q.neighbours
+        q.chunks = max(1, min(groups, (q.c + COLUMNS - 1) // COLUMNS))
+        q.width = (groups + q.chunks - 1) // q.chunks * q.neighbours
+        q.chunks = (q.c + q.width - 1) // q.width
+        q.block = min(max(SQUARE // q.width, 16), PIECE_ROWS)
+    q.items = q.a * q.b * q.chunks
+    q.pieces = pieces_of(q)
+    q.threads = 1 if q.items * q.width * q.length * size < SERIAL or not FN_OPENMP else max(1, threads)
+    with nogil:
+        if q.x.storage == F64:
+            failed = run(q, &as_double)
+        else:
+            failed = run(q, &as_float)
+    return failed
+
+# ---- the lean door: plain contiguous rows, where a call is to cost a microsecond --------------
+
+cdef inline bint plain(object array, int kind) noexcept:
+    """Whether `array` is a contiguous NumPy array of this type number, and nothing more special."""
+    return (cnp.PyArray_CheckExact(array) and cnp.PyArray_TYPE(<cnp.ndarray>array) == kind
+            and cnp.PyArray_ISCARRAY_RO(<cnp.ndarray>array))
+
+def quick_rows(x, Py_ssize_t size, weight, bias, double eps, bint centred, int threads):
+    """Normalise the rows of length `size` of x; None where x or a parameter is not plain.
+
+    The same kernel as run_pass, called with the same numbers: the same bits.
+    """
+    cdef Pass q
+    cdef int kind, computing
+    cdef cnp.ndarray y
+    cdef Py_ssize_t item, total
+    if not cnp.PyArray_CheckExact(x):
+        return None
+    kind = cnp.PyArray_TYPE(<cnp.ndarray>x)
+    if kind == cnp.NPY_FLOAT32:
+        q.x.storage = F32
+    elif kind == cnp.NPY_FLOAT64:
+        q.x.storage = F64
+    elif kind == cnp.NPY_FLOAT16:
+        q.x.storage = F16
+    else:
+        return None
+    computing = cnp.NPY_FLOAT64 if kind == cnp.NPY_FLOAT64 else cnp.NPY_FLOAT32
+    total = cnp.PyArray_SIZE(<cnp.ndarray>x)
+    if not plain(x, kind) or total == 0 or not 0.0 <= eps < INFINITY or cnp.PyArray_NDIM(<cnp.ndarray>x) == 0:
+        return None
+    # layout.py takes a single row's column, and rows of one element, for columns
+    if size < 2 or cnp.PyArray_DIM(<cnp.ndarray>x, cnp.PyArray_NDIM(<cnp.ndarray>x) - 1) != size:
+        return None
+    for parameter in (weight, bias):
+        if parameter is not None:
+            if not plain(parameter, computing) or cnp.PyArray_NDIM(<cnp.ndarray>parameter) != 1:
+                return None
+            if cnp.PyArray_DIM(<cnp.ndarray>parameter, 0) != size:
+                return None
+    y = cnp.PyArray_EMPTY(cnp.PyArray_NDIM(<cnp.ndarray>x), cnp.PyArray_DIMS(<cnp.ndarray>x), kind, 0)
+    item = bytes_of(q.x.storage)
+    memset(&q, 0, sizeof(q))
+    q.x.storage = F32 if kind == cnp.NPY_FLOAT32 else F64 if kind == cnp.NPY_FLOAT64 else F16
+    q.a = q.p = q.c = q.neighbours = 1
+    q.b, q.s = total // size, size
+    q.centred, q.eps = centred, eps
+    q.x.data = <char*>cnp.PyArray_DATA(<cnp.ndarray>x)
+    q.x.b, q.x.s = size * item, item
+    q.y = q.x
+    q.y.data = <char*>cnp.PyArray_DATA(y)
+    if weight is not None:
+        q.weight.data = <char*>cnp.PyArray_DATA(<cnp.ndarray>weight)
+        q.weight.s = 8 if computing == cnp.NPY_FLOAT64 else 4
+    if bias is not None:
+        q.bias.data = <char*>cnp.PyArray_DATA(<cnp.ndarray>bias)
+        q.bias.s = 8 if computing == cnp.NPY_FLOAT64 else 4
+    if carry_out(&q, threads):
+        raise MemoryError("fastnorm could not get the scratch memory of its kernels")
+    return y
+
 def has_threads():
     """Whether these kernels were built with OpenMP."""
     return bool(FN_OPENMP)
@@ -977,9 +1064,6 @@ def run_pass(layout, x, y, mean, var, rstd, *, weight=None, bias=None, mask=None
     """
     cdef Pass q
     cdef int failed
-    cdef float as_float = 0
-    cdef double as_double = 0
-    cdef Py_ssize_t groups, size
     cdef dict strides = layout.strides
     q.a, q.b, q.p, q.s, q.c = layout.dims
     q.neighbours = layout.neighbours
@@ -998,23 +1082,6 @@ def run_pass(layout, x, y, mean, var, rstd, *, weight=None, bias=None, mask=None
     operand(&q.addend, addend, strides.get("addend"))
     operand(&q.total, total, strides.get("total"))
 
-    size = bytes_of(q.x.storage)
-    q.length = q.p * q.s
-    q.width = q.chunks = 1
-    q.block = BLOCK
-    if q.columns:
-        groups = q.c // q.neighbours
-        q.chunks = max(1, min(groups, (q.c + COLUMNS - 1) // COLUMNS))
-        q.width = (groups + q.chunks - 1) // q.chunks * q.neighbours
-        q.chunks = (q.c + q.width - 1) // q.width
-        q.block = min(max(SQUARE // q.width, 16), PIECE_ROWS)
-    q.items = q.a * q.b * q.chunks
-    q.pieces = pieces_of(&q)
-    q.threads = 1 if q.items * q.width * q.length * size < SERIAL or not FN_OPENMP else max(1, threads)
-    with nogil:
-        if q.x.storage == F64:
-            failed = run(&q, &as_double)
-        else:
-            failed = run(&q, &as_float)
+    failed = carry_out(&q, threads)
     if failed:
         raise MemoryError("fastnorm could not get the scratch memory of its kernels")

@@ -1,5 +1,6 @@
 """fastnorm: batch, layer, instance, group and RMS normalization for NumPy, fast and right."""
 
+from fastnorm import nn
 from fastnorm.backends import (
     backend,
     get_backend,
@@ -8,6 +9,13 @@ from fastnorm.backends import (
     set_num_threads,
     show_config,
     threads,
+)
+from fastnorm.backward import (
+    batch_norm_backward,
+    group_norm_backward,
+    instance_norm_backward,
+    layer_norm_backward,
+    rms_norm_backward,
 )
 from fastnorm.functional import (
     add_layer_norm,
@@ -32,16 +40,22 @@ __all__ = [
     "add_rms_norm",
     "backend",
     "batch_norm",
+    "batch_norm_backward",
     "dynamic_tanh",
     "get_backend",
     "get_num_threads",
     "global_response_norm",
     "group_norm",
+    "group_norm_backward",
     "instance_norm",
+    "instance_norm_backward",
     "l2_normalize",
     "layer_norm",
+    "layer_norm_backward",
     "local_response_norm",
+    "nn",
     "rms_norm",
+    "rms_norm_backward",
     "set_backend",
     "set_num_threads",
     "show_config",

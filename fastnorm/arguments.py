@@ -96,9 +96,8 @@ def spread(value: Array, shape: tuple[int, ...], name: str, expected: str) -> Ar
     return padded
 
 
-def channel_parameter(value: ArrayLike, name: str, x: Array, axis: int) -> Array:
+def along_channels(p: Array, name: str, x: Array, axis: int) -> Array:
     """A weight or bias of a channel norm, along the axes of x with the channels moved to axis 1."""
-    p = parameter(value, name, x)
     samples, channels = (1 if axis == 0 else x.shape[0]), x.shape[axis]
     if p.shape == (channels,):
         return p.reshape((1, channels) + (1,) * (x.ndim - 2))
@@ -113,9 +112,13 @@ def channel_parameter(value: ArrayLike, name: str, x: Array, axis: int) -> Array
     return np.moveaxis(spread(p, x.shape, name, expected), axis, 1)
 
 
-def axis_parameter(value: ArrayLike, name: str, x: Array, axes: tuple[int, ...]) -> Array:
+def channel_parameter(value: ArrayLike, name: str, x: Array, axis: int) -> Array:
+    """`along_channels` of what came in, in the type that is computed in."""
+    return along_channels(parameter(value, name, x), name, x, axis)
+
+
+def along_axes(p: Array, name: str, x: Array, axes: tuple[int, ...]) -> Array:
     """A weight or bias of layer or RMS norm, along the axes of x."""
-    p = parameter(value, name, x)
     own = tuple(x.shape[axis] for axis in axes)
     if p.shape == own:
         # axes in the order they were given; here in the order they stand
@@ -128,6 +131,11 @@ def axis_parameter(value: ArrayLike, name: str, x: Array, axes: tuple[int, ...])
     if p.ndim <= len(own):
         raise ValueError(f"{name} has shape {p.shape} for x of shape {x.shape}, {expected}")
     return spread(p, x.shape, name, expected)
+
+
+def axis_parameter(value: ArrayLike, name: str, x: Array, axes: tuple[int, ...]) -> Array:
+    """`along_axes` of what came in, in the type that is computed in."""
+    return along_axes(parameter(value, name, x), name, x, axes)
 
 
 def mask_of(where: ArrayLike | None, x: Array) -> Array | None:
@@ -208,6 +216,17 @@ def check_running(
             raise TypeError(f"{name} has dtype {array.dtype}, expected a float dtype")
         if written and not array.flags.writeable:
             raise ValueError(f"{name} is read-only, and is updated in place; write {name}.copy()")
+
+
+def statistic(value: ArrayLike, name: str, shape: tuple[int, ...], of: str) -> Array:
+    """A mean or rstd as float64, one for each group."""
+    array = as_array(value, name)
+    if array.shape != shape:
+        raise ValueError(
+            f"{name} has shape {array.shape}, expected {shape}; give {of} what the forward "
+            "function returned with return_stats=True"
+        )
+    return array.astype(np.float64, copy=False)
 
 
 def require_two(counts: Array, of: str, what: str) -> None:

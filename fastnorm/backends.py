@@ -1,7 +1,7 @@
 """Who computes, and with how many threads.
 
-A backend is one function that carries out a `Pass`; adding one is adding such a function to
-`_AVAILABLE`. Everything above this floor describes passes and knows no backend.
+A backend is two functions, one that carries out a `Pass` and one for a `BackwardPass`; adding one
+is adding these to `_AVAILABLE`. Everything above this floor describes passes and knows no backend.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any
 
@@ -65,6 +65,27 @@ class Pass:
     activation_first: bool = False  # activation before the affine step instead of after it
 
 
+@dataclass(slots=True)
+class BackwardPass:
+    """From dy to dx, dweight and dbias; the reduced axes are those of the forward pass.
+
+    Every array is native and aligned and has as many axes as x. `dx`, `dweight` and `dbias` are
+    filled; the axes along which `dweight` has length 1 are those its sums run over, and `weight`
+    (None: 1 everywhere) and `dbias` have its shape. `mean` (None: 0) and `rstd` are float64.
+    """
+
+    x: Array
+    dy: Array
+    dx: Array
+    reduced: tuple[bool, ...]
+    mean: Array | None
+    rstd: Array
+    weight: Array | None
+    dweight: Array
+    dbias: Array | None
+    training: bool = True  # False: the statistics were given, and x did not move them
+
+
 # --- Cython ---------------------------------------------------------------------------------------
 
 # operands in the order of the kernels' signature; all but the statistics may be absent
@@ -92,11 +113,10 @@ def _forward(operands: dict[str, Array]) -> dict[str, Array]:
 def _layout_of(operands: dict[str, Array], reduced: tuple[bool, ...]) -> Layout | None:
     shape = operands["x"].shape
     steps = {
-        name: _steps(array, shape)
+        "stats" if name == "rstd" else name: _steps(array, shape)
         for name, array in operands.items()
-        if name not in ("var", "rstd")
+        if name not in ("mean", "var")
     }
-    steps["stats"] = steps.pop("mean")
     return describe(shape, reduced, tuple(steps.items()))
 
 
@@ -156,6 +176,84 @@ def _cython(p: Pass) -> None:
     return None
 
 
+def _cython_backward(p: BackwardPass) -> None:
+    operands = {"x": p.x, "dy": p.dy, "dx": p.dx, "rstd": p.rstd, "dweight": p.dweight}
+    if p.mean is not None:
+        operands["mean"] = p.mean
+    weight = p.weight
+    if weight is not None and weight.strides != _strides_like(p.dweight, weight):
+        weight = np.empty_like(p.dweight, weight.dtype)
+        weight[...] = p.weight
+    beside = {"weight": weight, "dbias": p.dbias}
+    operands |= {name: array for name, array in beside.items() if array is not None}
+    operands = _forward(operands)
+    described = {k: v for k, v in operands.items() if k not in ("weight", "dbias")}
+    layout = _layout_of(described, p.reduced)
+    if layout is None and p.dy.strides != _strides_like(p.x, p.dy):
+        dy = np.empty_like(p.x, p.dy.dtype)
+        if dy.strides != p.dy.strides:  # or it would come here again
+            dy[...] = p.dy
+            return _cython_backward(replace(p, dy=dy))
+    if layout is None:
+        return _spread_backward(p)
+    _core.kernels.run_backward(  # type: ignore[union-attr]
+        layout,
+        operands["x"],
+        operands["dy"],
+        operands["dx"],
+        operands.get("mean"),
+        operands["rstd"],
+        operands.get("weight"),
+        operands["dweight"],
+        operands.get("dbias"),
+        centred=p.mean is not None,
+        training=p.training,
+        threads=get_num_threads(),
+    )
+    return None
+
+
+def _strides_like(array: Array, other: Array) -> tuple[int, ...]:
+    """The strides of `array` if its elements were as large as those of `other`."""
+    return tuple(stride // array.itemsize * other.itemsize for stride in array.strides)
+
+
+def _spread_backward(p: BackwardPass) -> None:
+    """An order of axes that the kernels cannot walk: in copies, a weight for each element."""
+    order = sorted(range(p.x.ndim), key=lambda axis: p.reduced[axis])
+
+    def copied(array: Array) -> Array:
+        return np.ascontiguousarray(np.broadcast_to(array, p.x.shape).transpose(order))
+
+    x, dy = copied(p.x), copied(p.dy)
+    dx, dweight, dbias = np.empty_like(x), np.empty(x.shape), np.empty(x.shape)
+    _cython_backward(
+        BackwardPass(
+            x,
+            dy,
+            dx,
+            tuple(sorted(p.reduced)),
+            None if p.mean is None else p.mean.transpose(order),
+            p.rstd.transpose(order),
+            None if p.weight is None else copied(p.weight),
+            dweight,
+            dbias,
+            p.training,
+        )
+    )
+    back = np.argsort(order)
+    p.dx[...] = dx.transpose(back)
+    for gradient, elements in ((p.dweight, dweight), (p.dbias, dbias)):
+        if gradient is not None:
+            _sum_to(gradient, elements.transpose(back))
+
+
+def _sum_to(gradient: Array, elements: Array) -> None:
+    """Sum over the axes along which `gradient` has length 1."""
+    axes = tuple(axis for axis, size in enumerate(gradient.shape) if size == 1)
+    gradient[...] = elements.sum(axis=axes, keepdims=True)
+
+
 def _computing(dtype: np.dtype[Any]) -> type[np.floating[Any]]:
     return np.float64 if dtype.itemsize == 8 else np.float32
 
@@ -205,11 +303,34 @@ def _numpy(p: Pass) -> None:
             p.mean[...], p.var[...], p.rstd[...] = mean, var, rstd
 
 
+def _numpy_backward(p: BackwardPass) -> None:
+    axes = tuple(axis for axis, reduced in enumerate(p.reduced) if reduced)
+    wider = np.longdouble if p.x.dtype == np.float64 else np.float64
+    dx, dweight, dbias = _reference.normalize_backward(
+        p.dy,
+        p.x,
+        axes,
+        0.0 if p.mean is None else p.mean,
+        p.rstd,
+        p.weight,
+        centred=p.mean is not None,
+        training=p.training,
+        dtype=wider,
+    )
+    with np.errstate(all="ignore"):
+        p.dx[...] = dx
+        _sum_to(p.dweight, dweight)
+        if p.dbias is not None:
+            _sum_to(p.dbias, dbias)
+
+
 # --- The choice -----------------------------------------------------------------------------------
 
-_AVAILABLE: dict[str, Callable[[Pass], None]] = {"numpy": _numpy}
+_AVAILABLE: dict[str, tuple[Callable[[Pass], None], Callable[[BackwardPass], None]]] = {
+    "numpy": (_numpy, _numpy_backward)
+}
 if _core.kernels is not None:
-    _AVAILABLE = {"cython": _cython, **_AVAILABLE}
+    _AVAILABLE = {"cython": (_cython, _cython_backward), **_AVAILABLE}
 NAMES = ("auto", "cython", "numba", "numpy")
 
 _current = ""
@@ -218,7 +339,12 @@ _quick_rows: Any = getattr(_core.kernels, "quick_rows", None)
 
 def compute(p: Pass) -> None:
     """Carry out a pass on the backend in use."""
-    _AVAILABLE[_current](p)
+    _AVAILABLE[_current][0](p)
+
+
+def compute_backward(p: BackwardPass) -> None:
+    """Carry out a backward pass on the backend in use."""
+    _AVAILABLE[_current][1](p)
 
 
 def quick_rows(

@@ -61,7 +61,7 @@ def _result(array: Array, out: Array | None, *inputs: Array | None) -> Array:
     return out if usable else np.empty_like(array, subok=False)
 
 
-def _delivered(y: Array, x: ArrayLike, out: Array | None) -> Array:
+def delivered(y: Array, x: ArrayLike, out: Array | None = None) -> Array:
     """`y` where and in the byte order the caller expects it."""
     if out is not None:
         if y is not out:
@@ -146,14 +146,28 @@ def _run(
                 **options,
             )
         )
-    return _delivered(y, x, out), mean, var, rstd
+    return delivered(y, x, out), mean, var, rstd
 
 
 # --- Channel norms: batch, instance, group --------------------------------------------------------
 
 
-def _channels_second(axis: int) -> Callable[[Array], Array]:
+def channels_second(axis: int) -> Callable[[Array], Array]:
+    """Show an array of the shape of x with the channels, on `axis`, moved to axis 1."""
     return _as_it_is if axis == 1 else lambda array: np.moveaxis(array, axis, 1)
+
+
+def split_groups(axis: int, channels: int, groups: int) -> Callable[[Array], Array]:
+    """Show an array of the shape of x as (N, groups, channels of a group, ...)."""
+    second = channels_second(axis)
+
+    def split(array: Array) -> Array:
+        moved = second(array)
+        size = moved.shape[1]  # 1 where a parameter is broadcast along the channels
+        both = (groups, channels // groups) if size == channels else (1, 1)
+        return moved.reshape(moved.shape[:1] + both + moved.shape[2:])
+
+    return split
 
 
 def _update(
@@ -263,7 +277,7 @@ def batch_norm(
     check_running(running_mean, running_var, channels, written=training)
     w = _channels(weight, "weight", array, axis)
     b = _channels(bias, "bias", array, axis)
-    view = _channels_second(axis)
+    view = channels_second(axis)
     shared: dict[str, Any] = {
         "view": view,
         "where": where,
@@ -413,7 +427,7 @@ def instance_norm(
         w,
         b,
         eps=eps,
-        view=_channels_second(axis),
+        view=channels_second(axis),
         where=where,
         residual=residual,
         activation=activation,
@@ -491,13 +505,7 @@ def group_norm(
     samples, channels = array.shape[0], array.shape[axis]
     groups = groups_of(num_groups, channels)
     eps = check_eps(eps)
-    second = _channels_second(axis)
-
-    def split(array: Array) -> Array:
-        moved = second(array)
-        size = moved.shape[1]  # 1 where a parameter is broadcast along the channels
-        both = (groups, channels // groups) if size == channels else (1, 1)
-        return moved.reshape(moved.shape[:1] + both + moved.shape[2:])
+    split = split_groups(axis, channels, groups)
 
     def parameter(value: ArrayLike | None, name: str) -> Array | None:
         placed = _channels(value, name, array, axis)
@@ -844,7 +852,7 @@ def _add_norm(
         addend=addend,
         total=total,
     )
-    return y, _delivered(total, x, None)
+    return y, delivered(total, x)
 
 
 # --- The small ones -------------------------------------------------------------------------------
@@ -966,7 +974,7 @@ def local_response_norm(
                 if low < high:
                     near[low:high] += squares[low + shift : high + shift]
             target[...] = wide * (k + alpha / size * near) ** -beta
-    return _delivered(y, x, None)
+    return delivered(y, x)
 
 
 def weight_norm(v: ArrayLike, g: ArrayLike, *, axis: Axes | None = 0) -> Array:
@@ -1113,7 +1121,7 @@ def global_response_norm(
     eps = check_eps(eps)
     moved = np.moveaxis(array, axis, 1)
     if not array.size:
-        return _delivered(np.empty_like(array, subok=False), x, None)
+        return delivered(np.empty_like(array, subok=False), x)
     places = moved.shape[:2] + (1,) * (array.ndim - 2)
     mean, var, rstd = np.zeros(places), np.empty(places), np.empty(places)
     reduced = tuple(a >= 2 for a in range(array.ndim))
@@ -1122,7 +1130,7 @@ def global_response_norm(
     with np.errstate(all="ignore"):
         relative = length / (length.mean(axis=1, keepdims=True) + eps)
     factor = (1.0 + w.astype(np.float64) * relative).astype(computing_type(array.dtype))
-    return _scaled(x, array, 1.0, factor, b, view=_channels_second(axis))
+    return _scaled(x, array, 1.0, factor, b, view=channels_second(axis))
 
 
 def _scaled(

@@ -17,9 +17,9 @@ from functools import lru_cache
 SHORT_RUN = 64
 
 # Operands of the size of x. The kernels read and write them along the innermost axis.
-FULL = ("x", "y", "residual", "addend", "total")
+FULL = ("x", "y", "residual", "addend", "total", "dy", "dx")
 # Operands that along the innermost axis are one number, or as many numbers side by side.
-PARAMETERS = ("weight", "bias")
+PARAMETERS = ("weight", "bias", "dweight")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1085,3 +1085,4 @@ def run_pass(layout, x, y, mean, var, rstd, *, weight=None, bias=None, mask=None
     failed = carry_out(&q, threads)
     if failed:
         raise MemoryError("fastnorm could not get the scratch memory of its kernels")
+include "backward.pxi"

@@ -149,6 +149,190 @@ static inline void fn_store_f16(const float *FN_RESTRICT t, ptrdiff_t n, uint16_
 FN_STEPS(float, fn_fma32)
 FN_STEPS(double, fn_fma64)
 
+/* ---- the backward pass --------------------------------------------------------------------
+ * Two sums over dy and dy (x - mean), and the step that uses them,
+ *     dx = r g - c1 - xhat c2,   g = dy weight,   xhat = (x - hi) r + shift,
+ * with c1 and c2 the sums of g and g xhat over the group, times r over the count.
+ * FN_LANES partial sums side by side fix the order of a sum, whatever the vector's width: two sums
+ * of eight AVX2 registers in all, as many as two multiply-add units of four cycles keep busy. */
+#define FN_LANES 16
+
+#define FN_ADD_PAIR(j, G, D)                                                                      \
+    {                                                                                             \
+        const double g = (G), d = (D);                                                            \
+        a[j] += g;                                                                                \
+        b[j] = fn_mac64(g, d, b[j]);                                                              \
+    }
+
+#define FN_SUM_PAIR(G, D)                                                                         \
+    {                                                                                             \
+        double a[FN_LANES] = {0}, b[FN_LANES] = {0};                                              \
+        ptrdiff_t i = 0;                                                                          \
+        for (; i + FN_LANES <= n; i += FN_LANES)                                                  \
+            for (int j = 0; j < FN_LANES; j++) FN_ADD_PAIR(j, G, D)                               \
+        for (int j = 0; i + j < n; j++) FN_ADD_PAIR(j, G, D)                                      \
+        for (int half = FN_LANES / 2; half; half /= 2)                                            \
+            for (int j = 0; j < half; j++) {                                                      \
+                a[j] += a[j + half];                                                              \
+                b[j] += b[j + half];                                                              \
+            }                                                                                     \
+        *first += a[0];                                                                           \
+        *second += b[0];                                                                          \
+    }
+
+/* One row of columns, or four: a column's sums take four rows at a time. */
+#define FN_SUM_ROWS(G, D)                                                                         \
+    {                                                                                             \
+        for (; rows >= 4; rows -= 4, x += 4 * x_step, dy += 4 * dy_step)                          \
+            FN_IVDEP for (ptrdiff_t c = 0; c < n; c++) {                                          \
+                const double g0 = G(0), g1 = G(1), g2 = G(2), g3 = G(3);                          \
+                a[c] += (g0 + g1) + (g2 + g3);                                                    \
+                b[c] += fn_mac64(g0, D(0), g1 * D(1)) + fn_mac64(g2, D(2), g3 * D(3));            \
+            }                                                                                     \
+        for (; rows > 0; rows--, x += x_step, dy += dy_step)                                      \
+            FN_IVDEP for (ptrdiff_t c = 0; c < n; c++) {                                          \
+                a[c] += G(0);                                                                     \
+                b[c] = fn_mac64(G(0), D(0), b[c]);                                                \
+            }                                                                                     \
+    }
+
+#define FN_XHAT(real, fma, X, HI, R, SHIFT) const real xhat = fma((X) - HI, R, SHIFT)
+
+/* What each element adds to the gradients of a weight and a bias of its own. `rows` of equal
+ * length share these; their float terms are added up first, which touches the sums less often. */
+#define FN_COLLECT(real, fma)                                                                     \
+    static inline void fn_back_collect_##real(const real *const *x, const real *const *dy,        \
+                                              real *const *dx, const real *s, ptrdiff_t n,        \
+                                              int rows, const real *FN_RESTRICT w,                \
+                                              double *FN_RESTRICT gw, double *FN_RESTRICT gb) {   \
+        if (rows == 4) {                                                                          \
+            const real *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3];                            \
+            const real *d0 = dy[0], *d1 = dy[1], *d2 = dy[2], *d3 = dy[3];                        \
+            real *y0 = dx[0], *y1 = dx[1], *y2 = dx[2], *y3 = dx[3];                              \
+            FN_IVDEP for (ptrdiff_t i = 0; i < n; i++) {                                          \
+                const real t0 = d0[i], t1 = d1[i], t2 = d2[i], t3 = d3[i], v = w[i];              \
+                const real h0 = fma(x0[i] - s[0], s[1], s[2]);                                    \
+                const real h1 = fma(x1[i] - s[5], s[6], s[7]);                                    \
+                const real h2 = fma(x2[i] - s[10], s[11], s[12]);                                 \
+                const real h3 = fma(x3[i] - s[15], s[16], s[17]);                                 \
+                y0[i] = fma(-h0, s[4], fma(t0 * v, s[1], -s[3]));                                 \
+                y1[i] = fma(-h1, s[9], fma(t1 * v, s[6], -s[8]));                                 \
+                y2[i] = fma(-h2, s[14], fma(t2 * v, s[11], -s[13]));                              \
+                y3[i] = fma(-h3, s[19], fma(t3 * v, s[16], -s[18]));                              \
+                gw[i] += (double)(fma(t0, h0, t1 * h1) + fma(t2, h2, t3 * h3));                   \
+                gb[i] += (double)((t0 + t1) + (t2 + t3));                                         \
+            }                                                                                     \
+            return;                                                                               \
+        }                                                                                         \
+        for (int k = 0; k < rows; k++, s += 5) {                                                  \
+            const real *xk = x[k], *dk = dy[k];                                                   \
+            real *yk = dx[k];                                                                     \
+            FN_IVDEP for (ptrdiff_t i = 0; i < n; i++) {                                          \
+                const real t = dk[i], h = fma(xk[i] - s[0], s[1], s[2]);                          \
+                yk[i] = fma(-h, s[4], fma(t * w[i], s[1], -s[3]));                                \
+                gw[i] += (double)(t * h);                                                         \
+                gb[i] += (double)t;                                                               \
+            }                                                                                     \
+        }                                                                                         \
+    }
+
+#define FN_BACK(real, fma)                                                                        \
+    /* one statistic and one weight for the run; wr = weight rstd */                              \
+    static inline void fn_back_run_##real(const real *x, const real *dy, real *dx, ptrdiff_t n,   \
+                                          real hi, real r, real shift, real wr, real c1,          \
+                                          real c2) {                                              \
+        FN_IVDEP for (ptrdiff_t i = 0; i < n; i++) {                                              \
+            FN_XHAT(real, fma, x[i], hi, r, shift);                                               \
+            dx[i] = fma(-xhat, c2, fma(dy[i], wr, -c1));                                          \
+        }                                                                                         \
+    }                                                                                             \
+    /* statistics for each column of a row */                                                     \
+    static inline void fn_back_row_##real(const real *x, const real *dy, real *dx, ptrdiff_t n,   \
+                                          const real *hi, const real *r, const real *shift,       \
+                                          const real *wr, const real *c1, const real *c2) {       \
+        FN_IVDEP for (ptrdiff_t i = 0; i < n; i++) {                                              \
+            FN_XHAT(real, fma, x[i], hi[i], r[i], shift[i]);                                      \
+            dx[i] = fma(-xhat, c2[i], fma(dy[i], wr[i], -c1[i]));                                 \
+        }                                                                                         \
+    }                                                                                             \
+    /* the same where the weight is the row's (`wv` 0) or each element's own (1) */               \
+    static inline void fn_back_row_collect_##real(                                                \
+        const real *x, const real *dy, real *dx, ptrdiff_t n, const real *hi, const real *r,      \
+        const real *shift, const real *c1, const real *c2, const real *w, int wv,                 \
+        double *FN_RESTRICT gw, double *FN_RESTRICT gb) {                                         \
+        if (wv) {                                                                                 \
+            FN_IVDEP for (ptrdiff_t i = 0; i < n; i++) {                                          \
+                const real t = dy[i];                                                             \
+                FN_XHAT(real, fma, x[i], hi[i], r[i], shift[i]);                                  \
+                dx[i] = fma(-xhat, c2[i], fma(t * w[i], r[i], -c1[i]));                           \
+                gw[i] += (double)(t * xhat);                                                      \
+                gb[i] += (double)t;                                                               \
+            }                                                                                     \
+            return;                                                                               \
+        }                                                                                         \
+        const real v = w[0];                                                                      \
+        double a[FN_LANES] = {0}, b[FN_LANES] = {0};                                              \
+        ptrdiff_t i = 0;                                                                          \
+        for (; i + FN_LANES <= n; i += FN_LANES)                                                  \
+            FN_IVDEP for (int j = 0; j < FN_LANES; j++) {                                         \
+                const real t = dy[i + j];                                                         \
+                FN_XHAT(real, fma, x[i + j], hi[i + j], r[i + j], shift[i + j]);                  \
+                dx[i + j] = fma(-xhat, c2[i + j], fma(t * v, r[i + j], -c1[i + j]));              \
+                a[j] += (double)t;                                                                \
+                b[j] += (double)(t * xhat);                                                       \
+            }                                                                                     \
+        for (; i < n; i++) {                                                                      \
+            const real t = dy[i];                                                                 \
+            FN_XHAT(real, fma, x[i], hi[i], r[i], shift[i]);                                      \
+            dx[i] = fma(-xhat, c2[i], fma(t * v, r[i], -c1[i]));                                  \
+            a[0] += (double)t;                                                                    \
+            b[0] += (double)(t * xhat);                                                           \
+        }                                                                                         \
+        for (int half = FN_LANES / 2; half; half /= 2)                                            \
+            for (int j = 0; j < half; j++) {                                                      \
+                a[j] += a[j + half];                                                              \
+                b[j] += b[j + half];                                                              \
+            }                                                                                     \
+        gb[0] += a[0];                                                                            \
+        gw[0] += b[0];                                                                            \
+    }                                                                                             \
+    FN_COLLECT(real, fma)
+FN_BACK(float, fn_fma32)
+FN_BACK(double, fn_fma64)
+
+/* The sums.  Of floats: g and x - mean are exact in double, or nearly, and `rstd` waits until the
+ * sum is there.  Of doubles: scaled at once, or the product could leave the range. */
+#define FN_G(k) (double)dy[k * dy_step + c]
+#define FN_GW(k) (double)(dy[k * dy_step + c] * w[wv ? c : 0])
+#define FN_D(k) ((double)x[k * x_step + c] - mean[c])
+#define FN_DR(k) ((x[k * x_step + c] - mean[c]) * rstd[c])
+static inline void fn_sum_run_float(const float *x, const float *dy, ptrdiff_t n, double mean,
+                                    double rstd, const float *w, double *first, double *second) {
+    (void)rstd;
+    if (w) FN_SUM_PAIR((double)(dy[i + j] * w[i + j]), (double)x[i + j] - mean)
+    else FN_SUM_PAIR((double)dy[i + j], (double)x[i + j] - mean)
+}
+static inline void fn_sum_run_double(const double *x, const double *dy, ptrdiff_t n, double mean,
+                                     double rstd, const double *w, double *first, double *second) {
+    if (w) FN_SUM_PAIR(dy[i + j] * w[i + j], (x[i + j] - mean) * rstd)
+    else FN_SUM_PAIR(dy[i + j], (x[i + j] - mean) * rstd)
+}
+static inline void fn_sum_rows_float(const float *x, ptrdiff_t x_step, const float *dy,
+                                     ptrdiff_t dy_step, ptrdiff_t rows, ptrdiff_t n,
+                                     const double *mean, const double *rstd, const float *w, int wv,
+                                     double *FN_RESTRICT a, double *FN_RESTRICT b) {
+    (void)rstd;
+    if (w) FN_SUM_ROWS(FN_GW, FN_D)
+    else FN_SUM_ROWS(FN_G, FN_D)
+}
+static inline void fn_sum_rows_double(const double *x, ptrdiff_t x_step, const double *dy,
+                                      ptrdiff_t dy_step, ptrdiff_t rows, ptrdiff_t n,
+                                      const double *mean, const double *rstd, const double *w,
+                                      int wv, double *FN_RESTRICT a, double *FN_RESTRICT b) {
+    if (w) FN_SUM_ROWS(FN_GW, FN_DR)
+    else FN_SUM_ROWS(FN_G, FN_DR)
+}
+
 /* ---- activations ------------------------------------------------------------------------
  * float: branch-free, so that loops over them vectorise.  The polynomials are Chebyshev
  * interpolants; the comment beside each gives its largest relative error.

@@ -1,0 +1,701 @@
+# The backward pass, on the same five dimensions as the forward one (kernels.pxi, above).
+#
+#     xhat = (x - mean) rstd            g = dy weight
+#     dx = rstd (g - sum(g)/count - xhat sum(g xhat)/count)        sums over a group
+#     dweight = sum(dy xhat)            dbias = sum(dy)            sums over what shares a weight
+#
+# A *cell* is what both kinds of sum have in common.  Where the weight is one number for a run, or
+# for a column, its cells are whole planes or columns: their two sums give a group's sums, and the
+# weight's, in the first sweep.  Where the weight differs `inside` a run, or from row to row, each
+# element is a cell: the group's sums are taken first, and the weight's in the sweep that writes dx.
+#
+# Items whose weight is the same one (`sharers` of an `owner`) add into the same cells, in their
+# order; a fixed number of `parts` of them, merged in order, can run in parallel.
+
+cdef extern from "simd.h" nogil:
+    void fn_sum_run_float(const float*, const float*, Py_ssize_t, double, double, const float*, double*, double*) noexcept
+    void fn_sum_run_double(const double*, const double*, Py_ssize_t, double, double, const double*, double*, double*) noexcept
+    void fn_sum_rows_float(const float*, Py_ssize_t, const float*, Py_ssize_t, Py_ssize_t, Py_ssize_t, const double*, const double*, const float*, bint, double*, double*) noexcept
+    void fn_sum_rows_double(const double*, Py_ssize_t, const double*, Py_ssize_t, Py_ssize_t, Py_ssize_t, const double*, const double*, const double*, bint, double*, double*) noexcept
+    void fn_back_run_float(const float*, const float*, float*, Py_ssize_t, float, float, float, float, float, float) noexcept
+    void fn_back_run_double(const double*, const double*, double*, Py_ssize_t, double, double, double, double, double, double) noexcept
+    void fn_back_row_float(const float*, const float*, float*, Py_ssize_t, const float*, const float*, const float*, const float*, const float*, const float*) noexcept
+    void fn_back_row_double(const double*, const double*, double*, Py_ssize_t, const double*, const double*, const double*, const double*, const double*, const double*) noexcept
+    void fn_back_row_collect_float(const float*, const float*, float*, Py_ssize_t, const float*, const float*, const float*, const float*, const float*, const float*, bint, double*, double*) noexcept
+    void fn_back_row_collect_double(const double*, const double*, double*, Py_ssize_t, const double*, const double*, const double*, const double*, const double*, const double*, bint, double*, double*) noexcept
+    void fn_back_collect_float(const float**, const float**, float**, const float*, Py_ssize_t, int, const float*, double*, double*) noexcept
+    void fn_back_collect_double(const double**, const double**, double**, const double*, Py_ssize_t, int, const double*, double*, double*) noexcept
+
+cdef enum:
+    SPAN = 65536                # elements of a run summed at a time
+    SPAN_ROWS = 1024            # rows of columns, likewise
+    CHUNK = 1024                # elements of a run whose weights' gradients are collected at once
+    TOGETHER = 4                # runs that share the trip to those gradients
+    CACHED = 1 << 18            # bytes of x and dy that stay in L2 from one sweep to the next
+    TILE = 8192                 # numbers in a thread's tiles: two of BLOCK, or eight of CHUNK
+    PARTS = 64                  # parallel parts, at most and where there is work for them
+    PART = 32768                # elements that make a part worth its sums
+    FEW = 8                     # tasks below which large groups are shared out instead
+    OWN_CELLS = 8192            # cells that a task may keep to itself
+    ALLOWED = 2 << 20           # bytes that the parts' sums may take, besides 1 % of x
+
+cdef struct Back:
+    Py_ssize_t a, b, p, s, c, neighbours
+    bint columns, centred, training
+    Operand x, dy, dx, weight, dweight, dbias, mean, rstd
+    # derived
+    Py_ssize_t length           # reduced elements of a group (runs) or rows (columns)
+    Py_ssize_t width, chunks    # columns of an item, 1 for runs; items side by side along c
+    bint own_a, own_b, own_c    # whether the weight differs along these axes of items
+    bint inside                 # whether it differs within a run, or from row to row
+    Py_ssize_t owners, sharers  # items = owners * sharers
+    Py_ssize_t span, segments   # elements (rows) summed at a time; how many such an item has
+    Py_ssize_t plane_segments   # segments of each plane where planes' weights differ, else 0
+    Py_ssize_t cell_p, cell_s, cell_c, cells  # strides and number of an owner's cells
+    Py_ssize_t parts
+    int threads
+
+# What the step needs to know of each column (of the run, at width 1).
+cdef struct Slopes:
+    double* mean
+    double* rstd
+    double* first               # sum of g, then that times rstd / count
+    double* second              # sum of g xhat, likewise
+    char* hi
+    char* r
+    char* shift
+    char* wr
+    char* c1
+    char* c2
+    uint8_t* wide
+    bint any_wide
+
+cdef enum:
+    SLOPES_BYTES = 10 * 8 + 8
+
+cdef inline Slopes slopes_at(char* memory, Py_ssize_t width) noexcept nogil:
+    cdef Slopes s
+    s.mean = <double*>memory
+    s.rstd, s.first, s.second = s.mean + width, s.mean + 2 * width, s.mean + 3 * width
+    s.hi = memory + 32 * width
+    s.r, s.shift, s.wr = s.hi + 8 * width, s.hi + 16 * width, s.hi + 24 * width
+    s.c1, s.c2 = s.hi + 32 * width, s.hi + 40 * width
+    s.wide = <uint8_t*>(s.hi + 48 * width)
+    s.any_wide = False
+    return s
+
+cdef inline Item item_of(Back* q, Py_ssize_t owner, Py_ssize_t sharer) noexcept nogil:
+    cdef Item it
+    cdef Py_ssize_t chunk
+    if q.own_c:
+        chunk = owner % q.chunks
+        owner = owner // q.chunks
+    else:
+        chunk = sharer % q.chunks
+        sharer = sharer // q.chunks
+    if q.own_b:
+        it.b = owner % q.b
+        owner = owner // q.b
+    else:
+        it.b = sharer % q.b
+        sharer = sharer // q.b
+    it.a = owner if q.own_a else sharer
+    it.c = chunk * q.width
+    it.width = min(q.width, q.c - it.c) if q.columns else 1
+    return it
+
+cdef inline const real* weights_at(Back* q, Item it, Py_ssize_t p, Py_ssize_t s, real* kind) noexcept nogil:
+    """The weight of the first column of an item, or of an element; NULL where it is 1."""
+    if q.weight.data == NULL:
+        return NULL
+    return <const real*>(at(&q.weight, it.a, it.b) + p * q.weight.p + s * q.weight.s + it.c * q.weight.c)
+
+cdef inline char* place(Operand* o, Item it, Py_ssize_t p, Py_ssize_t s) noexcept nogil:
+    return at(o, it.a, it.b) + p * o.p + s * o.s + it.c * o.c
+
+cdef inline const real* ready(Operand* o, Item it, Py_ssize_t p, Py_ssize_t s, Py_ssize_t n, real* tile) noexcept nogil:
+    """n numbers of an operand, in place or, where a format is converted, in the tile."""
+    cdef char* source = place(o, it, p, s)
+    if native(o.storage, tile):
+        return <const real*>source
+    load(source, o.storage, n, tile)
+    return tile
+
+cdef struct Workspace:
+    char* memory
+    double* sums                # of a segment: two for each column
+    double* cells               # of an owner, or of a chunk: two for each
+    char* slopes
+    char* tiles
+
+cdef inline bint workspace_for(Back* q, Workspace* h, Py_ssize_t cells) noexcept nogil:
+    cdef Py_ssize_t slopes = TOGETHER * (SLOPES_BYTES * q.width + 16)
+    h.memory = <char*>malloc(TILE * 8 + 64 + (2 * q.width + 2 * cells) * sizeof(double) + slopes)
+    if h.memory == NULL:
+        return False
+    h.tiles = h.memory + (64 - <size_t>h.memory % 64)
+    h.sums = <double*>(h.tiles + TILE * 8)
+    h.cells = h.sums + 2 * q.width
+    h.slopes = <char*>(h.cells + 2 * cells)
+    return True
+
+# ---- the sums --------------------------------------------------------------------------------
+
+cdef inline void read_statistics(Back* q, Item it, Slopes* s, real* kind) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef double mean, rstd
+    s.any_wide = False
+    for i in range(it.width):
+        rstd = (<double*>(at(&q.rstd, it.a, it.b) + (it.c + i) // q.neighbours * q.rstd.c))[0]
+        mean = 0.0
+        if q.mean.data != NULL:
+            mean = (<double*>(at(&q.mean, it.a, it.b) + (it.c + i) // q.neighbours * q.mean.c))[0]
+        s.mean[i], s.rstd[i], s.first[i], s.second[i] = mean, rstd, 0.0, 0.0
+        (<real*>s.hi)[i] = <real>mean
+        (<real*>s.r)[i] = <real>rstd
+        (<real*>s.shift)[i] = <real>(-(mean - <real>mean) * rstd)
+        s.wide[i] = False
+        if real is float:
+            # as in the forward pass: beyond float's range, or its precision
+            s.wide[i] = rstd != 0.0 and not (7.9e-31 < fabs(rstd) < 1.3e30 and fabs(mean) < 1.3e30)
+            s.any_wide |= s.wide[i]
+
+cdef inline void segment_at(Back* q, Py_ssize_t k, Py_ssize_t* first, Py_ssize_t* last) noexcept nogil:
+    if q.plane_segments:
+        first[0] = k // q.plane_segments * q.s + k % q.plane_segments * q.span
+        last[0] = min(first[0] + q.span, (k // q.plane_segments + 1) * q.s)
+    else:
+        first[0] = k * q.span
+        last[0] = min(first[0] + q.span, q.length)
+
+cdef void segment_sums(Back* q, Item it, Slopes* s, Py_ssize_t k, double* sums, char* tiles, real* kind) noexcept nogil:
+    """Sums of dy and of dy xhat over a segment; of g and g xhat where the weight differs inside."""
+    cdef Py_ssize_t f, last, n, limit, i
+    cdef Py_ssize_t x_step, dy_step, size = sizeof(real)
+    cdef Py_ssize_t p, t
+    cdef bint convert = not (native(q.x.storage, kind) and native(q.dy.storage, kind))
+    cdef real* tile = <real*>tiles
+    cdef real* other = tile + BLOCK
+    cdef const real* x
+    cdef const real* dy
+    cdef const real* w = NULL
+    segment_at(q, k, &f, &last)
+    memset(sums, 0, 2 * it.width * sizeof(double))
+    if not q.columns:
+        limit = BLOCK if convert else SPAN
+        while f < last:
+            p, t = f // q.s, f % q.s
+            n = min(min(last - f, q.s - t), limit)
+            x = ready(&q.x, it, p, t, n, tile)
+            dy = ready(&q.dy, it, p, t, n, other)
+            if q.inside:
+                w = weights_at(q, it, p, t, kind)
+            if real is float:
+                fn_sum_run_float(x, dy, n, s.mean[0], s.rstd[0], w, sums, sums + 1)
+            else:
+                fn_sum_run_double(x, dy, n, s.mean[0], s.rstd[0], w, sums, sums + 1)
+            f += n
+    else:
+        limit = max(BLOCK // it.width, 1) if convert else SPAN_ROWS
+        if q.inside and q.weight.data != NULL:
+            limit = 1           # each row has another weight
+        while f < last:
+            p, t = f // q.s, f % q.s
+            n = min(min(last - f, q.s - t), limit)
+            x, dy = <const real*>place(&q.x, it, p, t), <const real*>place(&q.dy, it, p, t)
+            x_step, dy_step = q.x.s // size, q.dy.s // size
+            if not native(q.x.storage, kind):
+                for i in range(n):
+                    load(place(&q.x, it, p, t + i), q.x.storage, it.width, tile + i * it.width)
+                x, x_step = tile, it.width
+            if not native(q.dy.storage, kind):
+                for i in range(n):
+                    load(place(&q.dy, it, p, t + i), q.dy.storage, it.width, other + i * it.width)
+                dy, dy_step = other, it.width
+            if q.inside:
+                w = weights_at(q, it, p, t, kind)
+            if real is float:
+                fn_sum_rows_float(x, x_step, dy, dy_step, n, it.width, s.mean, s.rstd, w, q.weight.c != 0, sums, sums + it.width)
+            else:
+                fn_sum_rows_double(x, x_step, dy, dy_step, n, it.width, s.mean, s.rstd, w, q.weight.c != 0, sums, sums + it.width)
+            f += n
+    if real is float:
+        for i in range(it.width):
+            sums[it.width + i] *= s.rstd[i]
+
+cdef void add_segment(Back* q, Item it, Slopes* s, Py_ssize_t k, const double* sums, double* cells, real* kind) noexcept nogil:
+    """A segment's sums into its group's, and into the cells where those are its own kind."""
+    cdef Py_ssize_t i, n = it.width, cell
+    cdef Py_ssize_t plane = k // q.plane_segments if q.plane_segments else 0
+    cdef const real* w = weights_at(q, it, plane, 0, kind)
+    cdef double v = 1.0
+    for i in range(n):
+        if not q.inside:
+            cell = plane * q.cell_p + i * q.cell_c
+            cells[cell] += sums[n + i]
+            cells[q.cells + cell] += sums[i]
+            if w != NULL:
+                v = w[i if q.weight.c else 0]
+        s.first[i] += v * sums[i]
+        s.second[i] += v * sums[n + i]
+
+cdef void finish_sums(Back* q, Item it, Slopes* s, real* kind) noexcept nogil:
+    """From the group's sums to the two terms that the step subtracts."""
+    cdef Py_ssize_t i, j, group, k = q.neighbours
+    cdef double first, second, count = <double>q.length * k
+    cdef const real* w = NULL
+    for group in range(it.width // k):
+        i = group * k
+        first = second = 0.0
+        if q.training:
+            for j in range(i, i + k):
+                first += s.first[j]
+                second += s.second[j]
+        for j in range(i, i + k):
+            s.first[j] = s.rstd[i] * (first / count) if q.centred else 0.0
+            s.second[j] = s.rstd[i] * (second / count)
+            (<real*>s.c1)[j] = <real>s.first[j]
+            (<real*>s.c2)[j] = <real>s.second[j]
+    if q.columns and not q.inside:
+        w = weights_at(q, it, 0, 0, kind)
+        for i in range(it.width):
+            (<real*>s.wr)[i] = <real>((1.0 if w == NULL else w[i if q.weight.c else 0]) * s.rstd[i])
+
+cdef void item_sums(Back* q, Item it, Slopes* s, double* sums, double* cells, char* tiles, real* kind) noexcept nogil:
+    cdef Py_ssize_t k
+    read_statistics(q, it, s, kind)
+    if q.training or not q.inside:
+        for k in range(q.segments):
+            segment_sums(q, it, s, k, sums, tiles, kind)
+            add_segment(q, it, s, k, sums, cells, kind)
+    finish_sums(q, it, s, kind)
+
+# ---- the step --------------------------------------------------------------------------------
+
+cdef void wide_step(Back* q, Item it, Slopes* s, Py_ssize_t p, Py_ssize_t t, Py_ssize_t n, const real* x, const real* dy, const real* w, real* dx, bint all_of_it, double* gw, double* gb) noexcept nogil:
+    """The step in double, for columns whose numbers leave float's range; others are left alone.
+
+    `gw` and `gb` (or NULL) take what the element adds to the gradients of weight and bias.
+    """
+    cdef Py_ssize_t i, j, g
+    cdef double xhat, v
+    cdef bint along = (q.dweight.c if q.columns else q.dweight.s) != 0
+    for i in range(n):
+        j = i if q.columns else 0
+        if not (s.wide[j] or all_of_it):
+            continue
+        xhat = (<double>x[i] - s.mean[j]) * s.rstd[j]
+        v = 1.0 if w == NULL else w[i if along else 0]
+        dx[i] = <real>(s.rstd[j] * dy[i] * v - s.first[j] - xhat * s.second[j])
+        if gw != NULL:
+            g = i if along else 0
+            gw[g] += dy[i] * xhat
+            gb[g] += dy[i]
+
+cdef void step_back(Back* q, Item it, Slopes* s, Py_ssize_t f, Py_ssize_t last, char* tiles, real* kind) noexcept nogil:
+    """dx of the elements (rows) [f, last), where the weight does not differ inside."""
+    cdef Py_ssize_t p, t, n
+    cdef real* tile = <real*>tiles
+    cdef real* other = tile + BLOCK
+    cdef real* dx
+    cdef real wr
+    cdef const real* x
+    cdef const real* dy
+    cdef const real* w
+    cdef bint straight = native(q.dx.storage, kind)
+    cdef Py_ssize_t limit = SPAN if straight and native(q.dy.storage, kind) else BLOCK
+    while f < last:
+        p, t = f // q.s, f % q.s
+        n = it.width if q.columns else min(min(last - f, q.s - t), limit)
+        dx = <real*>place(&q.dx, it, p, t) if straight else tile
+        x = ready(&q.x, it, p, t, n, tile)
+        dy = ready(&q.dy, it, p, t, n, other)
+        w = weights_at(q, it, p, t, kind)
+        if s.any_wide and not q.columns:
+            wide_step(q, it, s, p, t, n, x, dy, w, dx, True, NULL, NULL)
+        elif q.columns:
+            if real is float:
+                fn_back_row_float(x, dy, dx, n, <float*>s.hi, <float*>s.r, <float*>s.shift, <float*>s.wr, <float*>s.c1, <float*>s.c2)
+            else:
+                fn_back_row_double(x, dy, dx, n, <double*>s.hi, <double*>s.r, <double*>s.shift, <double*>s.wr, <double*>s.c1, <double*>s.c2)
+        else:
+            wr = <real>((1.0 if w == NULL else w[0]) * s.rstd[0])
+            if real is float:
+                fn_back_run_float(x, dy, dx, n, (<float*>s.hi)[0], (<float*>s.r)[0], (<float*>s.shift)[0], wr, (<float*>s.c1)[0], (<float*>s.c2)[0])
+            else:
+                fn_back_run_double(x, dy, dx, n, (<double*>s.hi)[0], (<double*>s.r)[0], (<double*>s.shift)[0], wr, (<double*>s.c1)[0], (<double*>s.c2)[0])
+        if s.any_wide and q.columns:
+            # dx has overwritten the tile of x
+            wide_step(q, it, s, p, t, n, ready(&q.x, it, p, t, n, tile + BLOCK // 2), dy, w, dx, False, NULL, NULL)
+        if not straight:
+            store(dx, n, place(&q.dx, it, p, t), q.dx.storage)
+        f += 1 if q.columns else n
+
+cdef void collect_runs(Back* q, const Item* items, Slopes* s, int count, Py_ssize_t p, Py_ssize_t t, Py_ssize_t n, double* gw, double* gb, char* tiles, real* kind) noexcept nogil:
+    """dx of n elements of up to TOGETHER runs that share their weights, and those' gradients."""
+    cdef const real* x[TOGETHER]
+    cdef const real* dy[TOGETHER]
+    cdef real* dx[TOGETHER]
+    cdef real[5 * TOGETHER] terms
+    cdef real[CHUNK] ones
+    cdef const real* w = weights_at(q, items[0], p, t, kind)
+    cdef bint straight = native(q.dx.storage, kind), any_wide = False
+    cdef Py_ssize_t i
+    cdef int k
+    if w == NULL:
+        for i in range(n):
+            ones[i] = 1
+        w = ones
+    for k in range(count):
+        x[k] = ready(&q.x, items[k], p, t, n, <real*>tiles + 2 * k * CHUNK)
+        dy[k] = ready(&q.dy, items[k], p, t, n, <real*>tiles + (2 * k + 1) * CHUNK)
+        dx[k] = <real*>place(&q.dx, items[k], p, t) if straight else <real*>tiles + 2 * k * CHUNK
+        terms[5 * k], terms[5 * k + 1], terms[5 * k + 2] = (<real*>s[k].hi)[0], (<real*>s[k].r)[0], (<real*>s[k].shift)[0]
+        terms[5 * k + 3], terms[5 * k + 4] = (<real*>s[k].c1)[0], (<real*>s[k].c2)[0]
+        any_wide |= s[k].any_wide
+    if any_wide:
+        for k in range(count):
+            wide_step(q, items[k], &s[k], p, t, n, x[k], dy[k], w, dx[k], True, gw, gb)
+    elif real is float:
+        fn_back_collect_float(x, dy, dx, terms, n, count, w, gw, gb)
+    else:
+        fn_back_collect_double(x, dy, dx, terms, n, count, w, gw, gb)
+    if not straight:
+        for k in range(count):
+            store(dx[k], n, place(&q.dx, items[k], p, t), q.dx.storage)
+
+cdef void collect_row(Back* q, Item it, Slopes* s, Py_ssize_t p, Py_ssize_t t, double* gw, double* gb, char* tiles, real* kind) noexcept nogil:
+    """dx of a row of columns, and the gradients of its weight or weights."""
+    cdef real* tile = <real*>tiles
+    cdef bint straight = native(q.dx.storage, kind)
+    cdef const real* x = ready(&q.x, it, p, t, it.width, tile)
+    cdef const real* dy = ready(&q.dy, it, p, t, it.width, tile + BLOCK)
+    cdef real* dx = <real*>place(&q.dx, it, p, t) if straight else tile
+    cdef const real* w = weights_at(q, it, p, t, kind)
+    cdef real one = 1
+    cdef bint along = q.dweight.c != 0
+    cdef Py_ssize_t i
+    if w == NULL:
+        w = &one
+        if along:
+            for i in range(it.width):
+                (<real*>s.wr)[i] = 1
+            w = <real*>s.wr
+    if s.any_wide:
+        wide_step(q, it, s, p, t, it.width, x, dy, w, dx, True, gw, gb)
+    elif real is float:
+        fn_back_row_collect_float(x, dy, dx, it.width, <float*>s.hi, <float*>s.r, <float*>s.shift, <float*>s.c1, <float*>s.c2, w, along, gw, gb)
+    else:
+        fn_back_row_collect_double(x, dy, dx, it.width, <double*>s.hi, <double*>s.r, <double*>s.shift, <double*>s.c1, <double*>s.c2, w, along, gw, gb)
+    if not straight:
+        store(dx, it.width, place(&q.dx, it, p, t), q.dx.storage)
+
+# ---- the gradients of weight and bias, written out -------------------------------------------
+
+cdef void put(const double* v, Py_ssize_t n, char* y, Py_ssize_t step, Storage storage) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef float f
+    if y == NULL:
+        return
+    for i in range(n):
+        if storage == F32:
+            (<float*>(y + i * step))[0] = <float>v[i]
+        elif storage == F64:
+            (<double*>(y + i * step))[0] = v[i]
+        else:
+            f = <float>v[i]
+            if storage == F16:
+                fn_store_f16(&f, 1, <uint16_t*>(y + i * step))
+            else:
+                fn_store_bf16(&f, 1, <uint16_t*>(y + i * step))
+
+cdef void put_cells(Back* q, Item it, Py_ssize_t p, Py_ssize_t t, const double* gw, const double* gb, Py_ssize_t n) noexcept nogil:
+    """n neighbouring cells, the first at (p, t) of an item."""
+    cdef Py_ssize_t step = q.dweight.c if q.columns else q.dweight.s
+    put(gw, n, place(&q.dweight, it, p, t), step, q.dweight.storage)
+    if q.dbias.data != NULL:
+        put(gb, n, place(&q.dbias, it, p, t), step, q.dbias.storage)
+
+cdef void put_owner(Back* q, Py_ssize_t owner, const double* cells) noexcept nogil:
+    cdef Item it = item_of(q, owner, 0)
+    cdef Py_ssize_t p, t, cell
+    cdef Py_ssize_t planes = q.p if q.cell_p else 1
+    cdef Py_ssize_t rows = q.s if q.columns and q.cell_s else 1
+    cdef Py_ssize_t n = (it.width if q.cell_c else 1) if q.columns else (q.s if q.cell_s else 1)
+    for p in range(planes):
+        for t in range(rows):
+            cell = p * q.cell_p + t * q.cell_s
+            put_cells(q, it, p, t, cells + cell, cells + q.cells + cell, n)
+
+# ---- threads ---------------------------------------------------------------------------------
+
+cdef int back_tasks(Back* q, Py_ssize_t first, Py_ssize_t last, double* parts, real* kind) noexcept nogil:
+    """Tasks [first, last): each a part of an owner's sharers, from sums to dx while in cache."""
+    cdef Workspace h
+    cdef Slopes[TOGETHER] s
+    cdef Item[TOGETHER] items
+    cdef Py_ssize_t task, owner, part, i, end, p, t, n
+    cdef double* cells
+    cdef int k, count, together = 1
+    if q.inside and not q.columns and q.length * TOGETHER * 2 * <Py_ssize_t>bytes_of(q.x.storage) <= CACHED:
+        together = TOGETHER
+    if not workspace_for(q, &h, q.cells if parts == NULL else 0):
+        return 1
+    for k in range(TOGETHER):
+        s[k] = slopes_at(h.slopes + k * (SLOPES_BYTES * q.width + 16) // 8 * 8, q.width)
+    for task in range(first, last):
+        owner, part = task // q.parts, task % q.parts
+        cells = h.cells if parts == NULL else parts + task * 2 * q.cells
+        memset(cells, 0, 2 * q.cells * sizeof(double))
+        i, end = q.sharers * part // q.parts, q.sharers * (part + 1) // q.parts
+        while i < end:
+            count = <int>min(<Py_ssize_t>together, end - i)
+            for k in range(count):
+                items[k] = item_of(q, owner, i + k)
+                item_sums(q, items[k], &s[k], h.sums, cells, h.tiles, kind)
+            if not q.inside:
+                step_back(q, items[0], &s[0], 0, q.length, h.tiles, kind)
+            elif q.columns:
+                for p in range(q.p):
+                    for t in range(q.s):
+                        n = p * q.cell_p + t * q.cell_s
+                        collect_row(q, items[0], &s[0], p, t, cells + n, cells + q.cells + n, h.tiles, kind)
+            else:
+                for p in range(q.p):
+                    t = 0
+                    while t < q.s:
+                        n = p * q.cell_p + t
+                        collect_runs(q, items, s, count, p, t, min(q.s - t, <Py_ssize_t>CHUNK), cells + n, cells + q.cells + n, h.tiles, kind)
+                        t += CHUNK
+            i += count
+        if parts == NULL:
+            put_owner(q, owner, cells)
+    free(h.memory)
+    return 0
+
+cdef int some_sums(Back* q, Py_ssize_t owner, Py_ssize_t first, Py_ssize_t last, Slopes* s, double* sums, real* kind) noexcept nogil:
+    """Segments [first, last) of all of an owner's items."""
+    cdef Workspace h
+    cdef Py_ssize_t i
+    if not workspace_for(q, &h, 0):
+        return 1
+    for i in range(first, last):
+        segment_sums(q, item_of(q, owner, i // q.segments), &s[i // q.segments], i % q.segments, sums + i * 2 * q.width, h.tiles, kind)
+    free(h.memory)
+    return 0
+
+cdef int some_back_steps(Back* q, Py_ssize_t owner, Py_ssize_t begin, Py_ssize_t end, Slopes* s, real* kind) noexcept nogil:
+    """dx of segments [begin, end), or where the weight differs inside of its chunks [begin, end)."""
+    cdef Workspace h
+    cdef Item[TOGETHER] items
+    cdef Py_ssize_t i, j, f, last, p, t, n, planes, rows
+    cdef Py_ssize_t along = (q.s + CHUNK - 1) // CHUNK
+    cdef int k, count
+    if not workspace_for(q, &h, max(<Py_ssize_t>CHUNK, q.width)):
+        return 1
+    for i in range(begin, end):
+        if not q.inside:
+            segment_at(q, i % q.segments, &f, &last)
+            step_back(q, item_of(q, owner, i // q.segments), &s[i // q.segments], f, last, h.tiles, kind)
+        elif q.columns:
+            # a chunk is a row; the rows that share its weights are taken with it
+            p, t = i, 0
+            if q.cell_s:
+                p, t = i // q.s, i % q.s
+            planes, rows = 1 if q.cell_p else q.p, 1 if q.cell_s else q.s
+            n = q.width if q.cell_c else 1
+            memset(h.cells, 0, 2 * n * sizeof(double))
+            for j in range(q.sharers):
+                items[0] = item_of(q, owner, j)
+                for f in range(planes * rows):
+                    collect_row(q, items[0], &s[j], p + f // rows, t + f % rows, h.cells, h.cells + n, h.tiles, kind)
+            items[0] = item_of(q, owner, 0)
+            put_cells(q, items[0], p, t, h.cells, h.cells + n, items[0].width if q.cell_c else 1)
+        else:
+            p, t = i // along, i % along * CHUNK
+            n = min(q.s - t, <Py_ssize_t>CHUNK)
+            planes = 1 if q.cell_p else q.p
+            memset(h.cells, 0, 2 * CHUNK * sizeof(double))
+            j = 0
+            while j < q.sharers:
+                count = <int>min(<Py_ssize_t>TOGETHER, q.sharers - j)
+                for k in range(count):
+                    items[k] = item_of(q, owner, j + k)
+                for f in range(planes):
+                    collect_runs(q, items, &s[j], count, p + f, t, n, h.cells, h.cells + CHUNK, h.tiles, kind)
+                j += count
+            put_cells(q, items[0], p, t, h.cells, h.cells + CHUNK, n)
+    free(h.memory)
+    return 0
+
+cdef int back_owner(Back* q, Py_ssize_t owner, int threads, real* kind) noexcept nogil:
+    """All of an owner's items in two sweeps, each shared out among the threads."""
+    cdef Py_ssize_t i, k, turn, total = q.sharers * q.segments, steps = total
+    cdef Py_ssize_t turns = min(total, <Py_ssize_t>(8 * threads))
+    cdef Py_ssize_t slopes_bytes = (SLOPES_BYTES * q.width + 15) // 8 * 8
+    cdef Py_ssize_t own = 0 if q.inside else 2 * q.cells
+    cdef int failed = 0
+    cdef Slopes* s = <Slopes*>malloc(q.sharers * sizeof(Slopes))
+    cdef char* memory = <char*>malloc(q.sharers * slopes_bytes)
+    cdef double* sums = <double*>malloc((total * 2 * q.width + own) * sizeof(double))
+    cdef double* cells
+    cdef Item it
+    if s == NULL or memory == NULL or sums == NULL:
+        failed = 1
+    else:
+        cells = sums + total * 2 * q.width
+        memset(cells, 0, own * sizeof(double))
+        for i in range(q.sharers):
+            s[i] = slopes_at(memory + i * slopes_bytes, q.width)
+            read_statistics(q, item_of(q, owner, i), &s[i], kind)
+        if q.training or not q.inside:
+            if threads == 1:
+                failed = some_sums(q, owner, 0, total, s, sums, kind)
+            else:
+                for turn in prange(turns, num_threads=threads, schedule="dynamic"):
+                    failed |= some_sums(q, owner, total * turn // turns, total * (turn + 1) // turns, s, sums, kind)
+        for i in range(q.sharers):
+            it = item_of(q, owner, i)
+            if q.training or not q.inside:
+                for k in range(q.segments):
+                    add_segment(q, it, &s[i], k, sums + (i * q.segments + k) * 2 * q.width, cells, kind)
+            finish_sums(q, it, &s[i], kind)
+        if not q.inside:
+            put_owner(q, owner, cells)
+        elif q.columns:
+            steps = (q.p if q.cell_p else 1) * (q.s if q.cell_s else 1)
+        else:
+            steps = (q.p if q.cell_p else 1) * ((q.s + CHUNK - 1) // CHUNK)
+        turns = min(steps, <Py_ssize_t>(8 * threads))
+        if failed:
+            pass
+        elif threads == 1:
+            failed = some_back_steps(q, owner, 0, steps, s, kind)
+        else:
+            for turn in prange(turns, num_threads=threads, schedule="dynamic"):
+                failed |= some_back_steps(q, owner, steps * turn // turns, steps * (turn + 1) // turns, s, kind)
+    free(s)
+    free(memory)
+    free(sums)
+    return failed
+
+cdef int some_owners(Back* q, Py_ssize_t first, Py_ssize_t last, real* kind) noexcept nogil:
+    cdef Py_ssize_t owner
+    cdef int failed = 0
+    for owner in range(first, last):
+        failed |= back_owner(q, owner, 1, kind)
+    return failed
+
+cdef void merge_parts(Back* q, double* parts) noexcept nogil:
+    cdef Py_ssize_t owner, part, i
+    cdef double* into
+    for owner in range(q.owners):
+        into = parts + owner * q.parts * 2 * q.cells
+        for part in range(1, q.parts):
+            for i in range(2 * q.cells):
+                into[i] += into[part * 2 * q.cells + i]
+        put_owner(q, owner, into)
+
+cdef int run_back(Back* q, real* kind) noexcept nogil:
+    cdef Py_ssize_t turn, turns, tasks = q.owners * q.parts
+    cdef Py_ssize_t size = q.owners * q.sharers * q.width * q.length
+    cdef int failed = 0
+    cdef double* parts = NULL
+    if (tasks < FEW and size >= 4 * PART) or (q.inside and q.parts == 1 and q.cells > OWN_CELLS):
+        # few large groups, or sums too many to keep: the two sweeps apart
+        if q.owners < FEW or q.threads == 1:
+            for turn in range(q.owners):
+                failed |= back_owner(q, turn, q.threads, kind)
+            return failed
+        turns = min(q.owners, <Py_ssize_t>(8 * q.threads))
+        for turn in prange(turns, num_threads=q.threads, schedule="dynamic"):
+            failed |= some_owners(q, q.owners * turn // turns, q.owners * (turn + 1) // turns, kind)
+        return failed
+    if q.parts > 1:
+        parts = <double*>malloc(tasks * 2 * q.cells * sizeof(double))
+        if parts == NULL:
+            return 1
+    if q.threads == 1:
+        failed = back_tasks(q, 0, tasks, parts, kind)
+    else:
+        turns = min(tasks, <Py_ssize_t>(8 * q.threads))
+        for turn in prange(turns, num_threads=q.threads, schedule="dynamic"):
+            failed |= back_tasks(q, tasks * turn // turns, tasks * (turn + 1) // turns, parts, kind)
+    if parts != NULL:
+        if not failed:
+            merge_parts(q, parts)
+        free(parts)
+    return failed
+
+# ---- the door --------------------------------------------------------------------------------
+
+cdef int carry_back(Back* q, int threads) noexcept:
+    """Derive what follows from the dimensions, and run.  All of it depends on the shape alone."""
+    cdef float as_float = 0
+    cdef double as_double = 0
+    cdef int failed
+    cdef Py_ssize_t groups, size, x_bytes, cells, sum_bytes
+    cdef Operand* w = &q.dweight
+    q.length = q.p * q.s
+    q.width = q.chunks = 1
+    if q.columns:
+        groups = q.c // q.neighbours
+        q.chunks = max(1, min(groups, (q.c + COLUMNS - 1) // COLUMNS))
+        q.width = (groups + q.chunks - 1) // q.chunks * q.neighbours
+        q.chunks = (q.c + q.width - 1) // q.width
+    q.own_a, q.own_b = w.a != 0, w.b != 0
+    q.own_c = q.columns and w.c != 0
+    q.inside = w.s != 0 or (q.columns and w.p != 0)
+    q.owners = (q.a if q.own_a else 1) * (q.b if q.own_b else 1) * (q.chunks if q.own_c else 1)
+    q.sharers = q.a * q.b * q.chunks // q.owners
+
+    q.cell_c = q.columns and w.c != 0
+    cells = q.width if q.cell_c else 1
+    q.cell_s = cells if w.s != 0 else 0
+    cells *= q.s if w.s != 0 else 1
+    q.cell_p = cells if w.p != 0 else 0
+    cells *= q.p if w.p != 0 else 1
+    q.cells = cells
+
+    q.span = SPAN_ROWS if q.columns else SPAN
+    q.plane_segments = 0
+    if w.p != 0 and q.p > 1 and not q.inside:
+        q.plane_segments = (q.s + q.span - 1) // q.span
+        q.segments = q.p * q.plane_segments
+    else:
+        q.segments = (q.length + q.span - 1) // q.span
+
+    size = q.owners * q.sharers * q.width * q.length
+    x_bytes = size * bytes_of(q.x.storage)
+    sum_bytes = 2 * q.cells * q.owners * sizeof(double)
+    q.parts = min(min(q.sharers, max(PARTS // q.owners, 1)), min(size // PART, (ALLOWED + x_bytes // 100) // sum_bytes))
+    q.parts = max(q.parts, 1)
+    q.threads = 1 if x_bytes < SERIAL // 2 or not FN_OPENMP else max(1, threads)
+    with nogil:
+        if q.x.storage == F64:
+            failed = run_back(q, &as_double)
+        else:
+            failed = run_back(q, &as_float)
+    return failed
+
+def run_backward(layout, x, dy, dx, mean, rstd, weight, dweight, dbias, *, bint centred=True, bint training=True, int threads=1):
+    """One backward pass of `layout`: fills dx, dweight and, unless it is None, dbias.
+
+    `weight` (None: 1 everywhere), `dweight` and `dbias` lie in memory in the same way.
+    """
+    cdef Back q
+    cdef dict strides = layout.strides
+    q.a, q.b, q.p, q.s, q.c = layout.dims
+    q.neighbours = layout.neighbours
+    q.columns = layout.columns
+    q.centred, q.training = centred, training
+    operand(&q.x, x, strides["x"])
+    operand(&q.dy, dy, strides["dy"])
+    operand(&q.dx, dx, strides["dx"])
+    operand(&q.mean, mean, strides["stats"])
+    operand(&q.rstd, rstd, strides["stats"])
+    operand(&q.weight, weight, strides["dweight"])
+    operand(&q.dweight, dweight, strides["dweight"])
+    operand(&q.dbias, dbias, strides["dweight"])
+    if carry_back(&q, threads):
+        raise MemoryError("fastnorm could not get the scratch memory of its kernels")

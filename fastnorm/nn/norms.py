@@ -1,0 +1,524 @@
+"""The norms as modules, with the options, the behaviour and the state of those in ``torch.nn``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
+
+from fastnorm import backward, functional
+from fastnorm.arguments import Array, Axes, as_array, channel_axis_of, check_eps, groups_of
+from fastnorm.nn.module import Module, parameter_type
+
+Saved = tuple[Any, ...]
+Gradients = tuple[Array, dict[str, Array]]
+
+
+def _named(gradients: tuple[Array, ...]) -> Gradients:
+    """(dx, dweight, dbias), or without the last, as a module wants them."""
+    dx, *others = gradients
+    return dx, dict(zip(("weight", "bias"), others))
+
+
+def _count(value: int, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"{name} is {value!r}, expected a whole number, 1 or more")
+    return int(value)
+
+
+class _Norm(Module):
+    """A norm with a weight of ones and a bias of zeros, or with neither."""
+
+    def __init__(
+        self, shape: tuple[int, ...], eps: float | None, weight: bool, bias: bool, dtype: DTypeLike
+    ) -> None:
+        super().__init__()
+        self.eps: Any = eps if eps is None else check_eps(eps)
+        kind = parameter_type(dtype)
+        if weight:
+            self._add_parameter("weight", np.ones(shape, kind))
+        if bias:
+            self._add_parameter("bias", np.zeros(shape, kind))
+
+    @property
+    def _affine(self) -> dict[str, Any]:
+        return {name: self._parameters.get(name) for name in ("weight", "bias")}
+
+    def reset_parameters(self) -> None:
+        """Set the weight to 1 and the bias to 0."""
+        for name, array in self._parameters.items():
+            array[...] = name == "weight"
+
+    def _options(self) -> dict[str, Any]:
+        """What `repr` shows."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in self._options().items())
+        return f"{type(self).__name__}({options})"
+
+
+class _ChannelNorm(_Norm):
+    """Batch and instance norm: one weight, bias and running statistic for each channel."""
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float,
+        momentum: float | None,
+        affine: bool,
+        track_running_stats: bool,
+        channel_axis: int,
+        dtype: DTypeLike,
+    ) -> None:
+        self.num_features = _count(num_features, "num_features")
+        super().__init__((self.num_features,), eps, affine, affine, dtype)
+        self.momentum = momentum
+        self.affine = bool(affine)
+        self.track_running_stats = bool(track_running_stats)
+        self.channel_axis = channel_axis
+        if track_running_stats:
+            kind = parameter_type(dtype)
+            self._buffers["running_mean"] = np.zeros(num_features, kind)
+            self._buffers["running_var"] = np.ones(num_features, kind)
+            self._buffers["num_batches_tracked"] = np.zeros((), np.int64)
+
+    def reset_running_stats(self) -> None:
+        """Set the running mean to 0, the running variance to 1, the count of batches to 0."""
+        for name, array in self._buffers.items():
+            array[...] = name == "running_var"
+
+    def reset_parameters(self) -> None:
+        """Set the weight to 1, the bias to 0, and the running statistics back, too."""
+        super().reset_parameters()
+        self.reset_running_stats()
+
+    def _checked(self, x: ArrayLike) -> Array:
+        array = as_array(x, "x")
+        name = type(self).__name__
+        if array.ndim < 2:
+            raise ValueError(f"{name} got x of shape {array.shape}, expected (N, C, ...)")
+        axis = channel_axis_of(array, self.channel_axis, name)
+        if array.shape[axis] != self.num_features:
+            raise ValueError(
+                f"{name} got x of shape {array.shape} with {array.shape[axis]} channels on axis "
+                f"{self.channel_axis}, expected {self.num_features}; write num_features="
+                f"{array.shape[axis]}, or channel_axis=-1 where the channels are last"
+            )
+        return array
+
+    @property
+    def _running(self) -> tuple[Any, Any]:
+        return self._buffers.get("running_mean"), self._buffers.get("running_var")
+
+    def _options(self) -> dict[str, Any]:
+        names = ("num_features", "eps", "momentum", "affine", "track_running_stats", "channel_axis")
+        return {name: getattr(self, name) for name in names}
+
+
+class BatchNorm(_ChannelNorm):
+    r"""Batch normalization, over samples and positions.
+
+    .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot w + b
+
+    In training the statistics are those of the batch, and the running ones move towards them; in
+    inference they are the running ones, or without `track_running_stats` those of the batch.
+    ``BatchNorm1d``, ``BatchNorm2d`` and ``BatchNorm3d`` are other names of this class.
+
+    Parameters
+    ----------
+    num_features
+        The number of channels.
+    eps
+        Added to the variance, in the units of x squared.
+    momentum
+        The share of the batch in the new running statistics, 0 to 1; None for the average of all
+        batches.
+    affine
+        Whether there are a weight and a bias, (num_features,).
+    track_running_stats
+        Whether there are running statistics.
+    channel_axis
+        The axis of the channels: 1, or -1 for channels-last.
+    dtype
+        Of parameters and running statistics, whatever that of `x`.
+
+    Raises
+    ------
+    ValueError
+        For an `eps` or a `num_features` that cannot be; on a call, for an `x` that does not fit.
+
+    References
+    ----------
+    Ioffe and Szegedy, "Batch Normalization", 2015, arXiv:1502.03167.
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm as fn
+    >>> m = fn.nn.BatchNorm(2, momentum=0.5)
+    >>> y = m(np.array([[1.0, 10.0], [3.0, 30.0]]))
+    >>> m.running_mean
+    array([ 1., 10.], dtype=float32)
+    >>> dx = m.backward(np.ones_like(y))
+    >>> m.grad["bias"]
+    array([2., 2.], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        channel_axis: int = 1,
+        dtype: DTypeLike = np.float32,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, channel_axis, dtype
+        )
+
+    def _forward(self, x: ArrayLike) -> tuple[Array, Saved]:
+        array = self._checked(x)
+        batch = self.training or not self.track_running_stats
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if batch and self.momentum is None and self.track_running_stats:
+            momentum = 1.0 / (int(self.num_batches_tracked) + 1)
+        y, mean, rstd = functional.batch_norm(
+            x,
+            *self._running,
+            **self._affine,
+            training=batch,
+            momentum=momentum,
+            eps=self.eps,
+            channel_axis=self.channel_axis,
+            return_stats=True,
+        )
+        if batch and self.track_running_stats:
+            self._buffers["num_batches_tracked"] += 1
+        return y, (array, mean, rstd, batch)
+
+    def _backward(self, dy: ArrayLike, saved: Saved) -> Gradients:
+        array, mean, rstd, batch = saved
+        weight, axis = self._affine["weight"], self.channel_axis
+        return _named(
+            backward.batch_norm_backward(
+                dy, array, mean, rstd, weight, training=batch, channel_axis=axis
+            )
+        )
+
+
+class InstanceNorm(_ChannelNorm):
+    r"""Instance normalization, over the positions of each sample and channel.
+
+    .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot w + b
+
+    The statistics are those of `x`; in inference, if `track_running_stats`, the running ones.
+    ``InstanceNorm1d``, ``InstanceNorm2d`` and ``InstanceNorm3d`` are other names of this class.
+
+    Parameters
+    ----------
+    num_features
+        The number of channels.
+    eps
+        Added to the variance, in the units of x squared.
+    momentum
+        The share of the batch in the new running statistics, 0 to 1; None counts as 0, as in
+        PyTorch.
+    affine
+        Whether there are a weight and a bias, (num_features,).
+    track_running_stats
+        Whether there are running statistics. Batches are not counted, as in PyTorch.
+    channel_axis
+        The axis of the channels: 1, or -1 for channels-last.
+    dtype
+        Of parameters and running statistics, whatever that of `x`.
+
+    Raises
+    ------
+    ValueError
+        For an `eps` or a `num_features` that cannot be; on a call, for an `x` that does not fit.
+
+    References
+    ----------
+    Ulyanov, Vedaldi and Lempitsky, "Instance Normalization", 2016, arXiv:1607.08022.
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm as fn
+    >>> m = fn.nn.InstanceNorm(1, eps=0.0)
+    >>> m(np.array([[[1.0, 3.0]], [[10.0, 30.0]]])).ravel()
+    array([-1.,  1., -1.,  1.])
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = False,
+        track_running_stats: bool = False,
+        *,
+        channel_axis: int = 1,
+        dtype: DTypeLike = np.float32,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, channel_axis, dtype
+        )
+
+    def _forward(self, x: ArrayLike) -> tuple[Array, Saved]:
+        array = self._checked(x)
+        own = self.training or not self.track_running_stats
+        y, mean, rstd = functional.instance_norm(
+            x,
+            *self._running,
+            **self._affine,
+            use_input_stats=own,
+            momentum=0.0 if self.momentum is None else self.momentum,
+            eps=self.eps,
+            channel_axis=self.channel_axis,
+            return_stats=True,
+        )
+        return y, (array, mean, rstd, own)
+
+    def _backward(self, dy: ArrayLike, saved: Saved) -> Gradients:
+        array, mean, rstd, own = saved
+        weight, axis = self._affine["weight"], self.channel_axis
+        if own:
+            gradients = backward.instance_norm_backward(
+                dy, array, mean, rstd, weight, channel_axis=axis
+            )
+        else:
+            # the running statistics, the same for each sample; of no samples, none
+            mean, rstd = (s[0] if len(s) else np.zeros(self.num_features) for s in (mean, rstd))
+            gradients = backward.batch_norm_backward(
+                dy, array, mean, rstd, weight, training=False, channel_axis=axis
+            )
+        return _named(gradients)
+
+
+BatchNorm1d = BatchNorm2d = BatchNorm3d = BatchNorm
+InstanceNorm1d = InstanceNorm2d = InstanceNorm3d = InstanceNorm
+
+
+class GroupNorm(_Norm):
+    r"""Group normalization, over groups of neighbouring channels of each sample.
+
+    .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot w + b
+
+    Parameters
+    ----------
+    num_groups
+        How many groups the channels form; a divisor of `num_channels`.
+    num_channels
+        The number of channels.
+    eps
+        Added to the variance, in the units of x squared.
+    affine
+        Whether there are a weight and a bias, (num_channels,).
+    channel_axis
+        The axis of the channels: 1, or -1 for channels-last.
+    dtype
+        Of the parameters, whatever that of `x`.
+
+    Raises
+    ------
+    ValueError
+        If `num_groups` does not divide `num_channels`; on a call, for an `x` that does not fit.
+
+    References
+    ----------
+    Wu and He, "Group Normalization", 2018, arXiv:1803.08494.
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm as fn
+    >>> m = fn.nn.GroupNorm(2, 4, eps=0.0)
+    >>> m(np.array([[[1.0], [3.0], [10.0], [30.0]]])).ravel()
+    array([-1.,  1., -1.,  1.])
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        *,
+        channel_axis: int = 1,
+        dtype: DTypeLike = np.float32,
+    ) -> None:
+        self.num_channels = _count(num_channels, "num_channels")
+        self.num_groups = groups_of(num_groups, self.num_channels)
+        super().__init__((self.num_channels,), eps, affine, affine, dtype)
+        self.affine = bool(affine)
+        self.channel_axis = channel_axis
+
+    def _forward(self, x: ArrayLike) -> tuple[Array, Saved]:
+        array = as_array(x, "x")
+        if array.ndim > 1:
+            axis = channel_axis_of(array, self.channel_axis, "GroupNorm")
+            if array.shape[axis] != self.num_channels:
+                raise ValueError(
+                    f"GroupNorm got x of shape {array.shape} with {array.shape[axis]} channels on "
+                    f"axis {self.channel_axis}, expected {self.num_channels}; write num_channels="
+                    f"{array.shape[axis]}, or channel_axis=-1 where the channels are last"
+                )
+        y, mean, rstd = functional.group_norm(
+            x,
+            self.num_groups,
+            **self._affine,
+            eps=self.eps,
+            channel_axis=self.channel_axis,
+            return_stats=True,
+        )
+        return y, (array, mean, rstd)
+
+    def _backward(self, dy: ArrayLike, saved: Saved) -> Gradients:
+        array, mean, rstd = saved
+        weight, axis = self._affine["weight"], self.channel_axis
+        return _named(
+            backward.group_norm_backward(
+                dy, array, mean, rstd, self.num_groups, weight, channel_axis=axis
+            )
+        )
+
+    def _options(self) -> dict[str, Any]:
+        names = ("num_groups", "num_channels", "eps", "affine", "channel_axis")
+        return {name: getattr(self, name) for name in names}
+
+
+def _shape(normalized_shape: Axes) -> tuple[int, ...]:
+    sizes = normalized_shape
+    shape = (sizes,) if isinstance(sizes, int | np.integer) else tuple(sizes)
+    if not shape:
+        raise ValueError("normalized_shape is empty, expected one size or more")
+    return tuple(_count(n, "normalized_shape") for n in shape)
+
+
+class LayerNorm(_Norm):
+    r"""Layer normalization, over the trailing axes of each sample.
+
+    .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot w + b
+
+    Parameters
+    ----------
+    normalized_shape
+        The trailing shape: an int or a sequence of ints.
+    eps
+        Added to the variance, in the units of x squared.
+    elementwise_affine
+        Whether there is a weight, of the shape `normalized_shape`, and with `bias` a bias.
+    bias
+        Whether there is a bias.
+    dtype
+        Of the parameters, whatever that of `x`.
+
+    Raises
+    ------
+    ValueError
+        For a shape or `eps` that cannot be; on a call, for an `x` that does not fit.
+
+    References
+    ----------
+    Ba, Kiros and Hinton, "Layer Normalization", 2016, arXiv:1607.06450.
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm as fn
+    >>> m = fn.nn.LayerNorm(2, eps=0.0)
+    >>> m(np.array([[1.0, 3.0], [10.0, 30.0]]))
+    array([[-1.,  1.],
+           [-1.,  1.]])
+    """
+
+    def __init__(
+        self,
+        normalized_shape: Axes,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        *,
+        dtype: DTypeLike = np.float32,
+    ) -> None:
+        self.normalized_shape = _shape(normalized_shape)
+        weight = bool(elementwise_affine)
+        super().__init__(self.normalized_shape, eps, weight, weight and bool(bias), dtype)
+        self.elementwise_affine = weight
+
+    def _forward(self, x: ArrayLike) -> tuple[Array, Saved]:
+        options: dict[str, Any] = self._affine | {"eps": self.eps, "return_stats": True}
+        y, mean, rstd = functional.layer_norm(x, self.normalized_shape, **options)
+        return y, (as_array(x, "x"), mean, rstd)
+
+    def _backward(self, dy: ArrayLike, saved: Saved) -> Gradients:
+        array, mean, rstd = saved
+        weight, shape = self._affine["weight"], self.normalized_shape
+        return _named(backward.layer_norm_backward(dy, array, mean, rstd, shape, weight))
+
+    def _options(self) -> dict[str, Any]:
+        names = ("normalized_shape", "eps", "elementwise_affine")
+        return {name: getattr(self, name) for name in names} | {"bias": "bias" in self._parameters}
+
+
+class RMSNorm(_Norm):
+    r"""Root mean square normalization, over the trailing axes of each sample.
+
+    .. math:: y = \frac{x}{\sqrt{\mathrm{mean}(x^2) + \epsilon}} \cdot w
+
+    Parameters
+    ----------
+    normalized_shape
+        The trailing shape: an int or a sequence of ints.
+    eps
+        Added to the mean square, in the units of x squared; None is the machine epsilon of the
+        dtype of `x`.
+    elementwise_affine
+        Whether there is a weight, of the shape `normalized_shape`.
+    dtype
+        Of the weight, whatever that of `x`.
+
+    Raises
+    ------
+    ValueError
+        For a shape or `eps` that cannot be; on a call, for an `x` that does not fit.
+
+    References
+    ----------
+    Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, arXiv:1910.07467.
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm as fn
+    >>> m = fn.nn.RMSNorm(2, eps=0.0)
+    >>> m(np.array([[3.0, -3.0], [0.5, 0.5]]))
+    array([[ 1., -1.],
+           [ 1.,  1.]])
+    """
+
+    def __init__(
+        self,
+        normalized_shape: Axes,
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        *,
+        dtype: DTypeLike = np.float32,
+    ) -> None:
+        self.normalized_shape = _shape(normalized_shape)
+        super().__init__(self.normalized_shape, eps, bool(elementwise_affine), False, dtype)
+        self.elementwise_affine = bool(elementwise_affine)
+
+    def _forward(self, x: ArrayLike) -> tuple[Array, Saved]:
+        weight, shape = self._affine["weight"], self.normalized_shape
+        y, rstd = functional.rms_norm(x, shape, weight, self.eps, return_stats=True)
+        return y, (as_array(x, "x"), rstd)
+
+    def _backward(self, dy: ArrayLike, saved: Saved) -> Gradients:
+        array, rstd = saved
+        weight, shape = self._affine["weight"], self.normalized_shape
+        return _named(backward.rms_norm_backward(dy, array, rstd, shape, weight))
+
+    def _options(self) -> dict[str, Any]:
+        return {k: getattr(self, k) for k in ("normalized_shape", "eps", "elementwise_affine")}

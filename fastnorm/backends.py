@@ -27,6 +27,11 @@ Array = NDArray[Any]
 ACTIVATIONS = (None, "relu", "silu", "gelu", "gelu_tanh", "tanh")
 
 
+# What `quick_forward` and `quick_backward` are asked for.
+BATCH, INFERENCE, INSTANCE, GROUP, LAYER, RMS = range(6)
+NO_RESULT = (bytes, type(None))  # the types of what they return where they have no result
+
+
 class Scaling(IntEnum):
     """How a group's statistics become its scale: `enum Scaling` in _core/kernels.pxi."""
 
@@ -63,6 +68,8 @@ class Pass:
     scaling: Scaling = Scaling.RSTD
     activation: str | None = None
     activation_first: bool = False  # activation before the affine step instead of after it
+    key: bytes | None = None  # what a backend may keep the pass under, from `quick_forward`
+    statistics: tuple[int, ...] = ()  # with a key: the shape in which mean and rstd are returned
 
 
 @dataclass(slots=True)
@@ -84,6 +91,8 @@ class BackwardPass:
     dweight: Array
     dbias: Array | None
     training: bool = True  # False: the statistics were given, and x did not move them
+    key: bytes | None = None  # what a backend may keep the pass under, from `quick_backward`
+    own: tuple[int, ...] = ()  # with a key: the shape of dweight without a weight
 
 
 # --- Cython ---------------------------------------------------------------------------------------
@@ -170,6 +179,8 @@ def _cython(p: Pass) -> None:
         activation=ACTIVATIONS.index(p.activation),
         activation_first=p.activation_first,
         threads=get_num_threads(),
+        key=p.key if y_back is None else None,
+        statistics=p.statistics,
     )
     if y_back is not None:
         y_back[...] = operands["y"]
@@ -193,7 +204,7 @@ def _cython_backward(p: BackwardPass) -> None:
         dy = np.empty_like(p.x, p.dy.dtype)
         if dy.strides != p.dy.strides:  # or it would come here again
             dy[...] = p.dy
-            return _cython_backward(replace(p, dy=dy))
+            return _cython_backward(replace(p, dy=dy, key=None))
     if layout is None:
         return _spread_backward(p)
     _core.kernels.run_backward(  # type: ignore[union-attr]
@@ -209,6 +220,8 @@ def _cython_backward(p: BackwardPass) -> None:
         centred=p.mean is not None,
         training=p.training,
         threads=get_num_threads(),
+        key=p.key if weight is p.weight else None,
+        own=p.own,
     )
     return None
 
@@ -334,7 +347,8 @@ if _core.kernels is not None:
 NAMES = ("auto", "cython", "numba", "numpy")
 
 _current = ""
-_quick_rows: Any = getattr(_core.kernels, "quick_rows", None)
+_quick_forward: Any = getattr(_core.kernels, "quick_forward", None)
+_quick_backward: Any = getattr(_core.kernels, "quick_backward", None)
 
 
 def compute(p: Pass) -> None:
@@ -347,22 +361,37 @@ def compute_backward(p: BackwardPass) -> None:
     _AVAILABLE[_current][1](p)
 
 
-def quick_rows(
-    x: Any, normalized_shape: Any, weight: Any, bias: Any, eps: float, centred: bool
-) -> Array | None:
-    """Normalise plain contiguous rows without describing a pass; None where that is called for.
+def quick_forward(
+    norm: int,
+    first: Any,
+    second: Any,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    eps: float,
+    return_stats: bool,
+    *options: Any,
+) -> Any:
+    """What the backend answers without a description: a result, a key, or None.
 
-    A description costs tens of microseconds, as much as normalising 10,000 numbers.
+    `norm`, `first` and `second` (whole numbers, tuples of them, or None) say what is asked of these
+    arrays; `options` are own_eps (False: the default that the norm has for this dtype), and
+    running_mean, running_var and momentum. After a key or None, the call is to be described in a
+    `Pass`, which carries the key.
     """
     if _current != "cython":
         return None
-    if type(normalized_shape) is tuple and len(normalized_shape) == 1:
-        normalized_shape = normalized_shape[0]
-    if type(normalized_shape) is not int:
-        return None
     threads = 1 if _forked else _threads
-    y: Array | None = _quick_rows(x, normalized_shape, weight, bias, eps, centred, threads)
-    return y
+    return _quick_forward(
+        norm, first, second, x, weight, bias, eps, return_stats, threads, *options
+    )
+
+
+def quick_backward(norm: int, first: Any, second: Any, *arrays: Any) -> Any:
+    """Likewise, of dy, x, mean, rstd and weight."""
+    if _current != "cython":
+        return None
+    return _quick_backward(norm, first, second, *arrays, 1 if _forked else _threads)
 
 
 def set_backend(name: str) -> None:

@@ -25,7 +25,18 @@ from fastnorm.arguments import (
     same_shape,
     statistic,
 )
-from fastnorm.backends import BackwardPass, compute_backward
+from fastnorm.backends import (
+    BATCH,
+    GROUP,
+    INFERENCE,
+    INSTANCE,
+    LAYER,
+    NO_RESULT,
+    RMS,
+    BackwardPass,
+    compute_backward,
+    quick_backward,
+)
 from fastnorm.functional import channels_second, delivered, split_groups
 
 Gradients = tuple[Array, Array, Array]
@@ -46,6 +57,7 @@ def _run(
     bias: bool = True,
     weight_offset: float = 0.0,
     training: bool = True,
+    key: bytes | None = None,
 ) -> Gradients:
     """Compute (dx, dweight, dbias); without `bias` the last is empty.
 
@@ -80,6 +92,8 @@ def _run(
                 into,
                 place(dbias) if bias else None,
                 training,
+                key,
+                own,
             )
         )
     else:
@@ -102,6 +116,12 @@ def _channels(
     training: bool = True,
 ) -> Gradients:
     """The channel norms. Statistics are one for each channel, or for each sample and group."""
+    norm = GROUP if num_groups is not None else INSTANCE
+    if batch:
+        norm = BATCH if training else INFERENCE
+    found = quick_backward(norm, num_groups, channel_axis, dy, x, mean, rstd, weight)
+    if type(found) not in NO_RESULT:
+        return found
     array = as_array(x, "x")
     check_ndim(array, 2, of, "(N, C, ...)")
     axis = channel_axis_of(array, channel_axis, of, samples=not batch)
@@ -131,6 +151,7 @@ def _channels(
         placed,
         view=view,
         training=training,
+        key=found,
     )
 
 
@@ -339,13 +360,20 @@ def _rows(
     weight: ArrayLike | None,
     axis: Axes | None,
     of: str,
-    **options: Any,
-) -> Gradients:
+    *,
+    weight_offset: float = 0.0,
+) -> Any:
+    found = None
+    if weight_offset == 0.0:
+        norm = RMS if mean is None else LAYER
+        found = quick_backward(norm, normalized_shape, axis, dy, x, mean, rstd, weight)
+        if type(found) not in NO_RESULT:
+            return found
     array = as_array(x, "x")
     check_ndim(array, 1, of, "(..., D)")
     axes = layer_axes(array, normalized_shape, axis, of)
     shape = tuple(1 if a in axes else n for a, n in enumerate(array.shape))
-    return _run(
+    gradients = _run(
         dy,
         x,
         array,
@@ -355,8 +383,11 @@ def _rows(
         weight,
         tuple(array.shape[a] for a in axes),
         lambda p: along_axes(p, "weight", array, axes),
-        **options,
+        bias=mean is not None,
+        weight_offset=weight_offset,
+        key=found,
     )
+    return gradients if mean is not None else gradients[:2]
 
 
 def layer_norm_backward(
@@ -418,7 +449,11 @@ def layer_norm_backward(
     >>> dx, dbias
     (array([[0., 0., 0.]]), array([1., 1., 1.]))
     """
-    return _rows(dy, x, mean, rstd, normalized_shape, weight, axis, "layer_norm_backward")
+    if mean is None:
+        raise ValueError("layer_norm_backward got mean=None; use rms_norm_backward without one")
+    of = "layer_norm_backward"
+    gradients: Gradients = _rows(dy, x, mean, rstd, normalized_shape, weight, axis, of)
+    return gradients
 
 
 def rms_norm_backward(
@@ -480,7 +515,8 @@ def rms_norm_backward(
     >>> np.allclose(dx, 0)
     True
     """
-    options: dict[str, Any] = {"bias": False, "weight_offset": weight_offset}
-    of = "rms_norm_backward"
-    dx, dweight, _ = _rows(dy, x, None, rstd, normalized_shape, weight, axis, of, **options)
-    return dx, dweight
+    of, offset = "rms_norm_backward", weight_offset
+    gradients: tuple[Array, Array] = _rows(
+        dy, x, None, rstd, normalized_shape, weight, axis, of, weight_offset=offset
+    )
+    return gradients

@@ -36,7 +36,19 @@ from fastnorm.arguments import (
     same_shape,
     spread,
 )
-from fastnorm.backends import Pass, Scaling, compute, quick_rows
+from fastnorm.backends import (
+    BATCH,
+    GROUP,
+    INFERENCE,
+    INSTANCE,
+    LAYER,
+    NO_RESULT,
+    RMS,
+    Pass,
+    Scaling,
+    compute,
+    quick_forward,
+)
 
 Result: TypeAlias = Any  # an array, or (y, mean, rstd) with return_stats
 
@@ -269,6 +281,15 @@ def batch_norm(
     array([[-1., -1.],
            [ 1.,  1.]])
     """
+    found = None
+    if where is None and residual is None and activation is None and out is None:
+        norm = BATCH if training else INFERENCE
+        running = running_mean, running_var, momentum
+        found = quick_forward(
+            norm, None, channel_axis, x, weight, bias, eps, return_stats, True, *running
+        )
+        if type(found) not in NO_RESULT:
+            return found
     array = as_array(x, "x")
     check_ndim(array, 2, "batch_norm", "(N, C, ...)")
     axis = channel_axis_of(array, channel_axis, "batch_norm", samples=False)
@@ -284,6 +305,8 @@ def batch_norm(
         "residual": residual,
         "activation": activation,
         "out": out,
+        "key": found,
+        "statistics": (channels,),
     }
     if not training:
         if running_mean is None or running_var is None:
@@ -381,6 +404,17 @@ def instance_norm(
     array([[[-1.,  1.],
             [-1.,  1.]]])
     """
+    found = None
+    if (
+        where is None
+        and residual is None
+        and activation is None
+        and out is None
+        and (use_input_stats and running_mean is None and running_var is None)
+    ):
+        found = quick_forward(INSTANCE, None, channel_axis, x, weight, bias, eps, return_stats)
+        if type(found) not in NO_RESULT:
+            return found
     array = as_array(x, "x")
     check_ndim(array, 2, "instance_norm", "(N, C, ...)")
     if not use_input_stats:
@@ -432,6 +466,8 @@ def instance_norm(
         residual=residual,
         activation=activation,
         out=out,
+        key=found,
+        statistics=(samples, channels),
     )
     mean, var = mean.reshape(samples, channels), var.reshape(samples, channels)
     if array.size:
@@ -499,6 +535,11 @@ def group_norm(
     >>> fn.group_norm(x, 2, eps=0.0).ravel()
     array([-1.,  1., -1.,  1.])
     """
+    found = None
+    if where is None and residual is None and activation is None and out is None:
+        found = quick_forward(GROUP, num_groups, channel_axis, x, weight, bias, eps, return_stats)
+        if type(found) not in NO_RESULT:
+            return found
     array = as_array(x, "x")
     check_ndim(array, 2, "group_norm", "(N, C, ...)")
     axis = channel_axis_of(array, channel_axis, "group_norm")
@@ -523,6 +564,8 @@ def group_norm(
         residual=residual,
         activation=activation,
         out=out,
+        key=found,
+        statistics=(samples, groups),
     )
     if return_stats:
         return y, mean.reshape(samples, groups), rstd.reshape(samples, groups)
@@ -591,11 +634,11 @@ def layer_norm(
     array([[-1.,  1.],
            [-1.,  1.]])
     """
-    simple = axis is None and where is None and residual is None and activation is None
-    if simple and out is None and not return_stats:
-        y = quick_rows(x, normalized_shape, weight, bias, eps, True)
-        if y is not None:
-            return y
+    found = None
+    if where is None and residual is None and activation is None and out is None:
+        found = quick_forward(LAYER, normalized_shape, axis, x, weight, bias, eps, return_stats)
+        if type(found) not in NO_RESULT:
+            return found
     array = as_array(x, "x")
     check_ndim(array, 1, "layer_norm", "(..., D)")
     axes = layer_axes(array, normalized_shape, axis, "layer_norm")
@@ -610,6 +653,8 @@ def layer_norm(
         residual=residual,
         activation=activation,
         out=out,
+        key=found,
+        statistics=tuple(1 if a in axes else n for a, n in enumerate(array.shape)),
     )
     return (y, mean, rstd) if return_stats else y
 
@@ -688,11 +733,15 @@ def rms_norm(
     array([[ 1., -1.],
            [ 1.,  1.]])
     """
-    simple = axis is None and where is None and residual is None and activation is None
-    if simple and out is None and not return_stats and eps is not None and weight_offset == 0.0:
-        y = quick_rows(x, normalized_shape, weight, None, eps, False)
-        if y is not None:
-            return y
+    found = None
+    simple = where is None and residual is None and activation is None and out is None
+    if simple and weight_offset == 0.0:
+        given, value = eps is not None, 0.0 if eps is None else eps
+        found = quick_forward(
+            RMS, normalized_shape, axis, x, weight, None, value, return_stats, given
+        )
+        if type(found) not in NO_RESULT:
+            return found
     array = as_array(x, "x")
     check_ndim(array, 1, "rms_norm", "(..., D)")
     axes = layer_axes(array, normalized_shape, axis, "rms_norm")
@@ -709,6 +758,8 @@ def rms_norm(
         residual=residual,
         activation=activation,
         out=out,
+        key=found,
+        statistics=tuple(1 if a in axes else n for a, n in enumerate(array.shape)),
     )
     return (y, rstd) if return_stats else y
 

@@ -28,7 +28,8 @@ cdef extern from "simd.h" nogil:
 
 cdef enum:
     SPAN = 65536                # elements of a run summed at a time
-    SPAN_ROWS = 1024            # rows of columns, likewise
+    SPAN_ROWS = 512             # rows of columns, likewise: their sums cost at most 2 % of x
+    ABREAST = 512               # columns up to this number are taken as whole rows
     CHUNK = 1024                # elements of a run whose weights' gradients are collected at once
     TOGETHER = 4                # runs that share the trip to those gradients
     CACHED = 1 << 18            # bytes of x and dy that stay in L2 from one sweep to the next
@@ -640,7 +641,8 @@ cdef int carry_back(Back* q, int threads) noexcept:
     q.width = q.chunks = 1
     if q.columns:
         groups = q.c // q.neighbours
-        q.chunks = max(1, min(groups, (q.c + COLUMNS - 1) // COLUMNS))
+        # part of a row at a time keeps many columns in cache, but is slower to fetch
+        q.chunks = 1 if q.c <= ABREAST else max(1, min(groups, (q.c + COLUMNS - 1) // COLUMNS))
         q.width = (groups + q.chunks - 1) // q.chunks * q.neighbours
         q.chunks = (q.c + q.width - 1) // q.width
     q.own_a, q.own_b = w.a != 0, w.b != 0
@@ -678,12 +680,15 @@ cdef int carry_back(Back* q, int threads) noexcept:
             failed = run_back(q, &as_float)
     return failed
 
-def run_backward(layout, x, dy, dx, mean, rstd, weight, dweight, dbias, *, bint centred=True, bint training=True, int threads=1):
+def run_backward(layout, x, dy, dx, mean, rstd, weight, dweight, dbias, *, bint centred=True, bint training=True,
+                 int threads=1, bytes key=None, tuple own=()):
     """One backward pass of `layout`: fills dx, dweight and, unless it is None, dbias.
 
-    `weight` (None: 1 everywhere), `dweight` and `dbias` lie in memory in the same way.
+    `weight` (None: 1 everywhere), `dweight` and `dbias` lie in memory in the same way.  With a key,
+    the pass is kept as a plan (plans.pxi); `own` is then the shape of dweight without a weight.
     """
     cdef Back q
+    cdef Plan plan
     cdef dict strides = layout.strides
     q.a, q.b, q.p, q.s, q.c = layout.dims
     q.neighbours = layout.neighbours
@@ -699,3 +704,7 @@ def run_backward(layout, x, dy, dx, mean, rstd, weight, dweight, dbias, *, bint 
     operand(&q.dbias, dbias, strides["dweight"])
     if carry_back(&q, threads):
         raise MemoryError("fastnorm could not get the scratch memory of its kernels")
+    if key is not None:
+        plan = Plan()
+        plan.backward = q
+        keep(plan, key, own)

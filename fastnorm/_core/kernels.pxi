@@ -22,6 +22,8 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 cimport numpy as cnp
 
+import numpy as np
+
 cnp.import_array()
 
 cdef extern from "simd.h" nogil:
@@ -990,79 +992,21 @@ cdef int carry_out(Pass* q, int threads) noexcept:
             failed = run(q, &as_float)
     return failed
 
-# ---- the lean door: plain contiguous rows, where a call is to cost a microsecond --------------
-
-cdef inline bint plain(object array, int kind) noexcept:
-    """Whether `array` is a contiguous NumPy array of this type number, and nothing more special."""
-    return (cnp.PyArray_CheckExact(array) and cnp.PyArray_TYPE(<cnp.ndarray>array) == kind
-            and cnp.PyArray_ISCARRAY_RO(<cnp.ndarray>array))
-
-def quick_rows(x, Py_ssize_t size, weight, bias, double eps, bint centred, int threads):
-    """Normalise the rows of length `size` of x; None where x or a parameter is not plain.
-
-    The same kernel as run_pass, called with the same numbers: the same bits.
-    """
-    cdef Pass q
-    cdef int kind, computing
-    cdef cnp.ndarray y
-    cdef Py_ssize_t item, total
-    if not cnp.PyArray_CheckExact(x):
-        return None
-    kind = cnp.PyArray_TYPE(<cnp.ndarray>x)
-    if kind == cnp.NPY_FLOAT32:
-        q.x.storage = F32
-    elif kind == cnp.NPY_FLOAT64:
-        q.x.storage = F64
-    elif kind == cnp.NPY_FLOAT16:
-        q.x.storage = F16
-    else:
-        return None
-    computing = cnp.NPY_FLOAT64 if kind == cnp.NPY_FLOAT64 else cnp.NPY_FLOAT32
-    total = cnp.PyArray_SIZE(<cnp.ndarray>x)
-    if not plain(x, kind) or total == 0 or not 0.0 <= eps < INFINITY or cnp.PyArray_NDIM(<cnp.ndarray>x) == 0:
-        return None
-    # layout.py takes a single row's column, and rows of one element, for columns
-    if size < 2 or cnp.PyArray_DIM(<cnp.ndarray>x, cnp.PyArray_NDIM(<cnp.ndarray>x) - 1) != size:
-        return None
-    for parameter in (weight, bias):
-        if parameter is not None:
-            if not plain(parameter, computing) or cnp.PyArray_NDIM(<cnp.ndarray>parameter) != 1:
-                return None
-            if cnp.PyArray_DIM(<cnp.ndarray>parameter, 0) != size:
-                return None
-    y = cnp.PyArray_EMPTY(cnp.PyArray_NDIM(<cnp.ndarray>x), cnp.PyArray_DIMS(<cnp.ndarray>x), kind, 0)
-    item = bytes_of(q.x.storage)
-    memset(&q, 0, sizeof(q))
-    q.x.storage = F32 if kind == cnp.NPY_FLOAT32 else F64 if kind == cnp.NPY_FLOAT64 else F16
-    q.a = q.p = q.c = q.neighbours = 1
-    q.b, q.s = total // size, size
-    q.centred, q.eps = centred, eps
-    q.x.data = <char*>cnp.PyArray_DATA(<cnp.ndarray>x)
-    q.x.b, q.x.s = size * item, item
-    q.y = q.x
-    q.y.data = <char*>cnp.PyArray_DATA(y)
-    if weight is not None:
-        q.weight.data = <char*>cnp.PyArray_DATA(<cnp.ndarray>weight)
-        q.weight.s = 8 if computing == cnp.NPY_FLOAT64 else 4
-    if bias is not None:
-        q.bias.data = <char*>cnp.PyArray_DATA(<cnp.ndarray>bias)
-        q.bias.s = 8 if computing == cnp.NPY_FLOAT64 else 4
-    if carry_out(&q, threads):
-        raise MemoryError("fastnorm could not get the scratch memory of its kernels")
-    return y
-
 def has_threads():
     """Whether these kernels were built with OpenMP."""
     return bool(FN_OPENMP)
 
 def run_pass(layout, x, y, mean, var, rstd, *, weight=None, bias=None, mask=None, residual=None,
               addend=None, total=None, bint centred=True, bint given=False, Scaling scaling=RSTD,
-              double eps=0.0, Activation activation=IDENTITY, bint activation_first=False, int threads=1):
+              double eps=0.0, Activation activation=IDENTITY, bint activation_first=False, int threads=1,
+              bytes key=None, tuple statistics=()):
     """One pass of `layout` over x into y (None: statistics alone).
 
-    Fills mean, var and rstd, or reads the first two where `given`.
+    Fills mean, var and rstd, or reads the first two where `given`.  With a key, the pass is kept as a
+    plan (plans.pxi); `statistics` is then the shape in which mean and rstd are returned.
     """
     cdef Pass q
+    cdef Plan plan
     cdef int failed
     cdef dict strides = layout.strides
     q.a, q.b, q.p, q.s, q.c = layout.dims
@@ -1085,4 +1029,10 @@ def run_pass(layout, x, y, mean, var, rstd, *, weight=None, bias=None, mask=None
     failed = carry_out(&q, threads)
     if failed:
         raise MemoryError("fastnorm could not get the scratch memory of its kernels")
+    if key is not None:
+        plan = Plan()
+        plan.forward = q
+        keep(plan, key, statistics)
+
 include "backward.pxi"
+include "plans.pxi"

@@ -157,27 +157,29 @@ FN_STEPS(double, fn_fma64)
  * of eight AVX2 registers in all, as many as two multiply-add units of four cycles keep busy. */
 #define FN_LANES 16
 
-#define FN_ADD_PAIR(j, G, D)                                                                      \
-    {                                                                                             \
-        const double g = (G), d = (D);                                                            \
-        a[j] += g;                                                                                \
-        b[j] = fn_mac64(g, d, b[j]);                                                              \
-    }
+#define FN_FOLD(v, half) for (int j = 0; j < (half); j++) v[j] += v[j + (half)];
+#define FN_FOLDED(v) (v[0] + v[1])
+/* Loops of a fixed length, and a rest that adds up beside the lanes: these stay in registers. */
+#define FN_ADD_UP(v) FN_FOLD(v, 8) FN_FOLD(v, 4) FN_FOLD(v, 2)
 
 #define FN_SUM_PAIR(G, D)                                                                         \
     {                                                                                             \
-        double a[FN_LANES] = {0}, b[FN_LANES] = {0};                                              \
+        double a[FN_LANES] = {0}, b[FN_LANES] = {0}, rest_a = 0, rest_b = 0;                      \
         ptrdiff_t i = 0;                                                                          \
         for (; i + FN_LANES <= n; i += FN_LANES)                                                  \
-            for (int j = 0; j < FN_LANES; j++) FN_ADD_PAIR(j, G, D)                               \
-        for (int j = 0; i + j < n; j++) FN_ADD_PAIR(j, G, D)                                      \
-        for (int half = FN_LANES / 2; half; half /= 2)                                            \
-            for (int j = 0; j < half; j++) {                                                      \
-                a[j] += a[j + half];                                                              \
-                b[j] += b[j + half];                                                              \
+            for (int j = 0; j < FN_LANES; j++) {                                                  \
+                const double g = G(i + j), d = D(i + j);                                          \
+                a[j] += g;                                                                        \
+                b[j] = fn_mac64(g, d, b[j]);                                                      \
             }                                                                                     \
-        *first += a[0];                                                                           \
-        *second += b[0];                                                                          \
+        for (; i < n; i++) {                                                                      \
+            const double g = G(i);                                                                \
+            rest_a += g;                                                                          \
+            rest_b = fn_mac64(g, D(i), rest_b);                                                   \
+        }                                                                                         \
+        FN_ADD_UP(a) FN_ADD_UP(b)                                                                 \
+        *first += FN_FOLDED(a) + rest_a;                                                          \
+        *second += FN_FOLDED(b) + rest_b;                                                         \
     }
 
 /* One row of columns, or four: a column's sums take four rows at a time. */
@@ -271,7 +273,7 @@ FN_STEPS(double, fn_fma64)
             return;                                                                               \
         }                                                                                         \
         const real v = w[0];                                                                      \
-        double a[FN_LANES] = {0}, b[FN_LANES] = {0};                                              \
+        double a[FN_LANES] = {0}, b[FN_LANES] = {0}, rest_a = 0, rest_b = 0;                      \
         ptrdiff_t i = 0;                                                                          \
         for (; i + FN_LANES <= n; i += FN_LANES)                                                  \
             FN_IVDEP for (int j = 0; j < FN_LANES; j++) {                                         \
@@ -285,16 +287,12 @@ FN_STEPS(double, fn_fma64)
             const real t = dy[i];                                                                 \
             FN_XHAT(real, fma, x[i], hi[i], r[i], shift[i]);                                      \
             dx[i] = fma(-xhat, c2[i], fma(t * v, r[i], -c1[i]));                                  \
-            a[0] += (double)t;                                                                    \
-            b[0] += (double)(t * xhat);                                                           \
+            rest_a += (double)t;                                                                  \
+            rest_b += (double)(t * xhat);                                                         \
         }                                                                                         \
-        for (int half = FN_LANES / 2; half; half /= 2)                                            \
-            for (int j = 0; j < half; j++) {                                                      \
-                a[j] += a[j + half];                                                              \
-                b[j] += b[j + half];                                                              \
-            }                                                                                     \
-        gb[0] += a[0];                                                                            \
-        gw[0] += b[0];                                                                            \
+        FN_ADD_UP(a) FN_ADD_UP(b)                                                                 \
+        gb[0] += FN_FOLDED(a) + rest_a;                                                           \
+        gw[0] += FN_FOLDED(b) + rest_b;                                                           \
     }                                                                                             \
     FN_COLLECT(real, fma)
 FN_BACK(float, fn_fma32)
@@ -302,6 +300,10 @@ FN_BACK(double, fn_fma64)
 
 /* The sums.  Of floats: g and x - mean are exact in double, or nearly, and `rstd` waits until the
  * sum is there.  Of doubles: scaled at once, or the product could leave the range. */
+#define FN_RUN_G(i) (double)dy[i]
+#define FN_RUN_GW(i) (double)(dy[i] * w[i])
+#define FN_RUN_D(i) ((double)x[i] - mean)
+#define FN_RUN_DR(i) ((x[i] - mean) * rstd)
 #define FN_G(k) (double)dy[k * dy_step + c]
 #define FN_GW(k) (double)(dy[k * dy_step + c] * w[wv ? c : 0])
 #define FN_D(k) ((double)x[k * x_step + c] - mean[c])
@@ -309,13 +311,13 @@ FN_BACK(double, fn_fma64)
 static inline void fn_sum_run_float(const float *x, const float *dy, ptrdiff_t n, double mean,
                                     double rstd, const float *w, double *first, double *second) {
     (void)rstd;
-    if (w) FN_SUM_PAIR((double)(dy[i + j] * w[i + j]), (double)x[i + j] - mean)
-    else FN_SUM_PAIR((double)dy[i + j], (double)x[i + j] - mean)
+    if (w) FN_SUM_PAIR(FN_RUN_GW, FN_RUN_D)
+    else FN_SUM_PAIR(FN_RUN_G, FN_RUN_D)
 }
 static inline void fn_sum_run_double(const double *x, const double *dy, ptrdiff_t n, double mean,
                                      double rstd, const double *w, double *first, double *second) {
-    if (w) FN_SUM_PAIR(dy[i + j] * w[i + j], (x[i + j] - mean) * rstd)
-    else FN_SUM_PAIR(dy[i + j], (x[i + j] - mean) * rstd)
+    if (w) FN_SUM_PAIR(FN_RUN_GW, FN_RUN_DR)
+    else FN_SUM_PAIR(FN_RUN_G, FN_RUN_DR)
 }
 static inline void fn_sum_rows_float(const float *x, ptrdiff_t x_step, const float *dy,
                                      ptrdiff_t dy_step, ptrdiff_t rows, ptrdiff_t n,

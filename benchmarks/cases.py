@@ -57,3 +57,5 @@ FORWARD = (
     Case(_INFERENCE, (32, 64, 56, 56)),
     Case(_INFERENCE, (32, 64, 56, 56), channels_last=True),
 )
+
+BACKWARD = tuple(case for case in FORWARD if case.label != _INFERENCE)

@@ -226,7 +226,7 @@ def statistic(value: ArrayLike, name: str, shape: tuple[int, ...], of: str) -> A
             f"{name} has shape {array.shape}, expected {shape}; give {of} what the forward "
             "function returned with return_stats=True"
         )
-    return array.astype(np.float64, copy=False)
+    return np.ascontiguousarray(array, np.float64)
 
 
 def require_two(counts: Array, of: str, what: str) -> None:

@@ -78,7 +78,8 @@ class BackwardPass:
 
     Every array is native and aligned and has as many axes as x. `dx`, `dweight` and `dbias` are
     filled; the axes along which `dweight` has length 1 are those its sums run over, and `weight`
-    (None: 1 everywhere) and `dbias` have its shape. `mean` (None: 0) and `rstd` are float64.
+    (None: 1 everywhere) and `dbias` have its shape. `mean` (None: 0) and `rstd` are float64 and lie
+    alike, and so do `dweight` and `dbias`.
     """
 
     x: Array
@@ -191,14 +192,10 @@ def _cython_backward(p: BackwardPass) -> None:
     operands = {"x": p.x, "dy": p.dy, "dx": p.dx, "rstd": p.rstd, "dweight": p.dweight}
     if p.mean is not None:
         operands["mean"] = p.mean
-    weight = p.weight
-    if weight is not None and weight.strides != _strides_like(p.dweight, weight):
-        weight = np.empty_like(p.dweight, weight.dtype)
-        weight[...] = p.weight
-    beside = {"weight": weight, "dbias": p.dbias}
+    beside = {"factor": p.weight, "dbias": p.dbias}
     operands |= {name: array for name, array in beside.items() if array is not None}
     operands = _forward(operands)
-    described = {k: v for k, v in operands.items() if k not in ("weight", "dbias")}
+    described = {name: array for name, array in operands.items() if name != "dbias"}
     layout = _layout_of(described, p.reduced)
     if layout is None and p.dy.strides != _strides_like(p.x, p.dy):
         dy = np.empty_like(p.x, p.dy.dtype)
@@ -214,13 +211,13 @@ def _cython_backward(p: BackwardPass) -> None:
         operands["dx"],
         operands.get("mean"),
         operands["rstd"],
-        operands.get("weight"),
+        operands.get("factor"),
         operands["dweight"],
         operands.get("dbias"),
         centred=p.mean is not None,
         training=p.training,
         threads=get_num_threads(),
-        key=p.key if weight is p.weight else None,
+        key=p.key,
         own=p.own,
     )
     return None

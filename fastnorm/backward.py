@@ -5,7 +5,7 @@ Each describes the same pass as its forward function in functional.py does, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,15 @@ from fastnorm.functional import channels_second, delivered, split_groups
 
 Gradients = tuple[Array, Array, Array]
 
+# A weight of at most 1/256 of x is converted at once, a larger one as it is read.
+SMALL = 256
+
+
+def _ordered(shape: tuple[int, ...], dtype: np.dtype[Any], x: Array, axes: Sequence[int]) -> Array:
+    """An array whose axes lie in memory in the order in which these axes of x do."""
+    order = sorted(range(len(shape)), key=lambda i: -abs(x.strides[axes[i]]))
+    return np.empty([shape[i] for i in order], dtype).transpose(np.argsort(order))
+
 
 def _run(
     dy: ArrayLike,
@@ -51,6 +60,7 @@ def _run(
     rstd: Array,
     weight: ArrayLike | None,
     own: tuple[int, ...],
+    axes: tuple[int, ...],
     place: Callable[[Array], Array],
     *,
     view: Callable[[Array], Array] = lambda array: array,
@@ -62,22 +72,24 @@ def _run(
     """Compute (dx, dweight, dbias); without `bias` the last is empty.
 
     `view` shows an array of the shape of x along the axes that the norm works on, `place` does so
-    for a parameter; `own` is the shape of a weight that is not there.
+    for a parameter; `own` is the shape of a weight that is not there, along these `axes` of x.
     """
     slope = same_shape(dy, "dy", array)
-    computing = computing_type(array.dtype)
     dx = np.empty_like(array, subok=False)
     placed = None
-    if weight is None:
-        dweight = np.empty(own, array.dtype)
-    else:
+    shape, dtype, usual = own, array.dtype, np.empty(own, array.dtype)
+    if weight is not None:
         given = as_array(weight, "weight")
+        shape, dtype, usual = given.shape, given.dtype, np.empty_like(given)
         if weight_offset:
-            placed = place((given.astype(np.float64) + weight_offset).astype(computing))
-        else:
-            placed = place(given.astype(computing, copy=False))
-        dweight = np.empty_like(given, subok=False)
+            given = given.astype(np.float64) + weight_offset
+        if given.size <= array.size // SMALL:
+            given = given.astype(computing_type(array.dtype), copy=False)
+        placed = place(given)
+    dweight = _ordered(shape, dtype, array, axes if shape == own else range(-len(shape), 0))
     dbias = np.empty_like(dweight) if bias else np.empty(0)
+    if usual.strides != dweight.strides:
+        key = None  # a plan makes the usual ones
     into = place(dweight)
     if array.size:
         compute_backward(
@@ -148,6 +160,7 @@ def _channels(
         statistic(rstd, "rstd", shape, of).reshape(place),
         weight,
         (channels,),
+        (axis,),
         placed,
         view=view,
         training=training,
@@ -382,6 +395,7 @@ def _rows(
         statistic(rstd, "rstd", shape, of),
         weight,
         tuple(array.shape[a] for a in axes),
+        axes,
         lambda p: along_axes(p, "weight", array, axes),
         bias=mean is not None,
         weight_offset=weight_offset,

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import fastnorm as fn
-from fastnorm import backward, functional
+from fastnorm import _core, backward, functional
 
-from .helpers import F16, F32, F64, assert_same_bits, call, channels_last, data, named
+from .helpers import COMPILED, F16, F32, F64, assert_same_bits, call, channels_last, data, named
 from .operations import OPERATIONS, Operation
 
 LAYOUTS = {"channels-first": np.ascontiguousarray, "channels-last": channels_last}
@@ -196,3 +196,26 @@ def test_plans_are_found_only_for_plain_arrays() -> None:
     running.flags.writeable = False
     with pytest.raises(ValueError, match="read-only"):
         fn.batch_norm(x, running, running.copy(), training=True)
+
+
+@pytest.mark.skipif(not COMPILED, reason="no compiled kernels")
+@by_layout
+@pytest.mark.parametrize("dtype", [F16, F32, F64], ids=named)
+@pytest.mark.parametrize("op", [op for op in OPERATIONS if op.backward], ids=named)
+def test_results_written_past_the_caches_have_the_same_bits(
+    op: Operation, dtype: Any, layout: str
+) -> None:
+    """Results larger than the last cache are; here it is told that it holds nothing."""
+    shape = (6, 12, 33, 35) if "axis" not in op.label else (3, 70, 33, 35)
+    x = LAYOUTS[layout](data(shape, dtype, 3.0))
+    kind = F64 if dtype == F64 else F32
+    for per_sample in (False, True):
+        p = op.parameters(shape, kind, np.random.default_rng(2), per_sample=per_sample)
+        usual = everything(op, x, p)
+        _core.kernels.set_stream_above(0)
+        try:
+            streamed = everything(op, x, p)
+        finally:
+            _core.kernels.set_stream_above(_core.last_cache())
+        for a, b in zip(usual, streamed, strict=True):
+            assert_same_bits(a, b)

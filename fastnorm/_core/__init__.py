@@ -39,4 +39,15 @@ def _load() -> tuple[ModuleType | None, str, str]:
     return plain, "plain", LEVELS[found - 1] if found else "plain"
 
 
+def last_cache() -> int:
+    """Bytes of the last level of cache; 32 MB where the system does not say."""
+    try:
+        return max(os.sysconf("SC_LEVEL3_CACHE_SIZE"), 0) or 1 << 25
+    except (AttributeError, ValueError, OSError):
+        return 1 << 25
+
+
 kernels, level_used, level_found = _load()
+if kernels is not None:
+    # Results that do not fit in cache are written past it: nobody finds them there.
+    kernels.set_stream_above(last_cache())

@@ -33,7 +33,7 @@ cdef enum:
     CHUNK = 1024                # elements of a run whose weights' gradients are collected at once
     TOGETHER = 4                # runs that share the trip to those gradients
     CACHED = 1 << 18            # bytes of x and dy that stay in L2 from one sweep to the next
-    TILE = 8192                 # numbers in a thread's tiles: two of BLOCK, or eight of CHUNK
+    TILE = 12288                # numbers in a thread's tiles: three of BLOCK, or nine of CHUNK
     PARTS = 64                  # parallel parts, at most and where there is work for them
     PART = 32768                # elements that make a part worth its sums
     FEW = 8                     # tasks below which large groups are shared out instead
@@ -43,6 +43,7 @@ cdef enum:
 cdef struct Back:
     Py_ssize_t a, b, p, s, c, neighbours
     bint columns, centred, training
+    bint stream                 # dx is written past the caches
     Operand x, dy, dx, weight, dweight, dbias, mean, rstd
     # derived
     Py_ssize_t length           # reduced elements of a group (runs) or rows (columns)
@@ -105,12 +106,6 @@ cdef inline Item item_of(Back* q, Py_ssize_t owner, Py_ssize_t sharer) noexcept 
     it.width = min(q.width, q.c - it.c) if q.columns else 1
     return it
 
-cdef inline const real* weights_at(Back* q, Item it, Py_ssize_t p, Py_ssize_t s, real* kind) noexcept nogil:
-    """The weight of the first column of an item, or of an element; NULL where it is 1."""
-    if q.weight.data == NULL:
-        return NULL
-    return <const real*>(at(&q.weight, it.a, it.b) + p * q.weight.p + s * q.weight.s + it.c * q.weight.c)
-
 cdef inline char* place(Operand* o, Item it, Py_ssize_t p, Py_ssize_t s) noexcept nogil:
     return at(o, it.a, it.b) + p * o.p + s * o.s + it.c * o.c
 
@@ -121,6 +116,31 @@ cdef inline const real* ready(Operand* o, Item it, Py_ssize_t p, Py_ssize_t s, P
         return <const real*>source
     load(source, o.storage, n, tile)
     return tile
+
+cdef inline double weight_of(Back* q, Item it, Py_ssize_t p, Py_ssize_t s, Py_ssize_t c) noexcept nogil:
+    if q.weight.data == NULL:
+        return 1.0
+    return number(place(&q.weight, it, p, s) + c * q.weight.c, q.weight.storage)
+
+cdef inline bint weights_in_place(Back* q, real* kind) noexcept nogil:
+    """Whether the weights along a run, or a row, lie there as the numbers that are computed in."""
+    cdef Py_ssize_t step = q.weight.c if q.columns else q.weight.s
+    return native(q.weight.storage, kind) and (step == 0 or step == sizeof(real))
+
+cdef const real* weights_along(Back* q, Item it, Py_ssize_t p, Py_ssize_t s, Py_ssize_t n, real* room) noexcept nogil:
+    """n weights along a run, or a row (the one weight of a row); NULL where they are 1."""
+    cdef char* source = place(&q.weight, it, p, s)
+    cdef Py_ssize_t i, step = q.weight.c if q.columns else q.weight.s
+    if q.weight.data == NULL:
+        return NULL
+    if weights_in_place(q, room):
+        return <const real*>source
+    if step == bytes_of(q.weight.storage):
+        load(source, q.weight.storage, n, room)
+        return room
+    for i in range(n if step else 1):
+        room[i] = <real>number(source + i * step, q.weight.storage)
+    return room
 
 cdef struct Workspace:
     char* memory
@@ -177,9 +197,12 @@ cdef void segment_sums(Back* q, Item it, Slopes* s, Py_ssize_t k, double* sums, 
     cdef bint convert = not (native(q.x.storage, kind) and native(q.dy.storage, kind))
     cdef real* tile = <real*>tiles
     cdef real* other = tile + BLOCK
+    cdef real* room = tile + 2 * BLOCK
     cdef const real* x
     cdef const real* dy
     cdef const real* w = NULL
+    if q.inside and q.weight.data != NULL:
+        convert = convert or not weights_in_place(q, kind)
     segment_at(q, k, &f, &last)
     memset(sums, 0, 2 * it.width * sizeof(double))
     if not q.columns:
@@ -190,7 +213,7 @@ cdef void segment_sums(Back* q, Item it, Slopes* s, Py_ssize_t k, double* sums, 
             x = ready(&q.x, it, p, t, n, tile)
             dy = ready(&q.dy, it, p, t, n, other)
             if q.inside:
-                w = weights_at(q, it, p, t, kind)
+                w = weights_along(q, it, p, t, n, room)
             if real is float:
                 fn_sum_run_float(x, dy, n, s.mean[0], s.rstd[0], w, sums, sums + 1)
             else:
@@ -214,7 +237,7 @@ cdef void segment_sums(Back* q, Item it, Slopes* s, Py_ssize_t k, double* sums, 
                     load(place(&q.dy, it, p, t + i), q.dy.storage, it.width, other + i * it.width)
                 dy, dy_step = other, it.width
             if q.inside:
-                w = weights_at(q, it, p, t, kind)
+                w = weights_along(q, it, p, t, it.width, room)
             if real is float:
                 fn_sum_rows_float(x, x_step, dy, dy_step, n, it.width, s.mean, s.rstd, w, q.weight.c != 0, sums, sums + it.width)
             else:
@@ -228,15 +251,13 @@ cdef void add_segment(Back* q, Item it, Slopes* s, Py_ssize_t k, const double* s
     """A segment's sums into its group's, and into the cells where those are its own kind."""
     cdef Py_ssize_t i, n = it.width, cell
     cdef Py_ssize_t plane = k // q.plane_segments if q.plane_segments else 0
-    cdef const real* w = weights_at(q, it, plane, 0, kind)
     cdef double v = 1.0
     for i in range(n):
         if not q.inside:
             cell = plane * q.cell_p + i * q.cell_c
             cells[cell] += sums[n + i]
             cells[q.cells + cell] += sums[i]
-            if w != NULL:
-                v = w[i if q.weight.c else 0]
+            v = weight_of(q, it, plane, 0, i)
         s.first[i] += v * sums[i]
         s.second[i] += v * sums[n + i]
 
@@ -244,7 +265,6 @@ cdef void finish_sums(Back* q, Item it, Slopes* s, real* kind) noexcept nogil:
     """From the group's sums to the two terms that the step subtracts."""
     cdef Py_ssize_t i, j, group, k = q.neighbours
     cdef double first, second, count = <double>q.length * k
-    cdef const real* w = NULL
     for group in range(it.width // k):
         i = group * k
         first = second = 0.0
@@ -258,9 +278,8 @@ cdef void finish_sums(Back* q, Item it, Slopes* s, real* kind) noexcept nogil:
             (<real*>s.c1)[j] = <real>s.first[j]
             (<real*>s.c2)[j] = <real>s.second[j]
     if q.columns and not q.inside:
-        w = weights_at(q, it, 0, 0, kind)
         for i in range(it.width):
-            (<real*>s.wr)[i] = <real>((1.0 if w == NULL else w[i if q.weight.c else 0]) * s.rstd[i])
+            (<real*>s.wr)[i] = <real>(weight_of(q, it, 0, 0, i) * s.rstd[i])
 
 cdef void item_sums(Back* q, Item it, Slopes* s, double* sums, double* cells, char* tiles, real* kind) noexcept nogil:
     cdef Py_ssize_t k
@@ -273,37 +292,45 @@ cdef void item_sums(Back* q, Item it, Slopes* s, double* sums, double* cells, ch
 
 # ---- the step --------------------------------------------------------------------------------
 
-cdef void wide_step(Back* q, Item it, Slopes* s, Py_ssize_t p, Py_ssize_t t, Py_ssize_t n, const real* x, const real* dy, const real* w, real* dx, bint all_of_it, double* gw, double* gb) noexcept nogil:
-    """The step in double, for columns whose numbers leave float's range; others are left alone.
+cdef void wide_step(Back* q, Slopes* s, Py_ssize_t first, Py_ssize_t last, const real* x, const real* dy, const real* w, double weight, real* dx, double* gw, double* gb) noexcept nogil:
+    """The step in double, where numbers leave float's range: elements [first, last) of a run or row.
 
-    `gw` and `gb` (or NULL) take what the element adds to the gradients of weight and bias.
+    Without weights `w` there is one for all of them.  `gw` and `gb` (or NULL) take what they add to
+    the gradients of weight and bias.
     """
     cdef Py_ssize_t i, j, g
-    cdef double xhat, v
+    cdef double xhat
     cdef bint along = (q.dweight.c if q.columns else q.dweight.s) != 0
-    for i in range(n):
+    for i in range(first, last):
         j = i if q.columns else 0
-        if not (s.wide[j] or all_of_it):
-            continue
         xhat = (<double>x[i] - s.mean[j]) * s.rstd[j]
-        v = 1.0 if w == NULL else w[i if along else 0]
-        dx[i] = <real>(s.rstd[j] * dy[i] * v - s.first[j] - xhat * s.second[j])
+        if w != NULL:
+            weight = w[i if along else 0]
+        dx[i] = <real>(s.rstd[j] * dy[i] * weight - s.first[j] - xhat * s.second[j])
         if gw != NULL:
             g = i if along else 0
             gw[g] += dy[i] * xhat
             gb[g] += dy[i]
 
+cdef inline Py_ssize_t alike(Slopes* s, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
+    """The end of the columns from `first` on that are all wide, or all not."""
+    cdef Py_ssize_t last = first + 1
+    if not s.any_wide:
+        return n
+    while last < n and s.wide[last] == s.wide[first]:
+        last += 1
+    return last
+
 cdef void step_back(Back* q, Item it, Slopes* s, Py_ssize_t f, Py_ssize_t last, char* tiles, real* kind) noexcept nogil:
     """dx of the elements (rows) [f, last), where the weight does not differ inside."""
-    cdef Py_ssize_t p, t, n
+    cdef Py_ssize_t p, t, n, i, j, c
     cdef real* tile = <real*>tiles
     cdef real* other = tile + BLOCK
     cdef real* dx
     cdef real wr
     cdef const real* x
     cdef const real* dy
-    cdef const real* w
-    cdef bint straight = native(q.dx.storage, kind)
+    cdef bint straight = native(q.dx.storage, kind) and not q.stream
     cdef Py_ssize_t limit = SPAN if straight and native(q.dy.storage, kind) else BLOCK
     while f < last:
         p, t = f // q.s, f % q.s
@@ -311,26 +338,35 @@ cdef void step_back(Back* q, Item it, Slopes* s, Py_ssize_t f, Py_ssize_t last, 
         dx = <real*>place(&q.dx, it, p, t) if straight else tile
         x = ready(&q.x, it, p, t, n, tile)
         dy = ready(&q.dy, it, p, t, n, other)
-        w = weights_at(q, it, p, t, kind)
-        if s.any_wide and not q.columns:
-            wide_step(q, it, s, p, t, n, x, dy, w, dx, True, NULL, NULL)
-        elif q.columns:
-            if real is float:
-                fn_back_row_float(x, dy, dx, n, <float*>s.hi, <float*>s.r, <float*>s.shift, <float*>s.wr, <float*>s.c1, <float*>s.c2)
-            else:
-                fn_back_row_double(x, dy, dx, n, <double*>s.hi, <double*>s.r, <double*>s.shift, <double*>s.wr, <double*>s.c1, <double*>s.c2)
+        if q.columns:
+            i = 0
+            while i < n:
+                j = alike(s, i, n)
+                if s.wide[i]:
+                    for c in range(i, j):
+                        wide_step(q, s, c, c + 1, x, dy, NULL, weight_of(q, it, p, t, c), dx, NULL, NULL)
+                elif real is float:
+                    fn_back_row_float(x + i, dy + i, dx + i, j - i, <float*>s.hi + i, <float*>s.r + i, <float*>s.shift + i, <float*>s.wr + i, <float*>s.c1 + i, <float*>s.c2 + i)
+                else:
+                    fn_back_row_double(x + i, dy + i, dx + i, j - i, <double*>s.hi + i, <double*>s.r + i, <double*>s.shift + i, <double*>s.wr + i, <double*>s.c1 + i, <double*>s.c2 + i)
+                i = j
+        elif s.any_wide:
+            wide_step(q, s, 0, n, x, dy, NULL, weight_of(q, it, p, t, 0), dx, NULL, NULL)
         else:
-            wr = <real>((1.0 if w == NULL else w[0]) * s.rstd[0])
+            wr = <real>(weight_of(q, it, p, t, 0) * s.rstd[0])
             if real is float:
                 fn_back_run_float(x, dy, dx, n, (<float*>s.hi)[0], (<float*>s.r)[0], (<float*>s.shift)[0], wr, (<float*>s.c1)[0], (<float*>s.c2)[0])
             else:
                 fn_back_run_double(x, dy, dx, n, (<double*>s.hi)[0], (<double*>s.r)[0], (<double*>s.shift)[0], wr, (<double*>s.c1)[0], (<double*>s.c2)[0])
-        if s.any_wide and q.columns:
-            # dx has overwritten the tile of x
-            wide_step(q, it, s, p, t, n, ready(&q.x, it, p, t, n, tile + BLOCK // 2), dy, w, dx, False, NULL, NULL)
         if not straight:
-            store(dx, n, place(&q.dx, it, p, t), q.dx.storage)
+            deliver(dx, n, place(&q.dx, it, p, t), q.dx.storage, q.stream, <char*>other)
         f += 1 if q.columns else n
+
+cdef inline void collect(const real** x, const real** dy, real** dx, const real* terms, Py_ssize_t n, int count, const real* w, double* gw, double* gb) noexcept nogil:
+    if real is float:
+        fn_back_collect_float(x, dy, dx, terms, n, count, w, gw, gb)
+    else:
+        fn_back_collect_double(x, dy, dx, terms, n, count, w, gw, gb)
 
 cdef void collect_runs(Back* q, const Item* items, Slopes* s, int count, Py_ssize_t p, Py_ssize_t t, Py_ssize_t n, double* gw, double* gb, char* tiles, real* kind) noexcept nogil:
     """dx of n elements of up to TOGETHER runs that share their weights, and those' gradients."""
@@ -338,15 +374,15 @@ cdef void collect_runs(Back* q, const Item* items, Slopes* s, int count, Py_ssiz
     cdef const real* dy[TOGETHER]
     cdef real* dx[TOGETHER]
     cdef real[5 * TOGETHER] terms
-    cdef real[CHUNK] ones
-    cdef const real* w = weights_at(q, items[0], p, t, kind)
-    cdef bint straight = native(q.dx.storage, kind), any_wide = False
+    cdef real* room = <real*>tiles + 2 * TOGETHER * CHUNK
+    cdef const real* w = weights_along(q, items[0], p, t, n, room)
+    cdef bint straight = native(q.dx.storage, kind) and not q.stream, any_wide = False
     cdef Py_ssize_t i
     cdef int k
     if w == NULL:
         for i in range(n):
-            ones[i] = 1
-        w = ones
+            room[i] = 1
+        w = room
     for k in range(count):
         x[k] = ready(&q.x, items[k], p, t, n, <real*>tiles + 2 * k * CHUNK)
         dy[k] = ready(&q.dy, items[k], p, t, n, <real*>tiles + (2 * k + 1) * CHUNK)
@@ -354,42 +390,44 @@ cdef void collect_runs(Back* q, const Item* items, Slopes* s, int count, Py_ssiz
         terms[5 * k], terms[5 * k + 1], terms[5 * k + 2] = (<real*>s[k].hi)[0], (<real*>s[k].r)[0], (<real*>s[k].shift)[0]
         terms[5 * k + 3], terms[5 * k + 4] = (<real*>s[k].c1)[0], (<real*>s[k].c2)[0]
         any_wide |= s[k].any_wide
-    if any_wide:
-        for k in range(count):
-            wide_step(q, items[k], &s[k], p, t, n, x[k], dy[k], w, dx[k], True, gw, gb)
-    elif real is float:
-        fn_back_collect_float(x, dy, dx, terms, n, count, w, gw, gb)
+    if not any_wide:
+        collect(x, dy, dx, terms, n, count, w, gw, gb)
     else:
-        fn_back_collect_double(x, dy, dx, terms, n, count, w, gw, gb)
+        for k in range(count):
+            if s[k].any_wide:
+                wide_step(q, &s[k], 0, n, x[k], dy[k], w, 1.0, dx[k], gw, gb)
+            else:
+                collect(x + k, dy + k, dx + k, terms + 5 * k, n, 1, w, gw, gb)
     if not straight:
         for k in range(count):
-            store(dx[k], n, place(&q.dx, items[k], p, t), q.dx.storage)
+            deliver(dx[k], n, place(&q.dx, items[k], p, t), q.dx.storage, q.stream, tiles + (2 * k + 1) * CHUNK * sizeof(real))
 
 cdef void collect_row(Back* q, Item it, Slopes* s, Py_ssize_t p, Py_ssize_t t, double* gw, double* gb, char* tiles, real* kind) noexcept nogil:
     """dx of a row of columns, and the gradients of its weight or weights."""
     cdef real* tile = <real*>tiles
-    cdef bint straight = native(q.dx.storage, kind)
+    cdef bint straight = native(q.dx.storage, kind) and not q.stream
     cdef const real* x = ready(&q.x, it, p, t, it.width, tile)
     cdef const real* dy = ready(&q.dy, it, p, t, it.width, tile + BLOCK)
     cdef real* dx = <real*>place(&q.dx, it, p, t) if straight else tile
-    cdef const real* w = weights_at(q, it, p, t, kind)
-    cdef real one = 1
-    cdef bint along = q.dweight.c != 0
-    cdef Py_ssize_t i
+    cdef real* room = tile + 2 * BLOCK
+    cdef const real* w = weights_along(q, it, p, t, it.width, room)
+    cdef Py_ssize_t i, j, g, along = q.dweight.c != 0
     if w == NULL:
-        w = &one
-        if along:
-            for i in range(it.width):
-                (<real*>s.wr)[i] = 1
-            w = <real*>s.wr
-    if s.any_wide:
-        wide_step(q, it, s, p, t, it.width, x, dy, w, dx, True, gw, gb)
-    elif real is float:
-        fn_back_row_collect_float(x, dy, dx, it.width, <float*>s.hi, <float*>s.r, <float*>s.shift, <float*>s.c1, <float*>s.c2, w, along, gw, gb)
-    else:
-        fn_back_row_collect_double(x, dy, dx, it.width, <double*>s.hi, <double*>s.r, <double*>s.shift, <double*>s.c1, <double*>s.c2, w, along, gw, gb)
+        for i in range(it.width):
+            room[i] = 1
+        w = room
+    i = 0
+    while i < it.width:
+        j, g = alike(s, i, it.width), i * along
+        if s.wide[i]:
+            wide_step(q, s, i, j, x, dy, w, 1.0, dx, gw, gb)
+        elif real is float:
+            fn_back_row_collect_float(x + i, dy + i, dx + i, j - i, <float*>s.hi + i, <float*>s.r + i, <float*>s.shift + i, <float*>s.c1 + i, <float*>s.c2 + i, w + g, along, gw + g, gb + g)
+        else:
+            fn_back_row_collect_double(x + i, dy + i, dx + i, j - i, <double*>s.hi + i, <double*>s.r + i, <double*>s.shift + i, <double*>s.c1 + i, <double*>s.c2 + i, w + g, along, gw + g, gb + g)
+        i = j
     if not straight:
-        store(dx, it.width, place(&q.dx, it, p, t), q.dx.storage)
+        deliver(dx, it.width, place(&q.dx, it, p, t), q.dx.storage, q.stream, <char*>(tile + BLOCK))
 
 # ---- the gradients of weight and bias, written out -------------------------------------------
 
@@ -471,6 +509,7 @@ cdef int back_tasks(Back* q, Py_ssize_t first, Py_ssize_t last, double* parts, r
             i += count
         if parts == NULL:
             put_owner(q, owner, cells)
+    fn_stream_fence()
     free(h.memory)
     return 0
 
@@ -526,6 +565,7 @@ cdef int some_back_steps(Back* q, Py_ssize_t owner, Py_ssize_t begin, Py_ssize_t
                     collect_runs(q, items, &s[j], count, p + f, t, n, h.cells, h.cells + CHUNK, h.tiles, kind)
                 j += count
             put_cells(q, items[0], p, t, h.cells, h.cells + CHUNK, n)
+    fn_stream_fence()
     free(h.memory)
     return 0
 
@@ -672,6 +712,7 @@ cdef int carry_back(Back* q, int threads) noexcept:
     sum_bytes = 2 * q.cells * q.owners * sizeof(double)
     q.parts = min(min(q.sharers, max(PARTS // q.owners, 1)), min(size // PART, (ALLOWED + x_bytes // 100) // sum_bytes))
     q.parts = max(q.parts, 1)
+    q.stream = x_bytes > stream_above
     q.threads = 1 if x_bytes < SERIAL // 2 or not FN_OPENMP else max(1, threads)
     with nogil:
         if q.x.storage == F64:
@@ -684,7 +725,7 @@ def run_backward(layout, x, dy, dx, mean, rstd, weight, dweight, dbias, *, bint 
                  int threads=1, bytes key=None, tuple own=()):
     """One backward pass of `layout`: fills dx, dweight and, unless it is None, dbias.
 
-    `weight` (None: 1 everywhere), `dweight` and `dbias` lie in memory in the same way.  With a key,
+    `weight` (None: 1 everywhere) may lie in any order; `dbias` lies as `dweight` does.  With a key,
     the pass is kept as a plan (plans.pxi); `own` is then the shape of dweight without a weight.
     """
     cdef Back q
@@ -699,7 +740,7 @@ def run_backward(layout, x, dy, dx, mean, rstd, weight, dweight, dbias, *, bint 
     operand(&q.dx, dx, strides["dx"])
     operand(&q.mean, mean, strides["stats"])
     operand(&q.rstd, rstd, strides["stats"])
-    operand(&q.weight, weight, strides["dweight"])
+    operand(&q.weight, weight, strides.get("factor"))
     operand(&q.dweight, dweight, strides["dweight"])
     operand(&q.dbias, dbias, strides["dweight"])
     if carry_back(&q, threads):

@@ -42,6 +42,8 @@ cdef extern from "simd.h" nogil:
     void fn_load_bf16(const uint16_t*, Py_ssize_t, float*) noexcept
     void fn_store_f16(const float*, Py_ssize_t, uint16_t*) noexcept
     void fn_store_bf16(const float*, Py_ssize_t, uint16_t*) noexcept
+    void fn_stream(char*, const char*, size_t) noexcept
+    void fn_stream_fence() noexcept
     void fn_step_run_float(const float*, float*, Py_ssize_t, float, float, float, const float*, bint, const float*, bint) noexcept
     void fn_step_run_double(const double*, double*, Py_ssize_t, double, double, double, const double*, bint, const double*, bint) noexcept
     void fn_step_row_float(const float*, float*, Py_ssize_t, const float*, const float*, const float*, const float*, bint, const float*, bint) noexcept
@@ -102,6 +104,7 @@ cdef struct Operand:
 cdef struct Pass:
     Py_ssize_t a, b, p, s, c, neighbours
     bint columns, centred, given, activation_first
+    bint stream                 # y is written past the caches
     Scaling scaling
     Activation activation
     double eps
@@ -158,6 +161,24 @@ cdef inline void store(const real* t, Py_ssize_t n, char* y, Storage storage) no
     else:
         for i in range(n):
             (<double*>y)[i] = t[i]
+
+cdef inline void deliver(const real* t, Py_ssize_t n, char* y, Storage storage, bint stream, char* spare) noexcept nogil:
+    """`store`, or past the caches; `spare` has room for n of y."""
+    if not stream:
+        store(t, n, y, storage)
+    elif native(storage, <real*>t):
+        fn_stream(y, <const char*>t, n * sizeof(real))
+    else:
+        store(t, n, spare, storage)
+        fn_stream(y, spare, n * bytes_of(storage))
+
+# What an output must exceed to be written past the caches: the last of them.
+cdef Py_ssize_t stream_above = 1 << 25
+
+def set_stream_above(Py_ssize_t size):
+    """Write outputs of more than `size` bytes past the caches."""
+    global stream_above
+    stream_above = size
 
 # ---- moments and their merge -----------------------------------------------------------------
 
@@ -347,15 +368,17 @@ cdef inline Scale scale_at(char* memory, Py_ssize_t width) noexcept nogil:
     s.any_wide = False
     return s
 
-cdef inline double element(Pass* q, Operand* x, const char* base, Py_ssize_t i) noexcept nogil:
-    cdef const char* at = base + (i // q.s) * x.p + (i % q.s) * x.s
-    if x.storage == F64:
+cdef inline double number(const char* at, Storage storage) noexcept nogil:
+    if storage == F64:
         return (<const double*>at)[0]
-    if x.storage == F32:
+    if storage == F32:
         return (<const float*>at)[0]
-    if x.storage == F16:
+    if storage == F16:
         return fn_from_f16((<const uint16_t*>at)[0])
     return fn_from_bf16((<const uint16_t*>at)[0])
+
+cdef inline double element(Pass* q, Operand* x, const char* base, Py_ssize_t i) noexcept nogil:
+    return number(base + (i // q.s) * x.p + (i % q.s) * x.s, x.storage)
 
 cdef bint rescue(Pass* q, const char* x, const char* mask, double* mean, double* rest, double* m2, double* unit) noexcept nogil:
     """Moments of one group whose squares leave float64's range: slow, rare, on x * unit.
@@ -535,7 +558,7 @@ cdef inline void step(Pass* q, Scale* s, const char* x, char* y, const char* res
     """
     cdef real one = 1.0, zero = 0.0
     cdef Storage storage = source_of(q).storage
-    cdef bint plain = q.activation == IDENTITY and residual == NULL and not s.any_wide
+    cdef bint plain = q.activation == IDENTITY and residual == NULL and not s.any_wide and not q.stream
     cdef const real* source = <const real*>x
     cdef real* target = <real*>y if plain and native(q.y.storage, tile) else tile
     cdef const real* w = <const real*>weight if weight != NULL else &one
@@ -586,7 +609,7 @@ cdef inline void step(Pass* q, Scale* s, const char* x, char* y, const char* res
             fn_affine_float(tile, n, w, wv, b, bv)
         else:
             fn_affine_double(tile, n, w, wv, b, bv)
-    store(tile, n, y, q.y.storage)
+    deliver(tile, n, y, q.y.storage, q.stream, <char*>extra)
 
 # ---- runs ------------------------------------------------------------------------------------
 
@@ -877,6 +900,7 @@ cdef int whole_items(Pass* q, Py_ssize_t first, Py_ssize_t last, real* kind) noe
         if q.y.data != NULL:
             for piece in range(q.pieces):
                 piece_step(q, it, piece, &s, &h, kind)
+    fn_stream_fence()
     free(h.memory)
     return 0
 
@@ -898,6 +922,7 @@ cdef int some_steps(Pass* q, Py_ssize_t first, Py_ssize_t last, Scale* scales, r
         return 1
     for i in range(first, last):
         piece_step(q, item_at(q, i // q.pieces), i % q.pieces, &scales[i // q.pieces], &h, kind)
+    fn_stream_fence()
     free(h.memory)
     return 0
 
@@ -985,6 +1010,7 @@ cdef int carry_out(Pass* q, int threads) noexcept:
     q.items = q.a * q.b * q.chunks
     q.pieces = pieces_of(q)
     q.threads = 1 if q.items * q.width * q.length * size < SERIAL or not FN_OPENMP else max(1, threads)
+    q.stream = q.items * q.width * q.length * size > stream_above
     with nogil:
         if q.x.storage == F64:
             failed = run(q, &as_double)

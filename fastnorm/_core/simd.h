@@ -8,7 +8,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -95,6 +95,35 @@ static inline void fn_store_f16(const float *FN_RESTRICT t, ptrdiff_t n, uint16_
                          _mm256_cvtps_ph(_mm256_loadu_ps(t + i), _MM_FROUND_TO_NEAREST_INT));
 #endif
     for (; i < n; i++) y[i] = fn_to_f16(t[i]);
+}
+
+/* ---- streaming stores --------------------------------------------------------------------
+ * A result larger than the last cache is not read again soon.  Written past the caches, its lines
+ * are not fetched first, which is a third of the traffic of a pass over memory.  A fence belongs
+ * between the last of these and whoever reads the result in another thread. */
+static inline void fn_stream(char *FN_RESTRICT to, const char *FN_RESTRICT from, size_t n) {
+#if defined(__SSE2__)
+    size_t head = (size_t)(-(uintptr_t)to % 64);
+    if (n >= 256 + head) {
+        memcpy(to, from, head);
+        to += head, from += head, n -= head;
+#if defined(__AVX__)
+        for (; n >= 64; n -= 64, to += 64, from += 64) {
+            _mm256_stream_si256((__m256i *)to, _mm256_loadu_si256((const __m256i *)from));
+            _mm256_stream_si256((__m256i *)(to + 32), _mm256_loadu_si256((const __m256i *)(from + 32)));
+        }
+#else
+        for (; n >= 16; n -= 16, to += 16, from += 16)
+            _mm_stream_si128((__m128i *)to, _mm_loadu_si128((const __m128i *)from));
+#endif
+    }
+#endif
+    memcpy(to, from, n);
+}
+static inline void fn_stream_fence(void) {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
 }
 
 /* ---- the step every norm ends in ---------------------------------------------------------
@@ -217,10 +246,10 @@ FN_STEPS(double, fn_fma64)
                 const real h1 = fma(x1[i] - s[5], s[6], s[7]);                                    \
                 const real h2 = fma(x2[i] - s[10], s[11], s[12]);                                 \
                 const real h3 = fma(x3[i] - s[15], s[16], s[17]);                                 \
-                y0[i] = fma(-h0, s[4], fma(t0 * v, s[1], -s[3]));                                 \
-                y1[i] = fma(-h1, s[9], fma(t1 * v, s[6], -s[8]));                                 \
-                y2[i] = fma(-h2, s[14], fma(t2 * v, s[11], -s[13]));                              \
-                y3[i] = fma(-h3, s[19], fma(t3 * v, s[16], -s[18]));                              \
+                y0[i] = fma(-h0, s[4], fma(t0, v * s[1], -s[3]));                                 \
+                y1[i] = fma(-h1, s[9], fma(t1, v * s[6], -s[8]));                                 \
+                y2[i] = fma(-h2, s[14], fma(t2, v * s[11], -s[13]));                              \
+                y3[i] = fma(-h3, s[19], fma(t3, v * s[16], -s[18]));                              \
                 gw[i] += (double)(fma(t0, h0, t1 * h1) + fma(t2, h2, t3 * h3));                   \
                 gb[i] += (double)((t0 + t1) + (t2 + t3));                                         \
             }                                                                                     \
@@ -231,7 +260,7 @@ FN_STEPS(double, fn_fma64)
             real *yk = dx[k];                                                                     \
             FN_IVDEP for (ptrdiff_t i = 0; i < n; i++) {                                          \
                 const real t = dk[i], h = fma(xk[i] - s[0], s[1], s[2]);                          \
-                yk[i] = fma(-h, s[4], fma(t * w[i], s[1], -s[3]));                                \
+                yk[i] = fma(-h, s[4], fma(t, w[i] * s[1], -s[3]));                                \
                 gw[i] += (double)(t * h);                                                         \
                 gb[i] += (double)t;                                                               \
             }                                                                                     \
@@ -266,7 +295,7 @@ FN_STEPS(double, fn_fma64)
             FN_IVDEP for (ptrdiff_t i = 0; i < n; i++) {                                          \
                 const real t = dy[i];                                                             \
                 FN_XHAT(real, fma, x[i], hi[i], r[i], shift[i]);                                  \
-                dx[i] = fma(-xhat, c2[i], fma(t * w[i], r[i], -c1[i]));                           \
+                dx[i] = fma(-xhat, c2[i], fma(t, w[i] * r[i], -c1[i]));                           \
                 gw[i] += (double)(t * xhat);                                                      \
                 gb[i] += (double)t;                                                               \
             }                                                                                     \
@@ -279,14 +308,14 @@ FN_STEPS(double, fn_fma64)
             FN_IVDEP for (int j = 0; j < FN_LANES; j++) {                                         \
                 const real t = dy[i + j];                                                         \
                 FN_XHAT(real, fma, x[i + j], hi[i + j], r[i + j], shift[i + j]);                  \
-                dx[i + j] = fma(-xhat, c2[i + j], fma(t * v, r[i + j], -c1[i + j]));              \
+                dx[i + j] = fma(-xhat, c2[i + j], fma(t, v * r[i + j], -c1[i + j]));              \
                 a[j] += (double)t;                                                                \
                 b[j] += (double)(t * xhat);                                                       \
             }                                                                                     \
         for (; i < n; i++) {                                                                      \
             const real t = dy[i];                                                                 \
             FN_XHAT(real, fma, x[i], hi[i], r[i], shift[i]);                                      \
-            dx[i] = fma(-xhat, c2[i], fma(t * v, r[i], -c1[i]));                                  \
+            dx[i] = fma(-xhat, c2[i], fma(t, v * r[i], -c1[i]));                                  \
             rest_a += (double)t;                                                                  \
             rest_b += (double)(t * xhat);                                                         \
         }                                                                                         \
@@ -301,11 +330,11 @@ FN_BACK(double, fn_fma64)
 /* The sums.  Of floats: g and x - mean are exact in double, or nearly, and `rstd` waits until the
  * sum is there.  Of doubles: scaled at once, or the product could leave the range. */
 #define FN_RUN_G(i) (double)dy[i]
-#define FN_RUN_GW(i) (double)(dy[i] * w[i])
+#define FN_RUN_GW(i) ((double)dy[i] * (double)w[i])
 #define FN_RUN_D(i) ((double)x[i] - mean)
 #define FN_RUN_DR(i) ((x[i] - mean) * rstd)
 #define FN_G(k) (double)dy[k * dy_step + c]
-#define FN_GW(k) (double)(dy[k * dy_step + c] * w[wv ? c : 0])
+#define FN_GW(k) ((double)dy[k * dy_step + c] * (double)w[wv ? c : 0])
 #define FN_D(k) ((double)x[k * x_step + c] - mean[c])
 #define FN_DR(k) ((x[k * x_step + c] - mean[c]) * rstd[c])
 static inline void fn_sum_run_float(const float *x, const float *dy, ptrdiff_t n, double mean,

@@ -319,8 +319,10 @@ def batch_norm(
             np.array(running_mean, np.float64, order="C").reshape(place),
             np.array(running_var, np.float64, order="C").reshape(place),
         )
-        # every sample on its own where it has positions: the order of memory
-        axes = tuple(range(2, array.ndim)) or (0,)
+        # In the order of memory: where the channels are neighbours all rows at once, for which the
+        # scales are computed once; otherwise every sample on its own.
+        together = array.strides[axis] == array.itemsize or array.ndim == 2
+        axes = (0, *range(2, array.ndim)) if together else tuple(range(2, array.ndim))
         y, mean, _, rstd = _run(x, array, axes, w, b, eps=eps, given=given, **shared)
     else:
         axes = (0, *range(2, array.ndim))

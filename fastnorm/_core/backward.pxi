@@ -29,7 +29,6 @@ cdef extern from "simd.h" nogil:
 cdef enum:
     SPAN = 65536                # elements of a run summed at a time
     SPAN_ROWS = 512             # rows of columns, likewise: their sums cost at most 2 % of x
-    ABREAST = 512               # columns up to this number are taken as whole rows
     CHUNK = 1024                # elements of a run whose weights' gradients are collected at once
     TOGETHER = 4                # runs that share the trip to those gradients
     CACHED = 1 << 18            # bytes of x and dy that stay in L2 from one sweep to the next
@@ -681,7 +680,6 @@ cdef int carry_back(Back* q, int threads) noexcept:
     q.width = q.chunks = 1
     if q.columns:
         groups = q.c // q.neighbours
-        # part of a row at a time keeps many columns in cache, but is slower to fetch
         q.chunks = 1 if q.c <= ABREAST else max(1, min(groups, (q.c + COLUMNS - 1) // COLUMNS))
         q.width = (groups + q.chunks - 1) // q.chunks * q.neighbours
         q.chunks = (q.c + q.width - 1) // q.width

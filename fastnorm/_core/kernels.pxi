@@ -36,6 +36,9 @@ cdef extern from "simd.h" nogil:
     """
     int FN_OPENMP
     double fn_mac64(double, double, double) noexcept
+    double fn_sum_float(const float*, Py_ssize_t) noexcept
+    double fn_squares_float(const float*, Py_ssize_t, double) noexcept
+    double fn_deviations_double(const double*, Py_ssize_t, double) noexcept
     float fn_from_f16(uint16_t) noexcept
     float fn_from_bf16(uint16_t) noexcept
     void fn_load_f16(const uint16_t*, Py_ssize_t, float*) noexcept
@@ -72,7 +75,8 @@ cdef enum:
     CHAIN = 256                 # doubles before the lanes are added up: short chains round less
     BLOCK = 4096                # elements of a run whose moments are taken at once: fits L1
     PIECE = 16                  # blocks that one thread takes when a group is shared out
-    COLUMNS = 256               # columns taken side by side, at most (or one group of neighbours)
+    ABREAST = 512               # columns up to this number are taken as whole rows, which are fetched faster
+    COLUMNS = 256               # of more, so many are taken side by side, at most (or one group of neighbours)
     SQUARE = 16384              # elements of a block of columns: fits L2
     PIECE_ROWS = 1024           # rows that one thread takes: partial sums cost at most 1 % of x
     SERIAL = 1 << 17            # bytes of x below which waking a second thread costs more
@@ -244,41 +248,6 @@ cdef inline double add_lanes(double* lanes) noexcept nogil:
         half = half // 2
     return lanes[0]
 
-cdef inline double sum_about(const real* x, Py_ssize_t n, double pivot) noexcept nogil:
-    """Sum of float x, or of x - pivot for double."""
-    cdef double[LANES] lanes
-    cdef Py_ssize_t i = 0, j
-    memset(lanes, 0, sizeof(lanes))
-    while i + LANES <= n:
-        for j in range(LANES):
-            if real is float:
-                lanes[j] += <double>x[i + j]
-            else:
-                lanes[j] += x[i + j] - pivot
-        i += LANES
-    for j in range(n - i):
-        if real is float:
-            lanes[j] += <double>x[i + j]
-        else:
-            lanes[j] += x[i + j] - pivot
-    return add_lanes(lanes)
-
-cdef inline double squares_about(const float* x, Py_ssize_t n, double mean) noexcept nogil:
-    """Sum of (x - mean)^2: squares of floats are exact in double, their sum has 29 bits to spare."""
-    cdef double[LANES] lanes
-    cdef Py_ssize_t i = 0, j
-    cdef double d
-    memset(lanes, 0, sizeof(lanes))
-    while i + LANES <= n:
-        for j in range(LANES):
-            d = <double>x[i + j] - mean
-            lanes[j] = fn_mac64(d, d, lanes[j])
-        i += LANES
-    for j in range(n - i):
-        d = <double>x[i + j] - mean
-        lanes[j] = fn_mac64(d, d, lanes[j])
-    return add_lanes(lanes)
-
 cdef inline void deviations_about(const double* x, Py_ssize_t n, double mean, double* first, double* second, double* second_rest) noexcept nogil:
     """Sum of x - mean, and sum of (x - mean)^2 as two numbers.
 
@@ -326,14 +295,15 @@ cdef inline void moments_of(const real* x, Py_ssize_t n, bint centred, Moments m
     if real is float:
         if centred:
             # a sum of floats is exact in double, or nearly: fma gives what the quotient lost
-            total = sum_about(x, n, 0.0)
+            total = fn_sum_float(x, n)
             m.mean[0] = total / n
             m.mean_rest[0] = fma(-<double>n, m.mean[0], total) / n
-        m.m2[0] = squares_about(x, n, m.mean[0])
+        # squares of floats are exact in double, their sum has 29 bits to spare
+        m.m2[0] = fn_squares_float(x, n, m.mean[0])
     else:
         if centred:
             # about the first element, so that a constant block has exactly its mean
-            m.mean[0] = x[0] + sum_about(x, n, x[0]) / n
+            m.mean[0] = x[0] + fn_deviations_double(x, n, x[0]) / n
         deviations_about(x, n, m.mean[0], &first, m.m2, m.m2_rest)
         if centred:
             m.mean_rest[0] = first / n
@@ -443,9 +413,16 @@ cdef struct Item:               # one group, or the groups of up to COLUMNS neig
 
 cdef inline Item item_at(Pass* q, Py_ssize_t index) noexcept nogil:
     cdef Item it
-    cdef Py_ssize_t outer = index // q.chunks
-    it.a, it.b = outer // q.b, outer % q.b
-    it.c = (index % q.chunks) * q.width
+    cdef Py_ssize_t outer = index
+    it.a = it.c = 0
+    # a division costs as much as normalising a dozen numbers: only where there is something to divide
+    if q.chunks > 1:
+        outer = index // q.chunks
+        it.c = (index - outer * q.chunks) * q.width
+    it.b = outer
+    if q.a > 1:
+        it.a = outer // q.b
+        it.b = outer - it.a * q.b
     it.width = min(q.width, q.c - it.c)
     return it
 
@@ -618,7 +595,10 @@ cdef struct Run:                # elements [first, first + n) of a group that li
 
 cdef inline Run run_at(Pass* q, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
     cdef Run r
-    r.p, r.s = first // q.s, first % q.s
+    r.p, r.s = 0, first
+    if first >= q.s:
+        r.p = first // q.s
+        r.s = first - r.p * q.s
     r.n = min(last - first, q.s - r.s)
     return r
 
@@ -1003,7 +983,7 @@ cdef int carry_out(Pass* q, int threads) noexcept:
     q.block = BLOCK
     if q.columns:
         groups = q.c // q.neighbours
-        q.chunks = max(1, min(groups, (q.c + COLUMNS - 1) // COLUMNS))
+        q.chunks = 1 if q.c <= ABREAST else max(1, min(groups, (q.c + COLUMNS - 1) // COLUMNS))
         q.width = (groups + q.chunks - 1) // q.chunks * q.neighbours
         q.chunks = (q.c + q.width - 1) // q.width
         q.block = min(max(SQUARE // q.width, 16), PIECE_ROWS)

@@ -97,6 +97,47 @@ static inline void fn_store_f16(const float *FN_RESTRICT t, ptrdiff_t n, uint16_
     for (; i < n; i++) y[i] = fn_to_f16(t[i]);
 }
 
+/* ---- sums -----------------------------------------------------------------------------
+ * 32 partial sums side by side, in eight AVX2 registers of doubles: enough to hide the latency of an
+ * addition, and an order that is the same whatever the vector's width.  Loops of a fixed length
+ * stay in registers; what is left over goes by eights and then one by one.  The first terms are
+ * assigned, not added to zeros: clearing 32 numbers costs as much as adding 64. */
+#define FN_FOLD(v, half) for (int j = 0; j < (half); j++) v[j] += v[j + (half)];
+#define FN_SUM(TERM, ADD)                                                                         \
+    {                                                                                             \
+        double a[32], rest = 0;                                                                   \
+        ptrdiff_t i = 0;                                                                          \
+        if (n >= 32) {                                                                            \
+            for (int j = 0; j < 32; j++) a[j] = TERM(x[j]);                                       \
+            for (i = 32; i + 32 <= n; i += 32)                                                    \
+                for (int j = 0; j < 32; j++) a[j] = ADD(x[i + j], a[j]);                          \
+            FN_FOLD(a, 16) FN_FOLD(a, 8)                                                          \
+        } else if (n >= 8) {                                                                      \
+            for (int j = 0; j < 8; j++) a[j] = TERM(x[j]);                                        \
+            i = 8;                                                                                \
+        } else {                                                                                  \
+            for (int j = 0; j < 8; j++) a[j] = 0;                                                 \
+        }                                                                                         \
+        for (; i + 8 <= n; i += 8)                                                                \
+            for (int j = 0; j < 8; j++) a[j] = ADD(x[i + j], a[j]);                               \
+        for (; i < n; i++) rest = ADD(x[i], rest);                                                \
+        FN_FOLD(a, 4) FN_FOLD(a, 2)                                                               \
+        return a[0] + a[1] + rest;                                                                \
+    }
+static inline double fn_square(double d) { return d * d; }
+static inline double fn_add_square(double d, double t) { return fn_mac64(d, d, t); }
+#define FN_PLAIN(v) (double)(v)
+#define FN_ADD_PLAIN(v, t) (t) + (double)(v)
+#define FN_DEVIATION(v) (v) - pivot
+#define FN_ADD_DEVIATION(v, t) (t) + ((v) - pivot)
+#define FN_SQUARE(v) fn_square((double)(v) - pivot)
+#define FN_ADD_SQUARE(v, t) fn_add_square((double)(v) - pivot, t)
+static inline double fn_sum_float(const float *x, ptrdiff_t n) FN_SUM(FN_PLAIN, FN_ADD_PLAIN)
+static inline double fn_squares_float(const float *x, ptrdiff_t n, double pivot)
+    FN_SUM(FN_SQUARE, FN_ADD_SQUARE)
+static inline double fn_deviations_double(const double *x, ptrdiff_t n, double pivot)
+    FN_SUM(FN_DEVIATION, FN_ADD_DEVIATION)
+
 /* ---- streaming stores --------------------------------------------------------------------
  * A result larger than the last cache is not read again soon.  Written past the caches, its lines
  * are not fetched first, which is a third of the traffic of a pass over memory.  A fence belongs
@@ -186,27 +227,35 @@ FN_STEPS(double, fn_fma64)
  * of eight AVX2 registers in all, as many as two multiply-add units of four cycles keep busy. */
 #define FN_LANES 16
 
-#define FN_FOLD(v, half) for (int j = 0; j < (half); j++) v[j] += v[j + (half)];
 #define FN_FOLDED(v) (v[0] + v[1])
 /* Loops of a fixed length, and a rest that adds up beside the lanes: these stay in registers. */
 #define FN_ADD_UP(v) FN_FOLD(v, 8) FN_FOLD(v, 4) FN_FOLD(v, 2)
 
 #define FN_SUM_PAIR(G, D)                                                                         \
     {                                                                                             \
-        double a[FN_LANES] = {0}, b[FN_LANES] = {0}, rest_a = 0, rest_b = 0;                      \
+        double a[FN_LANES], b[FN_LANES], rest_a = 0, rest_b = 0;                                  \
         ptrdiff_t i = 0;                                                                          \
-        for (; i + FN_LANES <= n; i += FN_LANES)                                                  \
+        if (n >= FN_LANES) {                                                                      \
             for (int j = 0; j < FN_LANES; j++) {                                                  \
-                const double g = G(i + j), d = D(i + j);                                          \
-                a[j] += g;                                                                        \
-                b[j] = fn_mac64(g, d, b[j]);                                                      \
+                const double g = G(j);                                                            \
+                a[j] = g;                                                                         \
+                b[j] = g * D(j);                                                                  \
             }                                                                                     \
+            for (i = FN_LANES; i + FN_LANES <= n; i += FN_LANES)                                  \
+                for (int j = 0; j < FN_LANES; j++) {                                              \
+                    const double g = G(i + j), d = D(i + j);                                      \
+                    a[j] += g;                                                                    \
+                    b[j] = fn_mac64(g, d, b[j]);                                                  \
+                }                                                                                 \
+            FN_ADD_UP(a) FN_ADD_UP(b)                                                             \
+        } else {                                                                                  \
+            a[0] = a[1] = b[0] = b[1] = 0;                                                        \
+        }                                                                                         \
         for (; i < n; i++) {                                                                      \
             const double g = G(i);                                                                \
             rest_a += g;                                                                          \
             rest_b = fn_mac64(g, D(i), rest_b);                                                   \
         }                                                                                         \
-        FN_ADD_UP(a) FN_ADD_UP(b)                                                                 \
         *first += FN_FOLDED(a) + rest_a;                                                          \
         *second += FN_FOLDED(b) + rest_b;                                                         \
     }

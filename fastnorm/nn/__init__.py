@@ -1,5 +1,6 @@
 """Modules: norms that keep their parameters, statistics and gradients, for training in NumPy."""
 
+from fastnorm.nn.module import Module
 from fastnorm.nn.norms import (
     BatchNorm,
     BatchNorm1d,
@@ -25,5 +26,6 @@ __all__ = [
     "InstanceNorm2d",
     "InstanceNorm3d",
     "LayerNorm",
+    "Module",
     "RMSNorm",
 ]

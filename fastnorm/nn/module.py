@@ -12,11 +12,11 @@ from fastnorm.arguments import Array, is_float
 
 
 class Module:
-    """Parameters, gradients, buffers and a mode.
+    """The base class of all modules: parameters, gradients, buffers and a mode.
 
-    A subclass fills `_parameters` and `_buffers` (arrays that it changes in place), and defines
-    `_forward`, which returns the result and what `_backward` will want, and `_backward`, which
-    returns dx and the gradients of the parameters by name.
+    A subclass fills ``_parameters`` and ``_buffers`` (arrays that are changed in place), and
+    defines ``_forward``, which returns the result and what ``_backward`` will want, and
+    ``_backward``, which returns dx and the gradients of the parameters by name.
 
     Attributes
     ----------

@@ -188,7 +188,7 @@ def test_plans_are_found_only_for_plain_arrays() -> None:
     for wrong in (-1.0, np.nan, np.inf):
         with pytest.raises(ValueError, match="eps"):
             fn.group_norm(x, 2, w, eps=wrong)
-    for groups in (3, 0, 2.0, True):
+    for groups in (3, 0, 2.0, True, 10**30):
         with pytest.raises((ValueError, TypeError), match="num_groups"):
             fn.group_norm(x, groups, w)
     running = np.zeros(8, np.float32)

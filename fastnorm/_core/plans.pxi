@@ -6,7 +6,7 @@
 # way: the same bits.
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
-from cpython.long cimport PyLong_AsLongLong, PyLong_CheckExact
+from cpython.long cimport PyLong_AsLongLongAndOverflow, PyLong_CheckExact
 from libc.stdint cimport int64_t
 
 cdef extern from "numpy/arrayobject.h":
@@ -34,21 +34,25 @@ cdef int push(Key* k, int64_t v) noexcept:
     k.n += 1
     return 0
 
+cdef bint push_number(Key* k, object v) except -1:
+    cdef int overflow = 0
+    if not PyLong_CheckExact(v):
+        return False
+    push(k, PyLong_AsLongLongAndOverflow(v, &overflow))
+    return overflow == 0
+
 cdef bint push_choice(Key* k, object v) except -1:
     """A whole number, a tuple of them, or None."""
     if v is None:
         push(k, -1)
-    elif PyLong_CheckExact(v):
-        push(k, 0)
-        push(k, PyLong_AsLongLong(v))
     elif type(v) is tuple and len(<tuple>v) <= AXES:
         push(k, 1 + len(<tuple>v))
         for n in <tuple>v:
-            if not PyLong_CheckExact(n):
+            if not push_number(k, n):
                 return False
-            push(k, PyLong_AsLongLong(n))
     else:
-        return False
+        push(k, 0)
+        return push_number(k, v)
     return True
 
 cdef bint push_array(Key* k, object v, int kind) noexcept:

@@ -217,6 +217,15 @@ def test_empty_batches() -> None:
     assert tracked.backward(tracked(np.zeros((0, 8, 3), np.float32))).shape == (0, 8, 3)
 
 
+def test_a_module_without_a_pass_cannot_be_made() -> None:
+    class Half(fn.nn.Module):
+        def _forward(self, x: Any) -> Any:
+            return x, x
+
+    with pytest.raises(TypeError, match="_backward"):
+        Half()  # type: ignore[abstract]
+
+
 def test_resetting() -> None:
     m, fresh = fn.nn.BatchNorm(8), fn.nn.BatchNorm(8)
     m(data(SHAPE, F32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -11,7 +12,7 @@ from numpy.typing import ArrayLike, DTypeLike
 from fastnorm.arguments import Array, is_float
 
 
-class Module:
+class Module(ABC):
     """The base class of all modules: parameters, gradients, buffers and a mode.
 
     A subclass fills ``_parameters`` and ``_buffers`` (arrays that are changed in place), and
@@ -94,11 +95,13 @@ class Module:
                 self.grad[name] += gradient
         return dx
 
+    @abstractmethod
     def _forward(self, x: ArrayLike) -> tuple[Array, Any]:
-        raise NotImplementedError(f"{type(self).__name__} defines no _forward")
+        """Return the result, and what `_backward` will want."""
 
+    @abstractmethod
     def _backward(self, dy: ArrayLike, saved: Any) -> tuple[Array, dict[str, Array]]:
-        raise NotImplementedError(f"{type(self).__name__} defines no _backward")
+        """Return dx, and the gradients of the parameters by name."""
 
     # --- Mode and parameters ----------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import numpy as np
@@ -50,9 +51,9 @@ class _Norm(Module):
         for name, array in self._parameters.items():
             array[...] = name == "weight"
 
+    @abstractmethod
     def _options(self) -> dict[str, Any]:
         """What `repr` shows."""
-        raise NotImplementedError
 
     def __repr__(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self._options().items())

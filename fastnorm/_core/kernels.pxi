@@ -19,7 +19,7 @@ from cython.parallel cimport prange
 from libc.math cimport INFINITY, NAN, fabs, fma, frexp, isfinite, ldexp, sqrt
 from libc.stdint cimport uint8_t, uint16_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 cimport numpy as cnp
 
 import numpy as np
@@ -36,9 +36,22 @@ cdef extern from "simd.h" nogil:
     """
     int FN_OPENMP
     double fn_mac64(double, double, double) noexcept
-    double fn_sum_float(const float*, Py_ssize_t) noexcept
-    double fn_squares_float(const float*, Py_ssize_t, double) noexcept
+    double fn_squares_float(const float*, Py_ssize_t) noexcept
     double fn_deviations_double(const double*, Py_ssize_t, double) noexcept
+    void fn_sums(const float*, Py_ssize_t, Py_ssize_t, double*, double*) noexcept
+    void fn_sums_about(const float*, Py_ssize_t, Py_ssize_t, double, double*, double*) noexcept
+    void fn_gather(const float*, Py_ssize_t, Py_ssize_t, double*, double*) noexcept
+    void fn_gather_about(const float*, Py_ssize_t, Py_ssize_t, double, double*, double*) noexcept
+    void fn_gather_rows(const float*, Py_ssize_t, Py_ssize_t, Py_ssize_t, double*, double*) noexcept
+    void fn_gather_rows_about(const float*, Py_ssize_t, Py_ssize_t, Py_ssize_t, const double*, double*, double*) noexcept
+    double fn_fold(double*) noexcept
+    bint fn_moments_of_sums(Py_ssize_t, const double*, const double*, double, double*, Py_ssize_t, uint8_t*) noexcept
+    void fn_merge(double*, const double*, Py_ssize_t, Py_ssize_t) noexcept
+    void fn_add_two(double*, double*, double) noexcept
+    void fn_rows_about(const double*, Py_ssize_t, Py_ssize_t, Py_ssize_t, const double*, double*) noexcept
+    void fn_squares_about(const double*, Py_ssize_t, Py_ssize_t, Py_ssize_t, const double*, double*, double*, double*) noexcept
+    void fn_rstds(Py_ssize_t, const double*, double, double*) noexcept
+    bint fn_spread(Py_ssize_t, Py_ssize_t, const double*, const double*, const double*, const float*, Py_ssize_t, const float*, Py_ssize_t, float*, float*, float*, uint8_t*) noexcept
     float fn_from_f16(uint16_t) noexcept
     float fn_from_bf16(uint16_t) noexcept
     void fn_load_f16(const uint16_t*, Py_ssize_t, float*) noexcept
@@ -47,19 +60,12 @@ cdef extern from "simd.h" nogil:
     void fn_store_bf16(const float*, Py_ssize_t, uint16_t*) noexcept
     void fn_stream(char*, const char*, size_t) noexcept
     void fn_stream_fence() noexcept
-    void fn_step_run_float(const float*, float*, Py_ssize_t, float, float, float, const float*, bint, const float*, bint) noexcept
-    void fn_step_run_double(const double*, double*, Py_ssize_t, double, double, double, const double*, bint, const double*, bint) noexcept
-    void fn_step_row_float(const float*, float*, Py_ssize_t, const float*, const float*, const float*, const float*, bint, const float*, bint) noexcept
-    void fn_step_row_double(const double*, double*, Py_ssize_t, const double*, const double*, const double*, const double*, bint, const double*, bint) noexcept
+    void fn_step_folded(const float*, float*, Py_ssize_t, const float*, const float*, const float*, const float*, bint, int) noexcept
+    void fn_step_float(const float*, float*, Py_ssize_t, const float*, const float*, const float*, const float*, const float*, const float*, bint, bint, bint, int) noexcept
+    void fn_step_plain_double(const double*, double*, Py_ssize_t, const double*, const double*, const double*, const double*, const double*, bint, bint, bint) noexcept
     void fn_affine_float(float*, Py_ssize_t, const float*, bint, const float*, bint) noexcept
-    void fn_affine_double(double*, Py_ssize_t, const double*, bint, const double*, bint) noexcept
-    void fn_add_float(float*, const float*, Py_ssize_t) noexcept
     void fn_add_double(double*, const double*, Py_ssize_t) noexcept
-    void fn_relu_float(float*, Py_ssize_t) noexcept
-    void fn_silu_float(float*, Py_ssize_t) noexcept
-    void fn_gelu_float(float*, Py_ssize_t) noexcept
-    void fn_gelu_tanh_float(float*, Py_ssize_t) noexcept
-    void fn_tanh_float(float*, Py_ssize_t) noexcept
+    void fn_affine_double(double*, Py_ssize_t, const double*, bint, const double*, bint) noexcept
     void fn_relu_double(double*, Py_ssize_t) noexcept
     void fn_silu_double(double*, Py_ssize_t) noexcept
     void fn_gelu_double(double*, Py_ssize_t) noexcept
@@ -71,10 +77,14 @@ ctypedef fused real:            # what is computed in; float16 and bfloat16 comp
     double
 
 cdef enum:
-    LANES = 32                  # partial sums side by side: eight AVX2 registers of doubles
+    LANES = 32                  # partial sums side by side: FN_LANES
     CHAIN = 256                 # doubles before the lanes are added up: short chains round less
     BLOCK = 4096                # elements of a run whose moments are taken at once: fits L1
     PIECE = 16                  # blocks that one thread takes when a group is shared out
+    AHEAD = 4096                # bytes that are asked for in advance
+    BUNDLE = 16                 # groups of runs that are taken side by side, at most
+    BESIDE = 4096               # elements of them, at most
+    NEARBY = 4096               # bytes: runs shorter than this are walked in the order of memory
     ABREAST = 512               # columns up to this number are taken as whole rows, which are fetched faster
     COLUMNS = 256               # of more, so many are taken side by side, at most (or one group of neighbours)
     SQUARE = 16384              # elements of a block of columns: fits L2
@@ -110,16 +120,19 @@ cdef struct Pass:
     bint columns, centred, given, activation_first
     bint stream                 # y is written past the caches
     char* table                 # scales of each b, where given statistics do not differ along a
+    Py_ssize_t real_size        # bytes of the computing type, in the table
     Scaling scaling
     Activation activation
     double eps
     Operand x, y, mask, weight, bias, residual, addend, total, mean, var, rstd
     # derived
     Py_ssize_t length           # reduced elements of a group (runs) or rows (columns)
-    Py_ssize_t width            # columns of an item, 1 for runs
-    Py_ssize_t chunks           # items side by side along c
-    Py_ssize_t items            # a * b * chunks
+    Py_ssize_t width            # columns of an item; of runs, neighbouring groups
+    Py_ssize_t chunks           # items side by side along c; of runs, along b
+    Py_ssize_t items
     Py_ssize_t block, pieces    # length of a block; pieces of an item
+    bint foldable               # a weight is one number for a run or a column
+    bint straight               # x and y are read and written where they lie
     int threads
 
 # ---- storage ---------------------------------------------------------------------------------
@@ -187,7 +200,7 @@ def set_stream_above(Py_ssize_t size):
 
 # ---- moments and their merge -----------------------------------------------------------------
 
-# Moments of `width` neighbouring columns: count, mean, sum of squared deviations, the last two as
+# Moments of neighbouring groups or columns: count, mean, sum of squared deviations, the last two as
 # unevaluated sums of two doubles.  A mean needs more than 53 bits: at mean/std = 2^20 they leave
 # an error of 2^-33 std, 1,000 units of a float32 output of 2^-20.
 cdef struct Moments:
@@ -198,48 +211,13 @@ cdef struct Moments:
     double* m2_rest
 
 cdef enum:
-    FIELDS = 5
+    FIELDS = 5                  # as many arrays, side by side: what fn_merge works on
 
 cdef inline Moments moments_at(double* memory, Py_ssize_t width) noexcept nogil:
     cdef Moments m
     m.count, m.mean, m.mean_rest = memory, memory + width, memory + 2 * width
     m.m2, m.m2_rest = memory + 3 * width, memory + 4 * width
     return m
-
-cdef inline Moments moments_from(Moments m, Py_ssize_t i) noexcept nogil:
-    m.count += i
-    m.mean += i
-    m.mean_rest += i
-    m.m2 += i
-    m.m2_rest += i
-    return m
-
-cdef inline void add_two(double* total, double* rest, double v) noexcept nogil:
-    """total + rest += v; `rest` takes what rounding loses (Knuth's two-sum)."""
-    cdef double next_total = total[0] + v
-    cdef double back = next_total - total[0]
-    rest[0] += (total[0] - (next_total - back)) + (v - back)
-    total[0] = next_total
-
-cdef inline void merge(Moments into, Moments other, Py_ssize_t width) noexcept nogil:
-    """Chan, Golub and LeVeque (1979), with each sum kept as two numbers.
-
-    Empty parts change nothing: into an empty one the factor is 1, from an empty one it is 0.
-    """
-    cdef Py_ssize_t i
-    cdef double n, f, delta, extra
-    for i in range(width):
-        n = into.count[i] + other.count[i]
-        f = other.count[i] / n if n > 0 else 0.0
-        delta = other.mean[i] - into.mean[i]
-        extra = other.mean_rest[i] - into.mean_rest[i]
-        add_two(&into.mean[i], &into.mean_rest[i], delta * f)
-        into.mean_rest[i] += extra * f
-        delta += extra
-        add_two(&into.m2[i], &into.m2_rest[i], other.m2[i])
-        add_two(&into.m2[i], &into.m2_rest[i], delta * delta * (into.count[i] * f))
-        into.m2_rest[i] += other.m2_rest[i]
-        into.count[i] = n
 
 cdef inline double add_lanes(double* lanes) noexcept nogil:
     cdef Py_ssize_t i, half = LANES // 2
@@ -276,45 +254,48 @@ cdef inline void deviations_about(const double* x, Py_ssize_t n, double mean, do
             deviation[j] += d
         i = end
         for j in range(LANES):
-            add_two(&total[j], &rest[j], lanes[j])
+            fn_add_two(&total[j], &rest[j], lanes[j])
     while half > 0:
         for j in range(half):
-            add_two(&total[j], &rest[j], total[j + half])
+            fn_add_two(&total[j], &rest[j], total[j + half])
             rest[j] += rest[j + half]
         half = half // 2
     first[0] = add_lanes(deviation)
     second[0] = total[0]
     second_rest[0] = rest[0]
 
-cdef inline void moments_of(const real* x, Py_ssize_t n, bint centred, Moments m) noexcept nogil:
-    """Moments of one block, in two passes over data that the first brought into L1."""
-    cdef double total, first = 0.0
-    m.count[0] = n
-    m.mean[0] = m.mean_rest[0] = m.m2[0] = m.m2_rest[0] = 0.0
+cdef inline void moments_of(const real* x, Py_ssize_t n, bint centred, double* m, Py_ssize_t step, double* sums) noexcept nogil:
+    """Moments of one block into m[0], m[step] ...: one pass over floats, two over doubles."""
+    cdef double first = 0.0, pivot
+    cdef uint8_t again = 0
+    m[0] = n
+    m[step] = m[2 * step] = m[3 * step] = m[4 * step] = 0.0
     if n == 0:
         return
     if real is float:
-        if centred:
-            # a sum of floats is exact in double, or nearly: fma gives what the quotient lost
-            total = fn_sum_float(x, n)
-            m.mean[0] = total / n
-            m.mean_rest[0] = fma(-<double>n, m.mean[0], total) / n
-        # squares of floats are exact in double, their sum has 29 bits to spare
-        m.m2[0] = fn_squares_float(x, n, m.mean[0])
+        if not centred:
+            m[3 * step] = fn_squares_float(x, n)
+            return
+        fn_sums(x, n, AHEAD, &sums[0], &sums[1])
+        if fn_moments_of_sums(1, &sums[0], &sums[1], 0.0, m, step, &again) and isfinite(m[step]):
+            pivot = <float>m[step]
+            fn_sums_about(x, n, 0, pivot, &sums[0], &sums[1])
+            fn_moments_of_sums(1, &sums[0], &sums[1], pivot, m, step, &again)
     else:
         if centred:
             # about the first element, so that a constant block has exactly its mean
-            m.mean[0] = x[0] + fn_deviations_double(x, n, x[0]) / n
-        deviations_about(x, n, m.mean[0], &first, m.m2, m.m2_rest)
+            m[step] = x[0] + fn_deviations_double(x, n, x[0]) / n
+        deviations_about(x, n, m[step], &first, &m[3 * step], &m[4 * step])
         if centred:
-            m.mean_rest[0] = first / n
-            m.m2_rest[0] -= first * m.mean_rest[0]
+            m[2 * step] = first / n
+            m[4 * step] -= first * m[2 * step]
 
 # ---- from moments to a scale -----------------------------------------------------------------
 
-# What the step needs, for each column.  `hi`, `r`, `shift` are of the computing type: y = (x -
-# hi) * r + shift.  Where float cannot hold them (data at 1e38 or 1e-42) the column is `wide` and
-# runs in double, on x times the power of two `unit`.
+# What the step needs.  `mean`, `rest` and `rstd` are those of groups; hi, r and shift those of columns,
+# or of groups of runs, and of the computing type: y = (x - hi) * r + shift, with the affine step
+# in r and shift where `folded`.  What a float cannot hold (data at 1e38 or 1e-42) is `wide` and runs in
+# double, on x times the power of two `unit`.
 cdef struct Scale:
     double* mean
     double* rest
@@ -325,6 +306,7 @@ cdef struct Scale:
     char* shift
     uint8_t* wide
     bint any_wide
+    bint folded
 
 cdef enum:
     SCALE_BYTES = 7 * 8 + 8     # bytes of a Scale for each column
@@ -336,7 +318,7 @@ cdef inline Scale scale_at(char* memory, Py_ssize_t width) noexcept nogil:
     s.hi = <char*>(s.mean + 4 * width)
     s.r, s.shift = s.hi + 8 * width, s.hi + 16 * width
     s.wide = <uint8_t*>(s.hi + 24 * width)
-    s.any_wide = False
+    s.any_wide = s.folded = False
     return s
 
 cdef inline double number(const char* at, Storage storage) noexcept nogil:
@@ -400,7 +382,7 @@ cdef double total_of(Pass* q, const char* x, const char* mask, Operand* source, 
             if mask != NULL and not (mask + (i // q.s) * q.mask.p + (i % q.s) * q.mask.s + k * q.mask.c)[0]:
                 continue
             v = element(q, source, x + k * source.c, i) * unit - pivot
-            add_two(&total, &rest, v * v if power == 2 else v)
+            fn_add_two(&total, &rest, v * v if power == 2 else v)
     return total + rest
 
 cdef inline Operand* source_of(Pass* q) noexcept nogil:
@@ -409,23 +391,45 @@ cdef inline Operand* source_of(Pass* q) noexcept nogil:
 cdef inline char* at(Operand* o, Py_ssize_t a, Py_ssize_t b) noexcept nogil:
     return o.data + a * o.a + b * o.b
 
-cdef struct Item:               # one group, or the groups of up to COLUMNS neighbouring columns
+cdef struct Item:               # groups b, b + 1 ... of runs, or neighbouring columns c, c + 1 ...
     Py_ssize_t a, b, c, width
 
 cdef inline Item item_at(Pass* q, Py_ssize_t index) noexcept nogil:
     cdef Item it
-    cdef Py_ssize_t outer = index
+    cdef Py_ssize_t outer = index, chunk = 0
     it.a = it.c = 0
     # a division costs as much as normalising a dozen numbers: only where there is something to divide
     if q.chunks > 1:
         outer = index // q.chunks
-        it.c = (index - outer * q.chunks) * q.width
+        chunk = index - outer * q.chunks
+    if not q.columns:
+        it.a, it.b = outer, chunk * q.width
+        it.width = min(q.width, q.b - it.b)
+        return it
+    it.c = chunk * q.width
+    it.width = min(q.width, q.c - it.c)
     it.b = outer
     if q.a > 1:
         it.a = outer // q.b
         it.b = outer - it.a * q.b
-    it.width = min(q.width, q.c - it.c)
     return it
+
+cdef inline Item group_at(Item it, Py_ssize_t k) noexcept nogil:
+    """Of a bundle of groups of runs, one."""
+    it.b += k
+    it.width = 1
+    return it
+
+cdef inline Py_ssize_t groups_of(Pass* q, Item it) noexcept nogil:
+    return it.width if q.neighbours == 1 else it.width // q.neighbours
+
+cdef inline double* statistic_at(Pass* q, Operand* o, Item it, Py_ssize_t* step) noexcept nogil:
+    """Where the first statistic of an item is kept, and how far it is to the next."""
+    if q.columns:
+        step[0] = o.c // sizeof(double)
+        return <double*>(at(o, it.a, it.b) + it.c // q.neighbours * o.c)
+    step[0] = o.b // sizeof(double)
+    return <double*>at(o, it.a, it.b)
 
 cdef inline double inverse_root(double v, double rest) noexcept nogil:
     """1 / sqrt(v + rest), to half a unit: sqrt and / round twice, one Newton step mends it."""
@@ -437,46 +441,86 @@ cdef inline double inverse_root(double v, double rest) noexcept nogil:
     error = fma(-product, r, 1.0) - fma(v, r, -product) * r - rest * r * r
     return r + 0.5 * r * error
 
-cdef void finish(Pass* q, Item it, Moments m, Scale* s, real* kind) noexcept nogil:
-    """From the moments of an item's columns to what the step needs; statistics written out."""
-    cdef Py_ssize_t g, j, k = q.neighbours, groups = it.width // k
+cdef inline const float* column_weights(Pass* q, Operand* o, Item it, Py_ssize_t* step) noexcept nogil:
+    step[0] = o.c // sizeof(float)
+    return NULL if o.data == NULL else <const float*>(at(o, it.a, it.b) + it.c * o.c)
+
+cdef void finish_float(Pass* q, Item it, double* moments, Scale* s) noexcept nogil:
+    """From the moments of an item's groups to what the step needs; statistics written out."""
+    cdef Py_ssize_t g, j, k = q.neighbours, n = groups_of(q, it), step, w_step = 0, b_step = 0
+    cdef Moments m = moments_at(moments, n)
+    cdef double* mean_out = statistic_at(q, &q.mean, it, &step)
+    cdef double* var_out = statistic_at(q, &q.var, it, &step)
+    cdef double* rstd_out = statistic_at(q, &q.rstd, it, &step)
+    cdef double* var = s.unit
+    cdef const float* w
+    cdef const float* b
+    if q.given:
+        for g in range(n):
+            s.mean[g], s.rest[g], var[g] = mean_out[g * step], 0.0, var_out[g * step]
+    else:
+        for g in range(n):
+            # of no elements: not a number
+            var[g] = m.m2[g] / m.count[g]
+            s.mean[g] = m.mean[g] if m.count[g] > 0.0 else NAN
+            s.rest[g] = m.mean_rest[g]
+    if q.scaling == RSTD:
+        fn_rstds(n, var, q.eps, s.rstd)
+    elif q.scaling == FACTOR:
+        for g in range(n):
+            s.rstd[g] = var[g]
+    else:
+        for g in range(n):
+            s.rstd[g] = inverse_root(m.m2[g], 0.0) if m.m2[g] != 0.0 else 0.0
+            if sqrt(m.m2[g]) < q.eps:
+                s.rstd[g] = 1.0 / q.eps
+    if q.mean.data != NULL and not q.given:
+        for g in range(n):
+            mean_out[g * step], var_out[g * step], rstd_out[g * step] = s.mean[g], var[g], s.rstd[g]
+    if q.y.data == NULL:
+        return
+    s.folded = q.columns and q.foldable
+    w = column_weights(q, &q.weight, it, &w_step) if s.folded else NULL
+    b = column_weights(q, &q.bias, it, &b_step) if s.folded else NULL
+    s.any_wide = fn_spread(n, k, s.mean, s.rest, s.rstd, w, w_step, b, b_step, <float*>s.hi, <float*>s.r, <float*>s.shift, s.wide)
+    if s.any_wide:
+        for j in range(n * k - 1, -1, -1):
+            g = j // k
+            s.mean[j], s.rest[j], s.rstd[j], s.unit[j] = s.mean[g], s.rest[g], s.rstd[g], 1.0
+
+cdef void finish_double(Pass* q, Item it, double* moments, Scale* s) noexcept nogil:
+    """The same, with variances to twice the precision, and groups beyond its range rescued."""
+    cdef Py_ssize_t g, j, k = q.neighbours, n = groups_of(q, it), step
+    cdef Moments m = moments_at(moments, n)
+    cdef double* mean_out = statistic_at(q, &q.mean, it, &step)
+    cdef double* var_out = statistic_at(q, &q.var, it, &step)
+    cdef double* rstd_out = statistic_at(q, &q.rstd, it, &step)
     cdef double count, mean, rest, m2, m2_rest, var, var_rest, v, unit, rstd, lo
-    cdef double* mean_out
-    cdef double* var_out
-    cdef double* rstd_out
+    cdef Py_ssize_t b = 0 if q.columns else 1, c = k if q.columns else 0
+    cdef char* x
     cdef char* mask
     cdef Operand* source = source_of(q)
-    cdef bint wide
-    s.any_wide = False
-    for g in range(groups):
-        mean_out = <double*>(at(&q.mean, it.a, it.b) + (it.c // k + g) * q.mean.c)
-        var_out = <double*>(at(&q.var, it.a, it.b) + (it.c // k + g) * q.var.c)
-        rstd_out = <double*>(at(&q.rstd, it.a, it.b) + (it.c // k + g) * q.rstd.c)
+    s.any_wide = s.folded = False
+    for g in range(n - 1, -1, -1):
         unit = 1.0
         rest = 0.0
         if q.given:
-            mean, var = mean_out[0], var_out[0]
+            mean, var = mean_out[g * step], var_out[g * step]
             rstd = var if q.scaling == FACTOR else inverse_root(var + q.eps, 0.0)
         else:
-            for j in range(1, k):
-                merge(moments_from(m, g * k), moments_from(m, g * k + j), 1)
-            count = m.count[g * k]
-            mean, rest = m.mean[g * k], m.mean_rest[g * k]
-            m2, m2_rest = m.m2[g * k], m.m2_rest[g * k]
+            count, mean, rest, m2, m2_rest = m.count[g], m.mean[g], m.mean_rest[g], m.m2[g], m.m2_rest[g]
             if count == 0.0:
                 mean = m2 = NAN
-            if real is double:
-                v = m2 / count + q.eps if q.scaling == RSTD else m2
-                if not 1e-270 < v < 1e270:
-                    mask = NULL if q.mask.data == NULL else at(&q.mask, it.a, it.b) + (it.c + g * k) * q.mask.c
-                    if rescue(q, at(source, it.a, it.b) + (it.c + g * k) * source.c, mask, &mean, &rest, &m2, &unit):
-                        m2_rest = 0.0
+            v = m2 / count + q.eps if q.scaling == RSTD else m2
+            if not 1e-270 < v < 1e270:
+                x = at(source, it.a, it.b + g * b) + (it.c + g * c) * source.c
+                mask = NULL if q.mask.data == NULL else at(&q.mask, it.a, it.b + g * b) + (it.c + g * c) * q.mask.c
+                if rescue(q, x, mask, &mean, &rest, &m2, &unit):
+                    m2_rest = 0.0
             var = m2 / count
             if q.scaling == RSTD:
                 v = var + q.eps * unit * unit
-                var_rest = 0.0
-                if real is double:
-                    var_rest = (fma(-var, count, m2) + m2_rest) / count + ((var - v) + q.eps * unit * unit)
+                var_rest = (fma(-var, count, m2) + m2_rest) / count + ((var - v) + q.eps * unit * unit)
                 # a constant group with eps = 0 is all bias: its scale is 0, not infinity
                 rstd = inverse_root(v, var_rest) if v != 0.0 else 0.0
             else:
@@ -484,110 +528,136 @@ cdef void finish(Pass* q, Item it, Moments m, Scale* s, real* kind) noexcept nog
                 if sqrt(m2) < q.eps * unit:
                     rstd = 1.0 / (q.eps * unit)
             if q.mean.data != NULL:
-                mean_out[0] = mean / unit
-                var_out[0] = var / unit / unit
-                rstd_out[0] = rstd * unit
-        if real is float:
-            # beyond 2^100 either way, x - hi or r could leave float's range or its precision
-            wide = rstd != 0.0 and not (7.9e-31 < fabs(rstd) < 1.3e30 and fabs(mean) < 1.3e30)
-        else:
-            wide = unit != 1.0
-        s.any_wide |= wide
-        lo = (mean - <real>mean) + rest
+                mean_out[g * step] = mean / unit
+                var_out[g * step] = var / unit / unit
+                rstd_out[g * step] = rstd * unit
+        s.any_wide |= unit != 1.0
         for j in range(g * k, g * k + k):
             s.mean[j], s.rest[j], s.rstd[j], s.unit[j] = mean, rest, rstd, unit
-            s.wide[j] = wide
-            (<real*>s.hi)[j] = <real>mean
-            (<real*>s.r)[j] = <real>rstd
-            (<real*>s.shift)[j] = <real>(-lo * rstd)
+            s.wide[j] = unit != 1.0
+            (<double*>s.hi)[j], (<double*>s.r)[j], (<double*>s.shift)[j] = mean, rstd, -rest * rstd
+
+cdef inline void finish(Pass* q, Item it, double* moments, Scale* s, real* kind) noexcept nogil:
+    if real is float:
+        finish_float(q, it, moments, s)
+    else:
+        finish_double(q, it, moments, s)
 
 # ---- the step --------------------------------------------------------------------------------
 
-cdef inline void activate(real* t, Py_ssize_t n, Activation activation) noexcept nogil:
-    if real is float:
-        if activation == RELU:
-            fn_relu_float(t, n)
-        elif activation == SILU:
-            fn_silu_float(t, n)
-        elif activation == GELU:
-            fn_gelu_float(t, n)
-        elif activation == GELU_TANH:
-            fn_gelu_tanh_float(t, n)
-        elif activation == TANH:
-            fn_tanh_float(t, n)
-    else:
-        if activation == RELU:
-            fn_relu_double(t, n)
-        elif activation == SILU:
-            fn_silu_double(t, n)
-        elif activation == GELU:
-            fn_gelu_double(t, n)
-        elif activation == GELU_TANH:
-            fn_gelu_tanh_double(t, n)
-        elif activation == TANH:
-            fn_tanh_double(t, n)
+cdef struct Scratch:
+    char* memory
+    double* part                # a block's moments
+    double* columns             # moments of columns, before neighbours are merged
+    double* piece               # a piece's moments
+    double* whole               # an item's moments
+    double* sums                # three rows
+    double* lanes
+    uint8_t* again
+    char* scale
+    char* tile
+    char* extra
+    char* third
 
-cdef inline void step(Pass* q, Scale* s, const char* x, char* y, const char* residual,
-                      const char* weight, const char* bias, Py_ssize_t n, real* tile, real* extra) noexcept nogil:
-    """One run, or one row of columns, of at most BLOCK elements, from x to y.
+cdef inline void activate(double* t, Py_ssize_t n, Activation activation) noexcept nogil:
+    if activation == RELU:
+        fn_relu_double(t, n)
+    elif activation == SILU:
+        fn_silu_double(t, n)
+    elif activation == GELU:
+        fn_gelu_double(t, n)
+    elif activation == GELU_TANH:
+        fn_gelu_tanh_double(t, n)
+    elif activation == TANH:
+        fn_tanh_double(t, n)
 
-    Straight from memory to memory where nothing but the step is asked for; through a tile in L1
-    where a format is converted, a residual added or an activation applied.
+cdef inline void step_wide(Scale* s, Py_ssize_t k, bint columns, const real* x, real* y, const real* w, bint wv,
+                           const real* b, bint bv, Py_ssize_t n) noexcept nogil:
+    """What the computing type cannot hold, in double: rare."""
+    cdef Py_ssize_t i, j
+    cdef double v
+    for i in range(n):
+        j = i if columns else k
+        if s.wide[j]:
+            v = ((<double>x[i] * s.unit[j] - s.mean[j]) - s.rest[j]) * s.rstd[j]
+            y[i] = <real>(v * (w[i if wv else 0] if w != NULL else 1.0) + (b[i if bv else 0] if b != NULL else 0.0))
+
+cdef inline void step(Pass* q, Scale* s, Py_ssize_t k, const char* x, char* y, const char* residual,
+                      const char* weight, const char* bias, Py_ssize_t n, Scratch* h, real* kind) noexcept nogil:
+    """One run of group k, or one row of columns, of at most BLOCK elements, from x to y.
+
+    Straight from memory to memory where it can be; through tiles in L1 where a format is converted
+    or y written past the caches.
     """
-    cdef real one = 1.0, zero = 0.0
     cdef Storage storage = source_of(q).storage
-    cdef bint plain = q.activation == IDENTITY and residual == NULL and not s.any_wide and not q.stream
+    cdef real* tile = <real*>h.tile
+    cdef real* extra = <real*>h.extra
+    cdef real* third = <real*>h.third
     cdef const real* source = <const real*>x
-    cdef real* target = <real*>y if plain and native(q.y.storage, tile) else tile
+    cdef const real* e = <const real*>residual
+    cdef const real* w = <const real*>weight
+    cdef const real* b = <const real*>bias
+    cdef bint wv = weight != NULL and (q.weight.c if q.columns else q.weight.s) != 0
+    cdef bint bv = bias != NULL and (q.bias.c if q.columns else q.bias.s) != 0
+    cdef bint wide = s.any_wide if q.columns else s.wide[k]
+    cdef bint direct = native(q.y.storage, kind) and not q.stream and not wide
+    cdef real* target = <real*>y if direct else tile
+    cdef Py_ssize_t offset = 0 if q.columns else k
+    cdef const real* hi = <const real*>s.hi + offset
+    cdef const real* r = <const real*>s.r + offset
+    cdef const real* shift = <const real*>s.shift + offset
+    cdef int activation = q.activation
+    if not native(storage, kind):
+        load(x, storage, n, extra)
+        source = extra
+    if residual != NULL and not native(q.residual.storage, kind):
+        load(residual, q.residual.storage, n, third)
+        e = third
+    if q.activation_first:
+        w, b, wv, bv = NULL, NULL, False, False
+    if real is float:
+        if wide:
+            if s.folded:
+                fn_step_folded(source, target, n, hi, r, shift, NULL, q.columns, IDENTITY)
+            else:
+                fn_step_float(source, target, n, hi, r, shift, w, b, NULL, q.columns, wv, bv, IDENTITY)
+            step_wide(s, k, q.columns, source, target, w, wv, b, bv, n)
+            if e != NULL or activation != IDENTITY:
+                fn_step_folded(target, target, n, &NOTHING, &ONE, &MINUS_NOTHING, e, False, activation)
+        elif s.folded:
+            fn_step_folded(source, target, n, hi, r, shift, e, q.columns, activation)
+        else:
+            fn_step_float(source, target, n, hi, r, shift, w, b, e, q.columns, wv, bv, activation)
+        if q.activation_first and (weight != NULL or bias != NULL):
+            affine_after(q, target, n, weight, bias)
+    else:
+        # in several passes over a tile: x, y and the residual may be one array
+        if e != NULL or activation != IDENTITY:
+            target = tile
+        fn_step_plain_double(source, target, n, hi, r, shift, w, b, q.columns, wv, bv)
+        if wide:
+            step_wide(s, k, q.columns, source, target, w, wv, b, bv, n)
+        if e != NULL:
+            fn_add_double(target, e, n)
+        activate(target, n, q.activation)
+        if q.activation_first and (weight != NULL or bias != NULL):
+            affine_after(q, target, n, weight, bias)
+    if <char*>target != y:
+        deliver(target, n, y, q.y.storage, q.stream, h.extra)
+
+cdef float NOTHING = 0.0, ONE = 1.0, MINUS_NOTHING = -0.0
+
+cdef void affine_after(Pass* q, real* t, Py_ssize_t n, const char* weight, const char* bias) noexcept nogil:
+    """The affine step of a norm that squashes first."""
+    cdef real one = 1.0, zero = 0.0
     cdef const real* w = <const real*>weight if weight != NULL else &one
     cdef const real* b = <const real*>bias if bias != NULL else &zero
     cdef bint wv = weight != NULL and (q.weight.c if q.columns else q.weight.s) != 0
     cdef bint bv = bias != NULL and (q.bias.c if q.columns else q.bias.s) != 0
-    cdef const real* w_step = &one if q.activation_first else w
-    cdef const real* b_step = &zero if q.activation_first else b
-    cdef bint wv_step = wv and not q.activation_first, bv_step = bv and not q.activation_first
-    cdef Py_ssize_t i, j
-    cdef double v
-    if not native(storage, tile):
-        load(x, storage, n, extra)
-        source = extra
-    if q.columns:
-        if real is float:
-            fn_step_row_float(source, target, n, <float*>s.hi, <float*>s.r, <float*>s.shift, w_step, wv_step, b_step, bv_step)
-        else:
-            fn_step_row_double(source, target, n, <double*>s.hi, <double*>s.r, <double*>s.shift, w_step, wv_step, b_step, bv_step)
-    elif not s.any_wide:
-        if real is float:
-            fn_step_run_float(source, target, n, (<float*>s.hi)[0], (<float*>s.r)[0], (<float*>s.shift)[0], w_step, wv_step, b_step, bv_step)
-        else:
-            fn_step_run_double(source, target, n, (<double*>s.hi)[0], (<double*>s.r)[0], (<double*>s.shift)[0], w_step, wv_step, b_step, bv_step)
-    if s.any_wide:
-        for i in range(n):
-            j = i if q.columns else 0
-            if s.wide[j]:
-                v = ((<double>source[i] * s.unit[j] - s.mean[j]) - s.rest[j]) * s.rstd[j]
-                target[i] = <real>(v * w_step[i if wv_step else 0] + b_step[i if bv_step else 0])
-    if target == <real*>y:
-        return
-    if residual != NULL:
-        if native(q.residual.storage, tile):
-            if real is float:
-                fn_add_float(tile, <const float*>residual, n)
-            else:
-                fn_add_double(tile, <const double*>residual, n)
-        else:
-            load(residual, q.residual.storage, n, extra)
-            if real is float:
-                fn_add_float(tile, extra, n)
-            else:
-                fn_add_double(tile, extra, n)
-    activate(tile, n, q.activation)
-    if q.activation_first:
-        if real is float:
-            fn_affine_float(tile, n, w, wv, b, bv)
-        else:
-            fn_affine_double(tile, n, w, wv, b, bv)
-    deliver(tile, n, y, q.y.storage, q.stream, <char*>extra)
+    if real is float:
+        fn_affine_float(t, n, w, wv, b, bv)
+    else:
+        fn_affine_double(t, n, w, wv, b, bv)
 
 # ---- runs ------------------------------------------------------------------------------------
 
@@ -603,15 +673,17 @@ cdef inline Run run_at(Pass* q, Py_ssize_t first, Py_ssize_t last) noexcept nogi
     r.n = min(last - first, q.s - r.s)
     return r
 
-cdef const real* fetch(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last, real* tile, real* extra, Py_ssize_t* count) noexcept nogil:
+cdef const real* fetch(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last, Scratch* h, Py_ssize_t* count, real* kind) noexcept nogil:
     """Elements [first, last) of a group side by side, as numbers: in place where they lie so."""
     cdef Py_ssize_t i, k = 0, f = first, size
     cdef Run r = run_at(q, first, last)
     cdef char* x = at(&q.x, it.a, it.b)
+    cdef real* tile = <real*>h.tile
+    cdef real* extra = <real*>h.extra
     cdef const uint8_t* mask
     cdef const real* source
     size = bytes_of(q.x.storage)
-    if native(q.x.storage, tile) and q.mask.data == NULL and q.total.data == NULL:
+    if native(q.x.storage, kind) and q.mask.data == NULL and q.total.data == NULL:
         if r.n == last - first or q.x.p == q.s * size:
             count[0] = last - first
             return <const real*>(x + r.p * q.x.p + r.s * size)
@@ -638,159 +710,338 @@ cdef const real* fetch(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last, real
     count[0] = k
     return tile
 
-cdef void runs_moments(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last, Moments into, real* tile, real* extra) noexcept nogil:
-    cdef Py_ssize_t f = first, count = 0
-    cdef double[FIELDS] memory
-    cdef Moments part = moments_at(memory, 1)
-    cdef const real* x = fetch(q, it, f, min(f + BLOCK, last), tile, extra, &count)
-    moments_of(x, count, q.centred, into)
-    f += BLOCK
+cdef inline void bundle_sums(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last, double pivot, double* sums, double* lanes) noexcept nogil:
+    """Sums of x - pivot and of its square, over elements [first, last) of each group of a bundle."""
+    cdef Run r = run_at(q, first, last)
+    cdef Py_ssize_t k, f = first, width = it.width, ahead
+    cdef char* x = at(&q.x, it.a, it.b)
+    cdef const float* source
+    if r.n == last - first or q.x.p == q.s * q.x.s:
+        x += r.p * q.x.p + r.s * q.x.s
+        for k in range(width):
+            if pivot == 0.0:
+                fn_sums(<const float*>(x + k * q.x.b), last - first, AHEAD, &sums[k], &sums[width + k])
+            else:
+                fn_sums_about(<const float*>(x + k * q.x.b), last - first, 0, pivot, &sums[k], &sums[width + k])
+        return
+    memset(lanes, 0, width * 2 * LANES * sizeof(double))
+    ahead = q.x.p if width == 1 else AHEAD
     while f < last:
-        x = fetch(q, it, f, min(f + BLOCK, last), tile, extra, &count)
-        moments_of(x, count, q.centred, part)
-        merge(into, part, 1)
+        r = run_at(q, f, last)
+        for k in range(width):
+            source = <const float*>(x + k * q.x.b + r.p * q.x.p + r.s * q.x.s)
+            if pivot == 0.0:
+                fn_gather(source, r.n, ahead, lanes + k * 2 * LANES, lanes + k * 2 * LANES + LANES)
+            else:
+                fn_gather_about(source, r.n, 0, pivot, lanes + k * 2 * LANES, lanes + k * 2 * LANES + LANES)
+        f += r.n
+    for k in range(width):
+        sums[k] = fn_fold(lanes + k * 2 * LANES)
+        sums[width + k] = fn_fold(lanes + k * 2 * LANES + LANES)
+
+cdef void runs_block(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last, double* into, Scratch* h, real* kind) noexcept nogil:
+    """Moments of elements [first, last) of each group of a bundle."""
+    cdef Py_ssize_t k, count, width = it.width
+    cdef double[2] two
+    cdef double pivot
+    cdef const real* x
+    if real is float and q.x.storage == F32 and q.mask.data == NULL and q.total.data == NULL and q.centred:
+        for k in range(width):
+            into[k] = last - first
+        bundle_sums(q, it, first, last, 0.0, h.sums, h.lanes)
+        if fn_moments_of_sums(width, h.sums, h.sums + width, 0.0, into, width, h.again):
+            for k in range(width):
+                if h.again[k] and isfinite(into[width + k]):
+                    pivot = <float>into[width + k]
+                    bundle_sums(q, group_at(it, k), first, last, pivot, two, h.lanes)
+                    fn_moments_of_sums(1, &two[0], &two[1], pivot, into + k, width, h.again + k)
+        return
+    for k in range(width):
+        x = fetch(q, group_at(it, k), first, last, h, &count, kind)
+        moments_of(x, count, q.centred, into + k, width, two)
+
+cdef void runs_moments(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last, double* into, Scratch* h, real* kind) noexcept nogil:
+    cdef Py_ssize_t f = first + BLOCK
+    runs_block(q, it, first, min(f, last), into, h, kind)
+    while f < last:
+        runs_block(q, it, f, min(f + BLOCK, last), h.part, h, kind)
+        fn_merge(into, h.part, it.width, it.width)
         f += BLOCK
 
-cdef void runs_step(Pass* q, Item it, Scale* s, Py_ssize_t first, Py_ssize_t last, real* tile, real* extra) noexcept nogil:
-    cdef Py_ssize_t f = first, n
+cdef inline void fold_run(Scale* s, Py_ssize_t k, const char* weight, const char* bias, float* r, float* shift, bint* folded) noexcept nogil:
+    """The affine step of a run taken into r and shift, where a float can hold the product."""
+    cdef double w = (<const float*>weight)[0] if weight != NULL else 1.0
+    cdef double rw = s.rstd[k] * w
+    cdef double lo = (s.mean[k] - <double>(<float*>s.hi)[k]) + s.rest[k]
+    r[0] = <float>rw
+    shift[0] = <float>((<double>(<const float*>bias)[0] if bias != NULL else 0.0) - lo * rw)
+    folded[0] = 7.9e-31 < fabs(rw) < 1.3e30 or w == 0.0
+
+cdef inline void run_step(Pass* q, Item it, Scale* s, Py_ssize_t k, Run r, Scratch* h, real* kind) noexcept nogil:
+    """One run of group k of a bundle."""
     cdef Operand* source = source_of(q)
-    cdef char* x = at(source, it.a, it.b)
-    cdef char* y = at(&q.y, it.a, it.b)
-    cdef char* w = at(&q.weight, it.a, it.b)
-    cdef char* b = at(&q.bias, it.a, it.b)
-    cdef char* e = at(&q.residual, it.a, it.b)
+    cdef char* x = at(source, it.a, it.b + k) + r.p * source.p + r.s * source.s
+    cdef char* y = at(&q.y, it.a, it.b + k) + r.p * q.y.p + r.s * q.y.s
+    cdef char* weight = NULL
+    cdef char* bias = NULL
+    cdef char* residual = NULL
+    cdef Scale folding
+    cdef float rw, shift
+    cdef double w, wide_rw, lo
+    if q.weight.data != NULL:
+        weight = at(&q.weight, it.a, it.b + k) + r.p * q.weight.p + r.s * q.weight.s
+    if q.bias.data != NULL:
+        bias = at(&q.bias, it.a, it.b + k) + r.p * q.bias.p + r.s * q.bias.s
+    if q.residual.data != NULL:
+        residual = at(&q.residual, it.a, it.b + k) + r.p * q.residual.p + r.s * q.residual.s
+    if real is float:
+        if q.foldable and not s.wide[k]:
+            # the affine step goes into r and shift, where a float can hold the product
+            w = (<const float*>weight)[0] if weight != NULL else 1.0
+            wide_rw = s.rstd[k] * w
+            if 7.9e-31 < fabs(wide_rw) < 1.3e30 or wide_rw == 0.0:
+                lo = (s.mean[k] - <double>(<float*>s.hi)[k]) + s.rest[k]
+                rw = <float>wide_rw
+                shift = <float>((<double>(<const float*>bias)[0] if bias != NULL else 0.0) - lo * wide_rw)
+                if q.straight:
+                    fn_step_folded(<const float*>x, <float*>y, r.n, <float*>s.hi + k, &rw, &shift, <const float*>residual, False, q.activation)
+                    return
+                folding.hi, folding.r, folding.shift = s.hi + k * sizeof(float), <char*>&rw, <char*>&shift
+                folding.folded, folding.wide = True, s.wide + k
+                step(q, &folding, 0, x, y, residual, NULL, NULL, r.n, h, kind)
+                return
+        elif q.straight and not s.wide[k] and not q.activation_first:
+            fn_step_float(<const float*>x, <float*>y, r.n, <float*>s.hi + k, <float*>s.r + k, <float*>s.shift + k,
+                          <const float*>weight, <const float*>bias, <const float*>residual, False, q.weight.s != 0, q.bias.s != 0, q.activation)
+            return
+    step(q, s, k, x, y, residual, weight, bias, r.n, h, kind)
+
+cdef void runs_step(Pass* q, Item it, Scale* s, Py_ssize_t first, Py_ssize_t last, Scratch* h, real* kind) noexcept nogil:
+    cdef Py_ssize_t f = first, k
     cdef Run r
     while f < last:
         r = run_at(q, f, last)
-        n = min(r.n, BLOCK)
-        step(q, s, x + r.p * source.p + r.s * source.s, y + r.p * q.y.p + r.s * q.y.s,
-             NULL if q.residual.data == NULL else e + r.p * q.residual.p + r.s * q.residual.s,
-             NULL if q.weight.data == NULL else w + r.p * q.weight.p + r.s * q.weight.s,
-             NULL if q.bias.data == NULL else b + r.p * q.bias.p + r.s * q.bias.s,
-             n, tile, extra)
-        f += n
+        if not (q.straight and real is float):
+            r.n = min(r.n, BLOCK)
+        for k in range(it.width):
+            run_step(q, it, s, k, r, h, kind)
+        f += r.n
+
+cdef inline bint flows(Pass* q) noexcept nogil:
+    """Whether groups are short, lie in one piece, and nothing is done to them on the way."""
+    return (not q.columns and q.straight and q.centred and not q.given and q.x.storage == F32 and q.y.data != NULL
+            and q.length <= BLOCK and (q.p == 1 or q.x.p == q.s * q.x.s))
+
+cdef inline void bundle_moments(Pass* q, Item it, double* moments, Scratch* h) noexcept nogil:
+    """Moments of a bundle of short groups whose sums are in h.sums."""
+    cdef Py_ssize_t k, width = it.width
+    cdef double[2] two
+    cdef double pivot
+    for k in range(width):
+        moments[k] = q.length
+    if fn_moments_of_sums(width, h.sums, h.sums + BUNDLE, 0.0, moments, width, h.again):
+        for k in range(width):
+            if h.again[k] and isfinite(moments[width + k]):
+                pivot = <float>moments[width + k]
+                fn_sums_about(<const float*>at(&q.x, it.a, it.b + k), q.length, 0, pivot, &two[0], &two[1])
+                fn_moments_of_sums(1, &two[0], &two[1], pivot, moments + k, width, h.again + k)
+
+cdef void flowing_items(Pass* q, Py_ssize_t first, Py_ssize_t last, Scratch* h, real* kind) noexcept nogil:
+    """Bundles of short groups: the sums of one go on beside the steps of the one before.
+
+    Memory is then read and written all the time, and square roots are taken for a bundle at once.
+    """
+    cdef Py_ssize_t i, k, f
+    cdef Item now, then
+    cdef Scale s
+    cdef Run r
+    then.width = 0
+    s = scale_at(h.scale, BUNDLE)
+    for i in range(first, last + 1):
+        if i < last:
+            now = item_at(q, i)
+        else:
+            now.width = 0
+        for k in range(max(now.width, then.width)):
+            if k < now.width:
+                fn_sums(<const float*>at(&q.x, now.a, now.b + k), q.length, AHEAD, &h.sums[k], &h.sums[BUNDLE + k])
+            if k < then.width:
+                f = 0
+                while f < q.length:
+                    r = run_at(q, f, q.length)
+                    run_step(q, then, &s, k, r, h, kind)
+                    f += r.n
+        if now.width > 0:
+            bundle_moments(q, now, h.whole, h)
+            finish(q, now, h.whole, &s, kind)
+        then = now
 
 # ---- columns ---------------------------------------------------------------------------------
 
-cdef void columns_block(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last, Moments m, double* pivot, double* total, real* tile) noexcept nogil:
-    """Moments of rows [first, last) for each column.  `pivot` and `total` are scratch."""
-    cdef Py_ssize_t i, c, n = last - first, width = it.width
-    cdef Operand* x = &q.x
-    cdef char* base = at(x, it.a, it.b) + it.c * x.c
+cdef inline const char* row_of(Pass* q, const char* base, Py_ssize_t i) noexcept nogil:
+    return base + (i // q.s) * q.x.p + (i % q.s) * q.x.s
+
+cdef void walk_columns(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last, const double* pivot, double* a, double* b, float* tile) noexcept nogil:
+    """Sums of x, or of x - pivot, and of its square over rows [first, last), for each column."""
+    cdef const char* base = at(&q.x, it.a, it.b) + it.c * q.x.c
+    cdef const float* x
+    cdef Py_ssize_t f = first, i, n, width = it.width, apart
+    memset(a, 0, width * sizeof(double))
+    memset(b, 0, width * sizeof(double))
+    while f < last:
+        n = min(last - f, q.s - f % q.s)
+        if q.x.storage == F32:
+            x, apart = <const float*>row_of(q, base, f), q.x.s // <Py_ssize_t>sizeof(float)
+        else:
+            n = min(n, q.block)
+            for i in range(n):
+                load(row_of(q, base, f + i), q.x.storage, width, tile + i * width)
+            x, apart = tile, width
+        if pivot == NULL:
+            fn_gather_rows(x, apart, n, width, a, b)
+        else:
+            fn_gather_rows_about(x, apart, n, width, pivot, a, b)
+        f += n
+
+cdef inline void add_neighbours(Py_ssize_t groups, Py_ssize_t k, double* v) noexcept nogil:
+    cdef Py_ssize_t g, j
+    cdef double total
+    for g in range(groups):
+        total = v[g * k]
+        for j in range(1, k):
+            total += v[g * k + j]
+        v[g] = total
+
+cdef void columns_sums(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last, double* into, Scratch* h) noexcept nogil:
+    """Moments over rows [first, last) of each group of floats."""
+    cdef Py_ssize_t g, j, low = 0, high, k = q.neighbours, groups = groups_of(q, it)
+    cdef double* a = h.sums
+    cdef double* b = a + it.width
+    cdef double* pivot = b + it.width
+    cdef Item strip = it
+    walk_columns(q, it, first, last, NULL, a, b, <float*>h.tile)
+    if k > 1:
+        add_neighbours(groups, k, a)
+        add_neighbours(groups, k, b)
+    for g in range(groups):
+        into[g] = (last - first) * k
+    if not q.centred:
+        for g in range(groups):
+            into[groups + g] = into[2 * groups + g] = into[4 * groups + g] = 0.0
+            into[3 * groups + g] = b[g]
+        return
+    if not fn_moments_of_sums(groups, a, b, 0.0, into, groups, h.again):
+        return
+    # about the means, for all columns from the first to the last that need it
+    high = groups
+    while not h.again[low]:
+        low += 1
+    while not h.again[high - 1]:
+        high -= 1
+    for g in range(low, high):
+        for j in range(k):
+            pivot[(g - low) * k + j] = <float>into[groups + g] if isfinite(into[groups + g]) else 0.0
+    strip.c += low * k
+    strip.width = (high - low) * k
+    walk_columns(q, strip, first, last, pivot, a, b, <float*>h.tile)
+    if k > 1:
+        add_neighbours(high - low, k, a)
+        add_neighbours(high - low, k, b)
+    for g in range(low, high):
+        if h.again[g] and isfinite(into[groups + g]):
+            fn_moments_of_sums(1, a + g - low, b + g - low, pivot[(g - low) * k], into + g, groups, h.again + g)
+
+cdef void double_columns(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last, double* into, double* pivot, double* total) noexcept nogil:
+    """Moments of rows [first, last) for each column of doubles."""
+    cdef Py_ssize_t c, f = first, n, width = it.width, apart = q.x.s // <Py_ssize_t>sizeof(double)
+    cdef Moments m = moments_at(into, width)
+    cdef char* base = at(&q.x, it.a, it.b) + it.c * q.x.c
+    memset(into, 0, FIELDS * width * sizeof(double))
+    memset(total, 0, width * sizeof(double))
+    for c in range(width):
+        m.count[c] = last - first
+    if q.centred:
+        memcpy(pivot, row_of(q, base, first), width * sizeof(double))
+        while f < last:
+            n = min(last - f, q.s - f % q.s)
+            fn_rows_about(<const double*>row_of(q, base, f), apart, n, width, pivot, total)
+            f += n
+        for c in range(width):
+            m.mean[c] = pivot[c] + total[c] / (last - first)
+            total[c] = 0.0
+        f = first
+    while f < last:
+        n = min(last - f, q.s - f % q.s)
+        fn_squares_about(<const double*>row_of(q, base, f), apart, n, width, m.mean, total, m.m2, m.m2_rest)
+        f += n
+    if q.centred:
+        for c in range(width):
+            m.mean_rest[c] = total[c] / (last - first)
+            m.m2_rest[c] -= total[c] * m.mean_rest[c]
+
+cdef void masked_columns(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last, double* into, double* pivot, double* total, real* tile) noexcept nogil:
+    """Moments of the chosen of rows [first, last) for each column."""
+    cdef Py_ssize_t i, c, turn, width = it.width
+    cdef Moments m = moments_at(into, width)
+    cdef char* base = at(&q.x, it.a, it.b) + it.c * q.x.c
     cdef char* mask = at(&q.mask, it.a, it.b) + it.c * q.mask.c
     cdef const uint8_t* chosen = NULL
     cdef const real* row
-    cdef const real* row1
-    cdef const real* row2
-    cdef const real* row3
-    cdef bint ready = native(x.storage, tile)
-    cdef Py_ssize_t i4 = n - n % 4
-    cdef double d, d1, d2, d3
-    if not ready:
-        for i in range(n):
-            load(base + ((first + i) // q.s) * x.p + ((first + i) % q.s) * x.s, x.storage, width, tile + i * width)
-
-    memset(m.count, 0, FIELDS * width * sizeof(double))
-    memset(total, 0, width * sizeof(double))
+    cdef double d
+    memset(into, 0, FIELDS * width * sizeof(double))
     memset(pivot, 0, width * sizeof(double))
-    if q.mask.data != NULL:
-        for i in range(n):
-            row = row_at(q, base, first, i, width, tile, ready)
-            chosen = <const uint8_t*>(mask + ((first + i) // q.s) * q.mask.p + ((first + i) % q.s) * q.mask.s)
+    for turn in range(2):
+        memset(total, 0, width * sizeof(double))
+        for i in range(first, last):
+            row = <const real*>row_of(q, base, i)
+            if not native(q.x.storage, tile):
+                load(<const char*>row, q.x.storage, width, tile)
+                row = tile
+            chosen = <const uint8_t*>(mask + (i // q.s) * q.mask.p + (i % q.s) * q.mask.s)
             for c in range(width):
-                if chosen[c * q.mask.c]:
-                    if m.count[c] == 0.0 and real is double:
+                if not chosen[c * q.mask.c]:
+                    continue
+                if turn == 0:
+                    if m.count[c] == 0.0:
                         pivot[c] = row[c]
                     m.count[c] += 1.0
-                    total[c] += row[c] - pivot[c]
-    else:
-        for c in range(width):
-            m.count[c] = n
-        if q.centred:
-            if real is double:
-                row = row_at(q, base, first, 0, width, tile, ready)
-                for c in range(width):
-                    pivot[c] = row[c]
-            for i in range(0, i4, 4):
-                row = row_at(q, base, first, i, width, tile, ready)
-                row1 = row_at(q, base, first, i + 1, width, tile, ready)
-                row2 = row_at(q, base, first, i + 2, width, tile, ready)
-                row3 = row_at(q, base, first, i + 3, width, tile, ready)
-                for c in range(width):
-                    if real is float:
-                        total[c] += (<double>row[c] + <double>row1[c]) + (<double>row2[c] + <double>row3[c])
-                    else:
-                        total[c] += ((row[c] - pivot[c]) + (row1[c] - pivot[c])) + ((row2[c] - pivot[c]) + (row3[c] - pivot[c]))
-            for i in range(i4, n):
-                row = row_at(q, base, first, i, width, tile, ready)
-                for c in range(width):
-                    total[c] += row[c] - pivot[c]
-
-    if q.centred:
-        for c in range(width):
-            if m.count[c] > 0.0:
-                m.mean[c] = pivot[c] + total[c] / m.count[c]
-                if real is float:
-                    m.mean_rest[c] = fma(-m.count[c], m.mean[c], total[c]) / m.count[c]
-    if real is double:
-        memset(total, 0, width * sizeof(double))
-
-    if q.mask.data != NULL:
-        for i in range(n):
-            row = row_at(q, base, first, i, width, tile, ready)
-            chosen = <const uint8_t*>(mask + ((first + i) // q.s) * q.mask.p + ((first + i) % q.s) * q.mask.s)
-            for c in range(width):
-                if chosen[c * q.mask.c]:
-                    d = <double>row[c] - m.mean[c]
-                    m.m2[c] += d * d
-                    if real is double:
-                        total[c] += d
-    else:
-        for i in range(0, i4, 4):
-            row = row_at(q, base, first, i, width, tile, ready)
-            row1 = row_at(q, base, first, i + 1, width, tile, ready)
-            row2 = row_at(q, base, first, i + 2, width, tile, ready)
-            row3 = row_at(q, base, first, i + 3, width, tile, ready)
-            for c in range(width):
-                d = <double>row[c] - m.mean[c]
-                d1 = <double>row1[c] - m.mean[c]
-                d2 = <double>row2[c] - m.mean[c]
-                d3 = <double>row3[c] - m.mean[c]
-                if real is float:
-                    m.m2[c] += fn_mac64(d, d, d1 * d1) + fn_mac64(d2, d2, d3 * d3)
+                    total[c] += <double>row[c] - pivot[c]
                 else:
-                    add_two(&m.m2[c], &m.m2_rest[c], fn_mac64(d, d, d1 * d1) + fn_mac64(d2, d2, d3 * d3))
-                    total[c] += (d + d1) + (d2 + d3)
-        for i in range(i4, n):
-            row = row_at(q, base, first, i, width, tile, ready)
-            for c in range(width):
-                d = <double>row[c] - m.mean[c]
-                m.m2[c] += d * d
-                if real is double:
+                    d = <double>row[c] - m.mean[c]
+                    fn_add_two(&m.m2[c], &m.m2_rest[c], d * d)
                     total[c] += d
-    if real is double:
-        if q.centred:
-            for c in range(width):
-                if m.count[c] > 0.0:
+        for c in range(width):
+            if q.centred and m.count[c] > 0.0:
+                if turn == 0:
+                    m.mean[c] = pivot[c] + total[c] / m.count[c]
+                else:
                     m.mean_rest[c] = total[c] / m.count[c]
                     m.m2_rest[c] -= total[c] * m.mean_rest[c]
 
-cdef inline const real* row_at(Pass* q, const char* base, Py_ssize_t first, Py_ssize_t i, Py_ssize_t width, real* tile, bint ready) noexcept nogil:
-    if ready:
-        return <const real*>(base + ((first + i) // q.s) * q.x.p + ((first + i) % q.s) * q.x.s)
-    return tile + i * width
-
-cdef void columns_moments(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last, Moments into, double* scratch, real* tile) noexcept nogil:
-    cdef Py_ssize_t f = first
-    cdef Moments part = moments_at(scratch, it.width)
-    columns_block(q, it, f, min(f + q.block, last), into, scratch + FIELDS * it.width, scratch + (FIELDS + 1) * it.width, tile)
-    f += q.block
+cdef void columns_moments(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last, double* into, Scratch* h, real* kind) noexcept nogil:
+    cdef Py_ssize_t g, j, field, f = first, k = q.neighbours, width = it.width, groups = groups_of(q, it)
+    cdef double* all_columns = into if k == 1 else h.columns
+    cdef double* part
+    if real is float and q.mask.data == NULL:
+        columns_sums(q, it, first, last, into, h)
+        return
     while f < last:
-        columns_block(q, it, f, min(f + q.block, last), part, scratch + FIELDS * it.width, scratch + (FIELDS + 1) * it.width, tile)
-        merge(into, part, it.width)
+        part = all_columns if f == first else h.part
+        if q.mask.data != NULL:
+            masked_columns(q, it, f, min(f + q.block, last), part, h.sums, h.sums + width, <real*>h.tile)
+        else:
+            double_columns(q, it, f, min(f + q.block, last), part, h.sums, h.sums + width)
+        if f > first:
+            fn_merge(all_columns, h.part, width, width)
         f += q.block
+    if k > 1:
+        for g in range(groups):
+            for j in range(1, k):
+                fn_merge(all_columns + g * k, all_columns + g * k + j, 1, width)
+            for field in range(FIELDS):
+                into[field * groups + g] = all_columns[field * width + g * k]
 
-cdef void columns_step(Pass* q, Item it, Scale* s, Py_ssize_t first, Py_ssize_t last, real* tile, real* extra) noexcept nogil:
+cdef void columns_step(Pass* q, Item it, Scale* s, Py_ssize_t first, Py_ssize_t last, Scratch* h, real* kind) noexcept nogil:
     cdef Py_ssize_t i, p, t
     cdef Operand* source = source_of(q)
     cdef char* x = at(source, it.a, it.b) + it.c * source.c
@@ -798,13 +1049,17 @@ cdef void columns_step(Pass* q, Item it, Scale* s, Py_ssize_t first, Py_ssize_t 
     cdef char* w = at(&q.weight, it.a, it.b) + it.c * q.weight.c
     cdef char* b = at(&q.bias, it.a, it.b) + it.c * q.bias.c
     cdef char* e = at(&q.residual, it.a, it.b) + it.c * q.residual.c
+    p = first // q.s
+    t = first - p * q.s
     for i in range(first, last):
-        p, t = i // q.s, i % q.s
-        step(q, s, x + p * source.p + t * source.s, y + p * q.y.p + t * q.y.s,
+        step(q, s, 0, x + p * source.p + t * source.s, y + p * q.y.p + t * q.y.s,
              NULL if q.residual.data == NULL else e + p * q.residual.p + t * q.residual.s,
              NULL if q.weight.data == NULL else w + p * q.weight.p + t * q.weight.s,
              NULL if q.bias.data == NULL else b + p * q.bias.p + t * q.bias.s,
-             it.width, tile, extra)
+             it.width, h, kind)
+        t += 1
+        if t == q.s:
+            p, t = p + 1, 0
 
 # ---- threads ---------------------------------------------------------------------------------
 
@@ -820,69 +1075,87 @@ cdef inline Py_ssize_t pieces_of(Pass* q) noexcept nogil:
     piece_of(q, 0, &first, &last)
     return max(1, (q.length + last - 1) // max(last, 1))
 
-cdef struct Scratch:
-    char* memory
-    double* part                # a block's moments, and two rows of sums
-    double* piece               # a piece's moments
-    double* whole               # an item's moments
-    char* scale
-    char* tile
-    char* extra
-
 cdef inline bint scratch_for(Pass* q, Scratch* h) noexcept nogil:
-    cdef Py_ssize_t row = q.width * sizeof(double)
-    cdef Py_ssize_t tile = BLOCK * 8
+    cdef Py_ssize_t width = q.width if q.columns else BUNDLE
+    cdef Py_ssize_t row = width * sizeof(double), tile = 0, lanes = 0
+    # tiles only where something goes through them
     if q.columns:
         tile = q.width * q.block * 8
-    h.memory = <char*>malloc((3 * FIELDS + 2) * row + SCALE_BYTES * q.width + 2 * tile + 64)
+    else:
+        tile = BLOCK * 8
+        lanes = width * 2 * LANES * sizeof(double)
+    h.memory = <char*>malloc((4 * FIELDS + 4) * row + SCALE_BYTES * width + lanes + 3 * tile + 64)
     if h.memory == NULL:
         return False
     h.tile = h.memory + (64 - <size_t>h.memory % 64)
     h.extra = h.tile + tile
-    h.part = <double*>(h.extra + tile)
-    h.piece = h.part + (FIELDS + 2) * q.width
-    h.whole = h.piece + FIELDS * q.width
-    h.scale = <char*>(h.whole + FIELDS * q.width)
+    h.third = h.extra + tile
+    h.lanes = <double*>(h.third + tile)
+    h.part = <double*>(<char*>h.lanes + lanes)
+    h.columns = h.part + FIELDS * width
+    h.piece = h.columns + FIELDS * width
+    h.whole = h.piece + FIELDS * width
+    h.sums = h.whole + FIELDS * width
+    h.again = <uint8_t*>(h.sums + 3 * width)
+    h.scale = <char*>(h.sums + 4 * width)
     return True
 
 cdef inline void piece_moments(Pass* q, Item it, Py_ssize_t piece, double* into, Scratch* h, real* kind) noexcept nogil:
     cdef Py_ssize_t first, last
     piece_of(q, piece, &first, &last)
     if q.columns:
-        columns_moments(q, it, first, last, moments_at(into, it.width), h.part, <real*>h.tile)
+        columns_moments(q, it, first, last, into, h, kind)
     else:
-        runs_moments(q, it, first, last, moments_at(into, 1), <real*>h.tile, <real*>h.extra)
+        runs_moments(q, it, first, last, into, h, kind)
 
 cdef inline void piece_step(Pass* q, Item it, Py_ssize_t piece, Scale* s, Scratch* h, real* kind) noexcept nogil:
     cdef Py_ssize_t first, last
     piece_of(q, piece, &first, &last)
     if q.columns:
-        columns_step(q, it, s, first, last, <real*>h.tile, <real*>h.extra)
+        columns_step(q, it, s, first, last, h, kind)
     else:
-        runs_step(q, it, s, first, last, <real*>h.tile, <real*>h.extra)
+        runs_step(q, it, s, first, last, h, kind)
+
+cdef inline Scale table_at(Pass* q, Py_ssize_t b) noexcept nogil:
+    """The scales of groups b, b + 1 ... in the table of all."""
+    cdef Scale s = scale_at(q.table, q.b)
+    s.any_wide = s.wide[q.b]
+    s.mean += b
+    s.rest += b
+    s.rstd += b
+    s.unit += b
+    s.wide += b
+    s.hi += b * q.real_size
+    s.r += b * q.real_size
+    s.shift += b * q.real_size
+    return s
 
 cdef int whole_items(Pass* q, Py_ssize_t first, Py_ssize_t last, real* kind) noexcept nogil:
     """Items [first, last), each from its moments to its output before the next."""
     cdef Scratch h
     cdef Scale s
     cdef Item it
-    cdef Py_ssize_t i, piece
+    cdef Py_ssize_t i, piece, groups
     if not scratch_for(q, &h):
         return 1
+    if real is float and flows(q):
+        flowing_items(q, first, last, &h, kind)
+        free(h.memory)
+        return 0
     for i in range(first, last):
         it = item_at(q, i)
         if q.table != NULL:
-            s = scale_at(q.table + it.b * SCALE_BYTES, 1)
-            s.any_wide = s.wide[0]
+            s = table_at(q, it.b)
             piece_step(q, it, 0, &s, &h, kind)
             continue
         s = scale_at(h.scale, it.width)
         if not q.given:
+            groups = groups_of(q, it)
             piece_moments(q, it, 0, h.whole, &h, kind)
             for piece in range(1, q.pieces):
                 piece_moments(q, it, piece, h.piece, &h, kind)
-                merge(moments_at(h.whole, it.width), moments_at(h.piece, it.width), it.width)
-        finish(q, it, moments_at(h.whole, it.width), &s, kind)
+                fn_merge(h.whole, h.piece, groups, groups)
+        finish(q, it, h.whole, &s, kind)
         if q.y.data != NULL:
             for piece in range(q.pieces):
                 piece_step(q, it, piece, &s, &h, kind)
@@ -914,11 +1187,12 @@ cdef int some_steps(Pass* q, Py_ssize_t first, Py_ssize_t last, Scale* scales, r
 
 cdef int shared_items(Pass* q, real* kind) noexcept nogil:
     """Few large groups: all threads take pieces of each; the merge is in the pieces' order."""
-    cdef Py_ssize_t i, piece, row = q.width * sizeof(double), total = q.items * q.pieces
+    cdef Py_ssize_t i, piece, groups, row = q.width * sizeof(double), total = q.items * q.pieces
     cdef Py_ssize_t turn, turns = min(total, 8 * q.threads)
     cdef int failed = 0
     cdef Item it
     cdef double* parts = <double*>malloc(total * FIELDS * row)
+    cdef double* whole
     cdef char* scale_memory = <char*>malloc(q.items * SCALE_BYTES * q.width)
     cdef Scale* scales = <Scale*>malloc(q.items * sizeof(Scale))
     if parts == NULL or scale_memory == NULL or scales == NULL:
@@ -932,15 +1206,17 @@ cdef int shared_items(Pass* q, real* kind) noexcept nogil:
     if not failed:
         for i in range(q.items):
             it = item_at(q, i)
+            whole = parts + i * q.pieces * FIELDS * q.width
+            groups = groups_of(q, it)
             if not q.given:
                 for piece in range(1, q.pieces):
-                    merge(moments_at(parts + i * q.pieces * FIELDS * q.width, it.width),
-                          moments_at(parts + (i * q.pieces + piece) * FIELDS * q.width, it.width), it.width)
+                    fn_merge(whole, whole + piece * FIELDS * q.width, groups, groups)
             scales[i] = scale_at(scale_memory + i * SCALE_BYTES * q.width, it.width)
-            finish(q, it, moments_at(parts + i * q.pieces * FIELDS * q.width, it.width), &scales[i], kind)
+            finish(q, it, whole, &scales[i], kind)
     if not failed and q.y.data != NULL:
         for turn in prange(turns, num_threads=q.threads, schedule="dynamic"):
-            failed |= some_steps(q, total * turn // turns, total * (turn + 1) // turns, scales, kind)
+            # the last read are the first written: what is still in cache is read from there
+            failed |= some_steps(q, total - total * (turn + 1) // turns, total - total * turn // turns, scales, kind)
     free(parts)
     free(scale_memory)
     free(scales)
@@ -949,13 +1225,16 @@ cdef int shared_items(Pass* q, real* kind) noexcept nogil:
 cdef int tabulate(Pass* q, real* kind) noexcept nogil:
     """Scales that many planes share, once for all: one costs as much as normalising 50 numbers."""
     cdef Scale s
-    cdef Py_ssize_t b
-    q.table = <char*>malloc(q.b * SCALE_BYTES)
+    cdef Item it
+    q.real_size = sizeof(real)
+    q.table = <char*>malloc(q.b * SCALE_BYTES + 8)
     if q.table == NULL:
         return 1
-    for b in range(q.b):
-        s = scale_at(q.table + b * SCALE_BYTES, 1)
-        finish(q, item_at(q, b), moments_at(NULL, 1), &s, kind)
+    s = scale_at(q.table, q.b)
+    it.a = it.b = it.c = 0
+    it.width = q.b
+    finish(q, it, NULL, &s, kind)
+    s.wide[q.b] = s.any_wide
     return 0
 
 cdef int run(Pass* q, real* kind) noexcept nogil:
@@ -1006,19 +1285,34 @@ cdef int carry_out(Pass* q, int threads) noexcept:
     cdef double as_double = 0
     cdef int failed
     cdef Py_ssize_t groups, size = bytes_of(q.x.storage)
+    cdef Py_ssize_t total = q.a * q.b * q.p * q.s * q.c * size
     q.length = q.p * q.s
-    q.width = q.chunks = 1
-    q.block = BLOCK
     if q.columns:
         groups = q.c // q.neighbours
         q.chunks = 1 if q.c <= ABREAST else max(1, min(groups, (q.c + COLUMNS - 1) // COLUMNS))
         q.width = (groups + q.chunks - 1) // q.chunks * q.neighbours
         q.chunks = (q.c + q.width - 1) // q.width
+        q.items = q.a * q.b * q.chunks
         q.block = min(max(SQUARE // q.width, 16), PIECE_ROWS)
-    q.items = q.a * q.b * q.chunks
+        q.foldable = q.weight.p == q.weight.s == q.bias.p == q.bias.s == 0
+    else:
+        # one group after the other, or several that lie side by side
+        q.width = BESIDE // max(q.length, 1)
+        if q.width == 1 and q.length <= BLOCK:
+            q.width = 2
+        if q.p > 1 and q.s * size < NEARBY:
+            q.width = max(q.width, PIECE * BLOCK // max(q.length, 1))
+        q.width = max(1, min(q.width, q.b, <Py_ssize_t>BUNDLE))
+        q.chunks = (q.b + q.width - 1) // q.width
+        q.items = q.a * q.chunks
+        q.block = BLOCK
+        q.foldable = q.weight.s == q.bias.s == 0
+    q.foldable = q.foldable and not q.activation_first
     q.pieces = pieces_of(q)
-    q.threads = 1 if q.items * q.width * q.length * size < SERIAL or not FN_OPENMP else max(1, threads)
-    q.stream = q.items * q.width * q.length * size > stream_above
+    q.threads = 1 if total < SERIAL or not FN_OPENMP else max(1, threads)
+    q.stream = total > stream_above
+    q.straight = (q.x.storage == q.y.storage and q.x.storage >= F32 and q.mask.data == NULL and q.total.data == NULL and not q.stream
+                  and (q.residual.data == NULL or q.residual.storage == q.x.storage))
     with nogil:
         if q.x.storage == F64:
             failed = run(q, &as_double)

@@ -28,8 +28,7 @@ ACTIVATIONS = (None, "relu", "silu", "gelu", "gelu_tanh", "tanh")
 
 
 # What `quick_forward` and `quick_backward` are asked for.
-BATCH, INFERENCE, INSTANCE, GROUP, LAYER, RMS = range(6)
-NO_RESULT = (bytes, type(None))  # the types of what they return where they have no result
+BATCH, INFERENCE, INSTANCE, GROUP, LAYER, RMS, ADD_LAYER, ADD_RMS = range(8)
 
 
 class Scaling(IntEnum):
@@ -139,7 +138,7 @@ def _cython(p: Pass) -> None:
         # the kernels add on the way only along runs
         total = p.x.astype(_computing(p.x.dtype)) + p.addend.astype(_computing(p.x.dtype))
         p.total[...] = total
-        p.x, p.addend, p.total = p.total, None, None
+        p.x, p.addend, p.total, p.key = p.total, None, None, None
         return _cython(p)
     y_back = None
     if layout is None:
@@ -344,8 +343,6 @@ if _core.kernels is not None:
 NAMES = ("auto", "cython", "numba", "numpy")
 
 _current = ""
-_quick_forward: Any = getattr(_core.kernels, "quick_forward", None)
-_quick_backward: Any = getattr(_core.kernels, "quick_backward", None)
 
 
 def compute(p: Pass) -> None:
@@ -358,37 +355,31 @@ def compute_backward(p: BackwardPass) -> None:
     _AVAILABLE[_current][1](p)
 
 
-def quick_forward(
-    norm: int,
-    first: Any,
-    second: Any,
-    x: Any,
-    weight: Any,
-    bias: Any,
-    eps: float,
-    return_stats: bool,
-    *options: Any,
-) -> Any:
-    """What the backend answers without a description: a result, a key, or None.
+class _Unplanned:
+    """What the quick doors return without compiled kernels."""
 
-    `norm`, `first` and `second` (whole numbers, tuples of them, or None) say what is asked of these
-    arrays; `options` are own_eps (False: the default that the norm has for this dtype), and
-    running_mean, running_var and momentum. After a key or None, the call is to be described in a
-    `Pass`, which carries the key.
-    """
-    if _current != "cython":
-        return None
-    threads = 1 if _forked else _threads
-    return _quick_forward(
-        norm, first, second, x, weight, bias, eps, return_stats, threads, *options
-    )
+    key = None
 
 
-def quick_backward(norm: int, first: Any, second: Any, *arrays: Any) -> Any:
-    """Likewise, of dy, x, mean, rstd and weight."""
-    if _current != "cython":
-        return None
-    return _quick_backward(norm, first, second, *arrays, 1 if _forked else _threads)
+def _no_plan(*call: Any) -> Any:
+    return _Unplanned()
+
+
+# What the backend answers without a description: the result, or `Unplanned` after which the call is
+# to be described in a `Pass` that carries its key.  quick_forward(norm, first, second, x, weight,
+# bias, eps, return_stats, where, residual, activation, out, own_eps, running_mean, running_var,
+# momentum): `norm`, `first` and `second` (whole numbers, tuples of them, or None) say what is asked of
+# these arrays; without `own_eps` the norm's own for this dtype is used. quick_backward(norm, first,
+# second, dy, x, mean, rstd, weight).
+Unplanned: Any = getattr(_core.kernels, "Unplanned", _Unplanned)
+quick_forward: Any = getattr(_core.kernels, "quick_forward", _no_plan)
+quick_backward: Any = getattr(_core.kernels, "quick_backward", _no_plan)
+
+
+def _tell_kernels() -> None:
+    """Tell the kernels what the quick doors need to know."""
+    if _core.kernels is not None:
+        _core.kernels.set_state(_current == "cython", get_num_threads())
 
 
 def set_backend(name: str) -> None:
@@ -422,6 +413,7 @@ def set_backend(name: str) -> None:
             f"{', '.join(map(repr, _AVAILABLE))}; use one of those, or 'auto'"
         )
     _current = next(iter(_AVAILABLE)) if name == "auto" else name
+    _tell_kernels()
 
 
 def get_backend() -> str:
@@ -479,6 +471,7 @@ _forked = False
 def _in_child() -> None:
     global _forked
     _forked = True
+    _tell_kernels()
 
 
 if hasattr(os, "register_at_fork"):
@@ -529,6 +522,7 @@ def set_num_threads(n: int) -> None:
     if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
         raise ValueError(f"num_threads is {n!r}, and must be a whole number, 1 or more")
     _threads = int(n)
+    _tell_kernels()
 
 
 def get_num_threads() -> int:

@@ -31,9 +31,9 @@ from fastnorm.backends import (
     INFERENCE,
     INSTANCE,
     LAYER,
-    NO_RESULT,
     RMS,
     BackwardPass,
+    Unplanned,
     compute_backward,
     quick_backward,
 )
@@ -132,7 +132,7 @@ def _channels(
     if batch:
         norm = BATCH if training else INFERENCE
     found = quick_backward(norm, num_groups, channel_axis, dy, x, mean, rstd, weight)
-    if type(found) not in NO_RESULT:
+    if type(found) is not Unplanned:
         return found
     array = as_array(x, "x")
     check_ndim(array, 2, of, "(N, C, ...)")
@@ -164,7 +164,7 @@ def _channels(
         placed,
         view=view,
         training=training,
-        key=found,
+        key=found.key,
     )
 
 
@@ -376,12 +376,13 @@ def _rows(
     *,
     weight_offset: float = 0.0,
 ) -> Any:
-    found = None
+    key = None
     if weight_offset == 0.0:
         norm = RMS if mean is None else LAYER
         found = quick_backward(norm, normalized_shape, axis, dy, x, mean, rstd, weight)
-        if type(found) not in NO_RESULT:
+        if type(found) is not Unplanned:
             return found
+        key = found.key
     array = as_array(x, "x")
     check_ndim(array, 1, of, "(..., D)")
     axes = layer_axes(array, normalized_shape, axis, of)
@@ -399,7 +400,7 @@ def _rows(
         lambda p: along_axes(p, "weight", array, axes),
         bias=mean is not None,
         weight_offset=weight_offset,
-        key=found,
+        key=key,
     )
     return gradients if mean is not None else gradients[:2]
 

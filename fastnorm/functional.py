@@ -37,15 +37,17 @@ from fastnorm.arguments import (
     spread,
 )
 from fastnorm.backends import (
+    ADD_LAYER,
+    ADD_RMS,
     BATCH,
     GROUP,
     INFERENCE,
     INSTANCE,
     LAYER,
-    NO_RESULT,
     RMS,
     Pass,
     Scaling,
+    Unplanned,
     compute,
     quick_forward,
 )
@@ -281,15 +283,26 @@ def batch_norm(
     array([[-1., -1.],
            [ 1.,  1.]])
     """
-    found = None
-    if where is None and residual is None and activation is None and out is None:
-        norm = BATCH if training else INFERENCE
-        running = running_mean, running_var, momentum
-        found = quick_forward(
-            norm, None, channel_axis, x, weight, bias, eps, return_stats, True, *running
-        )
-        if type(found) not in NO_RESULT:
-            return found
+    found = quick_forward(
+        BATCH if training else INFERENCE,
+        None,
+        channel_axis,
+        x,
+        weight,
+        bias,
+        eps,
+        return_stats,
+        where,
+        residual,
+        activation,
+        out,
+        True,
+        running_mean,
+        running_var,
+        momentum,
+    )
+    if type(found) is not Unplanned:
+        return found
     array = as_array(x, "x")
     check_ndim(array, 2, "batch_norm", "(N, C, ...)")
     axis = channel_axis_of(array, channel_axis, "batch_norm", samples=False)
@@ -305,7 +318,7 @@ def batch_norm(
         "residual": residual,
         "activation": activation,
         "out": out,
-        "key": found,
+        "key": found.key,
         "statistics": (channels,),
     }
     if not training:
@@ -406,17 +419,25 @@ def instance_norm(
     array([[[-1.,  1.],
             [-1.,  1.]]])
     """
-    found = None
-    if (
-        where is None
-        and residual is None
-        and activation is None
-        and out is None
-        and (use_input_stats and running_mean is None and running_var is None)
-    ):
-        found = quick_forward(INSTANCE, None, channel_axis, x, weight, bias, eps, return_stats)
-        if type(found) not in NO_RESULT:
+    key = None
+    if use_input_stats and running_mean is None and running_var is None:
+        found = quick_forward(
+            INSTANCE,
+            None,
+            channel_axis,
+            x,
+            weight,
+            bias,
+            eps,
+            return_stats,
+            where,
+            residual,
+            activation,
+            out,
+        )
+        if type(found) is not Unplanned:
             return found
+        key = found.key
     array = as_array(x, "x")
     check_ndim(array, 2, "instance_norm", "(N, C, ...)")
     if not use_input_stats:
@@ -468,7 +489,7 @@ def instance_norm(
         residual=residual,
         activation=activation,
         out=out,
-        key=found,
+        key=key,
         statistics=(samples, channels),
     )
     mean, var = mean.reshape(samples, channels), var.reshape(samples, channels)
@@ -537,11 +558,22 @@ def group_norm(
     >>> fn.group_norm(x, 2, eps=0.0).ravel()
     array([-1.,  1., -1.,  1.])
     """
-    found = None
-    if where is None and residual is None and activation is None and out is None:
-        found = quick_forward(GROUP, num_groups, channel_axis, x, weight, bias, eps, return_stats)
-        if type(found) not in NO_RESULT:
-            return found
+    found = quick_forward(
+        GROUP,
+        num_groups,
+        channel_axis,
+        x,
+        weight,
+        bias,
+        eps,
+        return_stats,
+        where,
+        residual,
+        activation,
+        out,
+    )
+    if type(found) is not Unplanned:
+        return found
     array = as_array(x, "x")
     check_ndim(array, 2, "group_norm", "(N, C, ...)")
     axis = channel_axis_of(array, channel_axis, "group_norm")
@@ -566,7 +598,7 @@ def group_norm(
         residual=residual,
         activation=activation,
         out=out,
-        key=found,
+        key=found.key,
         statistics=(samples, groups),
     )
     if return_stats:
@@ -636,11 +668,22 @@ def layer_norm(
     array([[-1.,  1.],
            [-1.,  1.]])
     """
-    found = None
-    if where is None and residual is None and activation is None and out is None:
-        found = quick_forward(LAYER, normalized_shape, axis, x, weight, bias, eps, return_stats)
-        if type(found) not in NO_RESULT:
-            return found
+    found = quick_forward(
+        LAYER,
+        normalized_shape,
+        axis,
+        x,
+        weight,
+        bias,
+        eps,
+        return_stats,
+        where,
+        residual,
+        activation,
+        out,
+    )
+    if type(found) is not Unplanned:
+        return found
     array = as_array(x, "x")
     check_ndim(array, 1, "layer_norm", "(..., D)")
     axes = layer_axes(array, normalized_shape, axis, "layer_norm")
@@ -655,7 +698,7 @@ def layer_norm(
         residual=residual,
         activation=activation,
         out=out,
-        key=found,
+        key=found.key,
         statistics=tuple(1 if a in axes else n for a, n in enumerate(array.shape)),
     )
     return (y, mean, rstd) if return_stats else y
@@ -735,15 +778,26 @@ def rms_norm(
     array([[ 1., -1.],
            [ 1.,  1.]])
     """
-    found = None
-    simple = where is None and residual is None and activation is None and out is None
-    if simple and weight_offset == 0.0:
-        given, value = eps is not None, 0.0 if eps is None else eps
+    key = None
+    if weight_offset == 0.0:
         found = quick_forward(
-            RMS, normalized_shape, axis, x, weight, None, value, return_stats, given
+            RMS,
+            normalized_shape,
+            axis,
+            x,
+            weight,
+            None,
+            0.0 if eps is None else eps,
+            return_stats,
+            where,
+            residual,
+            activation,
+            out,
+            eps is not None,
         )
-        if type(found) not in NO_RESULT:
+        if type(found) is not Unplanned:
             return found
+        key = found.key
     array = as_array(x, "x")
     check_ndim(array, 1, "rms_norm", "(..., D)")
     axes = layer_axes(array, normalized_shape, axis, "rms_norm")
@@ -760,7 +814,7 @@ def rms_norm(
         residual=residual,
         activation=activation,
         out=out,
-        key=found,
+        key=key,
         statistics=tuple(1 if a in axes else n for a, n in enumerate(array.shape)),
     )
     return (y, rstd) if return_stats else y
@@ -812,6 +866,11 @@ def add_layer_norm(
     >>> y, total
     (array([[-1.,  1.]]), array([[1., 3.]]))
     """
+    found = quick_forward(
+        ADD_LAYER, normalized_shape, None, x, weight, bias, eps, False, None, residual
+    )
+    if type(found) is not Unplanned:
+        return found
     array = as_array(x, "x")
     return _add_norm(
         x,
@@ -823,6 +882,7 @@ def add_layer_norm(
         check_eps(eps),
         "add_layer_norm",
         centred=True,
+        key=found.key,
     )
 
 
@@ -871,10 +931,25 @@ def add_rms_norm(
     >>> y, total
     (array([[ 1., -1.]]), array([[ 3., -3.]]))
     """
+    own, value = eps is not None, 0.0 if eps is None else eps
+    found = quick_forward(
+        ADD_RMS, normalized_shape, None, x, weight, None, value, False, None, residual, None, None, own
+    )
+    if type(found) is not Unplanned:
+        return found
     array = as_array(x, "x")
     eps = _machine_epsilon(array.dtype) if eps is None else check_eps(eps)
     return _add_norm(
-        x, array, residual, normalized_shape, weight, None, eps, "add_rms_norm", centred=False
+        x,
+        array,
+        residual,
+        normalized_shape,
+        weight,
+        None,
+        eps,
+        "add_rms_norm",
+        centred=False,
+        key=found.key,
     )
 
 
@@ -889,6 +964,7 @@ def _add_norm(
     of: str,
     *,
     centred: bool,
+    key: bytes | None,
 ) -> tuple[Array, Array]:
     check_ndim(array, 1, of, "(..., D)")
     axes = layer_axes(array, normalized_shape, None, of)
@@ -904,6 +980,7 @@ def _add_norm(
         centred=centred,
         addend=addend,
         total=total,
+        key=key,
     )
     return y, delivered(total, x)
 

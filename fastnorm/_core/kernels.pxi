@@ -36,8 +36,8 @@ cdef extern from "simd.h" nogil:
     """
     int FN_OPENMP
     double fn_mac64(double, double, double) noexcept
-    double fn_squares_float(const float*, Py_ssize_t) noexcept
-    double fn_deviations_double(const double*, Py_ssize_t, double) noexcept
+    double fn_squares(const float*, Py_ssize_t, Py_ssize_t) noexcept
+    double fn_deviations(const double*, Py_ssize_t, Py_ssize_t, double) noexcept
     void fn_sums(const float*, Py_ssize_t, Py_ssize_t, double*, double*) noexcept
     void fn_sums_about(const float*, Py_ssize_t, Py_ssize_t, double, double*, double*) noexcept
     void fn_gather(const float*, Py_ssize_t, Py_ssize_t, double*, double*) noexcept
@@ -64,7 +64,9 @@ cdef extern from "simd.h" nogil:
     void fn_step_float(const float*, float*, Py_ssize_t, const float*, const float*, const float*, const float*, const float*, const float*, bint, bint, bint, int) noexcept
     void fn_step_plain_double(const double*, double*, Py_ssize_t, const double*, const double*, const double*, const double*, const double*, bint, bint, bint) noexcept
     void fn_affine_float(float*, Py_ssize_t, const float*, bint, const float*, bint) noexcept
-    void fn_add_double(double*, const double*, Py_ssize_t) noexcept
+    void fn_add_float(const float*, const float*, float*, Py_ssize_t) noexcept
+    void fn_add_double(const double*, const double*, double*, Py_ssize_t) noexcept
+    void fn_step_rows(const float*, Py_ssize_t, float*, Py_ssize_t, const float*, Py_ssize_t, Py_ssize_t, Py_ssize_t, const float*, const float*, const float*, int) noexcept
     void fn_affine_double(double*, Py_ssize_t, const double*, bint, const double*, bint) noexcept
     void fn_relu_double(double*, Py_ssize_t) noexcept
     void fn_silu_double(double*, Py_ssize_t) noexcept
@@ -89,6 +91,7 @@ cdef enum:
     COLUMNS = 256               # of more, so many are taken side by side, at most (or one group of neighbours)
     SQUARE = 16384              # elements of a block of columns: fits L2
     PIECE_ROWS = 1024           # rows that one thread takes: partial sums cost at most 1 % of x
+    BRIEF = 1 << 15             # bytes of x below which handing over the interpreter's lock costs more
     SERIAL = 1 << 17            # bytes of x below which waking a second thread costs more
 
 cdef enum Storage:
@@ -274,7 +277,7 @@ cdef inline void moments_of(const real* x, Py_ssize_t n, bint centred, double* m
         return
     if real is float:
         if not centred:
-            m[3 * step] = fn_squares_float(x, n)
+            m[3 * step] = fn_squares(x, n, AHEAD)
             return
         fn_sums(x, n, AHEAD, &sums[0], &sums[1])
         if fn_moments_of_sums(1, &sums[0], &sums[1], 0.0, m, step, &again) and isfinite(m[step]):
@@ -284,7 +287,7 @@ cdef inline void moments_of(const real* x, Py_ssize_t n, bint centred, double* m
     else:
         if centred:
             # about the first element, so that a constant block has exactly its mean
-            m[step] = x[0] + fn_deviations_double(x, n, x[0]) / n
+            m[step] = x[0] + fn_deviations(x, n, AHEAD, x[0]) / n
         deviations_about(x, n, m[step], &first, &m[3 * step], &m[4 * step])
         if centred:
             m[2 * step] = first / n
@@ -638,7 +641,7 @@ cdef inline void step(Pass* q, Scale* s, Py_ssize_t k, const char* x, char* y, c
         if wide:
             step_wide(s, k, q.columns, source, target, w, wv, b, bv, n)
         if e != NULL:
-            fn_add_double(target, e, n)
+            fn_add_double(target, e, target, n)
         activate(target, n, q.activation)
         if q.activation_first and (weight != NULL or bias != NULL):
             affine_after(q, target, n, weight, bias)
@@ -828,9 +831,22 @@ cdef void runs_step(Pass* q, Item it, Scale* s, Py_ssize_t first, Py_ssize_t las
         f += r.n
 
 cdef inline bint flows(Pass* q) noexcept nogil:
-    """Whether groups are short, lie in one piece, and nothing is done to them on the way."""
-    return (not q.columns and q.straight and q.centred and not q.given and q.x.storage == F32 and q.y.data != NULL
-            and q.length <= BLOCK and (q.p == 1 or q.x.p == q.s * q.x.s))
+    """Whether groups of floats are short, lie in one piece and are all taken."""
+    return (not q.columns and q.straight and not q.given and q.x.storage == F32 and q.y.data != NULL
+            and q.length <= BLOCK and (q.p == 1 or (q.x.p == q.s * q.x.s and q.total.data == NULL)))
+
+cdef inline const float* flowing(Pass* q, Item it, Py_ssize_t k) noexcept nogil:
+    return <const float*>at(source_of(q), it.a, it.b + k)
+
+cdef inline void flow_in(Pass* q, Item it, Py_ssize_t k, double* sums) noexcept nogil:
+    """The sums of group k of a bundle, and x + residual where the norm is of that."""
+    if q.total.data != NULL:
+        fn_add_float(<const float*>at(&q.x, it.a, it.b + k), <const float*>at(&q.addend, it.a, it.b + k),
+                     <float*>at(&q.total, it.a, it.b + k), q.length)
+    if q.centred:
+        fn_sums(flowing(q, it, k), q.length, AHEAD, &sums[k], &sums[BUNDLE + k])
+    else:
+        sums[BUNDLE + k] = fn_squares(flowing(q, it, k), q.length, AHEAD)
 
 cdef inline void bundle_moments(Pass* q, Item it, double* moments, Scratch* h) noexcept nogil:
     """Moments of a bundle of short groups whose sums are in h.sums."""
@@ -839,24 +855,27 @@ cdef inline void bundle_moments(Pass* q, Item it, double* moments, Scratch* h) n
     cdef double pivot
     for k in range(width):
         moments[k] = q.length
-    if fn_moments_of_sums(width, h.sums, h.sums + BUNDLE, 0.0, moments, width, h.again):
+    if not q.centred:
+        for k in range(width):
+            moments[width + k] = moments[2 * width + k] = moments[4 * width + k] = 0.0
+            moments[3 * width + k] = h.sums[BUNDLE + k]
+    elif fn_moments_of_sums(width, h.sums, h.sums + BUNDLE, 0.0, moments, width, h.again):
         for k in range(width):
             if h.again[k] and isfinite(moments[width + k]):
                 pivot = <float>moments[width + k]
-                fn_sums_about(<const float*>at(&q.x, it.a, it.b + k), q.length, 0, pivot, &two[0], &two[1])
+                fn_sums_about(flowing(q, it, k), q.length, 0, pivot, &two[0], &two[1])
                 fn_moments_of_sums(1, &two[0], &two[1], pivot, moments + k, width, h.again + k)
 
-cdef void flowing_items(Pass* q, Py_ssize_t first, Py_ssize_t last, Scratch* h, real* kind) noexcept nogil:
+cdef void flow(Pass* q, Py_ssize_t first, Py_ssize_t last, Scratch* h, real* kind) noexcept nogil:
     """Bundles of short groups: the sums of one go on beside the steps of the one before.
 
     Memory is then read and written all the time, and square roots are taken for a bundle at once.
     """
     cdef Py_ssize_t i, k, f
     cdef Item now, then
-    cdef Scale s
+    cdef Scale s = scale_at(h.scale, BUNDLE)
     cdef Run r
-    then.width = 0
-    s = scale_at(h.scale, BUNDLE)
+    then.width = now.width = 0
     for i in range(first, last + 1):
         if i < last:
             now = item_at(q, i)
@@ -864,7 +883,7 @@ cdef void flowing_items(Pass* q, Py_ssize_t first, Py_ssize_t last, Scratch* h, 
             now.width = 0
         for k in range(max(now.width, then.width)):
             if k < now.width:
-                fn_sums(<const float*>at(&q.x, now.a, now.b + k), q.length, AHEAD, &h.sums[k], &h.sums[BUNDLE + k])
+                flow_in(q, now, k, h.sums)
             if k < then.width:
                 f = 0
                 while f < q.length:
@@ -1042,7 +1061,7 @@ cdef void columns_moments(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last, d
                 into[field * groups + g] = all_columns[field * width + g * k]
 
 cdef void columns_step(Pass* q, Item it, Scale* s, Py_ssize_t first, Py_ssize_t last, Scratch* h, real* kind) noexcept nogil:
-    cdef Py_ssize_t i, p, t
+    cdef Py_ssize_t i, n, p, t
     cdef Operand* source = source_of(q)
     cdef char* x = at(source, it.a, it.b) + it.c * source.c
     cdef char* y = at(&q.y, it.a, it.b) + it.c * q.y.c
@@ -1051,6 +1070,17 @@ cdef void columns_step(Pass* q, Item it, Scale* s, Py_ssize_t first, Py_ssize_t 
     cdef char* e = at(&q.residual, it.a, it.b) + it.c * q.residual.c
     p = first // q.s
     t = first - p * q.s
+    if real is float and q.straight and s.folded and not s.any_wide:
+        i = first
+        while i < last:
+            n = min(last - i, q.s - t)
+            fn_step_rows(<const float*>(x + p * source.p + t * source.s), source.s // <Py_ssize_t>sizeof(float),
+                         <float*>(y + p * q.y.p + t * q.y.s), q.y.s // <Py_ssize_t>sizeof(float),
+                         NULL if q.residual.data == NULL else <const float*>(e + p * q.residual.p + t * q.residual.s),
+                         q.residual.s // <Py_ssize_t>sizeof(float), n, it.width, <float*>s.hi, <float*>s.r, <float*>s.shift, q.activation)
+            i += n
+            p, t = p + 1, 0
+        return
     for i in range(first, last):
         step(q, s, 0, x + p * source.p + t * source.s, y + p * q.y.p + t * q.y.s,
              NULL if q.residual.data == NULL else e + p * q.residual.p + t * q.residual.s,
@@ -1139,7 +1169,7 @@ cdef int whole_items(Pass* q, Py_ssize_t first, Py_ssize_t last, real* kind) noe
     if not scratch_for(q, &h):
         return 1
     if real is float and flows(q):
-        flowing_items(q, first, last, &h, kind)
+        flow(q, first, last, &h, kind)
         free(h.memory)
         return 0
     for i in range(first, last):
@@ -1311,13 +1341,13 @@ cdef int carry_out(Pass* q, int threads) noexcept:
     q.pieces = pieces_of(q)
     q.threads = 1 if total < SERIAL or not FN_OPENMP else max(1, threads)
     q.stream = total > stream_above
-    q.straight = (q.x.storage == q.y.storage and q.x.storage >= F32 and q.mask.data == NULL and q.total.data == NULL and not q.stream
-                  and (q.residual.data == NULL or q.residual.storage == q.x.storage))
+    q.straight = (q.x.storage == q.y.storage and q.x.storage >= F32 and q.mask.data == NULL and not q.stream
+                  and (q.residual.data == NULL or q.residual.storage == q.x.storage)
+                  and (q.total.data == NULL or q.addend.storage == q.x.storage))
+    if total < BRIEF:
+        return run(q, &as_double) if q.x.storage == F64 else run(q, &as_float)
     with nogil:
-        if q.x.storage == F64:
-            failed = run(q, &as_double)
-        else:
-            failed = run(q, &as_float)
+        failed = run(q, &as_double) if q.x.storage == F64 else run(q, &as_float)
     return failed
 
 def has_threads():

@@ -13,6 +13,8 @@
 # order; a fixed number of `parts` of them, merged in order, can run in parallel.
 
 cdef extern from "simd.h" nogil:
+    void fn_pairs(const float*, const float*, Py_ssize_t, float, float, float, const float*, double*, double*) noexcept
+    void fn_pair_rows(const float*, Py_ssize_t, const float*, Py_ssize_t, Py_ssize_t, Py_ssize_t, const float*, const float*, const float*, const float*, bint, double*, double*) noexcept
     void fn_sum_run_float(const float*, const float*, Py_ssize_t, double, double, const float*, double*, double*) noexcept
     void fn_sum_run_double(const double*, const double*, Py_ssize_t, double, double, const double*, double*, double*) noexcept
     void fn_sum_rows_float(const float*, Py_ssize_t, const float*, Py_ssize_t, Py_ssize_t, Py_ssize_t, const double*, const double*, const float*, bint, double*, double*) noexcept
@@ -188,9 +190,19 @@ cdef inline void segment_at(Back* q, Py_ssize_t k, Py_ssize_t* first, Py_ssize_t
         first[0] = k * q.span
         last[0] = min(first[0] + q.span, q.length)
 
+cdef inline Py_ssize_t alike(Slopes* s, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
+    """The end of the columns from `first` on that are all wide, or all not."""
+    cdef Py_ssize_t last = first + 1
+    if not s.any_wide:
+        return n
+    while last < n and s.wide[last] == s.wide[first]:
+        last += 1
+    return last
+
 cdef void segment_sums(Back* q, Item it, Slopes* s, Py_ssize_t k, double* sums, char* tiles, real* kind) noexcept nogil:
     """Sums of dy and of dy xhat over a segment; of g and g xhat where the weight differs inside."""
-    cdef Py_ssize_t f, last, n, limit, i
+    cdef Py_ssize_t f, last, n, limit, i, j
+    cdef const real* along
     cdef Py_ssize_t x_step, dy_step, size = sizeof(real)
     cdef Py_ssize_t p, t
     cdef bint convert = not (native(q.x.storage, kind) and native(q.dy.storage, kind))
@@ -214,7 +226,10 @@ cdef void segment_sums(Back* q, Item it, Slopes* s, Py_ssize_t k, double* sums, 
             if q.inside:
                 w = weights_along(q, it, p, t, n, room)
             if real is float:
-                fn_sum_run_float(x, dy, n, s.mean[0], s.rstd[0], w, sums, sums + 1)
+                if not s.any_wide:
+                    fn_pairs(x, dy, n, (<float*>s.hi)[0], (<float*>s.r)[0], (<float*>s.shift)[0], w, sums, sums + 1)
+                else:
+                    fn_sum_run_float(x, dy, n, s.mean[0], s.rstd[0], w, sums, sums + 1)
             else:
                 fn_sum_run_double(x, dy, n, s.mean[0], s.rstd[0], w, sums, sums + 1)
             f += n
@@ -238,13 +253,22 @@ cdef void segment_sums(Back* q, Item it, Slopes* s, Py_ssize_t k, double* sums, 
             if q.inside:
                 w = weights_along(q, it, p, t, it.width, room)
             if real is float:
-                fn_sum_rows_float(x, x_step, dy, dy_step, n, it.width, s.mean, s.rstd, w, q.weight.c != 0, sums, sums + it.width)
+                i = 0
+                while i < it.width:
+                    j = alike(s, i, it.width)
+                    along = w + i if w != NULL and q.weight.c != 0 else w
+                    if s.wide[i]:
+                        fn_sum_rows_float(x + i, x_step, dy + i, dy_step, n, j - i, s.mean + i, s.rstd + i, along, q.weight.c != 0, sums + i, sums + it.width + i)
+                    else:
+                        fn_pair_rows(x + i, x_step, dy + i, dy_step, n, j - i, <float*>s.hi + i, <float*>s.r + i, <float*>s.shift + i, along, q.weight.c != 0, sums + i, sums + it.width + i)
+                    i = j
             else:
                 fn_sum_rows_double(x, x_step, dy, dy_step, n, it.width, s.mean, s.rstd, w, q.weight.c != 0, sums, sums + it.width)
             f += n
-    if real is float:
+    if real is float and s.any_wide:
         for i in range(it.width):
-            sums[it.width + i] *= s.rstd[i]
+            if s.wide[i]:
+                sums[it.width + i] *= s.rstd[i]
 
 cdef void add_segment(Back* q, Item it, Slopes* s, Py_ssize_t k, const double* sums, double* cells, real* kind) noexcept nogil:
     """A segment's sums into its group's, and into the cells where those are its own kind."""
@@ -310,15 +334,6 @@ cdef void wide_step(Back* q, Slopes* s, Py_ssize_t first, Py_ssize_t last, const
             g = i if along else 0
             gw[g] += dy[i] * xhat
             gb[g] += dy[i]
-
-cdef inline Py_ssize_t alike(Slopes* s, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
-    """The end of the columns from `first` on that are all wide, or all not."""
-    cdef Py_ssize_t last = first + 1
-    if not s.any_wide:
-        return n
-    while last < n and s.wide[last] == s.wide[first]:
-        last += 1
-    return last
 
 cdef void step_back(Back* q, Item it, Slopes* s, Py_ssize_t f, Py_ssize_t last, char* tiles, real* kind) noexcept nogil:
     """dx of the elements (rows) [f, last), where the weight does not differ inside."""

@@ -18,14 +18,6 @@
 #define FN_RESTRICT __restrict__
 #endif
 
-#if defined(_MSC_VER)
-#define FN_INLINE static __forceinline
-#elif defined(__GNUC__)
-#define FN_INLINE static inline __attribute__((always_inline))
-#else
-#define FN_INLINE static inline
-#endif
-
 /* The arrays of a loop are the same or do not overlap: each element is read before it is written. */
 #if defined(__clang__)
 #define FN_IVDEP _Pragma("clang loop vectorize(assume_safety)")
@@ -35,6 +27,14 @@
 #define FN_IVDEP __pragma(loop(ivdep))
 #endif
 
+#if defined(_MSC_VER)
+#define FN_INLINE static __forceinline
+#elif defined(__GNUC__)
+#define FN_INLINE static inline __attribute__((always_inline))
+#else
+#define FN_INLINE static inline
+#endif
+
 /* fma: one rounding, or as good as one.  Without the instruction a product of floats is exact in
  * double and the sum is rounded there first, which differs from a fused one once in 2^29; doubles
  * take the same road through x87's 64 bits, where there are any.  The library's fma(), emulated,
@@ -42,15 +42,15 @@
  * mac: the same in sums, where a rounding more is nothing: never slower than * and +.
  * Contraction is off (-ffp-contract=off): no other operation is fused, whatever the compiler. */
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__aarch64__)
-static inline float fn_fma32(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-static inline double fn_fma64(double a, double b, double c) { return __builtin_fma(a, b, c); }
-static inline double fn_mac64(double a, double b, double c) { return __builtin_fma(a, b, c); }
+FN_INLINE float fn_fma32(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+FN_INLINE double fn_fma64(double a, double b, double c) { return __builtin_fma(a, b, c); }
+FN_INLINE double fn_mac64(double a, double b, double c) { return __builtin_fma(a, b, c); }
 #else
-static inline float fn_fma32(float a, float b, float c) { return (float)((double)a * b + c); }
-static inline double fn_fma64(double a, double b, double c) {
+FN_INLINE float fn_fma32(float a, float b, float c) { return (float)((double)a * b + c); }
+FN_INLINE double fn_fma64(double a, double b, double c) {
     return (double)((long double)a * b + c);
 }
-static inline double fn_mac64(double a, double b, double c) { return a * b + c; }
+FN_INLINE double fn_mac64(double a, double b, double c) { return a * b + c; }
 #endif
 
 static inline uint32_t fn_bits(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
@@ -465,7 +465,7 @@ static inline void fn_stream_fence(void) {
 
 /* e^x = 2^n e^r, |r| <= ln(2)/2; 0.19 * 2^-24.  2^n is applied in two halves, so that results
  * below 2^-126 come out subnormal instead of vanishing and those above 2^128 infinite. */
-static inline float fn_exp32(float x) {
+FN_INLINE float fn_exp32(float x) {
     const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
     x = x > 89.0f ? 89.0f : x;
     x = x < -104.0f ? -104.0f : x;
@@ -484,12 +484,30 @@ static inline float fn_exp32(float x) {
     return p * fn_float((uint32_t)(half + 127) << 23) * fn_float((uint32_t)(k - half + 127) << 23);
 }
 
-static inline float fn_silu32(float x) { return x / (1.0f + fn_exp32(-x)); }
+/* 1 + e^x, to half a unit of 1 at least: 2^n in one piece, infinite from n = 128 on. */
+FN_INLINE float fn_one_and_exp32(float x) {
+    const float magic = 12582912.0f;
+    x = x > 89.0f ? 89.0f : x;
+    x = x < -87.0f ? -87.0f : x;
+    float shifted = fn_fma32(x, 1.44269504f, magic);
+    float n = shifted - magic;
+    float r = fn_fma32(n, -0.693359375f, x);
+    r = fn_fma32(n, 2.12194440e-4f, r);
+    float p = 1.3934545e-3f;
+    p = fn_fma32(p, r, 8.3637768e-3f);
+    p = fn_fma32(p, r, 4.1666456e-2f);
+    p = fn_fma32(p, r, 1.6666573e-1f);
+    p = fn_fma32(p, r, 0.5f);
+    p = fn_fma32(p * r, r, r) + 1.0f;
+    return fn_fma32(p, fn_float((fn_bits(shifted) << 23) + 0x3f800000u), 1.0f);
+}
+
+FN_INLINE float fn_silu32(float x) { return x / fn_one_and_exp32(-x); }
 
 /* x Phi(x), Phi(x) = erfc(-x/sqrt(2))/2.  erfc(t) = e^(-t^2) g(q)/(1 + 2t) with
  * q = (t - 2)/(t + 2); 0.34 * 2^-24 up to t = 10.6, where e^(-t^2) leaves float32.  The tail keeps
  * its relative precision: 1 + erf(x/sqrt(2)) would cancel there. */
-static inline float fn_gelu32(float x) {
+FN_INLINE float fn_gelu32(float x) {
     float a = x < 0.0f ? -x : x;
     a = a > 15.0f ? 15.0f : a;
     float t = a * 0.70710678f;
@@ -513,13 +531,13 @@ static inline float fn_gelu32(float x) {
 }
 
 /* x (1 + tanh(u))/2 = x / (1 + e^(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3) */
-static inline float fn_gelu_tanh32(float x) {
+FN_INLINE float fn_gelu_tanh32(float x) {
     float u2 = x * fn_fma32(x * x, 0.0713548163f, 1.59576912f);
-    return x / (1.0f + fn_exp32(-u2));
+    return x / fn_one_and_exp32(-u2);
 }
 
 /* Below 0.625 an odd polynomial, 0.012 * 2^-24; above, (1 - e)/(1 + e) with e = e^(-2|x|). */
-static inline float fn_tanh32(float x) {
+FN_INLINE float fn_tanh32(float x) {
     float a = x < 0.0f ? -x : x;
     float z = x * x;
     float p = 2.27260613e-3f;
@@ -535,7 +553,7 @@ static inline float fn_tanh32(float x) {
     return a < 0.625f ? small : large;
 }
 
-static inline float fn_relu32(float x) { return x < 0.0f ? 0.0f : x; } /* keeps NaN */
+FN_INLINE float fn_relu32(float x) { return x < 0.0f ? 0.0f : x; } /* keeps NaN */
 
 static inline double fn_relu64(double x) { return x < 0.0 ? 0.0 : x; }
 static inline double fn_silu64(double x) { return x / (1.0 + exp(-x)); }
@@ -910,6 +928,84 @@ static inline int fn_spread(ptrdiff_t n, ptrdiff_t k, const double *FN_RESTRICT 
     FN_COLLECT(real, fma)
 FN_BACK(float, fn_fma32)
 FN_BACK(double, fn_fma64)
+
+/* The sums of g and g xhat for floats whose xhat a float can hold.  Four terms are added up in float
+ * before they go into a double lane: each sum is then within 2^-24 of the size of its terms over the
+ * square root of their number, and half of the conversions, which cost more than the arithmetic, are
+ * three quarters fewer. */
+#define FN_TERMS(k)                                                                               \
+    const float t##k = wv ? dy[i + j + 16 * k] * w[i + j + 16 * k] : dy[i + j + 16 * k];          \
+    const float h##k = fn_fma32(x[i + j + 16 * k] - hi, r, shift);
+FN_INLINE void fn_pairs_of(const float *x, const float *dy, ptrdiff_t n, float hi, float r,
+                           float shift, const float *w, int wv, double *first, double *second) {
+    double a[16], b[16], rest_a = 0, rest_b = 0;
+    ptrdiff_t i = 0;
+    for (int j = 0; j < 16; j++) a[j] = b[j] = 0;
+    for (; i + 64 <= n; i += 64) {
+        const int k = 0;
+        FN_FETCH_128(x + i, 4096)
+        FN_FETCH_128(x + i + 32, 4096)
+        FN_FETCH_128(dy + i, 4096)
+        FN_FETCH_128(dy + i + 32, 4096)
+        for (int j = 0; j < 16; j++) {
+            FN_TERMS(0) FN_TERMS(1) FN_TERMS(2) FN_TERMS(3)
+            a[j] += (double)((t0 + t1) + (t2 + t3));
+            b[j] += (double)(fn_fma32(t0, h0, t1 * h1) + fn_fma32(t2, h2, t3 * h3));
+        }
+    }
+    for (; i + 16 <= n; i += 16)
+        for (int j = 0; j < 16; j++) {
+            FN_TERMS(0)
+            a[j] += (double)t0;
+            b[j] += (double)(t0 * h0);
+        }
+    for (const int j = 0; i < n; i++) {
+        FN_TERMS(0)
+        rest_a += (double)t0;
+        rest_b += (double)(t0 * h0);
+    }
+    FN_FOLD(a, 8) FN_FOLD(b, 8) FN_FOLD(a, 4) FN_FOLD(b, 4) FN_FOLD(a, 2) FN_FOLD(b, 2)
+    *first += (a[0] + a[1]) + rest_a;
+    *second += (b[0] + b[1]) + rest_b;
+}
+static inline void fn_pairs(const float *x, const float *dy, ptrdiff_t n, float hi, float r,
+                            float shift, const float *w, double *first, double *second) {
+    if (w) fn_pairs_of(x, dy, n, hi, r, shift, w, 1, first, second);
+    else fn_pairs_of(x, dy, n, hi, r, shift, w, 0, first, second);
+}
+#undef FN_TERMS
+#define FN_TERMS(k)                                                                               \
+    const float t##k = dy[k * dy_step + c] * (wv == 2 ? w[c] : wv ? w0 : 1.0f);                   \
+    const float h##k = fn_fma32(x[k * x_step + c] - hi[c], r[c], shift[c]);
+FN_INLINE void fn_pair_rows_of(const float *FN_RESTRICT x, ptrdiff_t x_step,
+                               const float *FN_RESTRICT dy, ptrdiff_t dy_step, ptrdiff_t rows,
+                               ptrdiff_t n, const float *FN_RESTRICT hi,
+                               const float *FN_RESTRICT r, const float *FN_RESTRICT shift,
+                               const float *FN_RESTRICT w, int wv, double *FN_RESTRICT a,
+                               double *FN_RESTRICT b) {
+    const float w0 = wv == 1 ? w[0] : 1.0f;
+    for (; rows >= 4; rows -= 4, x += 4 * x_step, dy += 4 * dy_step)
+        for (ptrdiff_t c = 0; c < n; c++) {
+            FN_TERMS(0) FN_TERMS(1) FN_TERMS(2) FN_TERMS(3)
+            a[c] += (double)((t0 + t1) + (t2 + t3));
+            b[c] += (double)(fn_fma32(t0, h0, t1 * h1) + fn_fma32(t2, h2, t3 * h3));
+        }
+    for (; rows > 0; rows--, x += x_step, dy += dy_step)
+        for (ptrdiff_t c = 0; c < n; c++) {
+            FN_TERMS(0)
+            a[c] += (double)t0;
+            b[c] += (double)(t0 * h0);
+        }
+}
+#undef FN_TERMS
+static inline void fn_pair_rows(const float *x, ptrdiff_t x_step, const float *dy,
+                                ptrdiff_t dy_step, ptrdiff_t rows, ptrdiff_t n, const float *hi,
+                                const float *r, const float *shift, const float *w, int wv,
+                                double *a, double *b) {
+    if (!w) fn_pair_rows_of(x, x_step, dy, dy_step, rows, n, hi, r, shift, w, 0, a, b);
+    else if (!wv) fn_pair_rows_of(x, x_step, dy, dy_step, rows, n, hi, r, shift, w, 1, a, b);
+    else fn_pair_rows_of(x, x_step, dy, dy_step, rows, n, hi, r, shift, w, 2, a, b);
+}
 
 /* The sums.  Of floats: g and x - mean are exact in double, or nearly, and `rstd` waits until the
  * sum is there.  Of doubles: scaled at once, or the product could leave the range. */

@@ -47,7 +47,16 @@ def last_cache() -> int:
         return 1 << 25
 
 
+def _keep_at_most() -> int:
+    """Bytes of freed results that stay at hand for the next ones."""
+    value = os.environ.get("FASTNORM_KEEP_MB", "256").strip()
+    if not value.isdigit():
+        raise ValueError(f"FASTNORM_KEEP_MB={value!r} is no number of megabytes: set it to 0 or more")
+    return int(value) << 20
+
+
 kernels, level_used, level_found = _load()
 if kernels is not None:
     # Results that do not fit in cache are written past it: nobody finds them there.
     kernels.set_stream_above(last_cache())
+    kernels.keep_at_most(_keep_at_most())

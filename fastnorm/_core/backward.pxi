@@ -725,7 +725,8 @@ cdef int carry_back(Back* q, int threads) noexcept:
     sum_bytes = 2 * q.cells * q.owners * sizeof(double)
     q.parts = min(min(q.sharers, max(PARTS // q.owners, 1)), min(size // PART, (ALLOWED + x_bytes // 100) // sum_bytes))
     q.parts = max(q.parts, 1)
-    q.stream = x_bytes > stream_above
+    # x, dy and dx go through the caches together
+    q.stream = x_bytes > stream_above // 4 * 3 // 2 and pays_to_stream(q.width if q.columns else q.s, bytes_of(q.dx.storage))
     q.threads = 1 if x_bytes < SERIAL // 2 or not FN_OPENMP else max(1, threads)
     with nogil:
         if q.x.storage == F64:

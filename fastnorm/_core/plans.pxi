@@ -12,11 +12,18 @@ from libc.string cimport memcmp
 
 cdef extern from "numpy/arrayobject.h":
     object PyArray_NewLikeArray(cnp.ndarray, cnp.NPY_ORDER, void*, int)
+    object PyDataMem_SetHandler(object)
+
+cdef extern from "blocks.h":
+    int FN_BLOCKS
+    object fn_block_capsule()
+    void fn_keep_at_most(size_t) nogil
 
 cdef enum:
     KEY = 192                   # numbers in a key, at most: seven arrays of eight dimensions
     AXES = 8                    # dimensions of an array that has a key
     PLANS = 4096                # kept at a time
+    BLOCKS_FROM = 1 << 24       # bytes of a result that comes from kept memory (blocks.h)
     RECENT = 256                # of which so many are found without a dictionary: 70 ns less a call
 
 cdef struct Key:
@@ -141,8 +148,25 @@ cdef keep(Plan plan, bytes key, tuple statistics):
 cdef inline char* bytes_at(object array) noexcept:
     return NULL if array is None else <char*>cnp.PyArray_DATA(<cnp.ndarray>array)
 
+cdef object blocks = fn_block_capsule()
+
+def keep_at_most(size_t limit):
+    """Bytes of freed results that are kept for the next ones."""
+    fn_keep_at_most(limit)
+
 cdef object like(object array):
-    return PyArray_NewLikeArray(<cnp.ndarray>array, cnp.NPY_KEEPORDER, NULL, 0)
+    """An array for the result: the shape, type and memory order of another."""
+    if not FN_BLOCKS or cnp.PyArray_NBYTES(<cnp.ndarray>array) < BLOCKS_FROM:
+        return PyArray_NewLikeArray(<cnp.ndarray>array, cnp.NPY_KEEPORDER, NULL, 0)
+    before = PyDataMem_SetHandler(blocks)
+    try:
+        return PyArray_NewLikeArray(<cnp.ndarray>array, cnp.NPY_KEEPORDER, NULL, 0)
+    finally:
+        PyDataMem_SetHandler(before)
+
+def empty_like(array):
+    """`np.empty_like` of a plain array, from where the results of known calls come."""
+    return like(array)
 
 cdef void update_running(object running, const double* batch, Py_ssize_t n, double factor, double momentum) noexcept:
     """running = (1 - momentum) * running + momentum * factor * batch, rounded once."""

@@ -275,7 +275,7 @@ static inline double fn_deviations(const double *x, ptrdiff_t n, ptrdiff_t ahead
 /* The same for each column of some rows, `step` numbers apart. */
 #define FN_GATHER_ROWS(D)                                                                         \
     {                                                                                             \
-        for (; rows >= 8; rows -= 8, x += 8 * step)                                               \
+        for (; rows >= 8; rows -= 8, x += 8 * step) {                                             \
             for (ptrdiff_t c = 0; c < n; c++) {                                                   \
                 const double d0 = D(x[c]), d1 = D(x[step + c]);                                   \
                 const double d2 = D(x[2 * step + c]), d3 = D(x[3 * step + c]);                    \
@@ -286,6 +286,7 @@ static inline double fn_deviations(const double *x, ptrdiff_t n, ptrdiff_t ahead
                 a[c] += ((d0 + d1) + (d2 + d3)) + ((d4 + d5) + (d6 + d7));                        \
                 b[c] += even + odd;                                                               \
             }                                                                                     \
+        }                                                                                         \
         for (; rows > 0; rows--, x += step)                                                       \
             for (ptrdiff_t c = 0; c < n; c++) {                                                   \
                 const double d = D(x[c]);                                                         \

@@ -24,7 +24,7 @@ BUILT_FROM := pyproject.toml setup.py \
 .DEFAULT_GOAL := help
 # Two targets at once would meet in pip.
 .NOTPARALLEL:
-.PHONY: help venv build demo test lint format docs bench clean
+.PHONY: help venv build demo test lint format docs bench bench-gate bench-gate-update clean
 
 help:
 	@echo 'make demo      build fastnorm, run the demonstration'
@@ -32,7 +32,9 @@ help:
 	@echo 'make lint      ruff check, ruff format --check, mypy'
 	@echo 'make format    let ruff sort imports and format'
 	@echo 'make docs      build the documentation in docs/_build/html, run its examples'
-	@echo 'make bench     run the benchmarks'
+	@echo 'make bench     run the benchmarks, write benchmarks/results and the table in README.md'
+	@echo 'make bench-gate         fail if a kernel has become slower than it is stored to be'
+	@echo 'make bench-gate-update  store how slow they are now'
 	@echo 'make build     build fastnorm and install it in the environment'
 	@echo 'make venv      make the environment and nothing else'
 	@echo 'make clean     remove what these targets made, the environment last'
@@ -40,7 +42,7 @@ help:
 	@echo 'VENV=.venv     the environment          PYTHON=python3.13  the Python it is made from'
 	@echo 'EXTRAS="torch" packages to add to it when it is made'
 	@echo 'PIP_ARGS="-q"  arguments of every pip install'
-	@echo 'ARGS="-k rms"  arguments of the program that demo, test or bench runs'
+	@echo 'ARGS="-k rms"  arguments of the program that demo, test, bench or bench-gate runs'
 
 demo: $(STAMPS)/demo
 	$(PY) -m fastnorm demo $(ARGS)
@@ -48,8 +50,19 @@ demo: $(STAMPS)/demo
 test: $(STAMPS)/test
 	$(PY) -m pytest $(ARGS)
 
-bench: $(STAMPS)/test
-	$(PY) -m pytest benchmarks/ --benchmark-only $(ARGS)
+# Some of the cases, with ARGS, leave the README and the stored results alone.
+bench: $(STAMPS)/bench
+	@mkdir -p .benchmarks
+	$(PY) -m pytest benchmarks/ -q --benchmark-only --benchmark-quiet --benchmark-json=.benchmarks/results.json $(ARGS)
+	$(PY) -m benchmarks.report .benchmarks/results.json $(if $(ARGS),--folder .benchmarks,--readme README.md)
+
+bench-gate: $(STAMPS)/test
+	$(PY) -m benchmarks.gate $(ARGS)
+	$(PY) -m benchmarks.instructions
+
+bench-gate-update: $(STAMPS)/test
+	$(PY) -m benchmarks.gate --update
+	$(PY) -m benchmarks.instructions --update
 
 lint: $(STAMPS)/dev
 	$(PY) -m ruff check
@@ -80,7 +93,7 @@ $(STAMPS)/build: $(BUILT_FROM) | $(STAMPS)/venv
 
 # The packages of one extra. pip reads its list from the installed fastnorm, which is therefore not
 # built a second time; `pip show` fails where it is not installed, before pip looks for it elsewhere.
-$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/docs $(STAMPS)/dev: $(STAMPS)/build
+$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/docs $(STAMPS)/dev: $(STAMPS)/build
 	@$(PIP) show --quiet fastnorm
 	$(PIP) install $(PIP_ARGS) 'fastnorm[$(@F)]'
 	@touch '$@'

@@ -66,6 +66,7 @@ cdef extern from "simd.h" nogil:
     void fn_affine_float(float*, Py_ssize_t, const float*, bint, const float*, bint) noexcept
     void fn_add_float(const float*, const float*, float*, Py_ssize_t) noexcept
     void fn_add_double(const double*, const double*, double*, Py_ssize_t) noexcept
+    void fn_step_planes(const float*, Py_ssize_t, float*, Py_ssize_t, const float*, Py_ssize_t, Py_ssize_t, Py_ssize_t, const float*, const float*, const float*, int) noexcept
     void fn_step_rows(const float*, Py_ssize_t, float*, Py_ssize_t, const float*, Py_ssize_t, Py_ssize_t, Py_ssize_t, const float*, const float*, const float*, int) noexcept
     void fn_affine_double(double*, Py_ssize_t, const double*, bint, const double*, bint) noexcept
     void fn_relu_double(double*, Py_ssize_t) noexcept
@@ -450,8 +451,9 @@ cdef inline double inverse_root(double v, double rest) noexcept nogil:
     error = fma(-product, r, 1.0) - fma(v, r, -product) * r - rest * r * r
     return r + 0.5 * r * error
 
-cdef inline const float* column_weights(Pass* q, Operand* o, Item it, Py_ssize_t* step) noexcept nogil:
-    step[0] = o.c // sizeof(float)
+cdef inline const float* weights_of(Pass* q, Operand* o, Item it, Py_ssize_t* step) noexcept nogil:
+    """The weights of an item's columns, or of the groups of a bundle, and how far apart they lie."""
+    step[0] = (o.c if q.columns else o.b) // <Py_ssize_t>sizeof(float)
     return NULL if o.data == NULL else <const float*>(at(o, it.a, it.b) + it.c * o.c)
 
 cdef void finish_float(Pass* q, Item it, double* moments, Scale* s) noexcept nogil:
@@ -488,9 +490,10 @@ cdef void finish_float(Pass* q, Item it, double* moments, Scale* s) noexcept nog
             mean_out[g * step], var_out[g * step], rstd_out[g * step] = s.mean[g], var[g], s.rstd[g]
     if q.y.data == NULL:
         return
-    s.folded = q.columns and q.foldable
-    w = column_weights(q, &q.weight, it, &w_step) if s.folded else NULL
-    b = column_weights(q, &q.bias, it, &b_step) if s.folded else NULL
+    # one weight for each column or group; a table holds for all of a
+    s.folded = q.foldable and q.weight.p == q.bias.p == 0 and (q.table == NULL or q.weight.a == q.bias.a == 0)
+    w = weights_of(q, &q.weight, it, &w_step) if s.folded else NULL
+    b = weights_of(q, &q.bias, it, &b_step) if s.folded else NULL
     s.any_wide = fn_spread(n, k, s.mean, s.rest, s.rstd, w, w_step, b, b_step, <float*>s.hi, <float*>s.r, <float*>s.shift, s.wide)
     if s.any_wide:
         for j in range(n * k - 1, -1, -1):
@@ -804,7 +807,11 @@ cdef inline void run_step(Pass* q, Item it, Scale* s, Py_ssize_t k, Run r, Scrat
     if q.residual.data != NULL:
         residual = at(&q.residual, it.a, it.b + k) + r.p * q.residual.p + r.s * q.residual.s
     if real is float:
-        if q.foldable and not s.wide[k]:
+        if s.folded and not s.wide[k]:
+            if q.straight:
+                fn_step_folded(<const float*>x, <float*>y, r.n, <float*>s.hi + k, <float*>s.r + k, <float*>s.shift + k, <const float*>residual, False, q.activation)
+                return
+        elif q.foldable and not s.wide[k]:
             # the affine step goes into r and shift, where a float can hold the product
             w = (<const float*>weight)[0] if weight != NULL else 1.0
             wide_rw = s.rstd[k] * w
@@ -826,10 +833,18 @@ cdef inline void run_step(Pass* q, Item it, Scale* s, Py_ssize_t k, Run r, Scrat
     step(q, s, k, x, y, residual, weight, bias, r.n, h, kind)
 
 cdef void runs_step(Pass* q, Item it, Scale* s, Py_ssize_t first, Py_ssize_t last, Scratch* h, real* kind) noexcept nogil:
-    cdef Py_ssize_t f = first, k
+    cdef Py_ssize_t f = first, k, size = sizeof(float)
+    cdef Operand* source = source_of(q)
     cdef Run r
     while f < last:
         r = run_at(q, f, last)
+        if real is float and q.straight and s.folded and not s.any_wide:
+            fn_step_planes(<const float*>(at(source, it.a, it.b) + r.p * source.p + r.s * source.s), source.b // size,
+                           <float*>(at(&q.y, it.a, it.b) + r.p * q.y.p + r.s * q.y.s), q.y.b // size,
+                           NULL if q.residual.data == NULL else <const float*>(at(&q.residual, it.a, it.b) + r.p * q.residual.p + r.s * q.residual.s),
+                           q.residual.b // size, it.width, r.n, <float*>s.hi, <float*>s.r, <float*>s.shift, q.activation)
+            f += r.n
+            continue
         if not (q.straight and real is float):
             r.n = min(r.n, BLOCK)
         for k in range(it.width):
@@ -877,10 +892,11 @@ cdef void flow(Pass* q, Py_ssize_t first, Py_ssize_t last, Scratch* h, real* kin
 
     Memory is then read and written all the time, and square roots are taken for a bundle at once.
     """
-    cdef Py_ssize_t i, k, f
+    cdef Py_ssize_t i, k
     cdef Item now, then
     cdef Scale s = scale_at(h.scale, BUNDLE)
     cdef Run r
+    r.s, r.n = 0, q.s
     then.width = now.width = 0
     for i in range(first, last + 1):
         if i < last:
@@ -891,11 +907,8 @@ cdef void flow(Pass* q, Py_ssize_t first, Py_ssize_t last, Scratch* h, real* kin
             if k < now.width:
                 flow_in(q, now, k, h.sums)
             if k < then.width:
-                f = 0
-                while f < q.length:
-                    r = run_at(q, f, q.length)
+                for r.p in range(q.p):
                     run_step(q, then, &s, k, r, h, kind)
-                    f += r.n
         if now.width > 0:
             bundle_moments(q, now, h.whole, h)
             finish(q, now, h.whole, &s, kind)

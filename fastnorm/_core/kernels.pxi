@@ -1178,7 +1178,7 @@ cdef inline void piece_step(Pass* q, Item it, Py_ssize_t piece, Scale* s, Scratc
 cdef inline Scale table_at(Pass* q, Py_ssize_t b) noexcept nogil:
     """The scales of groups b, b + 1 ... in the table of all."""
     cdef Scale s = scale_at(q.table, q.b)
-    s.any_wide = s.wide[q.b]
+    s.any_wide, s.folded = s.wide[q.b], s.wide[q.b + 1]
     s.mean += b
     s.rest += b
     s.rstd += b
@@ -1293,7 +1293,7 @@ cdef int tabulate(Pass* q, real* kind) noexcept nogil:
     it.a = it.b = it.c = 0
     it.width = q.b
     finish(q, it, NULL, &s, kind)
-    s.wide[q.b] = s.any_wide
+    s.wide[q.b], s.wide[q.b + 1] = s.any_wide, s.folded
     return 0
 
 cdef int run(Pass* q, real* kind) noexcept nogil:

@@ -21,8 +21,8 @@ cdef extern from "simd.h" nogil:
     void fn_sum_rows_double(const double*, Py_ssize_t, const double*, Py_ssize_t, Py_ssize_t, Py_ssize_t, const double*, const double*, const double*, bint, double*, double*) noexcept
     void fn_back_run_float(const float*, const float*, float*, Py_ssize_t, float, float, float, float, float, float) noexcept
     void fn_back_run_double(const double*, const double*, double*, Py_ssize_t, double, double, double, double, double, double) noexcept
-    void fn_back_row_float(const float*, const float*, float*, Py_ssize_t, const float*, const float*, const float*, const float*, const float*, const float*) noexcept
-    void fn_back_row_double(const double*, const double*, double*, Py_ssize_t, const double*, const double*, const double*, const double*, const double*, const double*) noexcept
+    void fn_back_rows_float(const float*, Py_ssize_t, const float*, Py_ssize_t, float*, Py_ssize_t, Py_ssize_t, Py_ssize_t, const float*, const float*, const float*, const float*, const float*, const float*) noexcept
+    void fn_back_rows_double(const double*, Py_ssize_t, const double*, Py_ssize_t, double*, Py_ssize_t, Py_ssize_t, Py_ssize_t, const double*, const double*, const double*, const double*, const double*, const double*) noexcept
     void fn_back_row_collect_float(const float*, const float*, float*, Py_ssize_t, const float*, const float*, const float*, const float*, const float*, const float*, bint, double*, double*) noexcept
     void fn_back_row_collect_double(const double*, const double*, double*, Py_ssize_t, const double*, const double*, const double*, const double*, const double*, const double*, bint, double*, double*) noexcept
     void fn_back_collect_float(const float**, const float**, float**, const float*, Py_ssize_t, int, const float*, double*, double*) noexcept
@@ -346,13 +346,23 @@ cdef void step_back(Back* q, Item it, Slopes* s, Py_ssize_t f, Py_ssize_t last, 
     cdef const real* dy
     cdef bint straight = native(q.dx.storage, kind) and not q.stream
     cdef Py_ssize_t limit = SPAN if straight and native(q.dy.storage, kind) else BLOCK
+    cdef Py_ssize_t rows, dx_step, size = sizeof(real)
+    # rows of columns at once, where nothing is converted and what is streamed is one run
+    cdef bint together = (native(q.x.storage, kind) and native(q.dy.storage, kind) and native(q.dx.storage, kind)
+                          and (not q.stream or q.dx.s == it.width * size))
     while f < last:
         p, t = f // q.s, f % q.s
         n = it.width if q.columns else min(min(last - f, q.s - t), limit)
+        rows = 1
         dx = <real*>place(&q.dx, it, p, t) if straight else tile
         x = ready(&q.x, it, p, t, n, tile)
         dy = ready(&q.dy, it, p, t, n, other)
         if q.columns:
+            dx_step = q.dx.s // size
+            if together and not s.any_wide:
+                rows = min(last - f, q.s - t)
+                if q.stream:
+                    rows, dx, dx_step = min(rows, max(BLOCK // n, 1)), tile, n
             i = 0
             while i < n:
                 j = alike(s, i, n)
@@ -360,9 +370,11 @@ cdef void step_back(Back* q, Item it, Slopes* s, Py_ssize_t f, Py_ssize_t last, 
                     for c in range(i, j):
                         wide_step(q, s, c, c + 1, x, dy, NULL, weight_of(q, it, p, t, c), dx, NULL, NULL)
                 elif real is float:
-                    fn_back_row_float(x + i, dy + i, dx + i, j - i, <float*>s.hi + i, <float*>s.r + i, <float*>s.shift + i, <float*>s.wr + i, <float*>s.c1 + i, <float*>s.c2 + i)
+                    fn_back_rows_float(x + i, q.x.s // size, dy + i, q.dy.s // size, dx + i, dx_step, rows, j - i,
+                        <float*>s.hi + i, <float*>s.r + i, <float*>s.shift + i, <float*>s.wr + i, <float*>s.c1 + i, <float*>s.c2 + i)
                 else:
-                    fn_back_row_double(x + i, dy + i, dx + i, j - i, <double*>s.hi + i, <double*>s.r + i, <double*>s.shift + i, <double*>s.wr + i, <double*>s.c1 + i, <double*>s.c2 + i)
+                    fn_back_rows_double(x + i, q.x.s // size, dy + i, q.dy.s // size, dx + i, dx_step, rows, j - i,
+                        <double*>s.hi + i, <double*>s.r + i, <double*>s.shift + i, <double*>s.wr + i, <double*>s.c1 + i, <double*>s.c2 + i)
                 i = j
         elif s.any_wide:
             wide_step(q, s, 0, n, x, dy, NULL, weight_of(q, it, p, t, 0), dx, NULL, NULL)
@@ -373,8 +385,8 @@ cdef void step_back(Back* q, Item it, Slopes* s, Py_ssize_t f, Py_ssize_t last, 
             else:
                 fn_back_run_double(x, dy, dx, n, (<double*>s.hi)[0], (<double*>s.r)[0], (<double*>s.shift)[0], wr, (<double*>s.c1)[0], (<double*>s.c2)[0])
         if not straight:
-            deliver(dx, n, place(&q.dx, it, p, t), q.dx.storage, q.stream, <char*>other)
-        f += 1 if q.columns else n
+            deliver(dx, rows * n, place(&q.dx, it, p, t), q.dx.storage, q.stream, <char*>other)
+        f += rows if q.columns else n
 
 cdef inline void collect(const real** x, const real** dy, real** dx, const real* terms, Py_ssize_t n, int count, const real* w, double* gw, double* gb) noexcept nogil:
     if real is float:
@@ -628,7 +640,8 @@ cdef int back_owner(Back* q, Py_ssize_t owner, int threads, real* kind) noexcept
             failed = some_back_steps(q, owner, 0, steps, s, kind)
         else:
             for turn in prange(turns, num_threads=threads, schedule="dynamic"):
-                failed |= some_back_steps(q, owner, steps * turn // turns, steps * (turn + 1) // turns, s, kind)
+                # the last read are the first written: what is still in cache is read from there
+                failed |= some_back_steps(q, owner, steps - steps * (turn + 1) // turns, steps - steps * turn // turns, s, kind)
     free(s)
     free(memory)
     free(sums)
@@ -689,7 +702,7 @@ cdef int carry_back(Back* q, int threads) noexcept:
     cdef float as_float = 0
     cdef double as_double = 0
     cdef int failed
-    cdef Py_ssize_t groups, size, x_bytes, cells, sum_bytes
+    cdef Py_ssize_t groups, size, x_bytes, cells, sum_bytes, along
     cdef Operand* w = &q.dweight
     q.length = q.p * q.s
     q.width = q.chunks = 1
@@ -726,7 +739,10 @@ cdef int carry_back(Back* q, int threads) noexcept:
     q.parts = min(min(q.sharers, max(PARTS // q.owners, 1)), min(size // PART, (ALLOWED + x_bytes // 100) // sum_bytes))
     q.parts = max(q.parts, 1)
     # x, dy and dx go through the caches together
-    q.stream = x_bytes > stream_above // 4 * 3 // 2 and pays_to_stream(q.width if q.columns else q.s, bytes_of(q.dx.storage))
+    along = q.width if q.columns else q.s
+    if q.columns and not q.inside and q.dx.s == q.width * <Py_ssize_t>bytes_of(q.dx.storage):
+        along *= q.s            # rows that follow one another
+    q.stream = x_bytes > stream_above // 4 * 3 // 2 and pays_to_stream(along, bytes_of(q.dx.storage))
     q.threads = 1 if x_bytes < SERIAL // 2 or not FN_OPENMP else max(1, threads)
     with nogil:
         if q.x.storage == F64:

@@ -864,10 +864,19 @@ static inline int fn_spread(ptrdiff_t n, ptrdiff_t k, const double *FN_RESTRICT 
                                               int rows, const real *FN_RESTRICT w,                \
                                               double *FN_RESTRICT gw, double *FN_RESTRICT gb) {   \
         if (rows == 4) {                                                                          \
+            /* the next four rows are asked for while these are written */                        \
+            const ptrdiff_t ahead = 4 * ((const char *)x[1] - (const char *)x[0]);                \
             const real *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3];                            \
             const real *d0 = dy[0], *d1 = dy[1], *d2 = dy[2], *d3 = dy[3];                        \
             real *y0 = dx[0], *y1 = dx[1], *y2 = dx[2], *y3 = dx[3];                              \
-            FN_IVDEP for (ptrdiff_t i = 0; i < n; i++) {                                          \
+            for (ptrdiff_t from = 0; from < n; from += 128) {                                     \
+            const ptrdiff_t to = n - from < 128 ? n : from + 128;                                 \
+            for (ptrdiff_t i = from; i < to; i += 64 / (ptrdiff_t)sizeof(real))                   \
+                for (int k = 0; k < 4; k++) {                                                     \
+                    FN_FETCH((const char *)(x[k] + i) + ahead);                                   \
+                    FN_FETCH((const char *)(dy[k] + i) + ahead);                                  \
+                }                                                                                 \
+            FN_IVDEP for (ptrdiff_t i = from; i < to; i++) {                                      \
                 const real t0 = d0[i], t1 = d1[i], t2 = d2[i], t3 = d3[i], v = w[i];              \
                 const real h0 = fma(x0[i] - s[0], s[1], s[2]);                                    \
                 const real h1 = fma(x1[i] - s[5], s[6], s[7]);                                    \
@@ -879,6 +888,7 @@ static inline int fn_spread(ptrdiff_t n, ptrdiff_t k, const double *FN_RESTRICT 
                 y3[i] = fma(-h3, s[19], fma(t3, v * s[16], -s[18]));                              \
                 gw[i] += (double)(fma(t0, h0, t1 * h1) + fma(t2, h2, t3 * h3));                   \
                 gb[i] += (double)((t0 + t1) + (t2 + t3));                                         \
+            }                                                                                     \
             }                                                                                     \
             return;                                                                               \
         }                                                                                         \
@@ -894,24 +904,39 @@ static inline int fn_spread(ptrdiff_t n, ptrdiff_t k, const double *FN_RESTRICT 
         }                                                                                         \
     }
 
+#define FN_BACK_ROW(k)                                                                            \
+    dx[(k) * dx_step + i] = fma(-fma(x[(k) * x_step + i] - h, v, d), e,                           \
+                                fma(dy[(k) * dy_step + i], u, -c));
 #define FN_BACK(real, fma)                                                                        \
     /* one statistic and one weight for the run; wr = weight rstd */                              \
     static inline void fn_back_run_##real(const real *x, const real *dy, real *dx, ptrdiff_t n,   \
                                           real hi, real r, real shift, real wr, real c1,          \
                                           real c2) {                                              \
-        FN_IVDEP for (ptrdiff_t i = 0; i < n; i++) {                                              \
+        FN_FROM_A_LINE(dx, n, from, to)                                                           \
+        FN_IVDEP for (ptrdiff_t i = from; i < to; i++) {                                          \
             FN_XHAT(real, fma, x[i], hi, r, shift);                                               \
             dx[i] = fma(-xhat, c2, fma(dy[i], wr, -c1));                                          \
         }                                                                                         \
     }                                                                                             \
-    /* statistics for each column of a row */                                                     \
-    static inline void fn_back_row_##real(const real *x, const real *dy, real *dx, ptrdiff_t n,   \
-                                          const real *hi, const real *r, const real *shift,       \
-                                          const real *wr, const real *c1, const real *c2) {       \
-        FN_IVDEP for (ptrdiff_t i = 0; i < n; i++) {                                              \
-            FN_XHAT(real, fma, x[i], hi[i], r[i], shift[i]);                                      \
-            dx[i] = fma(-xhat, c2[i], fma(dy[i], wr[i], -c1[i]));                                 \
+    /* statistics for each column of some rows, four at a time */                                 \
+    static inline void fn_back_rows_##real(                                                       \
+        const real *x, ptrdiff_t x_step, const real *dy, ptrdiff_t dy_step, real *dx,             \
+        ptrdiff_t dx_step, ptrdiff_t rows, ptrdiff_t n, const real *hi, const real *r,            \
+        const real *shift, const real *wr, const real *c1, const real *c2) {                      \
+        for (; rows >= 4; rows -= 4) {                                                            \
+            FN_IVDEP for (ptrdiff_t i = 0; i < n; i++) {                                          \
+                const real h = hi[i], v = r[i], d = shift[i], u = wr[i], c = c1[i], e = c2[i];    \
+                FN_BACK_ROW(0) FN_BACK_ROW(1) FN_BACK_ROW(2) FN_BACK_ROW(3)                       \
+            }                                                                                     \
+            x += 4 * x_step;                                                                      \
+            dy += 4 * dy_step;                                                                    \
+            dx += 4 * dx_step;                                                                    \
         }                                                                                         \
+        for (; rows > 0; rows--, x += x_step, dy += dy_step, dx += dx_step)                       \
+            FN_IVDEP for (ptrdiff_t i = 0; i < n; i++) {                                          \
+                const real h = hi[i], v = r[i], d = shift[i], u = wr[i], c = c1[i], e = c2[i];    \
+                FN_BACK_ROW(0)                                                                    \
+            }                                                                                     \
     }                                                                                             \
     /* the same where the weight is the row's (`wv` 0) or each element's own (1) */               \
     static inline void fn_back_row_collect_##real(                                                \

@@ -933,7 +933,19 @@ def add_rms_norm(
     """
     own, value = eps is not None, 0.0 if eps is None else eps
     found = quick_forward(
-        ADD_RMS, normalized_shape, None, x, weight, None, value, False, None, residual, None, None, own
+        ADD_RMS,
+        normalized_shape,
+        None,
+        x,
+        weight,
+        None,
+        value,
+        False,
+        None,
+        residual,
+        None,
+        None,
+        own,
     )
     if type(found) is not Unplanned:
         return found

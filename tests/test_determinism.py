@@ -179,6 +179,76 @@ def test_a_plan_gives_the_same_bits(op: Operation, monkeypatch: pytest.MonkeyPat
                 assert a.strides == b.strides
 
 
+@pytest.mark.parametrize("dtype", [F16, F32, F64], ids=named)
+@pytest.mark.parametrize("op", OPERATIONS, ids=named)
+def test_options_of_a_plan_give_the_same_bits(
+    op: Operation, dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Likewise with a residual, an activation and an array to write into, alone and together."""
+    x, residual = (data((3, 12, 5, 6), dtype, 1.0, seed=i) for i in range(2))
+    p = op.parameters(x.shape, F64 if dtype == F64 else F32, np.random.default_rng(3))
+    options: list[dict[str, Any]] = [{}]
+    if "residual" in op.features:
+        options += [{"residual": residual}, {"residual": residual.astype(F64)}]
+    for activation in ("relu", "silu", "gelu", "gelu_tanh") if "activation" in op.features else ():
+        options += [o | {"activation": activation} for o in options[:3]]
+
+    def calls() -> Iterator[Any]:
+        for chosen in options:
+            yield call(op, x, p, **chosen)
+            if "out" in op.features:
+                out = np.empty_like(x)
+                assert call(op, x, p, out=out, **chosen) is out
+                yield out
+                inplace = x.copy()
+                call(op, inplace, p, out=inplace, **chosen)
+                yield inplace
+
+    results = [list(calls()) for _ in range(2)]
+    monkeypatch.setattr(functional, "quick_forward", lambda *_: backends.Unplanned())
+    for described, *others in zip(calls(), *results, strict=True):
+        for other in others:
+            pairs = zip(described, other) if op.outputs > 1 else [(described, other)]
+            for a, b in pairs:
+                assert_same_bits(a, b)
+
+
+def test_a_plan_refuses_what_a_description_refuses() -> None:
+    """Whatever was called before: a wrong `out`, residual or activation stays an error."""
+    x = data((6, 8, 4, 5), F32, 3.0)
+    for _ in range(2):
+        fn.group_norm(x, 2, residual=x, activation="relu", out=np.empty_like(x))
+    fixed = np.empty_like(x)
+    fixed.flags.writeable = False
+    for wrong in (fixed, np.empty((6, 8, 5, 4), F32), np.empty_like(x, F64)):
+        with pytest.raises((ValueError, TypeError), match="out"):
+            fn.group_norm(x, 2, residual=x, activation="relu", out=wrong)
+    with pytest.raises((ValueError, TypeError), match="residual"):
+        fn.group_norm(x, 2, residual=x[:3], activation="relu")
+    for unknown in ("selu", 1, b"relu"):
+        with pytest.raises((ValueError, TypeError), match="activation"):
+            fn.group_norm(x, 2, activation=unknown)  # type: ignore[arg-type]
+
+
+def test_a_plan_minds_overlapping_memory() -> None:
+    """The kind of call is known, and yet `out` lies across what is read."""
+    memory = data((7, 768), F32, 3.0)
+    for _ in range(2):
+        fn.layer_norm(memory[1:].copy(), 768, out=np.empty((6, 768), F32))
+        fn.layer_norm(
+            memory[1:].copy(), 768, residual=memory[1:].copy(), out=np.empty((6, 768), F32)
+        )
+    for shift in (0, 1):
+        work = memory.copy()
+        x, out = work[shift : shift + 6], work[1 - shift : 7 - shift]
+        right = fn.layer_norm(x.copy(), 768)
+        assert_same_bits(fn.layer_norm(x, 768, out=out), right)
+        work = memory.copy()
+        residual, out = work[shift : shift + 6], work[1 - shift : 7 - shift]
+        right = fn.layer_norm(memory[:6], 768, residual=residual.copy())
+        assert_same_bits(fn.layer_norm(memory[:6], 768, residual=residual, out=out), right)
+
+
 def test_plans_are_found_only_for_plain_arrays() -> None:
     """What a plan does not foresee is described again, whatever was called before."""
     x = data((6, 8, 4, 5), F32, 3.0)

@@ -51,7 +51,9 @@ def _keep_at_most() -> int:
     """Bytes of freed results that stay at hand for the next ones."""
     value = os.environ.get("FASTNORM_KEEP_MB", "256").strip()
     if not value.isdigit():
-        raise ValueError(f"FASTNORM_KEEP_MB={value!r} is no number of megabytes: set it to 0 or more")
+        raise ValueError(
+            f"FASTNORM_KEEP_MB={value!r} is no number of megabytes: set it to 0 or more"
+        )
     return int(value) << 20
 
 

@@ -365,12 +365,15 @@ def _no_plan(*call: Any) -> Any:
     return _Unplanned()
 
 
-# What the backend answers without a description: the result, or `Unplanned` after which the call is
-# to be described in a `Pass` that carries its key.  quick_forward(norm, first, second, x, weight,
-# bias, eps, return_stats, where, residual, activation, out, own_eps, running_mean, running_var,
-# momentum): `norm`, `first` and `second` (whole numbers, tuples of them, or None) say what is asked of
-# these arrays; without `own_eps` the norm's own for this dtype is used. quick_backward(norm, first,
-# second, dy, x, mean, rstd, weight).
+# What the backend answers without a description: the result, or `Unplanned`, after which the call is
+# to be described in a `Pass` that carries its key.
+#
+#     quick_forward(norm, first, second, x, weight, bias, eps, return_stats, where, residual,
+#                   activation, out, own_eps, running_mean, running_var, momentum)
+#     quick_backward(norm, first, second, dy, x, mean, rstd, weight)
+#
+# `norm`, `first` and `second` (whole numbers, tuples of them, or None) say what is asked of these
+# arrays; without `own_eps` the norm's own for this dtype is used.
 Unplanned: Any = getattr(_core.kernels, "Unplanned", _Unplanned)
 quick_forward: Any = getattr(_core.kernels, "quick_forward", _no_plan)
 quick_backward: Any = getattr(_core.kernels, "quick_backward", _no_plan)

@@ -154,8 +154,14 @@ def test_a_processor_is_measured_with_what_it_has() -> None:
 
 def test_a_call_can_be_slowed_on_purpose() -> None:
     start = time.perf_counter()
-    gate.slowed(lambda: time.sleep(0.02), 2.0)()
-    assert time.perf_counter() - start >= 0.04
+    gate.slowed(lambda: time.sleep(0.03), 2.0)()  # after five to see how long it takes
+    assert time.perf_counter() - start >= 7 * 0.03
+    calls: list[None] = []
+    slow = gate.slowed(lambda: calls.append(None), 1.5)
+    calls.clear()
+    for _ in range(10):
+        slow()
+    assert len(calls) == 15
 
 
 def test_more_instructions_fail(capsys: pytest.CaptureFixture[str]) -> None:

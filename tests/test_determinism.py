@@ -90,8 +90,8 @@ def test_group_norm_is_instance_and_layer_norm(affine: bool, layout: str) -> Non
         if not affine:
             assert_same_bits(ours, other)
         else:
-            # weights along the row are applied one by one; one a plane is multiplied with rstd first:
-            # a rounding more or less of each factor and of the sum
+            # weights along the row are applied one by one; one a plane is multiplied with rstd
+            # first: a rounding more or less of each factor and of the sum
             full = [np.broadcast_to(v[:, None, None], x.shape[1:]).copy() for v in (w, b)]
             other = fn.layer_norm(x, x.shape[1:], *full)
             size = np.maximum(abs(ours), abs(full[1]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 LEVELS = ("x86-64-v2", "x86-64-v3", "x86-64-v4")
@@ -41,10 +42,15 @@ def _load() -> tuple[ModuleType | None, str, str]:
 
 def last_cache() -> int:
     """Bytes of the last level of cache; 32 MB where the system does not say."""
-    try:
-        return max(os.sysconf("SC_LEVEL3_CACHE_SIZE"), 0) or 1 << 25
-    except (AttributeError, ValueError, OSError):
-        return 1 << 25
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        try:
+            text = path.read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        if text[:-1].isdigit() and text[-1] in "KM":
+            sizes.append(int(text[:-1]) << (10 if text[-1] == "K" else 20))
+    return max(sizes, default=1 << 25)
 
 
 def _keep_at_most() -> int:

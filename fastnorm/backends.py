@@ -365,8 +365,8 @@ def _no_plan(*call: Any) -> Any:
     return _Unplanned()
 
 
-# What the backend answers without a description: the result, or `Unplanned`, after which the call is
-# to be described in a `Pass` that carries its key.
+# What the backend answers without a description: the result, or `Unplanned`, after which the call
+# is to be described in a `Pass` that carries its key.
 #
 #     quick_forward(norm, first, second, x, weight, bias, eps, return_stats, where, residual,
 #                   activation, out, own_eps, running_mean, running_var, momentum)

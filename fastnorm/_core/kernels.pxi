@@ -570,6 +570,8 @@ cdef struct Scratch:
     char* tile
     char* extra
     char* third
+    float* rows                 # two bundles of what was converted
+    float* ready                # the run that is to be stepped, where it was converted before
 
 cdef inline void activate(double* t, Py_ssize_t n, Activation activation) noexcept nogil:
     if activation == RELU:
@@ -619,7 +621,9 @@ cdef inline void step(Pass* q, Scale* s, Py_ssize_t k, const char* x, char* y, c
     cdef const real* r = <const real*>s.r + offset
     cdef const real* shift = <const real*>s.shift + offset
     cdef int activation = q.activation
-    if not native(storage, kind):
+    if h.ready != NULL:
+        source = <const real*>h.ready
+    elif not native(storage, kind):
         load(x, storage, n, extra)
         source = extra
     if residual != NULL and not native(q.residual.storage, kind):
@@ -852,24 +856,31 @@ cdef void runs_step(Pass* q, Item it, Scale* s, Py_ssize_t first, Py_ssize_t las
         f += r.n
 
 cdef inline bint flows(Pass* q) noexcept nogil:
-    """Whether groups of floats are short, lie in one piece and are all taken."""
-    return (not q.columns and q.straight and not q.given and q.x.storage == F32 and q.y.data != NULL
-            and q.length <= BLOCK and (q.p == 1 or (q.x.p == q.s * q.x.s and q.total.data == NULL)))
+    """Whether groups, not of doubles, are short, lie in one piece and are all taken."""
+    return (not q.columns and not q.given and q.y.data != NULL and q.mask.data == NULL and q.length <= BLOCK
+            and (q.x.storage == F32 or (q.x.storage < F32 and q.width * q.length <= 2 * BLOCK and q.total.data == NULL))
+            and (q.total.data == NULL or (q.p == 1 and q.addend.storage == F32 and q.y.storage == F32))
+            and (q.p == 1 or q.x.p == q.s * <Py_ssize_t>bytes_of(q.x.storage)))
 
-cdef inline const float* flowing(Pass* q, Item it, Py_ssize_t k) noexcept nogil:
+cdef inline const float* flowing(Pass* q, Item it, Py_ssize_t k, float* rows) noexcept nogil:
+    """Group k of a bundle: where it lies, or the floats that it was converted to."""
+    if q.x.storage < F32:
+        return rows + k * q.length
     return <const float*>at(source_of(q), it.a, it.b + k)
 
-cdef inline void flow_in(Pass* q, Item it, Py_ssize_t k, double* sums) noexcept nogil:
+cdef inline void flow_in(Pass* q, Item it, Py_ssize_t k, double* sums, float* rows) noexcept nogil:
     """The sums of group k of a bundle, and x + residual where the norm is of that."""
-    if q.total.data != NULL:
+    if q.x.storage < F32:
+        load(at(&q.x, it.a, it.b + k), q.x.storage, q.length, rows + k * q.length)
+    elif q.total.data != NULL:
         fn_add_float(<const float*>at(&q.x, it.a, it.b + k), <const float*>at(&q.addend, it.a, it.b + k),
                      <float*>at(&q.total, it.a, it.b + k), q.length)
     if q.centred:
-        fn_sums(flowing(q, it, k), q.length, AHEAD, &sums[k], &sums[BUNDLE + k])
+        fn_sums(flowing(q, it, k, rows), q.length, AHEAD, &sums[k], &sums[BUNDLE + k])
     else:
-        sums[BUNDLE + k] = fn_squares(flowing(q, it, k), q.length, AHEAD)
+        sums[BUNDLE + k] = fn_squares(flowing(q, it, k, rows), q.length, AHEAD)
 
-cdef inline void bundle_moments(Pass* q, Item it, double* moments, Scratch* h) noexcept nogil:
+cdef inline void bundle_moments(Pass* q, Item it, double* moments, Scratch* h, float* rows) noexcept nogil:
     """Moments of a bundle of short groups whose sums are in h.sums."""
     cdef Py_ssize_t k, width = it.width
     cdef double[2] two
@@ -884,7 +895,7 @@ cdef inline void bundle_moments(Pass* q, Item it, double* moments, Scratch* h) n
         for k in range(width):
             if h.again[k] and isfinite(moments[width + k]):
                 pivot = <float>moments[width + k]
-                fn_sums_about(flowing(q, it, k), q.length, 0, pivot, &two[0], &two[1])
+                fn_sums_about(flowing(q, it, k, rows), q.length, 0, pivot, &two[0], &two[1])
                 fn_moments_of_sums(1, &two[0], &two[1], pivot, moments + k, width, h.again + k)
 
 cdef void flow(Pass* q, Py_ssize_t first, Py_ssize_t last, Scratch* h, real* kind) noexcept nogil:
@@ -895,6 +906,8 @@ cdef void flow(Pass* q, Py_ssize_t first, Py_ssize_t last, Scratch* h, real* kin
     cdef Py_ssize_t i, k
     cdef Item now, then
     cdef Scale s = scale_at(h.scale, BUNDLE)
+    cdef float* rows = h.rows
+    cdef float* before = rows
     cdef Run r
     r.s, r.n = 0, q.s
     then.width = now.width = 0
@@ -903,16 +916,20 @@ cdef void flow(Pass* q, Py_ssize_t first, Py_ssize_t last, Scratch* h, real* kin
             now = item_at(q, i)
         else:
             now.width = 0
+        rows = h.rows + i % 2 * q.width * q.length
         for k in range(max(now.width, then.width)):
             if k < now.width:
-                flow_in(q, now, k, h.sums)
+                flow_in(q, now, k, h.sums, rows)
             if k < then.width:
                 for r.p in range(q.p):
+                    if q.x.storage < F32:
+                        h.ready = before + k * q.length + r.p * q.s
                     run_step(q, then, &s, k, r, h, kind)
         if now.width > 0:
-            bundle_moments(q, now, h.whole, h)
+            bundle_moments(q, now, h.whole, h, rows)
             finish(q, now, h.whole, &s, kind)
-        then = now
+        then, before = now, rows
+    h.ready = NULL
 
 # ---- columns ---------------------------------------------------------------------------------
 
@@ -1136,20 +1153,24 @@ cdef inline Py_ssize_t pieces_of(Pass* q) noexcept nogil:
 
 cdef inline bint scratch_for(Pass* q, Scratch* h) noexcept nogil:
     cdef Py_ssize_t width = q.width if q.columns else BUNDLE
-    cdef Py_ssize_t row = width * sizeof(double), tile = 0, lanes = 0
+    cdef Py_ssize_t row = width * sizeof(double), tile = 0, lanes = 0, rows = 0
     # tiles only where something goes through them
     if q.columns:
         tile = q.width * q.block * 8
     else:
         tile = BLOCK * 8
         lanes = width * 2 * LANES * sizeof(double)
-    h.memory = <char*>malloc((4 * FIELDS + 4) * row + SCALE_BYTES * width + lanes + 3 * tile + 64)
+        if q.x.storage < F32:
+            rows = 4 * BLOCK * sizeof(float)
+    h.memory = <char*>malloc((4 * FIELDS + 4) * row + SCALE_BYTES * width + lanes + 3 * tile + rows + 64)
     if h.memory == NULL:
         return False
     h.tile = h.memory + (64 - <size_t>h.memory % 64)
     h.extra = h.tile + tile
     h.third = h.extra + tile
-    h.lanes = <double*>(h.third + tile)
+    h.rows = <float*>(h.third + tile)
+    h.ready = NULL
+    h.lanes = <double*>(<char*>h.rows + rows)
     h.part = <double*>(<char*>h.lanes + lanes)
     h.columns = h.part + FIELDS * width
     h.piece = h.columns + FIELDS * width

@@ -45,6 +45,10 @@ cdef extern from "simd.h" nogil:
     void fn_gather_rows(const float*, Py_ssize_t, Py_ssize_t, Py_ssize_t, double*, double*) noexcept
     void fn_gather_rows_about(const float*, Py_ssize_t, Py_ssize_t, Py_ssize_t, const double*, double*, double*) noexcept
     double fn_fold(double*) noexcept
+    void fn_sums_bf16(const uint16_t*, Py_ssize_t, Py_ssize_t, double*, double*) noexcept
+    void fn_sums_about_bf16(const uint16_t*, Py_ssize_t, Py_ssize_t, double, double*, double*) noexcept
+    double fn_squares_bf16(const uint16_t*, Py_ssize_t, Py_ssize_t) noexcept
+    void fn_step_bf16(const uint16_t*, uint16_t*, Py_ssize_t, float, float, float, const float*, const float*) noexcept
     bint fn_moments_of_sums(Py_ssize_t, const double*, const double*, double, double*, Py_ssize_t, uint8_t*) noexcept
     void fn_merge(double*, const double*, Py_ssize_t, Py_ssize_t) noexcept
     void fn_add_two(double*, double*, double) noexcept
@@ -138,6 +142,7 @@ cdef struct Pass:
     Py_ssize_t block, pieces    # length of a block; pieces of an item
     bint foldable               # a weight is one number for a run or a column
     bint straight               # x and y are read and written where they lie
+    bint brief                  # bfloat16 is converted on the way
     int threads
 
 # ---- storage ---------------------------------------------------------------------------------
@@ -793,6 +798,22 @@ cdef inline void fold_run(Scale* s, Py_ssize_t k, const char* weight, const char
     shift[0] = <float>((<double>(<const float*>bias)[0] if bias != NULL else 0.0) - lo * rw)
     folded[0] = 7.9e-31 < fabs(rw) < 1.3e30 or w == 0.0
 
+cdef inline bint brief_step(Pass* q, Scale* s, Py_ssize_t k, char* x, char* y, char* weight, char* bias, Py_ssize_t n) noexcept nogil:
+    """A run of bfloat16, in one loop; False where a float cannot hold its scale."""
+    cdef float r = (<float*>s.r)[k], shift = (<float*>s.shift)[k]
+    cdef double w, rw
+    if q.foldable and not s.folded:
+        w = (<const float*>weight)[0] if weight != NULL else 1.0
+        rw = s.rstd[k] * w
+        if not (7.9e-31 < fabs(rw) < 1.3e30 or rw == 0.0):
+            return False
+        r = <float>rw
+        shift = <float>((<double>(<const float*>bias)[0] if bias != NULL else 0.0) - ((s.mean[k] - <double>(<float*>s.hi)[k]) + s.rest[k]) * rw)
+    if q.foldable:
+        weight = bias = NULL
+    fn_step_bf16(<const uint16_t*>x, <uint16_t*>y, n, (<float*>s.hi)[k], r, shift, <const float*>weight, <const float*>bias)
+    return True
+
 cdef inline void run_step(Pass* q, Item it, Scale* s, Py_ssize_t k, Run r, Scratch* h, real* kind) noexcept nogil:
     """One run of group k of a bundle."""
     cdef Operand* source = source_of(q)
@@ -811,6 +832,8 @@ cdef inline void run_step(Pass* q, Item it, Scale* s, Py_ssize_t k, Run r, Scrat
     if q.residual.data != NULL:
         residual = at(&q.residual, it.a, it.b + k) + r.p * q.residual.p + r.s * q.residual.s
     if real is float:
+        if q.brief and not s.wide[k] and brief_step(q, s, k, x, y, weight, bias, r.n):
+            return
         if s.folded and not s.wide[k]:
             if q.straight:
                 fn_step_folded(<const float*>x, <float*>y, r.n, <float*>s.hi + k, <float*>s.r + k, <float*>s.shift + k, <const float*>residual, False, q.activation)
@@ -870,6 +893,12 @@ cdef inline const float* flowing(Pass* q, Item it, Py_ssize_t k, float* rows) no
 
 cdef inline void flow_in(Pass* q, Item it, Py_ssize_t k, double* sums, float* rows) noexcept nogil:
     """The sums of group k of a bundle, and x + residual where the norm is of that."""
+    if q.brief:
+        if q.centred:
+            fn_sums_bf16(<const uint16_t*>at(&q.x, it.a, it.b + k), q.length, AHEAD, &sums[k], &sums[BUNDLE + k])
+        else:
+            sums[BUNDLE + k] = fn_squares_bf16(<const uint16_t*>at(&q.x, it.a, it.b + k), q.length, AHEAD)
+        return
     if q.x.storage < F32:
         load(at(&q.x, it.a, it.b + k), q.x.storage, q.length, rows + k * q.length)
     elif q.total.data != NULL:
@@ -895,7 +924,10 @@ cdef inline void bundle_moments(Pass* q, Item it, double* moments, Scratch* h, f
         for k in range(width):
             if h.again[k] and isfinite(moments[width + k]):
                 pivot = <float>moments[width + k]
-                fn_sums_about(flowing(q, it, k, rows), q.length, 0, pivot, &two[0], &two[1])
+                if q.brief:
+                    fn_sums_about_bf16(<const uint16_t*>at(&q.x, it.a, it.b + k), q.length, 0, pivot, &two[0], &two[1])
+                else:
+                    fn_sums_about(flowing(q, it, k, rows), q.length, 0, pivot, &two[0], &two[1])
                 fn_moments_of_sums(1, &two[0], &two[1], pivot, moments + k, width, h.again + k)
 
 cdef void flow(Pass* q, Py_ssize_t first, Py_ssize_t last, Scratch* h, real* kind) noexcept nogil:
@@ -922,7 +954,7 @@ cdef void flow(Pass* q, Py_ssize_t first, Py_ssize_t last, Scratch* h, real* kin
                 flow_in(q, now, k, h.sums, rows)
             if k < then.width:
                 for r.p in range(q.p):
-                    if q.x.storage < F32:
+                    if q.x.storage < F32 and not q.brief:
                         h.ready = before + k * q.length + r.p * q.s
                     run_step(q, then, &s, k, r, h, kind)
         if now.width > 0:
@@ -1396,6 +1428,10 @@ cdef int carry_out(Pass* q, int threads) noexcept:
     # Planes that lie apart leave the prefetcher behind, and lines to be written are fetched late: 26 MB
     # of them, with 32 MB of cache, take 1.4 times as long unless they go past it.
     q.stream = total > (stream_above if q.columns or q.p == 1 else stream_above // 4 * 3) and pays_to_stream(along, size)
+    # a weight along the run, or one for all of it, and a bias only beside a weight of its kind
+    q.brief = (q.x.storage == q.y.storage == BF16 and not q.columns and not q.stream and q.activation == IDENTITY
+               and q.residual.data == NULL and flows(q)
+               and (q.foldable or (q.weight.s != 0 and (q.bias.data == NULL or q.bias.s != 0))))
     q.straight = (q.x.storage == q.y.storage and q.x.storage >= F32 and q.mask.data == NULL and not q.stream
                   and (q.residual.data == NULL or q.residual.storage == q.x.storage)
                   and (q.total.data == NULL or q.addend.storage == q.x.storage))

@@ -314,6 +314,17 @@ static inline void fn_gather_rows_about(const float *FN_RESTRICT x, ptrdiff_t st
                                         ptrdiff_t n, const double *FN_RESTRICT pivot,
                                         double *FN_RESTRICT a, double *FN_RESTRICT b)
     FN_GATHER_ROWS(FN_FROM_PIVOTS)
+/* bfloat16 is a float32 cut short: converted on the way, not in a pass of its own. */
+#define FN_BF16(v) (double)fn_from_bf16(v)
+#define FN_BF16_FROM_PIVOT(v) ((double)fn_from_bf16(v) - pivot)
+#define FN_BF16_SQUARE(v) (FN_BF16(v) * FN_BF16(v))
+#define FN_ADD_BF16_SQUARE(v, t) fn_mac64(FN_BF16(v), FN_BF16(v), t)
+static inline void fn_sums_bf16(const uint16_t *x, ptrdiff_t n, ptrdiff_t ahead, double *first,
+                                double *second) FN_SUMS(FN_BF16)
+static inline void fn_sums_about_bf16(const uint16_t *x, ptrdiff_t n, ptrdiff_t ahead, double pivot,
+                                      double *first, double *second) FN_SUMS(FN_BF16_FROM_PIVOT)
+static inline double fn_squares_bf16(const uint16_t *x, ptrdiff_t n, ptrdiff_t ahead)
+    FN_SUM(FN_BF16_SQUARE, FN_ADD_BF16_SQUARE)
 static inline double fn_fold(double *v) {
     FN_FOLD(v, 16) FN_FOLD(v, 8) FN_FOLD(v, 4) FN_FOLD(v, 2)
     return v[0] + v[1];
@@ -759,13 +770,34 @@ static inline void fn_step_float(const float *x, float *y, ptrdiff_t n, const fl
     }
 }
 
+FN_INLINE void fn_step_of_bf16(const uint16_t *x, uint16_t *y, ptrdiff_t n, float hi, float r,
+                               float shift, const float *w, const float *b, int wv, int bv) {
+    FN_IVDEP for (ptrdiff_t i = 0; i < n; i++) {
+        float t = fn_fma32(fn_from_bf16(x[i]) - hi, r, shift);
+        if (wv) t = fn_fma32(t, w[i], bv ? b[i] : 0.0f);
+        y[i] = fn_to_bf16(t);
+    }
+}
+static inline void fn_step_bf16(const uint16_t *x, uint16_t *y, ptrdiff_t n, float hi, float r,
+                                float shift, const float *w, const float *b) {
+    if (w && b) fn_step_of_bf16(x, y, n, hi, r, shift, w, b, 1, 1);
+    else if (w) fn_step_of_bf16(x, y, n, hi, r, shift, w, b, 1, 0);
+    else fn_step_of_bf16(x, y, n, hi, r, shift, w, b, 0, 0);
+}
 #define FN_AFTER(real, fma)                                                                       \
     static inline void fn_affine_##real(real *y, ptrdiff_t n, const real *w, int wv,              \
                                         const real *b, int bv) {                                  \
         for (ptrdiff_t i = 0; i < n; i++) y[i] = fma(y[i], w[wv ? i : 0], b[bv ? i : 0]);         \
     }                                                                                             \
     static inline void fn_add_##real(const real *x, const real *e, real *y, ptrdiff_t n) {        \
-        FN_IVDEP for (ptrdiff_t i = 0; i < n; i++) y[i] = x[i] + e[i];                            \
+        for (ptrdiff_t from = 0; from < n; from += 128) {                                         \
+            const ptrdiff_t to = n - from < 128 ? n : from + 128;                                 \
+            for (ptrdiff_t i = from; i < to; i += 64 / (ptrdiff_t)sizeof(real)) {                 \
+                FN_FETCH((const char *)(x + i) + 4096);                                           \
+                FN_FETCH((const char *)(e + i) + 4096);                                           \
+            }                                                                                     \
+            FN_IVDEP for (ptrdiff_t i = from; i < to; i++) y[i] = x[i] + e[i];                    \
+        }                                                                                         \
     }
 FN_AFTER(float, fn_fma32)
 FN_AFTER(double, fn_fma64)

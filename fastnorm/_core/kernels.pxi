@@ -45,6 +45,7 @@ cdef extern from "simd.h" nogil:
     void fn_gather_rows(const float*, Py_ssize_t, Py_ssize_t, Py_ssize_t, double*, double*) noexcept
     void fn_gather_rows_about(const float*, Py_ssize_t, Py_ssize_t, Py_ssize_t, const double*, double*, double*) noexcept
     double fn_fold(double*) noexcept
+    void fn_fetch(const char*, Py_ssize_t) noexcept
     void fn_sums_bf16(const uint16_t*, Py_ssize_t, Py_ssize_t, double*, double*) noexcept
     void fn_sums_about_bf16(const uint16_t*, Py_ssize_t, Py_ssize_t, double, double*, double*) noexcept
     double fn_squares_bf16(const uint16_t*, Py_ssize_t, Py_ssize_t) noexcept
@@ -97,6 +98,7 @@ cdef enum:
     SQUARE = 16384              # elements of a block of columns: fits L2
     PIECE_ROWS = 1024           # rows that one thread takes: partial sums cost at most 1 % of x
     LONG = 1024                 # bytes of a run, at least, that is written past the caches
+    STREAMED = 256             # elements that go there at a time, by way of a tile in L1
     BRIEF = 1 << 15             # bytes of x below which handing over the interpreter's lock costs more
     SERIAL = 1 << 17            # bytes of x below which waking a second thread costs more
 
@@ -859,6 +861,14 @@ cdef inline void run_step(Pass* q, Item it, Scale* s, Py_ssize_t k, Run r, Scrat
             return
     step(q, s, k, x, y, residual, weight, bias, r.n, h, kind)
 
+cdef inline Py_ssize_t stretch(Pass* q, Item it, Py_ssize_t k, Run r) noexcept nogil:
+    """How much of a run is stepped at once: what is written past the caches then begins at a line."""
+    cdef size_t y
+    if not q.stream:
+        return r.n if q.straight else min(r.n, <Py_ssize_t>BLOCK)
+    y = <size_t>(at(&q.y, it.a, it.b + k) + r.p * q.y.p + r.s * q.y.s)
+    return min(r.n, STREAMED + <Py_ssize_t>((0 - y) % 64) // bytes_of(q.y.storage))
+
 cdef void runs_step(Pass* q, Item it, Scale* s, Py_ssize_t first, Py_ssize_t last, Scratch* h, real* kind) noexcept nogil:
     cdef Py_ssize_t f = first, k, size = sizeof(float)
     cdef Operand* source = source_of(q)
@@ -872,9 +882,12 @@ cdef void runs_step(Pass* q, Item it, Scale* s, Py_ssize_t first, Py_ssize_t las
                            q.residual.b // size, it.width, r.n, <float*>s.hi, <float*>s.r, <float*>s.shift, q.activation)
             f += r.n
             continue
-        if not (q.straight and real is float):
-            r.n = min(r.n, BLOCK)
+        if real is double or not q.straight:
+            r.n = min(stretch(q, it, 0, r), <Py_ssize_t>BLOCK)
         for k in range(it.width):
+            if q.stream and q.given:
+                # in the first sweep; in a second one x lies in cache
+                fn_fetch(at(source, it.a, it.b + k) + r.p * source.p + r.s * source.s + AHEAD, r.n * source.s)
             run_step(q, it, s, k, r, h, kind)
         f += r.n
 
@@ -941,7 +954,7 @@ cdef void flow(Pass* q, Py_ssize_t first, Py_ssize_t last, Scratch* h, real* kin
     cdef float* rows = h.rows
     cdef float* before = rows
     cdef Run r
-    r.s, r.n = 0, q.s
+    cdef Py_ssize_t rest
     then.width = now.width = 0
     for i in range(first, last + 1):
         if i < last:
@@ -954,9 +967,18 @@ cdef void flow(Pass* q, Py_ssize_t first, Py_ssize_t last, Scratch* h, real* kin
                 flow_in(q, now, k, h.sums, rows)
             if k < then.width:
                 for r.p in range(q.p):
-                    if q.x.storage < F32 and not q.brief:
-                        h.ready = before + k * q.length + r.p * q.s
-                    run_step(q, then, &s, k, r, h, kind)
+                    r.s, r.n = 0, q.s
+                    while r.n > 0:
+                        rest = r.n
+                        r.n = stretch(q, then, k, r)
+                        if q.stream and now.width > 0:
+                            # what is summed next is on its way while this is written
+                            fn_fetch(at(&q.x, now.a, now.b + k + 1) + r.s * q.x.s, r.n * q.x.s)
+                        if q.x.storage < F32 and not q.brief:
+                            h.ready = before + k * q.length + r.p * q.s + r.s
+                        run_step(q, then, &s, k, r, h, kind)
+                        r.s += r.n
+                        r.n = rest - r.n
         if now.width > 0:
             bundle_moments(q, now, h.whole, h, rows)
             finish(q, now, h.whole, &s, kind)

@@ -136,6 +136,9 @@ static inline void fn_store_f16(const float *FN_RESTRICT t, ptrdiff_t n, uint16_
 #else
 #define FN_FETCH(p) (void)(p)
 #endif
+static inline void fn_fetch(const char *p, ptrdiff_t n) {
+    for (ptrdiff_t i = 0; i < n; i += 64) FN_FETCH(p + i);
+}
 #define FN_FETCH_128(p, ahead)                                                                    \
     if (k == 0) {                                                                                 \
         FN_FETCH((const char *)(p) + (ahead));                                                    \

@@ -98,6 +98,7 @@ cdef enum:
     SQUARE = 16384              # elements of a block of columns: fits L2
     PIECE_ROWS = 1024           # rows that one thread takes: partial sums cost at most 1 % of x
     LONG = 1024                 # bytes of a run, at least, that is written past the caches
+    AWAITED = 1 << 18           # bytes of a group, at most, beside which the next one fits in L2
     STREAMED = 256             # elements that go there at a time, by way of a tile in L1
     BRIEF = 1 << 15             # bytes of x below which handing over the interpreter's lock costs more
     SERIAL = 1 << 17            # bytes of x below which waking a second thread costs more
@@ -886,8 +887,10 @@ cdef void runs_step(Pass* q, Item it, Scale* s, Py_ssize_t first, Py_ssize_t las
             r.n = min(stretch(q, it, 0, r), <Py_ssize_t>BLOCK)
         for k in range(it.width):
             if q.stream and q.given:
-                # in the first sweep; in a second one x lies in cache
                 fn_fetch(at(source, it.a, it.b + k) + r.p * source.p + r.s * source.s + AHEAD, r.n * source.s)
+            elif q.stream and q.length * source.s <= AWAITED:
+                # x lies in cache: the next group's is on its way while this one's result is written
+                fn_fetch(at(source, it.a, it.b + k + 1) + r.p * source.p + r.s * source.s, r.n * source.s)
             run_step(q, it, s, k, r, h, kind)
         f += r.n
 

@@ -89,7 +89,6 @@ static inline uint16_t fn_to_f16(float x) {
     return (uint16_t)(h | sign);
 }
 
-static inline void fn_load_f32(const float *x, ptrdiff_t n, float *t) { memcpy(t, x, (size_t)n * 4); }
 static inline void fn_load_bf16(const uint16_t *FN_RESTRICT x, ptrdiff_t n, float *FN_RESTRICT t) {
     for (ptrdiff_t i = 0; i < n; i++) t[i] = fn_from_bf16(x[i]);
 }
@@ -578,20 +577,15 @@ static inline double fn_gelu_tanh64(double x) {
 }
 static inline double fn_tanh64(double x) { return tanh(x); }
 
-#define FN_ACTIVATION(name, type, bits)                                       \
-    static inline void fn_##name##_##type(type *t, ptrdiff_t n) {            \
-        for (ptrdiff_t i = 0; i < n; i++) t[i] = fn_##name##bits(t[i]);      \
+#define FN_ACTIVATION(name)                                                   \
+    static inline void fn_##name##_double(double *t, ptrdiff_t n) {          \
+        for (ptrdiff_t i = 0; i < n; i++) t[i] = fn_##name##64(t[i]);        \
     }
-FN_ACTIVATION(relu, float, 32)
-FN_ACTIVATION(silu, float, 32)
-FN_ACTIVATION(gelu, float, 32)
-FN_ACTIVATION(gelu_tanh, float, 32)
-FN_ACTIVATION(tanh, float, 32)
-FN_ACTIVATION(relu, double, 64)
-FN_ACTIVATION(silu, double, 64)
-FN_ACTIVATION(gelu, double, 64)
-FN_ACTIVATION(gelu_tanh, double, 64)
-FN_ACTIVATION(tanh, double, 64)
+FN_ACTIVATION(relu)
+FN_ACTIVATION(silu)
+FN_ACTIVATION(gelu)
+FN_ACTIVATION(gelu_tanh)
+FN_ACTIVATION(tanh)
 
 
 /* ---- the step every norm ends in ---------------------------------------------------------

@@ -21,7 +21,7 @@ def facts() -> dict[str, Any]:
     """All of them, none of which says whose machine it is."""
     config = fn.show_config("dicts") or {}
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": cores(),
         "threads": fn.get_num_threads(),
         "caches": _caches(),
@@ -52,7 +52,8 @@ def cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Its name, with what tells apart those of one name."""
     try:
         from cpuinfo import get_cpu_info  # pytest-benchmark brings it
     except ImportError:

@@ -131,6 +131,15 @@ def test_the_gate_does_not_trust_a_slow_yardstick() -> None:
     assert verdict({"a": 0.5}, {"a": 1.0}) == []  # after all tries it is good news
 
 
+def test_the_gate_is_wider_on_another_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "processor", lambda: "another")
+    assert gate.limit() == gate.ELSEWHERE
+    pairs = {"a": lambda: 1.5, "b": lambda: 0.2, "c": lambda: 1.1 * gate.ELSEWHERE}
+    stored = dict.fromkeys(pairs, 1.0)
+    quiet: Any = {"say": lambda text: None, "pause": 0}
+    assert gate.judge(pairs, stored, limit=gate.limit(), **quiet) == ["c"]
+
+
 def test_the_gate_fails_what_is_not_stored_and_what_is_no_case() -> None:
     assert verdict({"a": 1.0, "new": 1.0}, {"a": 1.0}) == ["new"]
     assert verdict({"a": 1.0}, {"a": 1.0, "old": 1.0}) == ["old"]

@@ -888,6 +888,8 @@ cdef void runs_step(Pass* q, Item it, Scale* s, Py_ssize_t first, Py_ssize_t las
         for k in range(it.width):
             if q.stream and q.given:
                 fn_fetch(at(source, it.a, it.b + k) + r.p * source.p + r.s * source.s + AHEAD, r.n * source.s)
+                if q.residual.data != NULL:
+                    fn_fetch(at(&q.residual, it.a, it.b + k) + r.p * q.residual.p + r.s * q.residual.s + AHEAD, r.n * q.residual.s)
             elif q.stream and q.length * source.s <= AWAITED:
                 # x lies in cache: the next group's is on its way while this one's result is written
                 fn_fetch(at(source, it.a, it.b + k + 1) + r.p * source.p + r.s * source.s, r.n * source.s)
@@ -1452,7 +1454,9 @@ cdef int carry_out(Pass* q, int threads) noexcept:
         along *= q.s            # rows that follow one another
     # Planes that lie apart leave the prefetcher behind, and lines to be written are fetched late: 26 MB
     # of them, with 32 MB of cache, take 1.4 times as long unless they go past it.
-    q.stream = total > (stream_above if q.columns or q.p == 1 else stream_above // 4 * 3) and pays_to_stream(along, size)
+    # Of a sum and its norm four arrays go through the caches.
+    q.stream = ((total if q.total.data == NULL else 4 * total) > (stream_above if q.columns or q.p == 1 else stream_above // 4 * 3)
+                and pays_to_stream(along, size))
     # a weight along the run, or one for all of it, and a bias only beside a weight of its kind
     q.brief = (q.x.storage == q.y.storage == BF16 and not q.columns and not q.stream and q.activation == IDENTITY
                and q.residual.data == NULL and flows(q)

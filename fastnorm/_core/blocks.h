@@ -32,6 +32,8 @@ static struct {
 } fn_kept[FN_KEPT];
 static size_t fn_kept_bytes, fn_kept_limit = (size_t)256 << 20;
 static uint64_t fn_kept_clock;
+/* Only ever tried: whoever finds it taken goes to the system.  A child that was forked while another
+ * thread held it would wait for good. */
 static pthread_mutex_t fn_kept_lock = PTHREAD_MUTEX_INITIALIZER;
 
 /* Under the lock: give back what was freed longest ago, until n bytes more and a place are there. */
@@ -51,10 +53,11 @@ static int fn_make_room(size_t n) {
 }
 
 static void fn_keep_at_most(size_t limit) {
-    pthread_mutex_lock(&fn_kept_lock);
     fn_kept_limit = limit;
-    fn_make_room(0);
-    pthread_mutex_unlock(&fn_kept_lock);
+    if (!pthread_mutex_trylock(&fn_kept_lock)) {
+        fn_make_room(0);
+        pthread_mutex_unlock(&fn_kept_lock);
+    }
 }
 
 static void *fn_block_new(void *context, size_t n) {
@@ -62,18 +65,19 @@ static void *fn_block_new(void *context, size_t n) {
     (void)context;
     if (n > SIZE_MAX / 2) return NULL;
     size_t size = (n + FN_HEADER + FN_HUGE - 1) / FN_HUGE * FN_HUGE;
-    pthread_mutex_lock(&fn_kept_lock);
-    int best = -1;
-    for (int i = 0; i < FN_KEPT; i++)
-        if (fn_kept[i].start && fn_kept[i].size >= size && fn_kept[i].size <= size + size / 4)
-            if (best < 0 || fn_kept[i].size < fn_kept[best].size) best = i;
-    if (best >= 0) {
-        start = fn_kept[best].start;
-        size = fn_kept[best].size;
-        fn_kept_bytes -= size;
-        fn_kept[best].start = NULL;
+    if (!pthread_mutex_trylock(&fn_kept_lock)) {
+        int best = -1;
+        for (int i = 0; i < FN_KEPT; i++)
+            if (fn_kept[i].start && fn_kept[i].size >= size && fn_kept[i].size <= size + size / 4)
+                if (best < 0 || fn_kept[i].size < fn_kept[best].size) best = i;
+        if (best >= 0) {
+            start = fn_kept[best].start;
+            size = fn_kept[best].size;
+            fn_kept_bytes -= size;
+            fn_kept[best].start = NULL;
+        }
+        pthread_mutex_unlock(&fn_kept_lock);
     }
-    pthread_mutex_unlock(&fn_kept_lock);
     if (!start) {
         /* one huge page more, of which the ends are given back: the block begins at one */
         char *all = mmap(NULL, size + FN_HUGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
@@ -94,15 +98,17 @@ static void fn_block_free(void *context, void *data, size_t n) {
     (void)context, (void)n;
     if (!data) return;
     memcpy(&size, start, sizeof size);
-    pthread_mutex_lock(&fn_kept_lock);
-    int place = size <= fn_kept_limit ? fn_make_room(size) : -1;
-    if (place >= 0) {
-        fn_kept[place].start = start;
-        fn_kept[place].size = size;
-        fn_kept[place].since = fn_kept_clock++;
-        fn_kept_bytes += size;
+    int place = -1;
+    if (!pthread_mutex_trylock(&fn_kept_lock)) {
+        if (size <= fn_kept_limit) place = fn_make_room(size);
+        if (place >= 0) {
+            fn_kept[place].start = start;
+            fn_kept[place].size = size;
+            fn_kept[place].since = fn_kept_clock++;
+            fn_kept_bytes += size;
+        }
+        pthread_mutex_unlock(&fn_kept_lock);
     }
-    pthread_mutex_unlock(&fn_kept_lock);
     if (place < 0) munmap(start, size);
 }
 

@@ -48,7 +48,7 @@ from .timing import Contender, turns
 STORED = Path(__file__).with_name("gate.json")
 LEVELS = ("x86-64-v2", "x86-64-v3", "x86-64-v4")
 
-# Ten runs of unchanged kernels gave 0.86 to 1.13 times the stored ratios; and 0.01 once, where a
+# Ten runs of unchanged kernels gave 0.83 to 1.17 times the stored ratios; and 0.01 once, where a
 # yardstick on two threads had to wait for a processor.
 LIMIT = 1.25
 ELSEWHERE = 2.5  # on another processor than the stored ratios are of

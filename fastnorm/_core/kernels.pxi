@@ -515,7 +515,7 @@ cdef void finish_double(Pass* q, Item it, double* moments, Scale* s) noexcept no
     cdef double* mean_out = statistic_at(q, &q.mean, it, &step)
     cdef double* var_out = statistic_at(q, &q.var, it, &step)
     cdef double* rstd_out = statistic_at(q, &q.rstd, it, &step)
-    cdef double count, mean, rest, m2, m2_rest, var, var_rest, v, unit, rstd, lo
+    cdef double count, mean, rest, m2, m2_rest, var, var_rest, v, unit, rstd
     cdef Py_ssize_t b = 0 if q.columns else 1, c = k if q.columns else 0
     cdef char* x
     cdef char* mask

@@ -178,6 +178,20 @@ static inline double fn_squares(const float *x, ptrdiff_t n, ptrdiff_t ahead)
 static inline double fn_deviations(const double *x, ptrdiff_t n, ptrdiff_t ahead, double pivot)
     FN_SUM(FN_DEVIATION, FN_ADD_DEVIATION)
 
+/* From element `begin` on, FN_WAYS of every 32 go to the lanes p and q, and those to a and b. */
+#define FN_ADD_WAYS(D, begin)                                                                     \
+    for (ptrdiff_t m = begin; m < whole; m += 32) {                                               \
+        FN_FETCH_128(x + m, ahead)                                                                \
+        for (int j = 0; j < FN_WAYS; j++) {                                                       \
+            const double d = D(x[m + j]);                                                         \
+            p[j] += d;                                                                            \
+            q[j] = fn_mac64(d, d, q[j]);                                                          \
+        }                                                                                         \
+    }                                                                                             \
+    for (int j = 0; j < FN_WAYS; j++) {                                                           \
+        a[k + j] = p[j];                                                                          \
+        b[k + j] = q[j];                                                                          \
+    }
 /* The sums of d and of d*d for floats x, in one pass: d is x itself or x - pivot, exact in double
  * either way, or nearly. */
 #define FN_SUMS(D)                                                                                \
@@ -193,18 +207,7 @@ static inline double fn_deviations(const double *x, ptrdiff_t n, ptrdiff_t ahead
                     p[j] = d;                                                                     \
                     q[j] = d * d;                                                                 \
                 }                                                                                 \
-                for (ptrdiff_t m = 32 + k; m < whole; m += 32) {                                  \
-                    FN_FETCH_128(x + m, ahead)                                                    \
-                    for (int j = 0; j < FN_WAYS; j++) {                                           \
-                        const double d = D(x[m + j]);                                             \
-                        p[j] += d;                                                                \
-                        q[j] = fn_mac64(d, d, q[j]);                                              \
-                    }                                                                             \
-                }                                                                                 \
-                for (int j = 0; j < FN_WAYS; j++) {                                               \
-                    a[k + j] = p[j];                                                              \
-                    b[k + j] = q[j];                                                              \
-                }                                                                                 \
+                FN_ADD_WAYS(D, 32 + k)                                                            \
             }                                                                                     \
             FN_FOLD(a, 16) FN_FOLD(b, 16) FN_FOLD(a, 8) FN_FOLD(b, 8)                             \
             if (whole == n) {                                                                     \
@@ -248,18 +251,7 @@ static inline double fn_deviations(const double *x, ptrdiff_t n, ptrdiff_t ahead
                 p[j] = a[k + j];                                                                  \
                 q[j] = b[k + j];                                                                  \
             }                                                                                     \
-            for (ptrdiff_t m = k; m < whole; m += 32) {                                           \
-                FN_FETCH_128(x + m, ahead)                                                        \
-                for (int j = 0; j < FN_WAYS; j++) {                                               \
-                    const double d = D(x[m + j]);                                                 \
-                    p[j] += d;                                                                    \
-                    q[j] = fn_mac64(d, d, q[j]);                                                  \
-                }                                                                                 \
-            }                                                                                     \
-            for (int j = 0; j < FN_WAYS; j++) {                                                   \
-                a[k + j] = p[j];                                                                  \
-                b[k + j] = q[j];                                                                  \
-            }                                                                                     \
+            FN_ADD_WAYS(D, k)                                                                     \
         }                                                                                         \
         ptrdiff_t i = whole;                                                                      \
         for (; i + 8 <= n; i += 8)                                                                \

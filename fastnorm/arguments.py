@@ -6,6 +6,7 @@ Every error says what came in, what was expected, and what to write instead.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias, cast
 
@@ -165,13 +166,17 @@ def same_shape(value: ArrayLike, name: str, x: Array) -> Array:
     return array
 
 
-def check_activation(activation: Activation) -> str | None:
-    """Refuse an activation that the kernels do not have."""
+def check_activation(activation: Activation) -> Activation:
+    """Refuse an activation that the kernels neither have nor can call."""
     if activation is None or (isinstance(activation, str) and activation in ACTIVATIONS):
         return activation
+    numba = sys.modules.get("numba")
+    if numba is not None and numba.extending.is_jitted(activation):
+        return activation
     raise ValueError(
-        f"activation is {activation!r}, expected None or one of "
-        f"{', '.join(map(repr, ACTIVATIONS))}; apply any other to the result"
+        f"activation is {activation!r}, expected None, one of "
+        f"{', '.join(map(repr, ACTIVATIONS))}, or a function of one number compiled with Numba; "
+        "write numba.njit(f)"
     )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,7 @@ class Pass:
     centred: bool = True
     given: bool = False
     scaling: Scaling = Scaling.RSTD
-    activation: str | None = None
+    activation: Any = None  # a name, or a function that Numba has compiled
     activation_first: bool = False  # activation before the affine step instead of after it
     key: bytes | None = None  # what a backend may keep the pass under, from `quick_forward`
     statistics: tuple[int, ...] = ()  # with a key: the shape in which mean and rstd are returned
@@ -95,7 +96,7 @@ class BackwardPass:
     own: tuple[int, ...] = ()  # with a key: the shape of dweight without a weight
 
 
-# --- Cython ---------------------------------------------------------------------------------------
+# --- Compiled kernels: Cython's and Numba's -------------------------------------------------------
 
 # operands in the order of the kernels' signature; all but the statistics may be absent
 _OPERANDS = ("x", "y", "residual", "addend", "total", "mask", "weight", "bias")
@@ -129,7 +130,7 @@ def _layout_of(operands: dict[str, Array], reduced: tuple[bool, ...]) -> Layout 
     return describe(shape, reduced, tuple(steps.items()))
 
 
-def _cython(p: Pass) -> None:
+def _compiled(p: Pass, kernels: Any) -> None:
     given = {n: array for n in _OPERANDS if (array := getattr(p, n)) is not None}
     given |= {"mean": p.mean, "var": p.var, "rstd": p.rstd}
     operands = _forward(given)
@@ -139,7 +140,7 @@ def _cython(p: Pass) -> None:
         total = p.x.astype(_computing(p.x.dtype)) + p.addend.astype(_computing(p.x.dtype))
         p.total[...] = total
         p.x, p.addend, p.total, p.key = p.total, None, None, None
-        return _cython(p)
+        return _compiled(p, kernels)
     y_back = None
     if layout is None:
         # an order of axes that the kernels cannot walk: kept axes first, then reduced, in copies
@@ -159,7 +160,7 @@ def _cython(p: Pass) -> None:
                 )
         layout = _layout_of(operands, tuple(sorted(p.reduced)))
         assert layout is not None, "contiguous operands always have a layout"
-    _core.kernels.run_pass(  # type: ignore[union-attr]
+    kernels.run_pass(
         layout,
         operands["x"],
         operands.get("y"),
@@ -176,7 +177,7 @@ def _cython(p: Pass) -> None:
         given=p.given,
         scaling=p.scaling,
         eps=p.eps,
-        activation=ACTIVATIONS.index(p.activation),
+        activation=p.activation if callable(p.activation) else ACTIVATIONS.index(p.activation),
         activation_first=p.activation_first,
         threads=get_num_threads(),
         key=p.key if y_back is None else None,
@@ -187,7 +188,7 @@ def _cython(p: Pass) -> None:
     return None
 
 
-def _cython_backward(p: BackwardPass) -> None:
+def _compiled_backward(p: BackwardPass, kernels: Any) -> None:
     operands = {"x": p.x, "dy": p.dy, "dx": p.dx, "rstd": p.rstd, "dweight": p.dweight}
     if p.mean is not None:
         operands["mean"] = p.mean
@@ -200,10 +201,10 @@ def _cython_backward(p: BackwardPass) -> None:
         dy = np.empty_like(p.x, p.dy.dtype)
         if dy.strides != p.dy.strides:  # or it would come here again
             dy[...] = p.dy
-            return _cython_backward(replace(p, dy=dy, key=None))
-    if layout is None:
-        return _spread_backward(p)
-    _core.kernels.run_backward(  # type: ignore[union-attr]
+            return _compiled_backward(replace(p, dy=dy, key=None), kernels)
+    if layout is None or not kernels.walks_back(layout):
+        return _spread_backward(p, kernels)
+    kernels.run_backward(
         layout,
         operands["x"],
         operands["dy"],
@@ -227,7 +228,7 @@ def _strides_like(array: Array, other: Array) -> tuple[int, ...]:
     return tuple(stride // array.itemsize * other.itemsize for stride in array.strides)
 
 
-def _spread_backward(p: BackwardPass) -> None:
+def _spread_backward(p: BackwardPass, kernels: Any) -> None:
     """An order of axes that the kernels cannot walk: in copies, a weight for each element."""
     order = sorted(range(p.x.ndim), key=lambda axis: p.reduced[axis])
 
@@ -236,7 +237,7 @@ def _spread_backward(p: BackwardPass) -> None:
 
     x, dy = copied(p.x), copied(p.dy)
     dx, dweight, dbias = np.empty_like(x), np.empty(x.shape), np.empty(x.shape)
-    _cython_backward(
+    _compiled_backward(
         BackwardPass(
             x,
             dy,
@@ -248,7 +249,8 @@ def _spread_backward(p: BackwardPass) -> None:
             dweight,
             dbias,
             p.training,
-        )
+        ),
+        kernels,
     )
     back = np.argsort(order)
     p.dx[...] = dx.transpose(back)
@@ -261,6 +263,26 @@ def _sum_to(gradient: Array, elements: Array) -> None:
     """Sum over the axes along which `gradient` has length 1."""
     axes = tuple(axis for axis, size in enumerate(gradient.shape) if size == 1)
     gradient[...] = elements.sum(axis=axes, keepdims=True)
+
+
+def _cython(p: Pass) -> None:
+    _compiled(p, _core.kernels)
+
+
+def _cython_backward(p: BackwardPass) -> None:
+    _compiled_backward(p, _core.kernels)
+
+
+def _numba(p: Pass) -> None:
+    from fastnorm._numba import cpu
+
+    _compiled(p, cpu)
+
+
+def _numba_backward(p: BackwardPass) -> None:
+    from fastnorm._numba import cpu
+
+    _compiled_backward(p, cpu)
 
 
 def _computing(dtype: np.dtype[Any]) -> type[np.floating[Any]]:
@@ -299,7 +321,11 @@ def _numpy(p: Pass) -> None:
             **statistics,
         )
         if p.y is not None:
-            if p.activation == "tanh":
+            if callable(p.activation):
+                from fastnorm._numba import activations
+
+                y = activations.apply(p.activation, y.astype(_computing(p.x.dtype)))
+            elif p.activation == "tanh":
                 y = np.tanh(y)
             elif p.activation is not None:
                 # long double has no erf of its own; activations only pass on relative errors
@@ -335,11 +361,13 @@ def _numpy_backward(p: BackwardPass) -> None:
 
 # --- The choice -----------------------------------------------------------------------------------
 
-_AVAILABLE: dict[str, tuple[Callable[[Pass], None], Callable[[BackwardPass], None]]] = {
-    "numpy": (_numpy, _numpy_backward)
-}
+# The fastest first.
+_AVAILABLE: dict[str, tuple[Callable[[Pass], None], Callable[[BackwardPass], None]]] = {}
 if _core.kernels is not None:
-    _AVAILABLE = {"cython": (_cython, _cython_backward), **_AVAILABLE}
+    _AVAILABLE["cython"] = _cython, _cython_backward
+if find_spec("numba") is not None:
+    _AVAILABLE["numba"] = _numba, _numba_backward
+_AVAILABLE["numpy"] = _numpy, _numpy_backward
 NAMES = ("auto", "cython", "numba", "numpy")
 
 _current = ""
@@ -347,7 +375,10 @@ _current = ""
 
 def compute(p: Pass) -> None:
     """Carry out a pass on the backend in use."""
+    if callable(p.activation) and _current == "cython":
+        return _numba(p)  # who compiled the function can call it
     _AVAILABLE[_current][0](p)
+    return None
 
 
 def compute_backward(p: BackwardPass) -> None:
@@ -391,8 +422,9 @@ def set_backend(name: str) -> None:
     Parameters
     ----------
     name
-        ``"cython"``, ``"numpy"``, or ``"auto"``: the fastest at hand. Also read at import from the
-        environment variable ``FASTNORM_BACKEND``.
+        ``"cython"``, ``"numba"`` (kernels compiled on first use, which takes seconds once),
+        ``"numpy"``, or ``"auto"``: the fastest at hand. Also read at import from the environment
+        variable ``FASTNORM_BACKEND``.
 
     Raises
     ------
@@ -430,7 +462,7 @@ def get_backend() -> str:
     Examples
     --------
     >>> import fastnorm as fn
-    >>> fn.get_backend() in ("cython", "numpy")
+    >>> fn.get_backend() in ("cython", "numba", "numpy")
     True
     """
     return _current

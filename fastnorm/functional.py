@@ -1358,7 +1358,8 @@ where
     residual
         The shape of `x`: added after the affine step and before the activation.
     activation
-        ``"relu"``, ``"silu"``, ``"gelu"`` (of the error function), ``"gelu_tanh"`` or None.
+        ``"relu"``, ``"silu"``, ``"gelu"`` (of the error function), ``"gelu_tanh"``, None, or a
+        function of one number compiled with ``numba.njit``, which becomes part of the pass.
     out
         The array to write into, of the shape and dtype of `x`; may be `x` itself.
     return_stats

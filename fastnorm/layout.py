@@ -22,7 +22,7 @@ FULL = ("x", "y", "residual", "addend", "total", "dy", "dx")
 PARAMETERS = ("weight", "bias", "dweight")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # `describe` keeps them: the same one, or another
 class Layout:
     """A pass over memory: five dimensions (a, b, p, s, c) and each operand's strides in elements.
 
@@ -33,7 +33,7 @@ class Layout:
     columns: bool
     dims: tuple[int, int, int, int, int]
     neighbours: int
-    strides: Mapping[str, tuple[int, int, int, int, int]]
+    strides: Mapping[str, tuple[int, ...]]
 
 
 @dataclass(slots=True)
@@ -98,7 +98,7 @@ def describe(
         columns,
         (a, b, p, s, c),
         neighbours,
-        {name: tuple(axis.strides[name] for axis in five) for name in names},  # type: ignore[misc]
+        {name: tuple(axis.strides[name] for axis in five) for name in names},
     )
 
 

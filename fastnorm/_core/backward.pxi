@@ -751,6 +751,10 @@ cdef int carry_back(Back* q, int threads) noexcept:
             failed = run_back(q, &as_float)
     return failed
 
+def walks_back(layout):
+    """Whether a kernel can walk a layout backward: any."""
+    return True
+
 def run_backward(layout, x, dy, dx, mean, rstd, weight, dweight, dbias, *, bint centred=True, bint training=True,
                  int threads=1, bytes key=None, tuple own=()):
     """One backward pass of `layout`: fills dx, dweight and, unless it is None, dbias.

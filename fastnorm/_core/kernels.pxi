@@ -1474,6 +1474,10 @@ def has_threads():
     """Whether these kernels were built with OpenMP."""
     return bool(FN_OPENMP)
 
+def address_of(cnp.ndarray array):
+    """Where the first element of an array lies: `array.ctypes.data` in a fiftieth of the time."""
+    return <size_t>cnp.PyArray_DATA(array)
+
 def run_pass(layout, x, y, mean, var, rstd, *, weight=None, bias=None, mask=None, residual=None,
               addend=None, total=None, bint centred=True, bint given=False, Scaling scaling=RSTD,
               double eps=0.0, Activation activation=IDENTITY, bint activation_first=False, int threads=1,

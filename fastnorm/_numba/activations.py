@@ -1,0 +1,75 @@
+"""Activations as compiled loops over a tile in L1, known by their address: ours or a user's."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import cfunc, types
+from numba.core.errors import NumbaError
+
+from fastnorm._numba import scalar
+from fastnorm._numba.memory import read_real, real, write
+
+# For float32 and for float64, in the order of backends.ACTIVATIONS from 1 on; 0 is none.
+_OURS = (
+    (scalar.relu, scalar.relu),
+    (scalar.silu32, scalar.silu64),
+    (scalar.gelu32, scalar.gelu64),
+    (scalar.gelu_tanh32, scalar.gelu_tanh64),
+    (scalar.tanh32, scalar.tanh64),
+)
+
+# The compiled loops, which must outlive every call of theirs.
+_loops: dict[tuple[Any, type], Any] = {}
+_compiling = threading.Lock()
+
+
+def _loop(f: Callable[[Any], Any], kind: type, cache: bool) -> Any:
+    @cfunc(types.void(types.intp, types.intp), error_model="numpy", fastmath=False, cache=cache)
+    def loop(address, n):
+        for i in range(n):
+            write(address, i, real(f(read_real(address, i, kind)), kind))
+
+    return loop
+
+
+def address_of(activation: Any, kind: type) -> int:
+    """The address of ``void loop(intp address, intp n)`` for a kind; 0 for no activation.
+
+    `kind` is what is computed in, `np.float32` or `np.float64`. `activation` is a place in
+    `backends.ACTIVATIONS`, or a function compiled with `numba.njit`: of one number, one number.
+    """
+    if isinstance(activation, int) and activation == 0:
+        return 0
+    return int(_loop_of(activation, kind).address)
+
+
+def _loop_of(activation: Any, kind: type) -> Any:
+    key = activation, kind
+    if key not in _loops:
+        with _compiling:
+            if key not in _loops:
+                _loops[key] = _compiled(activation, kind)
+    return _loops[key]
+
+
+def _compiled(activation: Any, kind: type) -> Any:
+    if isinstance(activation, int):
+        return _loop(_OURS[activation - 1][kind is np.float64], kind, True)
+    try:
+        return _loop(activation, kind, False)
+    except NumbaError as error:
+        raise TypeError(
+            f"activation {getattr(activation, '__name__', activation)} cannot be compiled for one "
+            f"{kind.__name__}, expected a function such as numba.njit(lambda x: max(x, 0)): {error}"
+        ) from error
+
+
+def apply(activation: Any, array: Any) -> Any:
+    """A user's activation of an array of float32 or float64, in a new one."""
+    result = np.array(array, order="C")
+    _loop_of(activation, result.dtype.type).ctypes(result.ctypes.data, result.size)
+    return result

@@ -1,0 +1,790 @@
+"""The backward pass, on the same five dimensions as the forward one: a twin of _core/backward.pxi.
+
+    xhat = (x - mean) rstd            g = dy weight
+    dx = rstd (g - sum(g)/count - xhat sum(g xhat)/count)        sums over a group
+    dweight = sum(dy xhat)            dbias = sum(dy)            sums over what shares a weight
+
+Where a weight is one number for a run, or a column, its two sums are those of whole planes, or of
+segments of columns: they are kept in `sums`, serve the group, and are added up for the weight when
+all is done. Where the weight differs along a run (layer and RMS norm), each element is a *cell*:
+the group's sums are taken first and the weight's are collected with dx, by `parts` of those that
+share it, whose number depends on the shape alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import cfunc, njit
+
+from fastnorm._numba import scalar
+from fastnorm._numba.forward import (
+    FINISH,
+    INNER,
+    MOMENTS,
+    OPERAND,
+    STEPS,
+    WHOLE,
+    at,
+    deliver,
+    inner,
+)
+from fastnorm._numba.memory import (
+    COUNTERS,
+    KERNEL,
+    STRICT,
+    fence,
+    is_double,
+    load,
+    read,
+    read_real,
+    real,
+    record_at,
+    store,
+    take,
+    write,
+)
+
+SPAN = 65536  # elements of a run summed at a time
+SPAN_ROWS = 512  # rows of columns, likewise: their sums cost at most 2 % of x
+CHUNK = 1024  # elements of a run whose weights' gradients are collected at once
+TOGETHER = 4  # runs that share the trip to those gradients
+PARTS = 64  # parallel parts, at most and where there is work for them
+PART = 32768  # elements that make a part worth its sums
+ALLOWED = 2 << 20  # bytes that the parts' sums may take, besides 1 % of x
+TERMS = (
+    5  # numbers that the step needs to know of a group: mean, rstd, c1, c2, and whether it is wide
+)
+
+OPERANDS = ("x", "dy", "dx", "weight", "mean", "rstd")
+NUMBERS = (
+    "a", "b", "p", "s", "c", "neighbours", "centred", "training", "stream", "direct",
+    "own_a", "own_b", "along_p", "sharers", "parts", "segments", "chunks", "width", "items",
+    "cells", "sums", "terms", "collected",
+)  # fmt: skip
+BACK = np.dtype(
+    [(name, np.int64) for name in COUNTERS]
+    + [(name, OPERAND) for name in OPERANDS]
+    + [(name, np.int64) for name in NUMBERS]
+)
+
+summing = njit(fastmath={"reassoc", "nsz", "contract"}, **INNER)
+
+
+# --- The sums of a run ----------------------------------------------------------------------------
+
+
+@inner
+def xhat_of(x, i, hi, r, shift, kind):
+    """One element, normalised."""
+    return scalar.step(load(x, i, kind), hi, r, shift)
+
+
+@summing
+def pair_sums(x, dy, n, hi, r, shift, kind, stored):
+    """Of dy and of dy xhat."""
+    first = 0.0
+    second = 0.0
+    for i in range(n):
+        t = np.float64(load(dy, i, stored))
+        first += t
+        second += t * np.float64(xhat_of(x, i, hi, r, shift, kind))
+    return first, second
+
+
+@summing
+def weighted_sums(x, dy, n, hi, r, shift, weight, kind, stored):
+    """Of dy weight and of dy weight xhat."""
+    first = 0.0
+    second = 0.0
+    for i in range(n):
+        t = np.float64(load(dy, i, stored)) * np.float64(read_real(weight, i, kind))
+        first += t
+        second += t * np.float64(xhat_of(x, i, hi, r, shift, kind))
+    return first, second
+
+
+@summing
+def wide_sums(x, dy, n, mean, weight, along, kind, stored):
+    """Of dy weight and of dy weight (x - mean), where float32 cannot hold xhat."""
+    first = 0.0
+    second = 0.0
+    for i in range(n):
+        t = np.float64(load(dy, i, stored))
+        if weight != 0:
+            t *= np.float64(read_real(weight, i * along, kind))
+        first += t
+        second += t * deviation(load(x, i, kind), mean)
+    return first, second
+
+
+@inner
+def deviation(x, mean):
+    """x - mean, in float64."""
+    return np.float64(x) - mean
+
+
+@inner
+def is_wide(mean, rstd, kind):
+    """Whether float32 cannot hold what a group is scaled by."""
+    if is_double(kind) or rstd == 0.0:
+        return False
+    return not scalar.holds(rstd) or abs(mean) >= scalar.MOST
+
+
+@inner
+def run_sums(q, a, b, p, t, n, mean, rstd, weight, kind, stored, computed):
+    """The two sums of n elements of a run, weighted unless the address of its weights is 0."""
+    x = at(q.x, a, b) + p * q.x.p + t * q.x.s
+    dy = at(q.dy, a, b) + p * q.dy.p + t * q.dy.s
+    if is_wide(mean, rstd, kind):
+        first, second = wide_sums(x, dy, n, mean, weight, 1, kind, stored)
+        return first, second * rstd
+    hi = real(mean, kind)
+    r = real(rstd, kind)
+    shift = real(-(mean - np.float64(hi)) * rstd, kind)
+    if weight == 0:
+        return pair_sums(x, dy, n, hi, r, shift, kind, stored)
+    return weighted_sums(x, dy, n, hi, r, shift, weight, kind, stored)
+
+
+@inner
+def read_group(q, a, b, offset):
+    """Mean and rstd of a group."""
+    mean = 0.0
+    if q.mean.data != 0:
+        mean = read(at(q.mean, a, b) + offset * q.mean.c, 0, np.float64)
+    return mean, read(at(q.rstd, a, b) + offset * q.rstd.c, 0, np.float64)
+
+
+@inner
+def finish(q, mean, rstd, first, second, count, into, kind):
+    """From a group's sums to what the step needs to know of it."""
+    write(into, 0, mean)
+    write(into, 1, rstd)
+    write(into, 2, rstd * (first / count) if q.training and q.centred else 0.0)
+    write(into, 3, rstd * (second / count) if q.training else 0.0)
+    write(into, 4, 1.0 if is_wide(mean, rstd, kind) else 0.0)
+
+
+# --- Runs with one weight each --------------------------------------------------------------------
+
+
+@inner
+def plane_sums(q, a, b, width, plane, kind, stored, computed):
+    """Sums of segment `plane`, of all planes' segments, of `width` groups side by side."""
+    p = plane // q.segments
+    t = (plane - p * q.segments) * SPAN
+    n = min(SPAN, q.s - t)
+    for k in range(width):
+        mean, rstd = read_group(q, a, b + k, 0)
+        first, second = run_sums(q, a, b + k, p, t, n, mean, rstd, 0, kind, stored, computed)
+        into = q.sums + 16 * (((a * q.b + b + k) * q.p + p) * q.segments + plane - p * q.segments)
+        write(into, 0, first)
+        write(into, 1, second)
+
+
+@inner
+def plane_terms(q, a, b, kind):
+    """What the step needs to know of a group, from the sums of its planes."""
+    mean, rstd = read_group(q, a, b, 0)
+    first = 0.0
+    second = 0.0
+    group = a * q.b + b
+    for p in range(q.p):
+        w = 1.0
+        if q.weight.data != 0:
+            w = np.float64(read_real(at(q.weight, a, b) + p * q.weight.p, 0, kind))
+        for segment in range(q.segments):
+            of = q.sums + 16 * ((group * q.p + p) * q.segments + segment)
+            first += w * read(of, 0, np.float64)
+            second += w * read(of, 1, np.float64)
+    finish(q, mean, rstd, first, second, np.float64(q.p * q.s), q.terms + 8 * TERMS * group, kind)
+
+
+@inner
+def step_run(x, dy, dx, n, terms, w, kind, stored, to):
+    """dx of n elements of a run that share a weight."""
+    mean = read(terms, 0, np.float64)
+    rstd = read(terms, 1, np.float64)
+    if read(terms, 4, np.float64) != 0.0:
+        first = read(terms, 2, np.float64)
+        second = read(terms, 3, np.float64)
+        for i in range(n):
+            xhat = (np.float64(load(x, i, kind)) - mean) * rstd
+            v = rstd * np.float64(load(dy, i, stored)) * w - first - xhat * second
+            store(dx, i, real(v, kind), to)
+        return
+    hi = real(mean, kind)
+    r = real(rstd, kind)
+    shift = real(-(mean - np.float64(hi)) * rstd, kind)
+    wr = real(w * rstd, kind)
+    c1 = real(read(terms, 2, np.float64), kind)
+    c2 = real(read(terms, 3, np.float64), kind)
+    for i in range(n):
+        v = scalar.step_back(load(x, i, kind), load(dy, i, stored), hi, r, shift, wr, c1, c2)
+        store(dx, i, v, to)
+
+
+@inner
+def plane_step(q, a, b, width, plane, tile, spare, kind, stored, computed):
+    """dx of segment `plane` of `width` groups side by side."""
+    p = plane // q.segments
+    start = (plane - p * q.segments) * SPAN
+    end = min(start + SPAN, q.s)
+    for k in range(width):
+        terms = q.terms + 8 * TERMS * (a * q.b + b + k)
+        w = 1.0
+        if q.weight.data != 0:
+            w = np.float64(read_real(at(q.weight, a, b + k) + p * q.weight.p, 0, kind))
+        t = start
+        while t < end:
+            n = end - t if q.direct else min(end - t, CHUNK)
+            x = at(q.x, a, b + k) + p * q.x.p + t * q.x.s
+            dy = at(q.dy, a, b + k) + p * q.dy.p + t * q.dy.s
+            dx = at(q.dx, a, b + k) + p * q.dx.p + t * q.dx.s
+            if not q.direct:
+                step_run(x, dy, tile, n, terms, w, kind, stored, computed)
+                deliver(tile, spare, dx, n, q.stream != 0, kind)
+            else:
+                step_run(x, dy, dx, n, terms, w, kind, stored, kind)
+            t += n
+
+
+def runs_room():
+    """Bytes that a thread needs."""
+    return 8 * (2 * CHUNK + 8)
+
+
+@inner
+def planes(record, memory, room, turns, task, kind, stored, computed):
+    """What `task` asks for, of all items or planes of items; each turn is taken by one thread."""
+    q = record_at(record, BACK)
+    width = q.width
+    pieces = q.p * q.segments
+    tile = memory + room * take(record + 8)
+    tile += -tile % 64
+    spare = tile + 8 * CHUNK
+    total = q.items if task == WHOLE or task == FINISH else q.items * pieces
+    while True:
+        turn = take(record)
+        if turn >= turns:
+            break
+        for i in range(total * turn // turns, total * (turn + 1) // turns):
+            item = i if task == WHOLE or task == FINISH else i // pieces
+            a = item // q.chunks
+            b = (item - a * q.chunks) * width
+            n = min(width, q.b - b)
+            first = 0 if task == WHOLE else i - item * pieces
+            last = pieces if task == WHOLE else first + 1
+            if task == WHOLE or task == MOMENTS:
+                for plane in range(first, last):
+                    plane_sums(q, a, b, n, plane, kind, stored, computed)
+            if task == WHOLE or task == FINISH:
+                for k in range(n):
+                    plane_terms(q, a, b + k, kind)
+            if task != MOMENTS and task != FINISH:
+                for plane in range(first, last):
+                    plane_step(q, a, b, n, plane, tile, spare, kind, stored, computed)
+    if q.stream:
+        fence()
+
+
+# --- Runs along which the weight differs ----------------------------------------------------------
+
+
+@inner
+def group_of(q, owner, sharer):
+    """(a, b) of one of those that share the weights of an owner."""
+    if q.own_a and q.own_b:
+        a = owner // q.b
+        return a, owner - a * q.b
+    if q.own_a:
+        return owner, sharer
+    if q.own_b:
+        return sharer, owner
+    a = sharer // q.b
+    return a, sharer - a * q.b
+
+
+@inner
+def row_sums(q, a, b, piece, kind, stored, computed):
+    """The sums of a segment of a plane of a group."""
+    p = piece // q.segments
+    t = (piece - p * q.segments) * SPAN
+    n = min(SPAN, q.s - t)
+    mean, rstd = read_group(q, a, b, 0)
+    weight = 0
+    if q.weight.data != 0:
+        weight = at(q.weight, a, b) + p * q.weight.p + t * q.weight.s
+    first, second = run_sums(q, a, b, p, t, n, mean, rstd, weight, kind, stored, computed)
+    into = q.sums + 16 * ((a * q.b + b) * q.p * q.segments + piece)
+    write(into, 0, first)
+    write(into, 1, second)
+
+
+@inner
+def row_terms(q, a, b, kind):
+    """What the step needs to know of a group, from the sums of its segments."""
+    mean, rstd = read_group(q, a, b, 0)
+    first = 0.0
+    second = 0.0
+    group = a * q.b + b
+    if q.training:
+        for piece in range(q.p * q.segments):
+            of = q.sums + 16 * (group * q.p * q.segments + piece)
+            first += read(of, 0, np.float64)
+            second += read(of, 1, np.float64)
+    finish(q, mean, rstd, first, second, np.float64(q.p * q.s), q.terms + 8 * TERMS * group, kind)
+
+
+@inner
+def collect(x, dy, n, terms, gw, gb, kind, stored):
+    """Add what a run has for the gradients of its weights and biases."""
+    mean = read(terms, 0, np.float64)
+    rstd = read(terms, 1, np.float64)
+    if read(terms, 4, np.float64) != 0.0:
+        for i in range(n):
+            t = np.float64(load(dy, i, stored))
+            write(gb, i, read(gb, i, np.float64) + t)
+            d = (np.float64(load(x, i, kind)) - mean) * rstd
+            write(gw, i, scalar.fma(t, d, read(gw, i, np.float64)))
+        return
+    hi = real(mean, kind)
+    r = real(rstd, kind)
+    shift = real(-(mean - np.float64(hi)) * rstd, kind)
+    for i in range(n):
+        t = load(dy, i, stored)
+        write(gb, i, read(gb, i, np.float64) + np.float64(t))
+        write(
+            gw,
+            i,
+            read(gw, i, np.float64) + np.float64(t * scalar.step(load(x, i, kind), hi, r, shift)),
+        )
+
+
+@inner
+def collect_four(x, dy, x_step, dy_step, n, terms, gw, gb, kind, stored):
+    """The same of four runs, none of them wide, a step apart: one trip to the gradients."""
+    size = 8 * TERMS
+    m0, m1 = read(terms, 0, np.float64), read(terms + size, 0, np.float64)
+    m2, m3 = read(terms + 2 * size, 0, np.float64), read(terms + 3 * size, 0, np.float64)
+    v0, v1 = read(terms, 1, np.float64), read(terms + size, 1, np.float64)
+    v2, v3 = read(terms + 2 * size, 1, np.float64), read(terms + 3 * size, 1, np.float64)
+    h0, h1, h2, h3 = real(m0, kind), real(m1, kind), real(m2, kind), real(m3, kind)
+    r0, r1, r2, r3 = real(v0, kind), real(v1, kind), real(v2, kind), real(v3, kind)
+    s0, s1 = real(-(m0 - np.float64(h0)) * v0, kind), real(-(m1 - np.float64(h1)) * v1, kind)
+    s2, s3 = real(-(m2 - np.float64(h2)) * v2, kind), real(-(m3 - np.float64(h3)) * v3, kind)
+    x1, x2, x3 = x + x_step, x + 2 * x_step, x + 3 * x_step
+    y1, y2, y3 = dy + dy_step, dy + 2 * dy_step, dy + 3 * dy_step
+    for i in range(n):
+        t0, t1 = load(dy, i, stored), load(y1, i, stored)
+        t2, t3 = load(y2, i, stored), load(y3, i, stored)
+        d0, d1 = (
+            scalar.step(load(x, i, kind), h0, r0, s0),
+            scalar.step(load(x1, i, kind), h1, r1, s1),
+        )
+        d2, d3 = (
+            scalar.step(load(x2, i, kind), h2, r2, s2),
+            scalar.step(load(x3, i, kind), h3, r3, s3),
+        )
+        both = scalar.fma(t0, d0, t1 * d1) + scalar.fma(t2, d2, t3 * d3)
+        write(gw, i, read(gw, i, np.float64) + np.float64(both))
+        write(gb, i, read(gb, i, np.float64) + np.float64((t0 + t1) + (t2 + t3)))
+
+
+@inner
+def step_along(x, dy, dx, weight, n, terms, kind, stored, to):
+    """dx of n elements of a run whose weights lie at an address (0: all 1)."""
+    mean = read(terms, 0, np.float64)
+    rstd = read(terms, 1, np.float64)
+    first = read(terms, 2, np.float64)
+    second = read(terms, 3, np.float64)
+    if weight == 0:
+        step_run(x, dy, dx, n, terms, 1.0, kind, stored, to)
+        return
+    if read(terms, 4, np.float64) != 0.0:
+        for i in range(n):
+            xhat = (np.float64(load(x, i, kind)) - mean) * rstd
+            w = np.float64(read_real(weight, i, kind))
+            v = rstd * np.float64(load(dy, i, stored)) * w - first - xhat * second
+            store(dx, i, real(v, kind), to)
+        return
+    hi = real(mean, kind)
+    r = real(rstd, kind)
+    shift = real(-(mean - np.float64(hi)) * rstd, kind)
+    c1 = real(first, kind)
+    c2 = real(second, kind)
+    for i in range(n):
+        wr = read_real(weight, i, kind) * r
+        v = scalar.step_back(load(x, i, kind), load(dy, i, stored), hi, r, shift, wr, c1, c2)
+        store(dx, i, v, to)
+
+
+@inner
+def step_sharers(q, owner, first, last, p, t, n, gw, gb, tile, spare, kind, stored, computed):
+    """dx of n elements of a plane of sharers [first, last), and what these add to the gradients."""
+    size = 8 * TERMS
+    i = first
+    while i < last:
+        a, b = group_of(q, owner, i)
+        count = 1
+        x_step = q.x.b if not q.own_b else q.x.a
+        dy_step = q.dy.b if not q.own_b else q.dy.a
+        # four neighbours in b, or in a where b is the owners'
+        near = q.b - b if not q.own_b else q.a - a
+        if q.own_b:
+            near = near if q.b == 1 else 1  # their terms lie apart
+        if last - i >= TOGETHER and near >= TOGETHER and not (q.own_a and q.own_b):
+            count = TOGETHER
+        terms = q.terms + size * (a * q.b + b)
+        for k in range(count):
+            if read(terms + k * size, 4, np.float64) != 0.0:
+                count = 1
+        x = at(q.x, a, b) + p * q.x.p + t * q.x.s
+        dy = at(q.dy, a, b) + p * q.dy.p + t * q.dy.s
+        if count == TOGETHER:
+            collect_four(x, dy, x_step, dy_step, n, terms, gw, gb, kind, stored)
+        else:
+            collect(x, dy, n, terms, gw, gb, kind, stored)
+        for k in range(count):
+            a, b = group_of(q, owner, i + k)
+            x = at(q.x, a, b) + p * q.x.p + t * q.x.s
+            dy = at(q.dy, a, b) + p * q.dy.p + t * q.dy.s
+            dx = at(q.dx, a, b) + p * q.dx.p + t * q.dx.s
+            weight = 0
+            if q.weight.data != 0:
+                weight = at(q.weight, a, b) + p * q.weight.p + t * q.weight.s
+            of = terms + k * size
+            if not q.direct:
+                step_along(x, dy, tile, weight, n, of, kind, stored, computed)
+                deliver(tile, spare, dx, n, q.stream != 0, kind)
+            else:
+                step_along(x, dy, dx, weight, n, of, kind, stored, kind)
+        i += count
+
+
+@inner
+def rows(record, memory, room, turns, task, kind, stored, computed):
+    """What `task` asks for, of all parts of owners, segments of groups, or chunks of owners."""
+    q = record_at(record, BACK)
+    tile = memory + room * take(record + 8)
+    tile += -tile % 64
+    spare = tile + 8 * CHUNK
+    pieces = q.p * q.segments
+    chunks = (q.s + CHUNK - 1) // CHUNK
+    total = q.items * q.parts  # owners times parts
+    if task == MOMENTS:
+        total = q.a * q.b * pieces
+    elif task == FINISH:
+        total = q.a * q.b
+    elif task != WHOLE:
+        total = q.items * (q.p if q.along_p else 1) * chunks
+    while True:
+        turn = take(record)
+        if turn >= turns:
+            break
+        for i in range(total * turn // turns, total * (turn + 1) // turns):
+            if task == MOMENTS or task == FINISH:
+                group = i // pieces if task == MOMENTS else i
+                a = group // q.b
+                if task == MOMENTS:
+                    row_sums(q, a, group - a * q.b, i - group * pieces, kind, stored, computed)
+                else:
+                    row_terms(q, a, group - a * q.b, kind)
+            elif task == WHOLE:
+                owner = i // q.parts
+                part = i - owner * q.parts
+                gw = q.collected + 16 * q.cells * i
+                gb = gw + 8 * q.cells
+                for j in range(2 * q.cells):
+                    write(gw, j, 0.0)
+                first = q.sharers * part // q.parts
+                last = q.sharers * (part + 1) // q.parts
+                while first < last:
+                    end = min(first + TOGETHER, last)
+                    for j in range(first, end):
+                        a, b = group_of(q, owner, j)
+                        if q.training:
+                            for piece in range(pieces):
+                                row_sums(q, a, b, piece, kind, stored, computed)
+                        row_terms(q, a, b, kind)
+                    for p in range(q.p):
+                        cell = p * q.s if q.along_p else 0
+                        t = 0
+                        while t < q.s:
+                            n = min(CHUNK, q.s - t)
+                            step_sharers(
+                                q, owner, first, end, p, t, n, gw + 8 * (cell + t),
+                                gb + 8 * (cell + t), tile, spare, kind, stored, computed,
+                            )  # fmt: skip
+                            t += CHUNK
+                    first = end
+            else:
+                plane = i // chunks
+                t = (i - plane * chunks) * CHUNK
+                n = min(CHUNK, q.s - t)
+                owner = plane // q.p if q.along_p else plane
+                cell = (plane - owner * q.p) * q.s + t if q.along_p else t
+                gw = q.collected + 16 * q.cells * owner + 8 * cell
+                gb = gw + 8 * q.cells
+                for j in range(n):
+                    write(gw, j, 0.0)
+                    write(gb, j, 0.0)
+                first = plane - owner * q.p if q.along_p else 0
+                for p in range(first, first + 1 if q.along_p else q.p):
+                    step_sharers(
+                        q, owner, 0, q.sharers, p, t, n, gw, gb, tile, spare, kind, stored, computed
+                    )
+    if q.stream:
+        fence()
+
+
+# --- Columns --------------------------------------------------------------------------------------
+
+
+@inner
+def columns_terms_at(q, a, b, c, width, into, kind):
+    """mean, rstd, hi, r, shift of columns c, c + 1 ... as arrays; whether any is wide."""
+    any_wide = False
+    for j in range(width):
+        mean, rstd = read_group(q, a, b, (c + j) // q.neighbours)
+        write(into, j, mean)
+        write(into, width + j, rstd)
+        write(into + 16 * width, j, real(mean, kind))
+        write(into + 24 * width, j, real(rstd, kind))
+        write(into + 32 * width, j, real(-(mean - np.float64(real(mean, kind))) * rstd, kind))
+        any_wide = any_wide or is_wide(mean, rstd, kind)
+    return any_wide
+
+
+@inner
+def rows_pairs(x, x_step, dy, dy_step, n, width, into, first, second, kind, stored):
+    """Add dy and dy xhat over n rows to the sums of each column, four rows at a time."""
+    hi = into + 16 * width
+    r = into + 24 * width
+    shift = into + 32 * width
+    while n >= 4:
+        x1, x2, x3 = x + x_step, x + 2 * x_step, x + 3 * x_step
+        y1, y2, y3 = dy + dy_step, dy + 2 * dy_step, dy + 3 * dy_step
+        for c in range(width):
+            h, v, d = read_real(hi, c, kind), read_real(r, c, kind), read_real(shift, c, kind)
+            t0, t1 = load(dy, c, stored), load(y1, c, stored)
+            t2, t3 = load(y2, c, stored), load(y3, c, stored)
+            d0, d1 = scalar.step(load(x, c, kind), h, v, d), scalar.step(load(x1, c, kind), h, v, d)
+            d2, d3 = (
+                scalar.step(load(x2, c, kind), h, v, d),
+                scalar.step(load(x3, c, kind), h, v, d),
+            )
+            both = scalar.fma(t0, d0, t1 * d1) + scalar.fma(t2, d2, t3 * d3)
+            write(first, c, read(first, c, np.float64) + np.float64((t0 + t1) + (t2 + t3)))
+            write(second, c, read(second, c, np.float64) + np.float64(both))
+        x += 4 * x_step
+        dy += 4 * dy_step
+        n -= 4
+    while n > 0:
+        for c in range(width):
+            h, v, d = read_real(hi, c, kind), read_real(r, c, kind), read_real(shift, c, kind)
+            t = load(dy, c, stored)
+            write(first, c, read(first, c, np.float64) + np.float64(t))
+            write(
+                second,
+                c,
+                read(second, c, np.float64)
+                + np.float64(t * scalar.step(load(x, c, kind), h, v, d)),
+            )
+        x += x_step
+        dy += dy_step
+        n -= 1
+
+
+@inner
+def columns_sums(q, a, b, c, width, segment, into, any_wide, kind, stored, computed):
+    """Sums of a segment of rows, for each column, into `sums`."""
+    first = q.sums + 16 * (((a * q.b + b) * q.segments + segment) * q.c + c)
+    second = first + 8 * width
+    for j in range(2 * width):
+        write(first, j, 0.0)
+    f = segment * SPAN_ROWS
+    last = min(f + SPAN_ROWS, q.p * q.s)
+    while f < last:
+        p = f // q.s
+        t = f - p * q.s
+        n = min(last - f, q.s - t)
+        x = at(q.x, a, b) + p * q.x.p + t * q.x.s + c * q.x.c
+        dy = at(q.dy, a, b) + p * q.dy.p + t * q.dy.s + c * q.dy.c
+        rows_pairs(x, q.x.s, dy, q.dy.s, n, width, into, first, second, kind, stored)
+        f += n
+    if not any_wide:
+        return
+    for j in range(width):
+        mean, rstd = read(into, j, np.float64), read(into, width + j, np.float64)
+        if is_wide(mean, rstd, kind):
+            total = 0.0
+            for i in range(segment * SPAN_ROWS, last):
+                p = i // q.s
+                t = i - p * q.s
+                x = at(q.x, a, b) + p * q.x.p + t * q.x.s + c * q.x.c
+                dy = at(q.dy, a, b) + p * q.dy.p + t * q.dy.s + c * q.dy.c
+                d = (np.float64(load(x, j, kind)) - mean) * rstd
+                total = scalar.fma(np.float64(load(dy, j, stored)), d, total)
+            write(second, j, total)
+
+
+@inner
+def columns_finish(q, a, b, c, width, into, kind):
+    """From sums to wr, c1 and c2 of each column, in float64 and then rounded."""
+    k = q.neighbours
+    count = np.float64(q.p * q.s * k)
+    for g in range(width // k):
+        first = 0.0
+        second = 0.0
+        for j in range(g * k, g * k + k):
+            w = 1.0
+            if q.weight.data != 0:
+                w = np.float64(read_real(at(q.weight, a, b) + (c + j) * q.weight.c, 0, kind))
+            write(into + 40 * width, j, w * read(into, width + j, np.float64))
+            if q.training:
+                for segment in range(q.segments):
+                    of = q.sums + 16 * (((a * q.b + b) * q.segments + segment) * q.c + c)
+                    first += w * read(of, j, np.float64)
+                    second += w * read(of, width + j, np.float64)
+        for j in range(g * k, g * k + k):
+            rstd = read(into, width + j, np.float64)
+            write(into + 48 * width, j, rstd * (first / count) if q.centred else 0.0)
+            write(into + 56 * width, j, rstd * (second / count))
+    for j in range(width):
+        for field in range(3):
+            v = read(into + (40 + 8 * field) * width, j, np.float64)
+            write(into + (64 + 8 * field) * width, j, real(v, kind))
+
+
+@inner
+def step_row(x, dy, dx, width, into, kind, stored, to):
+    """dx of a row."""
+    hi, r, shift = into + 16 * width, into + 24 * width, into + 32 * width
+    wr, c1, c2 = into + 64 * width, into + 72 * width, into + 80 * width
+    for j in range(width):
+        v = scalar.step_back(
+            load(x, j, kind), load(dy, j, stored), read_real(hi, j, kind), read_real(r, j, kind),
+            read_real(shift, j, kind), read_real(wr, j, kind), read_real(c1, j, kind),
+            read_real(c2, j, kind),
+        )  # fmt: skip
+        store(dx, j, v, to)
+
+
+@inner
+def columns_step(q, a, b, c, width, segment, into, any_wide, tile, spare, kind, stored, computed):
+    """dx of a segment of rows."""
+    last = min((segment + 1) * SPAN_ROWS, q.p * q.s)
+    for i in range(segment * SPAN_ROWS, last):
+        p = i // q.s
+        t = i - p * q.s
+        x = at(q.x, a, b) + p * q.x.p + t * q.x.s + c * q.x.c
+        dy = at(q.dy, a, b) + p * q.dy.p + t * q.dy.s + c * q.dy.c
+        dx = at(q.dx, a, b) + p * q.dx.p + t * q.dx.s + c * q.dx.c
+        if q.direct and not any_wide:
+            step_row(x, dy, dx, width, into, kind, stored, kind)
+            continue
+        step_row(x, dy, tile, width, into, kind, stored, computed)
+        if any_wide:
+            for j in range(width):
+                if is_wide(read(into, j, np.float64), read(into, width + j, np.float64), kind):
+                    d = np.float64(load(x, j, kind)) - read(into, j, np.float64)
+                    xhat = d * read(into, width + j, np.float64)
+                    g = np.float64(load(dy, j, stored)) * read(into + 40 * width, j, np.float64)
+                    v = g - read(into + 48 * width, j, np.float64)
+                    write(tile, j, real(v - xhat * read(into + 56 * width, j, np.float64), kind))
+        deliver(tile, spare, dx, width, q.stream != 0, kind)
+
+
+OF_COLUMN = 11  # numbers that the step needs to know of each column
+
+
+def columns_room(width):
+    """Bytes that a thread needs."""
+    return 8 * (OF_COLUMN * width + 2 * width + 16)
+
+
+@inner
+def columns(record, memory, room, turns, task, kind, stored, computed):
+    """What `task` asks for, of all items or segments of items; each turn is taken by one thread."""
+    q = record_at(record, BACK)
+    width = q.width
+    own = memory + room * take(record + 8)
+    tile = own + 8 * OF_COLUMN * width
+    tile += -tile % 64
+    spare = tile + 8 * width
+    total = q.items if task == WHOLE or task == FINISH else q.items * q.segments
+    while True:
+        turn = take(record)
+        if turn >= turns:
+            break
+        for i in range(total * turn // turns, total * (turn + 1) // turns):
+            item = i if task == WHOLE or task == FINISH else i // q.segments
+            outer = item // q.chunks
+            c = (item - outer * q.chunks) * width
+            a = outer // q.b
+            b = outer - a * q.b
+            n = min(width, q.c - c)
+            into = (
+                own if task == WHOLE or task == MOMENTS else q.terms + 8 * OF_COLUMN * width * item
+            )
+            any_wide = False
+            if task == STEPS:
+                for j in range(n):
+                    mean, rstd = read(into, j, np.float64), read(into, n + j, np.float64)
+                    any_wide = any_wide or is_wide(mean, rstd, kind)
+            else:
+                any_wide = columns_terms_at(q, a, b, c, n, into, kind)
+            first = 0 if task == WHOLE else i - item * q.segments
+            last = q.segments if task == WHOLE else first + 1
+            if task == WHOLE or task == MOMENTS:
+                for segment in range(first, last):
+                    columns_sums(q, a, b, c, n, segment, into, any_wide, kind, stored, computed)
+            if task == WHOLE or task == FINISH:
+                columns_finish(q, a, b, c, n, into, kind)
+            if task == WHOLE or task == STEPS:
+                for segment in range(first, last):
+                    columns_step(
+                        q, a, b, c, n, segment, into, any_wide, tile, spare, kind, stored, computed
+                    )
+    if q.stream:
+        fence()
+
+
+# --- The kernels ----------------------------------------------------------------------------------
+
+
+def compile_planes(kind: type, stored: type, computed: type, sources: int) -> Any:
+    """The kernel of runs with one weight each, for x of a kind and dy of its own."""
+
+    @cfunc(KERNEL, cache=True, **STRICT)
+    def kernel_of_planes(record, memory, room, turns, task):
+        if sources != 0:
+            planes(record, memory, room, turns, task, kind, stored, computed)
+
+    return kernel_of_planes
+
+
+def compile_rows(kind: type, stored: type, computed: type, sources: int) -> Any:
+    """The kernel of runs along which the weight differs, for x of a kind and dy of its own."""
+
+    @cfunc(KERNEL, cache=True, **STRICT)
+    def kernel_of_rows(record, memory, room, turns, task):
+        if sources != 0:
+            rows(record, memory, room, turns, task, kind, stored, computed)
+
+    return kernel_of_rows
+
+
+def compile_columns(kind: type, stored: type, computed: type, sources: int) -> Any:
+    """The kernel of columns, for x of a kind and dy of its own."""
+
+    @cfunc(KERNEL, cache=True, **STRICT)
+    def kernel_of_columns(record, memory, room, turns, task):
+        if sources != 0:
+            columns(record, memory, room, turns, task, kind, stored, computed)
+
+    return kernel_of_columns

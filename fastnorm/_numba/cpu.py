@@ -1,0 +1,574 @@
+"""The backend: what the Cython kernels offer, carried out by those that Numba compiles.
+
+Kernels are compiled on first use, for the kind of number at hand, and kept on disk by Numba.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numba
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+from numpy.typing import NDArray
+
+from fastnorm import _core
+from fastnorm._numba import activations, backward, forward
+from fastnorm._numba.forward import FINISH, MOMENTS, OPERANDS, PASS, STEPS, WHOLE
+from fastnorm._numba.memory import COUNTERS, alone, together
+from fastnorm.layout import Layout
+
+Array = NDArray[Any]
+
+SERIAL = 1 << 17  # bytes of x below which waking a second thread costs more
+LONG = 1024  # bytes of a run, at least, that is written past the caches
+
+# What an output must exceed to be written past the caches: the last of them.
+stream_above = 1 << 25
+
+_KINDS = {"float32": np.float32, "float64": np.float64, "float16": np.int16, "bfloat16": np.uint16}
+
+
+def set_stream_above(size: int) -> None:
+    """Write outputs of more than `size` bytes past the caches."""
+    global stream_above
+    stream_above = size
+
+
+# --- Kernels and threads --------------------------------------------------------------------------
+
+
+def _sources() -> int:
+    """A number that changes with the files a kernel is compiled from: Numba itself looks at one."""
+    folder = Path(__file__).parent
+    files = (folder / f"{name}.py" for name in ("scalar", "memory", "forward", "backward"))
+    return hash(tuple((s.st_mtime_ns, s.st_size) for s in (f.stat() for f in files))) | 1
+
+
+SOURCES = _sources()
+_kernels: dict[tuple[Any, ...], Any] = {}
+_compiling = threading.Lock()
+
+
+def _kernel(compiler: Callable[..., Any], *kinds: type) -> int:
+    """The address of a kernel for numbers of some kinds."""
+    key = compiler, *kinds
+    found = _kernels.get(key)
+    if found is None:
+        with _compiling:
+            found = _kernels.get(key)
+            if found is None:
+                found = _kernels[key] = compiler(*kinds, SOURCES)
+    return int(found.address)
+
+
+def _can_share() -> bool:
+    """Whether threads can run here.
+
+    A layer of Numba's ends the process when two of Python's meet in it; a forked child, which GNU's
+    OpenMP ends, has one thread already (`backends.get_num_threads`).
+    """
+    try:
+        layer = numba.threading_layer()
+    except ValueError:  # none has started
+        layer = ""
+    return layer in ("omp", "tbb") or threading.active_count() == 1
+
+
+def _share(kernel: int, record: int, items: int, threads: int, task: int, room: int) -> None:
+    """Let up to so many threads take turns at the items of a kernel, each with room of its own.
+
+    `record` is the address of a record.
+    """
+    threads = min(threads, items, numba.config.NUMBA_NUM_THREADS)
+    if threads > 1 and not _can_share():
+        threads = 1
+    memory = np.empty(threads * room, np.uint8)
+    if threads == 1:
+        alone(kernel, record, _address(memory), room, task)
+    else:
+        before = numba.get_num_threads()  # of this thread; theirs who called
+        numba.set_num_threads(threads)
+        turns = min(items, 8 * threads)
+        try:
+            together(kernel, record, _address(memory), room, turns, task, threads)
+        finally:
+            numba.set_num_threads(before)
+
+
+# --- Operands -------------------------------------------------------------------------------------
+
+_Strides: TypeAlias = tuple[int, ...]
+
+
+def _plain_address(array: Array) -> int:
+    return array.ctypes.data
+
+
+# Where the first element of an array lies; the compiled kernels tell it in a fiftieth of the time.
+_address: Callable[[Array], int] = getattr(_core.kernels, "address_of", _plain_address)
+
+
+def _operand(strides: _Strides | None, size: int) -> _Strides:
+    """What a record holds of an operand: room for its address, and strides in bytes."""
+    return (0, 0, 0, 0, 0, 0) if strides is None else (0, *(stride * size for stride in strides))
+
+
+def _in_five(array: Array, strides: _Strides, dims: _Strides) -> Array:
+    """An array along the five dimensions, 1 long where it is broadcast."""
+    shape = tuple(n if stride else 1 for n, stride in zip(dims, strides))
+    return as_strided(array, shape, tuple(stride * array.itemsize for stride in strides))
+
+
+def _converted(
+    array: Array, strides: _Strides, dims: _Strides, computing: Any
+) -> tuple[Array, _Strides]:
+    """A copy in the type that is computed in, and its strides."""
+    five = _in_five(array, strides, dims).astype(computing, order="C")
+    return five, tuple(
+        0 if n == 1 else stride // five.itemsize for n, stride in zip(five.shape, five.strides)
+    )
+
+
+# --- Forward --------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Plan:
+    """What a kernel is told of every pass of a layout, but for addresses."""
+
+    template: Array  # a record as whole numbers
+    kernel: int
+    room: int
+    items: int
+    pieces: int
+    width: int
+    parallel: bool  # whether x is large enough
+    streamed: bool
+    tabulated: bool
+    followed: bool  # by a residual or an activation
+    half: bool
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    layout: Layout,
+    kind: type,
+    computing: type,
+    residual_real: bool,
+    addend_real: bool,
+    centred: bool,
+    given: bool,
+    scaling: int,
+    eps: float,
+    activation: Any,
+    activation_first: bool,
+    written: bool,
+    streamed_above: int,
+) -> _Plan:
+    size = np.dtype(kind).itemsize
+    real = np.dtype(computing).itemsize
+    a, b, p, s, c = layout.dims
+    length = p * s
+    steps = layout.strides
+    weights = [steps.get(name, (0,) * 5) for name in ("weight", "bias")]
+    if layout.columns:
+        k = layout.neighbours
+        groups = c // k
+        chunks = 1
+        if c > forward.ABREAST:
+            chunks = max(1, min(groups, -(-c // forward.COLUMNS)))
+        width = -(-groups // chunks) * k
+        chunks = -(-c // width)
+        items = a * b * chunks
+        block = min(max(forward.SQUARE // width, 16), forward.PIECE_ROWS)
+        foldable = not any(w[2] or w[3] for w in weights)
+        piece = max(block, forward.PIECE_ROWS - forward.PIECE_ROWS % block)
+        kernel = _kernel(forward.compile_columns, kind, computing)
+        room = forward.columns_room(width)
+    else:
+        # one group after the other, or several that lie side by side
+        width = forward.BESIDE // max(length, 1)
+        if p > 1 and s * size < forward.NEARBY:
+            width = max(width, forward.PIECE * forward.BLOCK // max(length, 1))
+        width = max(1, min(width, b, forward.BUNDLE))
+        chunks = -(-b // width)
+        items = a * chunks
+        block = forward.BLOCK
+        foldable = not any(w[3] for w in weights)
+        piece = forward.BLOCK * forward.PIECE
+        kernel = _kernel(forward.compile_runs, kind, computing)
+        room = forward.runs_room(width)
+    pieces = max(1, -(-length // piece))
+    nbytes = a * b * length * c * size
+    # planes that lie apart leave the prefetcher behind: what they write is past the caches earlier
+    most = streamed_above if layout.columns or p == 1 else streamed_above // 4 * 3
+    through = nbytes * (4 if "total" in steps else 1)
+    along = (width if layout.columns else s) * size
+    streamed = written and through > most and along >= min(LONG, streamed_above)
+    stats = steps["stats"]
+    # scales that many planes share, once for all: one costs as much as normalising 50 numbers
+    tabulated = given and not layout.columns and a > 1 and stats[0] == 0 and pieces == 1
+    foldable = foldable and not activation_first
+    folded_groups = (
+        foldable
+        and not layout.columns
+        and kind is not np.float64
+        and not any(w[2] or (tabulated and w[0]) for w in weights)
+    )
+    sizes = {"mask": 1, "weight": real, "bias": real}
+    sizes |= {"residual": real if residual_real else size, "addend": real if addend_real else size}
+    record = np.zeros(1, PASS)
+    record[0] = (
+        0, 0,
+        *(_operand(steps.get(name), sizes.get(name, size)) for name in ARRAYS),
+        *(_operand(stats, 8) for _ in range(3)),
+        a, b, p, s, c, layout.neighbours, layout.columns, centred, given, scaling,
+        activations.address_of(activation, computing), activation_first, streamed, residual_real,
+        addend_real, foldable, folded_groups, p == 1 or steps["x"][2] == s * steps["x"][3], length,
+        width, chunks, items, block, pieces, 0, 0, 0, 0, eps,
+    )  # fmt: skip
+    return _Plan(
+        record.view(np.int64),
+        kernel,
+        room,
+        items,
+        pieces,
+        width,
+        nbytes >= SERIAL,
+        streamed,
+        tabulated,
+        "residual" in steps or activation != 0 or activation_first,
+        size == 2,
+    )
+
+
+ARRAYS = OPERANDS[:8]
+# Places in a record, counted in whole numbers.
+_DATA = [len(COUNTERS) + 6 * i for i in range(len(OPERANDS))]
+_AT = {name: int(PASS.fields[name][1]) // 8 for name in forward.NUMBERS}  # type: ignore[index]
+
+
+def run_pass(
+    layout: Layout,
+    x: Array,
+    y: Array | None,
+    mean: Array,
+    var: Array,
+    rstd: Array,
+    *,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    residual: Array | None = None,
+    addend: Array | None = None,
+    total: Array | None = None,
+    centred: bool = True,
+    given: bool = False,
+    scaling: int = 0,
+    eps: float = 0.0,
+    activation: Any = 0,
+    activation_first: bool = False,
+    threads: int = 1,
+    key: bytes | None = None,
+    statistics: tuple[int, ...] = (),
+) -> None:
+    """One pass of `layout` over x into y (None: statistics alone).
+
+    Fills mean, var and rstd, or reads the first two where `given`. `activation` is a number, or a
+    function that Numba has compiled (`activations`).
+    """
+    kind = _KINDS[x.dtype.name]
+    computing = np.float64 if kind is np.float64 else np.float32
+    beside = []
+    for name, array in (("residual", residual), ("addend", addend)):
+        if array is not None and array.dtype != x.dtype and array.dtype != computing:
+            array, strides = _converted(array, layout.strides[name], layout.dims, computing)
+            layout = replace(layout, strides={**layout.strides, name: strides})
+        beside.append(array)
+    residual, addend = beside
+    plan = _plan(
+        layout,
+        kind,
+        computing,
+        residual is not None and residual.dtype == computing,
+        addend is not None and addend.dtype == computing,
+        centred,
+        given,
+        scaling,
+        eps,
+        activation,
+        activation_first,
+        y is not None,
+        stream_above,
+    )
+    arrays = (x, y, mask, weight, bias, residual, addend, total, mean, var, rstd)
+    addresses = [0 if array is None else _address(array) for array in arrays]
+    record = plan.template.copy()
+    record[_DATA] = addresses
+    if y is not None and not plan.streamed and addresses[0] != addresses[1]:
+        # straight from x to y
+        record[_AT["plain"]] = not plan.followed
+        record[_AT["direct"]] = not plan.half and addresses[5] != addresses[1]
+    where = _address(record)
+    threads = threads if plan.parallel else 1
+    kernel, room, items, pieces = plan.kernel, plan.room, plan.items, plan.pieces
+    if plan.tabulated:
+        chunks = int(record[_AT["chunks"]])
+        table = np.empty(chunks * forward.SCALE * plan.width)
+        record[_AT["scales"]], record[_AT["items"]] = _address(table), chunks
+        _share(kernel, where, chunks, 1, FINISH, room)
+        record[_AT["items"]] = items
+    if threads == 1 or pieces == 1 or items >= 4 * threads or items % threads == 0:
+        _share(kernel, where, items, threads, WHOLE, room)
+        return
+    # few large groups: all threads take pieces of each; the merge is in the pieces' order
+    parts = np.empty(items * pieces * forward.FIELDS * plan.width)
+    scales = np.empty(items * forward.SCALE * plan.width)
+    record[_AT["parts"]], record[_AT["scales"]] = _address(parts), _address(scales)
+    if not given:
+        _share(kernel, where, items * pieces, threads, MOMENTS, room)
+    _share(kernel, where, items, 1, FINISH, room)
+    if y is not None:
+        _share(kernel, where, items * pieces, threads, STEPS, room)
+
+
+# --- Backward -------------------------------------------------------------------------------------
+
+
+def walks_back(layout: Layout) -> bool:
+    """Whether there is a kernel: not where, among columns, the weight differs from row to row."""
+    w = layout.strides["dweight"]
+    return not (layout.columns and (w[2] or w[3]))
+
+
+@dataclass(slots=True)
+class _BackPlan:
+    """What a kernel is told of every backward pass of a layout, but for addresses."""
+
+    template: Array  # a record as whole numbers
+    kernel: int
+    room: int
+    items: int
+    pieces: int
+    inside: bool  # the weight differs along a run
+    turns: int  # of the step alone, where it does
+    owners: tuple[int, ...]  # the cells' shape, where it does
+    parts: int
+    cells: int
+    sums: tuple[int, ...]  # the shape of the sums
+    terms: int
+    width: int
+    parallel: bool  # whether x is large enough
+    flat: bool  # whether dweight lies as the sums do
+
+
+@lru_cache(maxsize=4096)
+def _back_plan(
+    layout: Layout,
+    kind: type,
+    stored: type,
+    computing: type,
+    of_dy: _Strides,
+    weights: _Strides | None,
+    has_mean: bool,
+    centred: bool,
+    training: bool,
+    streamed_above: int,
+) -> _BackPlan:
+    size, real = np.dtype(kind).itemsize, np.dtype(computing).itemsize
+    a, b, p, s, c = layout.dims
+    steps = layout.strides
+    shared = steps["dweight"]
+    inside = shared[3] != 0
+    nbytes = a * b * p * s * c * size
+    # x, dy and dx go through the caches together
+    along = c if layout.columns else s
+    streamed = nbytes > streamed_above // 4 * 3 // 2 and along * size >= min(LONG, streamed_above)
+    span = backward.SPAN_ROWS if layout.columns else backward.SPAN
+    segments = -(-(p * s) // span) if layout.columns else -(-s // span)
+    pieces = segments if layout.columns else p * segments
+    sharers = parts = chunks = width = turns = 1
+    cells = 0
+    owners: tuple[int, ...] = ()
+    sums: tuple[int, ...] = (a, b, p, segments, 2)
+    terms = a * b * backward.TERMS
+    if layout.columns:
+        k = layout.neighbours
+        chunks = 1 if c <= forward.ABREAST else max(1, min(c // k, -(-c // forward.COLUMNS)))
+        width = -(-(c // k) // chunks) * k
+        chunks = -(-c // width)
+        items = a * b * chunks
+        compiler, room = backward.compile_columns, backward.columns_room(width)
+        sums = (a, b, segments, 2 * c)
+        terms = items * backward.OF_COLUMN * width
+    elif not inside:
+        if p > 1 and s * size < forward.NEARBY:
+            width = max(1, min(forward.PIECE * forward.BLOCK // (p * s), b, forward.BUNDLE))
+        chunks = -(-b // width)
+        items = a * chunks
+        compiler, room = backward.compile_planes, backward.runs_room()
+    else:
+        owners = (a if shared[0] else 1, b if shared[1] else 1, p if shared[2] else 1)
+        items = owners[0] * owners[1]
+        sharers = a * b // items
+        cells = owners[2] * s
+        allowed = (backward.ALLOWED + nbytes // 100) // (16 * cells * items)
+        parts = min(
+            sharers, max(backward.PARTS // items, 1), a * b * p * s // backward.PART, allowed
+        )
+        parts = max(parts, 1)
+        turns = items * owners[2] * -(-s // backward.CHUNK)
+        compiler, room = backward.compile_rows, backward.runs_room()
+    record = np.zeros(1, backward.BACK)
+    stats = steps["stats"]
+    record[0] = (
+        0, 0,
+        _operand(steps["x"], size),
+        _operand(of_dy, real if stored is computing else size),
+        _operand(steps["dx"], size),
+        _operand(weights, real),
+        _operand(stats if has_mean else None, 8),
+        _operand(stats, 8),
+        a, b, p, s, c, layout.neighbours, centred, training, streamed, not streamed, shared[0] != 0,
+        shared[1] != 0, shared[2] != 0, sharers, parts, segments, chunks, width, items, cells, 0, 0,
+        0,
+    )  # fmt: skip
+    return _BackPlan(
+        record.view(np.int64),
+        _kernel(compiler, kind, stored, computing),
+        room,
+        items,
+        pieces,
+        inside,
+        turns,
+        owners,
+        parts,
+        cells,
+        sums,
+        terms,
+        width,
+        nbytes >= SERIAL // 2,
+        _is_compact(shared, layout.dims),
+    )
+
+
+def _is_compact(strides: _Strides, dims: _Strides) -> bool:
+    """Whether elements follow one another along the dimensions that have strides."""
+    n = 1
+    for stride, size in zip(reversed(strides), reversed(dims)):
+        if stride not in (0, n):
+            return False
+        n *= size if stride else 1
+    return True
+
+
+_BACK_DATA = [len(COUNTERS) + 6 * i for i in range(len(backward.OPERANDS))]
+_BACK_OWN = [
+    int(backward.BACK.fields[name][1]) // 8  # type: ignore[index]
+    for name in ("sums", "terms", "collected")
+]
+
+
+def run_backward(
+    layout: Layout,
+    x: Array,
+    dy: Array,
+    dx: Array,
+    mean: Array | None,
+    rstd: Array,
+    weight: Array | None,
+    dweight: Array,
+    dbias: Array | None,
+    *,
+    centred: bool = True,
+    training: bool = True,
+    threads: int = 1,
+    key: bytes | None = None,
+    own: tuple[int, ...] = (),
+) -> None:
+    """One backward pass of `layout`: fills dx, dweight and, unless it is None, dbias.
+
+    `weight` (None: 1 everywhere) may lie in any order; `dbias` lies as `dweight` does.
+    """
+    kind = _KINDS[x.dtype.name]
+    computing = np.float64 if kind is np.float64 else np.float32
+    dims, of_dy, weights = layout.dims, layout.strides["dy"], layout.strides.get("factor")
+    if dy.dtype != x.dtype and dy.dtype != computing:
+        dy, of_dy = _converted(dy, of_dy, dims, computing)
+    in_place = weights is not None and weights[3] in (0, 1)
+    if weight is not None and weights is not None and not (in_place and weight.dtype == computing):
+        weight, weights = _converted(weight, weights, dims, computing)
+    stored = kind if dy.dtype == x.dtype else computing
+    has_mean = mean is not None
+    plan = _back_plan(
+        layout, kind, stored, computing, of_dy, weights, has_mean, centred, training, stream_above
+    )  # fmt: skip
+    sums, terms = np.empty(plan.sums), np.empty(plan.terms)
+    collected = np.empty((plan.items, plan.parts, 2, plan.cells))
+    record = plan.template.copy()
+    operands = (x, dy, dx, weight, mean, rstd)
+    record[_BACK_DATA] = [0 if array is None else _address(array) for array in operands]
+    record[_BACK_OWN] = _address(sums), _address(terms), _address(collected)
+    where = _address(record)
+    threads = threads if plan.parallel else 1
+    kernel, room, items, pieces = plan.kernel, plan.room, plan.items, plan.pieces
+    tasks = items * plan.parts
+    apart = plan.parts == 1 and items < 4 * threads and (plan.inside or items % threads != 0)
+    if threads == 1 or not apart or (pieces == 1 and not plan.inside):
+        _share(kernel, where, tasks, threads, WHOLE, room)
+    elif plan.inside:
+        groups = dims[0] * dims[1]
+        if training:
+            _share(kernel, where, groups * pieces, threads, MOMENTS, room)
+        _share(kernel, where, groups, 1, FINISH, room)
+        _share(kernel, where, plan.turns, threads, STEPS, room)
+    else:
+        _share(kernel, where, items * pieces, threads, MOMENTS, room)
+        _share(kernel, where, items, 1, FINISH, room)
+        _share(kernel, where, items * pieces, threads, STEPS, room)
+    totals = _totals(plan, layout, sums, collected)
+    for gradient, total in zip((dweight, dbias), totals):
+        if gradient is None:
+            continue
+        if plan.flat and gradient.flags.c_contiguous:
+            gradient.reshape(-1)[...] = total.reshape(-1)
+        else:
+            _in_five(gradient, layout.strides["dweight"], dims)[...] = total
+
+
+def _totals(plan: _BackPlan, layout: Layout, sums: Array, collected: Array) -> tuple[Array, Array]:
+    """dweight and dbias along the five dimensions, each 1 long where it is shared."""
+    a, b, _, s, c = layout.dims
+    if plan.inside:
+        both = collected[:, 0] if plan.parts == 1 else collected.sum(axis=1)
+        shape = (*plan.owners, s, 1)
+        return both[:, 0].reshape(shape), both[:, 1].reshape(shape)
+    if layout.columns:
+        # item by item those of dy, then those of dy xhat
+        total = sums[:, :, 0] if sums.shape[2] == 1 else sums.sum(axis=2)
+        if plan.width >= c:
+            first, second = total[..., :c], total[..., c:]
+        else:
+            first, second = np.empty((2, a, b, c))
+            for start in range(0, c, plan.width):
+                n = min(plan.width, c - start)
+                first[..., start : start + n] = total[..., 2 * start : 2 * start + n]
+                second[..., start : start + n] = total[..., 2 * start + n : 2 * start + 2 * n]
+        first, second = first[:, :, None, None], second[:, :, None, None]
+    else:
+        total = sums[:, :, :, 0] if sums.shape[3] == 1 else sums.sum(axis=3)
+        first, second = total[..., None, None, 0], total[..., None, None, 1]
+    axes = tuple(
+        axis
+        for axis, (stride, n) in enumerate(zip(layout.strides["dweight"], first.shape))
+        if not stride and n > 1
+    )
+    if axes:
+        first, second = first.sum(axis=axes, keepdims=True), second.sum(axis=axes, keepdims=True)
+    return second, first

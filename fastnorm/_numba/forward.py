@@ -1,0 +1,1327 @@
+"""The forward pass, on the five dimensions that layout.py finds: a twin of _core/kernels.pxi.
+
+    a, b   kept axes: each (a, b) has statistics of its own
+    p, s   reduced axes: the elements (p, s) share a statistic
+    c      columns: neighbours in memory with a statistic each, or `neighbours` with one together
+
+With one column the innermost axis is s and a group is a list of contiguous *runs*; with many it is
+c. Both do the same three things, block by block: moments, merge, step. Blocks and pieces depend on
+the shape alone and are merged in their order, so that results do not depend on the threads.
+
+Everything a kernel needs to know is in one record, `PASS`; memory is known by its address, and so
+is an activation: a compiled loop that is called for a tile in L1 (`activations`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import cfunc, njit
+
+from fastnorm._numba import scalar
+from fastnorm._numba.memory import (
+    COUNTERS,
+    KERNEL,
+    STRICT,
+    call,
+    fence,
+    fetch,
+    is_double,
+    load,
+    read,
+    read_real,
+    real,
+    record_at,
+    size_of,
+    store,
+    stream_line,
+    take,
+    write,
+)
+
+BLOCK = 4096  # elements of a run whose moments are taken at once: fits L1
+PIECE = 16  # blocks that one thread takes when a group is shared out
+CHAIN = 256  # squares of doubles that are added up before their sum is kept as two numbers
+CHUNK = 2048  # elements that are stepped at once where more than one loop goes over them
+BUNDLE = 16  # groups of runs that are taken side by side, at most
+BESIDE = 4096  # elements of them, at most
+NEARBY = 4096  # bytes: runs shorter than this are walked in the order of memory
+ABREAST = 512  # columns up to this number are taken as whole rows
+COLUMNS = 256  # of more, so many are taken side by side, at most (or one group of neighbours)
+SQUARE = 16384  # elements of a block of columns: fits L2
+PIECE_ROWS = 1024  # rows that one thread takes
+AHEAD = 4096  # bytes that are asked for in advance
+FIELDS = 5  # numbers of moments
+SCALE = 8  # numbers of the scale of a group
+
+RSTD, NORM, FACTOR = 0, 1, 2  # backends.Scaling
+WHOLE, MOMENTS, FINISH, STEPS = range(4)  # what a kernel is asked to do
+
+OPERAND = np.dtype([(name, np.int64) for name in ("data", "a", "b", "p", "s", "c")])
+OPERANDS = (
+    "x", "y", "mask", "weight", "bias", "residual", "addend", "total", "mean", "var", "rstd",
+)  # fmt: skip
+NUMBERS = (
+    "a", "b", "p", "s", "c", "neighbours", "columns", "centred", "given", "scaling", "activation",
+    "activation_first", "stream", "residual_real", "addend_real", "foldable", "folded_groups",
+    "whole_planes", "length", "width", "chunks", "items", "block", "pieces", "parts", "scales",
+    "plain", "direct",
+)  # fmt: skip
+PASS = np.dtype(
+    [(name, np.int64) for name in COUNTERS]
+    + [(name, OPERAND) for name in OPERANDS]
+    + [(name, np.int64) for name in NUMBERS]
+    + [("eps", np.float64)]
+)
+
+# Called by kernels alone: no door for Python or C is compiled.
+INNER = {
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+    "nogil": True,
+    "error_model": "numpy",
+}
+inner = njit(fastmath=False, **INNER)
+# Sums alone may be reordered, into as many lanes as the processor has.
+summing = njit(fastmath={"reassoc", "nsz", "contract"}, **INNER)
+
+
+# --- Sums -----------------------------------------------------------------------------------------
+
+
+@inner
+def fetch_ahead(x, size):
+    """Ask for `size` bytes that are read AHEAD from now.
+
+    A loop that reads one block, then writes another, keeps losing the processor's own prefetcher.
+    """
+    i = 0
+    while i < size:
+        fetch(x + AHEAD + i)
+        i += 64
+
+
+@summing
+def sums(x, n, kind):
+    """Of x and of its square."""
+    first = 0.0
+    second = 0.0
+    f = 0
+    while f < n:
+        m = min(n - f, CHUNK)
+        start = x + f * size_of(kind)
+        fetch_ahead(start, m * size_of(kind))
+        for i in range(m):
+            d = np.float64(load(start, i, kind))
+            first += d
+            second += d * d
+        f += m
+    return first, second
+
+
+@summing
+def sums_about(x, n, pivot, kind):
+    """Of x - pivot and of its square."""
+    first = 0.0
+    second = 0.0
+    for i in range(n):
+        d = np.float64(load(x, i, kind)) - pivot
+        first += d
+        second += d * d
+    return first, second
+
+
+@summing
+def squares(x, n, kind):
+    """The sum of the squares of x."""
+    second = 0.0
+    f = 0
+    while f < n:
+        m = min(n - f, CHUNK)
+        start = x + f * size_of(kind)
+        fetch_ahead(start, m * size_of(kind))
+        for i in range(m):
+            d = np.float64(load(start, i, kind))
+            second += d * d
+        f += m
+    return second
+
+
+@inner
+def double_moments(x, n, centred, kind):
+    """Mean, its rest, M2 and its rest of doubles, which have no bits to spare.
+
+    Twice: about the first element, so that a constant block has exactly its mean, then about that.
+    Squares are added up in short chains, and the chains exactly: 1,000 equal ones would otherwise
+    all round the same way.
+    """
+    mean = 0.0
+    if centred:
+        mean = read(x, 0, kind) + sums_about(x, n, read(x, 0, kind), kind)[0] / n
+    total = 0.0
+    rest = 0.0
+    first = 0.0
+    i = 0
+    while i < n:
+        f, m2 = sums_about(x + i * 8, min(n - i, CHAIN), mean, kind)
+        total, lost = scalar.two_sum(total, m2)
+        rest += lost
+        first += f
+        i += CHAIN
+    if not centred:
+        return 0.0, 0.0, total, rest
+    mean_rest = first / n
+    return mean, mean_rest, total, rest - first * mean_rest
+
+
+@inner
+def moments(x, n, centred, into, step, kind):
+    """The moments of n numbers side by side into into[0], into[step] ..."""
+    write(into, 0, np.float64(n))
+    mean = rest = m2 = m2_rest = 0.0
+    if n > 0:
+        if is_double(kind):
+            mean, rest, m2, m2_rest = double_moments(x, n, centred, np.float64)
+        elif not centred:
+            m2 = squares(x, n, kind)
+        else:
+            first, second = sums(x, n, kind)
+            mean, rest, m2, again = scalar.moments_of_sums(np.float64(n), first, second, 0.0)
+            if again and math.isfinite(mean):
+                pivot = np.float64(np.float32(mean))
+                first, second = sums_about(x, n, pivot, kind)
+                mean, rest, m2, again = scalar.moments_of_sums(np.float64(n), first, second, pivot)
+    write(into, step, mean)
+    write(into, 2 * step, rest)
+    write(into, 3 * step, m2)
+    write(into, 4 * step, m2_rest)
+
+
+@inner
+def merge_into(into, other, n, step):
+    """Merge n moments beside one another into others."""
+    for i in range(n):
+        count, mean, rest, m2, m2_rest = scalar.merge(
+            read(into, i, np.float64),
+            read(into, step + i, np.float64),
+            read(into, 2 * step + i, np.float64),
+            read(into, 3 * step + i, np.float64),
+            read(into, 4 * step + i, np.float64),
+            read(other, i, np.float64),
+            read(other, step + i, np.float64),
+            read(other, 2 * step + i, np.float64),
+            read(other, 3 * step + i, np.float64),
+            read(other, 4 * step + i, np.float64),
+        )
+        write(into, i, count)
+        write(into, step + i, mean)
+        write(into, 2 * step + i, rest)
+        write(into, 3 * step + i, m2)
+        write(into, 4 * step + i, m2_rest)
+
+
+# --- From moments to a scale ----------------------------------------------------------------------
+
+
+@inner
+def at(o, a, b):
+    """Where an operand keeps what belongs to group (a, b)."""
+    return o.data + a * o.a + b * o.b
+
+
+@inner
+def chosen(q, mask, p, s, c):
+    """Whether an element enters the statistics of its group; `mask` is where its begins, or 0."""
+    return mask == 0 or read(mask + p * q.mask.p + s * q.mask.s + c * q.mask.c, 0, np.uint8) != 0
+
+
+@inner
+def power_sum(q, x, mask, unit, pivot, square):
+    """Compensated sum of x * unit - pivot, or of its square, over a group of doubles."""
+    source = q.total if q.total.data != 0 else q.x
+    total = 0.0
+    rest = 0.0
+    for k in range(q.neighbours):
+        for p in range(q.p):
+            for s in range(q.s):
+                if chosen(q, mask, p, s, k):
+                    v = (
+                        read(x + p * source.p + s * source.s + k * source.c, 0, np.float64) * unit
+                        - pivot
+                    )
+                    total, lost = scalar.two_sum(total, v * v if square else v)
+                    rest += lost
+    return total + rest
+
+
+@inner
+def rescue(q, x, mask):
+    """Moments of one group whose squares leave float64's range, on x * unit: slow, rare.
+
+    (whether there was something to rescue, mean, rest, M2, unit): nothing where an element is not a
+    number or infinite (mean NaN) or where all are the same (mean that, M2 0).
+    """
+    source = q.total if q.total.data != 0 else q.x
+    count = 0
+    largest = 0.0
+    first = 0.0
+    constant = True
+    for k in range(q.neighbours):
+        for p in range(q.p):
+            for s in range(q.s):
+                if chosen(q, mask, p, s, k):
+                    v = read(x + p * source.p + s * source.s + k * source.c, 0, np.float64)
+                    if not math.isfinite(v):
+                        return False, math.nan, math.nan, math.nan, 1.0
+                    if count == 0:
+                        first = v
+                    constant = constant and v == first
+                    largest = max(largest, abs(v))
+                    count += 1
+    if count == 0:
+        return False, math.nan, 0.0, math.nan, 1.0
+    if largest == 0.0 or (constant and q.centred):
+        return False, first, 0.0, 0.0, 1.0
+    unit = math.ldexp(1.0, min(-math.frexp(largest)[1], 1000))
+    mean = 0.0
+    rest = 0.0
+    if q.centred:
+        mean = first * unit
+        mean += power_sum(q, x, mask, unit, mean, False) / count
+        rest = power_sum(q, x, mask, unit, mean, False) / count
+    m2 = power_sum(q, x, mask, unit, mean, True) - count * rest * rest
+    return True, mean, rest, m2, unit
+
+
+@inner
+def rstd_of(count, m2, m2_rest, eps, unit, kind):
+    """Variance and 1 / sqrt(variance + eps) of a group, both of x times the power of two `unit`."""
+    var = m2 / count
+    small = eps * unit * unit
+    v = var + small
+    var_rest = 0.0
+    if is_double(kind):
+        var_rest = (scalar.fma(-var, count, m2) + m2_rest) / count + ((var - v) + small)
+    # a constant group with eps = 0 is all bias: its scale is 0, not infinity
+    return var, scalar.inverse_root(v, var_rest) if v != 0.0 else 0.0
+
+
+@inner
+def finish(q, a, b, c, n, of, scale, kind):
+    """From the moments of n groups to what the step needs; the statistics are written out.
+
+    Mean, rest, rstd, unit, whether it is wide, whether it is folded, and then rstd * weight and
+    bias - lo * rstd * weight. What a float32 cannot hold (data at 1e38 or 1e-42) is wide: its step
+    runs in float64, on x times the power of two `unit`.
+    """
+    source = q.total if q.total.data != 0 else q.x
+    for g in range(n):
+        if q.columns:
+            place = (c // q.neighbours + g) * q.mean.c
+            offset, group = c + g * q.neighbours, b
+        else:
+            place = 0
+            offset, group = 0, b + g
+        unit = 1.0
+        rest = 0.0
+        if q.given:
+            mean = read(at(q.mean, a, group) + place, 0, np.float64)
+            var = read(at(q.var, a, group) + place, 0, np.float64)
+            rstd = var
+            if q.scaling != FACTOR:
+                rstd = scalar.inverse_root(var + q.eps, 0.0) if var + q.eps != 0.0 else 0.0
+        else:
+            count = read(of, g, np.float64)
+            mean = read(of, n + g, np.float64)
+            rest = read(of, 2 * n + g, np.float64)
+            m2 = read(of, 3 * n + g, np.float64)
+            m2_rest = read(of, 4 * n + g, np.float64)
+            if count == 0.0:
+                mean = m2 = math.nan
+            if is_double(kind):
+                v = m2 / count + q.eps if q.scaling == RSTD else m2
+                if not 1e-270 < v < 1e270 and count > 0.0:
+                    x = at(source, a, group) + offset * source.c
+                    mask = 0 if q.mask.data == 0 else at(q.mask, a, group) + offset * q.mask.c
+                    found, other_mean, other_rest, other_m2, unit = rescue(q, x, mask)
+                    if found or other_mean == other_mean:
+                        mean, rest, m2, m2_rest = other_mean, other_rest, other_m2, 0.0
+            var, rstd = rstd_of(count, m2, m2_rest, q.eps, unit, kind)
+            if q.scaling != RSTD:
+                rstd = scalar.inverse_root(m2, m2_rest) if m2 != 0.0 else 0.0
+                if math.sqrt(m2) < q.eps * unit:
+                    rstd = 1.0 / (q.eps * unit)
+            if q.mean.data != 0:
+                write(at(q.mean, a, group) + place, 0, mean / unit)
+                write(at(q.var, a, group) + place, 0, var / unit / unit)
+                write(at(q.rstd, a, group) + place, 0, rstd * unit)
+        wide = unit != 1.0
+        if not is_double(kind):
+            wide = not scalar.holds(rstd) or (rstd != 0.0 and abs(mean) >= scalar.MOST)
+        write(scale, g, mean)
+        write(scale, n + g, rest)
+        write(scale, 2 * n + g, rstd)
+        write(scale, 3 * n + g, unit)
+        write(scale, 4 * n + g, 1.0 if wide else 0.0)
+        write(scale, 5 * n + g, 0.0)
+        if q.folded_groups and not wide:
+            w = 1.0
+            v = 0.0
+            if q.weight.data != 0:
+                w = np.float64(read_real(at(q.weight, a, group), 0, kind))
+            if q.bias.data != 0:
+                v = np.float64(read_real(at(q.bias, a, group), 0, kind))
+            lo = (mean - np.float64(real(mean, kind))) + rest
+            if scalar.holds(rstd * w):
+                write(scale, 5 * n + g, 1.0)
+                write(scale, 6 * n + g, rstd * w)
+                write(scale, 7 * n + g, v - lo * (rstd * w))
+
+
+# --- Beside the affine step -----------------------------------------------------------------------
+
+
+@inner
+def add(t, residual, n, is_real, kind):
+    """t += residual."""
+    if is_real:
+        for i in range(n):
+            write(t, i, real(read_real(t, i, kind) + read_real(residual, i, kind), kind))
+    else:
+        for i in range(n):
+            write(t, i, real(read_real(t, i, kind) + load(residual, i, kind), kind))
+
+
+@inner
+def affine(t, weight, bias, wv, bv, n, kind):
+    """t = t weight + bias, of a norm that squashes first; addresses of 0 for what is not there."""
+    for i in range(n):
+        w = read_real(weight, i * wv, kind) if weight != 0 else real(1.0, kind)
+        b = read_real(bias, i * bv, kind) if bias != 0 else real(0.0, kind)
+        write(t, i, scalar.fma(read_real(t, i, kind), w, b))
+
+
+@inner
+def stream(to, source, size):
+    """Copy `size` bytes past the caches."""
+    head = min((-to) % 64, size)
+    i = 0
+    while i < head:
+        write(to, i, read(source, i, np.uint8))
+        i += 1
+    while i + 64 <= size:
+        stream_line(to + i, source + i)
+        i += 64
+    while i < size:
+        write(to, i, read(source, i, np.uint8))
+        i += 1
+
+
+@inner
+def convert(t, y, n, kind):
+    """Round n numbers to their kind in memory."""
+    for i in range(n):
+        store(y, i, read_real(t, i, kind), kind)
+
+
+@inner
+def deliver(t, spare, y, n, past, kind):
+    """n numbers of a tile to y; `spare` has room for them."""
+    if not past:
+        convert(t, y, n, kind)
+    elif size_of(kind) == 2:
+        convert(t, spare, n, kind)
+        stream(y, spare, 2 * n)
+    else:
+        stream(y, t, size_of(kind) * n)
+
+
+# --- The step of a run ----------------------------------------------------------------------------
+
+
+@inner
+def steps_wide(x, y, n, mean, rest, rstd, unit, weight, bias, wv, bv, kind, to):
+    """What float32 cannot hold, in float64."""
+    for i in range(n):
+        t = ((np.float64(load(x, i, kind)) * unit - mean) - rest) * rstd
+        w = np.float64(read_real(weight, i * wv, kind)) if weight != 0 else 1.0
+        b = np.float64(read_real(bias, i * bv, kind)) if bias != 0 else 0.0
+        store(y, i, real(t * w + b, kind), to)
+
+
+@inner
+def steps_folded(x, y, n, s, apart, kind, to):
+    """The step where the affine one is in the scale."""
+    hi = real(read(s, 0, np.float64), kind)
+    r = real(read(s, 6 * apart, np.float64), kind)
+    shift = real(read(s, 7 * apart, np.float64), kind)
+    for i in range(n):
+        store(y, i, scalar.step(load(x, i, kind), hi, r, shift), to)
+
+
+@inner
+def steps(x, y, n, s, apart, weight, bias, wv, bv, foldable, kind, to):
+    """The step of a run whose scale is at `s`, its numbers `apart`; written as numbers of `to`."""
+    if read(s, 5 * apart, np.float64) != 0.0:
+        steps_folded(x, y, n, s, apart, kind, to)
+        return
+    mean = read(s, 0, np.float64)
+    hi = real(mean, kind)
+    rest = read(s, apart, np.float64)
+    rstd = read(s, 2 * apart, np.float64)
+    if read(s, 4 * apart, np.float64) != 0.0:
+        steps_wide(
+            x,
+            y,
+            n,
+            mean,
+            rest,
+            rstd,
+            read(s, 3 * apart, np.float64),
+            weight,
+            bias,
+            wv,
+            bv,
+            kind,
+            to,
+        )
+        return
+    lo = (mean - np.float64(hi)) + rest
+    r = real(rstd, kind)
+    shift = real(-lo * rstd, kind)
+    w = real(1.0, kind)
+    b = real(0.0, kind)
+    if weight != 0 and not wv:
+        w = read_real(weight, 0, kind)
+    if bias != 0 and not bv:
+        b = read_real(bias, 0, kind)
+    if foldable and not is_double(kind):
+        rw = rstd * np.float64(w)
+        if scalar.holds(rw):
+            r = real(rw, kind)
+            shift = real(np.float64(b) - lo * rw, kind)
+            for i in range(n):
+                store(y, i, scalar.step(load(x, i, kind), hi, r, shift), to)
+            return
+    if wv and bv:
+        for i in range(n):
+            t = scalar.step(load(x, i, kind), hi, r, shift)
+            store(y, i, scalar.fma(t, read_real(weight, i, kind), read_real(bias, i, kind)), to)
+    elif wv:
+        for i in range(n):
+            t = scalar.step(load(x, i, kind), hi, r, shift)
+            store(y, i, scalar.fma(t, read_real(weight, i, kind), b), to)
+    elif bv:
+        for i in range(n):
+            t = scalar.step(load(x, i, kind), hi, r, shift)
+            store(y, i, scalar.fma(t, w, read_real(bias, i, kind)), to)
+    else:
+        for i in range(n):
+            store(y, i, scalar.fma(scalar.step(load(x, i, kind), hi, r, shift), w, b), to)
+
+
+@inner
+def step_run(q, a, b, p, t, n, s, apart, tile, spare, kind, tiled):
+    """Elements [t, t + n) of plane p of group (a, b), from x to y."""
+    source = q.total if q.total.data != 0 else q.x
+    x = at(source, a, b) + p * source.p + t * source.s
+    y = at(q.y, a, b) + p * q.y.p + t * q.y.s
+    weight = 0
+    bias = 0
+    if q.weight.data != 0 and not q.activation_first:
+        weight = at(q.weight, a, b) + p * q.weight.p + t * q.weight.s
+    if q.bias.data != 0 and not q.activation_first:
+        bias = at(q.bias, a, b) + p * q.bias.p + t * q.bias.s
+    wv = 1 if weight != 0 and q.weight.s != 0 else 0
+    bv = 1 if bias != 0 and q.bias.s != 0 else 0
+    if q.plain:
+        steps(x, y, n, s, apart, weight, bias, wv, bv, q.foldable != 0, kind, kind)
+        return
+    i = 0
+    while i < n:
+        # through a tile in L1 where x, y and the residual may be one array
+        m = min(n - i, CHUNK)
+        size = size_of(kind)
+        target = y + i * size if q.direct else tile
+        w = weight + i * q.weight.s if weight != 0 else 0
+        v = bias + i * q.bias.s if bias != 0 else 0
+        steps(x + i * size, target, m, s, apart, w, v, wv, bv, q.foldable != 0, kind, tiled)
+        if q.residual.data != 0:
+            residual = at(q.residual, a, b) + p * q.residual.p + (t + i) * q.residual.s
+            add(target, residual, m, q.residual_real != 0, kind)
+        if q.activation != 0:
+            call(q.activation, target, m)
+        if q.activation_first:
+            w = 0
+            v = 0
+            if q.weight.data != 0:
+                w = at(q.weight, a, b) + p * q.weight.p + (t + i) * q.weight.s
+            if q.bias.data != 0:
+                v = at(q.bias, a, b) + p * q.bias.p + (t + i) * q.bias.s
+            affine(target, w, v, 1 if q.weight.s != 0 else 0, 1 if q.bias.s != 0 else 0, m, kind)
+        if not q.direct:
+            deliver(tile, spare, y + i * size, m, q.stream != 0, kind)
+        i += m
+
+
+# --- Runs -----------------------------------------------------------------------------------------
+
+
+@inner
+def add_runs(q, a, b, first, last, kind):
+    """x + addend, rounded to the kind of x: what the norm is of, and the second result."""
+    f = first
+    while f < last:
+        p = f // q.s
+        t = f - p * q.s
+        n = min(last - f, q.s - t)
+        x = at(q.x, a, b) + p * q.x.p + t * q.x.s
+        addend = at(q.addend, a, b) + p * q.addend.p + t * q.addend.s
+        total = at(q.total, a, b) + p * q.total.p + t * q.total.s
+        if q.addend_real:
+            for i in range(n):
+                store(total, i, real(load(x, i, kind) + read_real(addend, i, kind), kind), kind)
+        else:
+            for i in range(n):
+                store(total, i, real(load(x, i, kind) + load(addend, i, kind), kind), kind)
+        f += n
+
+
+@inner
+def fetch_run(q, a, b, first, last, tile, kind):
+    """Elements [first, last) of a group that are chosen, side by side in a tile: how many."""
+    source = q.total if q.total.data != 0 else q.x
+    k = 0
+    f = first
+    while f < last:
+        p = f // q.s
+        t = f - p * q.s
+        n = min(last - f, q.s - t)
+        x = at(source, a, b) + p * source.p + t * source.s
+        if q.mask.data == 0:
+            for i in range(n):
+                write(tile, k + i, load(x, i, kind))
+            k += n
+        else:
+            mask = at(q.mask, a, b) + p * q.mask.p + t * q.mask.s
+            for i in range(n):
+                if read(mask, i * q.mask.s, np.uint8):
+                    write(tile, k, load(x, i, kind))
+                    k += 1
+        f += n
+    return k
+
+
+@inner
+def sums_of_runs(q, a, b, width, first, last, into, kind):
+    """Sums of x and of its square over elements [first, last) of `width` groups side by side."""
+    source = q.total if q.total.data != 0 else q.x
+    for k in range(2 * width):
+        write(into, k, 0.0)
+    f = first
+    while f < last:
+        p = f // q.s
+        t = f - p * q.s
+        n = last - f if q.whole_planes else min(last - f, q.s - t)
+        for k in range(width):
+            x = at(source, a, b + k) + p * source.p + t * source.s
+            if q.centred:
+                one, two = sums(x, n, kind)
+                write(into, k, read(into, k, np.float64) + one)
+            else:
+                two = squares(x, n, kind)
+            write(into, width + k, read(into, width + k, np.float64) + two)
+        f += n
+
+
+@inner
+def runs_block(q, a, b, width, first, last, into, work, tile, kind, tiled):
+    """Moments of elements [first, last) of each of `width` groups."""
+    source = q.total if q.total.data != 0 else q.x
+    if q.total.data != 0:
+        for k in range(width):
+            add_runs(q, a, b + k, first, last, kind)
+    if is_double(kind) or q.mask.data != 0:
+        for k in range(width):
+            p = first // q.s
+            t = first - p * q.s
+            if q.mask.data == 0 and (last - first <= q.s - t or q.whole_planes):
+                x = at(source, a, b + k) + p * source.p + t * source.s
+                moments(x, last - first, q.centred != 0, into + 8 * k, width, tiled)
+            else:
+                n = fetch_run(q, a, b + k, first, last, tile, kind)
+                moments(tile, n, q.centred != 0, into + 8 * k, width, tiled)
+        return
+    sums_of_runs(q, a, b, width, first, last, work, kind)
+    count = np.float64(last - first)
+    for k in range(width):
+        mean = rest = 0.0
+        m2 = read(work, width + k, np.float64)
+        if q.centred:
+            mean, rest, m2, again = scalar.moments_of_sums(
+                count, read(work, k, np.float64), m2, 0.0
+            )
+            if again and math.isfinite(mean):
+                pivot = np.float64(np.float32(mean))
+                one = two = 0.0
+                f = first
+                while f < last:
+                    p = f // q.s
+                    t = f - p * q.s
+                    n = last - f if q.whole_planes else min(last - f, q.s - t)
+                    x = at(source, a, b + k) + p * source.p + t * source.s
+                    d, d2 = sums_about(x, n, pivot, kind)
+                    one += d
+                    two += d2
+                    f += n
+                mean, rest, m2, again = scalar.moments_of_sums(count, one, two, pivot)
+        write(into, k, count)
+        write(into, width + k, mean)
+        write(into, 2 * width + k, rest)
+        write(into, 3 * width + k, m2)
+        write(into, 4 * width + k, 0.0)
+
+
+@inner
+def runs_moments(q, a, b, width, piece, into, part, work, tile, kind, tiled):
+    """Moments of a piece of each of `width` groups: those of its blocks, merged in order."""
+    first = piece * BLOCK * PIECE
+    last = min(first + BLOCK * PIECE, q.length)
+    f = first
+    while True:
+        end = min(f + BLOCK, last)
+        runs_block(q, a, b, width, f, end, into if f == first else part, work, tile, kind, tiled)
+        if f > first:
+            merge_into(into, part, width, width)
+        f = end
+        if f >= last:
+            return
+
+
+@inner
+def runs_step(q, a, b, width, piece, scale, tile, spare, kind, tiled):
+    """The step of a piece of each of `width` groups."""
+    source = q.total if q.total.data != 0 else q.x
+    f = piece * BLOCK * PIECE
+    last = min(f + BLOCK * PIECE, q.length)
+    while f < last:
+        p = f // q.s
+        t = f - p * q.s
+        n = min(last - f, q.s - t)
+        if (
+            q.weight.s == 0
+            and q.bias.s == 0
+            and q.weight.p == 0
+            and q.bias.p == 0
+            and q.whole_planes
+            and q.plain
+        ):
+            n = last - f
+        for k in range(width):
+            if q.plain and q.folded_groups and read(scale, 5 * width + k, np.float64) != 0.0:
+                x = at(source, a, b + k) + p * source.p + t * source.s
+                y = at(q.y, a, b + k) + p * q.y.p + t * q.y.s
+                steps_folded(x, y, n, scale + 8 * k, width, kind, kind)
+            else:
+                step_run(q, a, b + k, p, t, n, scale + 8 * k, width, tile, spare, kind, tiled)
+        f += n
+
+
+def runs_room(width):
+    """Bytes that a thread needs."""
+    return 8 * (FIELDS * width * 3 + SCALE * width + 2 * width + BLOCK + CHUNK + 8)
+
+
+@inner
+def runs(record, memory, room, turns, task, kind, tiled):
+    """What `task` asks for, of all items or pieces of items; each turn is taken by one thread."""
+    q = record_at(record, PASS)
+    width = q.width
+    total = q.items if task == WHOLE or task == FINISH else q.items * q.pieces
+    whole = memory + room * take(record + 8)
+    part = whole + 8 * FIELDS * width
+    other = part + 8 * FIELDS * width
+    own = other + 8 * FIELDS * width
+    work = own + 8 * SCALE * width
+    tile = work + 8 * 2 * width
+    tile += -tile % 64
+    spare = tile + 8 * BLOCK
+    while True:
+        turn = take(record)
+        if turn >= turns:
+            break
+        for i in range(total * turn // turns, total * (turn + 1) // turns):
+            item = i if task == WHOLE or task == FINISH else i // q.pieces
+            a = item // q.chunks
+            b = (item - a * q.chunks) * width
+            n = min(width, q.b - b)
+            scale = own
+            if task == MOMENTS:
+                runs_moments(
+                    q,
+                    a,
+                    b,
+                    n,
+                    i - item * q.pieces,
+                    q.parts + i * 8 * FIELDS * width,
+                    part,
+                    work,
+                    tile,
+                    kind,
+                    tiled,
+                )
+                continue
+            if q.scales != 0:
+                scale = q.scales + item * 8 * SCALE * width
+            if task == FINISH:
+                merged = q.parts + item * q.pieces * 8 * FIELDS * width
+                if not q.given:
+                    for piece in range(1, q.pieces):
+                        merge_into(merged, merged + piece * 8 * FIELDS * width, n, n)
+                finish(q, a, b, 0, n, merged, scale, kind)
+            elif task == STEPS:
+                runs_step(q, a, b, n, i - item * q.pieces, scale, tile, spare, kind, tiled)
+            else:
+                if q.given and q.scales != 0:
+                    scale = q.scales + (item - a * q.chunks) * 8 * SCALE * width
+                else:
+                    if not q.given:
+                        runs_moments(q, a, b, n, 0, whole, part, work, tile, kind, tiled)
+                        for piece in range(1, q.pieces):
+                            runs_moments(q, a, b, n, piece, other, part, work, tile, kind, tiled)
+                            merge_into(whole, other, n, n)
+                    finish(q, a, b, 0, n, whole, scale, kind)
+                if q.y.data != 0:
+                    for piece in range(q.pieces):
+                        runs_step(q, a, b, n, piece, scale, tile, spare, kind, tiled)
+    if q.stream:
+        fence()
+
+
+# --- Columns --------------------------------------------------------------------------------------
+
+
+@inner
+def rows_sums(x, step, n, width, one, two, kind):
+    """Add x and its square over n rows to the sums of each column, eight rows at a time."""
+    while n >= 8:
+        x1, x2, x3, x4 = x + step, x + 2 * step, x + 3 * step, x + 4 * step
+        x5, x6, x7 = x + 5 * step, x + 6 * step, x + 7 * step
+        for c in range(width):
+            d0, d1 = np.float64(load(x, c, kind)), np.float64(load(x1, c, kind))
+            d2, d3 = np.float64(load(x2, c, kind)), np.float64(load(x3, c, kind))
+            d4, d5 = np.float64(load(x4, c, kind)), np.float64(load(x5, c, kind))
+            d6, d7 = np.float64(load(x6, c, kind)), np.float64(load(x7, c, kind))
+            even = scalar.fma(d6, d6, scalar.fma(d4, d4, scalar.fma(d2, d2, d0 * d0)))
+            odd = scalar.fma(d7, d7, scalar.fma(d5, d5, scalar.fma(d3, d3, d1 * d1)))
+            total = ((d0 + d1) + (d2 + d3)) + ((d4 + d5) + (d6 + d7))
+            write(one, c, read(one, c, np.float64) + total)
+            write(two, c, read(two, c, np.float64) + (even + odd))
+        x += 8 * step
+        n -= 8
+    while n > 0:
+        for c in range(width):
+            d = np.float64(load(x, c, kind))
+            write(one, c, read(one, c, np.float64) + d)
+            write(two, c, scalar.fma(d, d, read(two, c, np.float64)))
+        x += step
+        n -= 1
+
+
+@inner
+def rows_sums_about(x, step, n, width, pivot, one, two, kind):
+    """The same of x - pivot: a sum about zero costs a third less."""
+    while n > 0:
+        for c in range(width):
+            d = np.float64(load(x, c, kind)) - read(pivot, c, np.float64)
+            write(one, c, read(one, c, np.float64) + d)
+            write(two, c, scalar.fma(d, d, read(two, c, np.float64)))
+        x += step
+        n -= 1
+
+
+@inner
+def columns_sums(q, base, first, last, width, pivot, one, two, kind):
+    """Sums of x, or of x - pivot, and of its square over rows [first, last), for each column."""
+    for c in range(width):
+        write(one, c, 0.0)
+        write(two, c, 0.0)
+    f = first
+    while f < last:
+        p = f // q.s
+        t = f - p * q.s
+        n = min(last - f, q.s - t)
+        x = base + p * q.x.p + t * q.x.s
+        if pivot == 0:
+            rows_sums(x, q.x.s, n, width, one, two, kind)
+        else:
+            rows_sums_about(x, q.x.s, n, width, pivot, one, two, kind)
+        f += n
+
+
+@inner
+def add_neighbours(groups, k, v):
+    """Sums of k columns beside one another."""
+    for g in range(groups):
+        total = read(v, g * k, np.float64)
+        for j in range(1, k):
+            total += read(v, g * k + j, np.float64)
+        write(v, g, total)
+
+
+@inner
+def columns_block(q, a, b, c, width, first, last, into, work, kind):
+    """Moments over rows [first, last) of each group of floats."""
+    k = q.neighbours
+    groups = width // k
+    base = at(q.x, a, b) + c * q.x.c
+    one = work
+    two = one + 8 * width
+    pivot = two + 8 * width
+    for j in range(width):
+        write(pivot, j, 0.0)
+    columns_sums(q, base, first, last, width, 0, one, two, kind)
+    if k > 1:
+        add_neighbours(groups, k, one)
+        add_neighbours(groups, k, two)
+    count = np.float64((last - first) * k)
+    any_again = False
+    for g in range(groups):
+        mean = rest = 0.0
+        m2 = read(two, g, np.float64)
+        if q.centred:
+            mean, rest, m2, again = scalar.moments_of_sums(count, read(one, g, np.float64), m2, 0.0)
+            if again and math.isfinite(mean):
+                any_again = True
+                for j in range(k):
+                    write(pivot, g * k + j, np.float64(np.float32(mean)))
+        write(into, g, count)
+        write(into, groups + g, mean)
+        write(into, 2 * groups + g, rest)
+        write(into, 3 * groups + g, m2)
+        write(into, 4 * groups + g, 0.0)
+    if not any_again:
+        return
+    # about the means, for the columns from the first to the last that need it
+    low = 0
+    while read(pivot, low * k, np.float64) == 0.0:
+        low += 1
+    high = groups
+    while read(pivot, (high - 1) * k, np.float64) == 0.0:
+        high -= 1
+    some = (high - low) * k
+    columns_sums(q, base + low * k * q.x.c, first, last, some, pivot + 8 * low * k, one, two, kind)
+    if k > 1:
+        add_neighbours(high - low, k, one)
+        add_neighbours(high - low, k, two)
+    for g in range(low, high):
+        about = read(pivot, g * k, np.float64)
+        if about != 0.0:
+            d, d2 = read(one, g - low, np.float64), read(two, g - low, np.float64)
+            mean, rest, m2, again = scalar.moments_of_sums(count, d, d2, about)
+            write(into, groups + g, mean)
+            write(into, 2 * groups + g, rest)
+            write(into, 3 * groups + g, m2)
+
+
+@inner
+def columns_double(q, a, b, c, width, first, last, into, work):
+    """Moments over rows [first, last) for each column of doubles, four rows at a time.
+
+    Twice: about the first row, then about those means, the sum of squares kept as two numbers.
+    """
+    base = at(q.x, a, b) + c * q.x.c
+    pivot = work
+    total = pivot + 8 * width
+    m2 = into + 24 * width
+    m2_rest = into + 32 * width
+    step = q.x.s
+    count = np.float64(last - first)
+    for j in range(FIELDS * width):
+        write(into, j, 0.0)
+    for j in range(width):
+        p = first // q.s
+        x = base + p * q.x.p + (first - p * q.s) * step
+        write(pivot, j, read(x, j, np.float64) if q.centred else 0.0)
+    for turn in range(0 if q.centred else 1, 2):
+        for j in range(width):
+            write(total, j, 0.0)
+        f = first
+        while f < last:
+            p = f // q.s
+            t = f - p * q.s
+            n = min(last - f, q.s - t)
+            x = base + p * q.x.p + t * step
+            f += n
+            while n > 0:
+                if n >= 4:
+                    x1, x2, x3 = x + step, x + 2 * step, x + 3 * step
+                    if turn == 0:
+                        for j in range(width):
+                            v = read(pivot, j, np.float64)
+                            d0, d1 = read(x, j, np.float64) - v, read(x1, j, np.float64) - v
+                            d2, d3 = read(x2, j, np.float64) - v, read(x3, j, np.float64) - v
+                            write(total, j, read(total, j, np.float64) + ((d0 + d1) + (d2 + d3)))
+                    else:
+                        for j in range(width):
+                            v = read(pivot, j, np.float64)
+                            d0, d1 = read(x, j, np.float64) - v, read(x1, j, np.float64) - v
+                            d2, d3 = read(x2, j, np.float64) - v, read(x3, j, np.float64) - v
+                            squared = scalar.fma(d0, d0, d1 * d1) + scalar.fma(d2, d2, d3 * d3)
+                            high, lost = scalar.two_sum(read(m2, j, np.float64), squared)
+                            write(m2, j, high)
+                            write(m2_rest, j, read(m2_rest, j, np.float64) + lost)
+                            write(total, j, read(total, j, np.float64) + ((d0 + d1) + (d2 + d3)))
+                    x += 4 * step
+                    n -= 4
+                    continue
+                for j in range(width):
+                    d = read(x, j, np.float64) - read(pivot, j, np.float64)
+                    write(total, j, read(total, j, np.float64) + d)
+                    if turn == 1:
+                        high, lost = scalar.two_sum(read(m2, j, np.float64), d * d)
+                        write(m2, j, high)
+                        write(m2_rest, j, read(m2_rest, j, np.float64) + lost)
+                x += step
+                n -= 1
+        for j in range(width):
+            d = read(total, j, np.float64)
+            write(into, j, count)
+            if turn == 0:
+                write(pivot, j, read(pivot, j, np.float64) + d / count)
+            elif q.centred:
+                write(into, width + j, read(pivot, j, np.float64))
+                write(into, 2 * width + j, d / count)
+                write(m2_rest, j, read(m2_rest, j, np.float64) - d * (d / count))
+
+
+@inner
+def columns_chosen(q, a, b, c, width, first, last, into, work, kind):
+    """Moments over the chosen of rows [first, last) for each column.
+
+    Twice: about the first of them, then about that mean, each square added exactly.
+    """
+    base = at(q.x, a, b) + c * q.x.c
+    mask = at(q.mask, a, b) + c * q.mask.c
+    pivot = work
+    total = pivot + 8 * width
+    for j in range(FIELDS * width):
+        write(into, j, 0.0)
+    for turn in range(2):
+        for j in range(width):
+            write(total, j, 0.0)
+        for i in range(first, last):
+            p = i // q.s
+            t = i - p * q.s
+            x = base + p * q.x.p + t * q.x.s
+            for j in range(width):
+                if not chosen(q, mask, p, t, j):
+                    continue
+                v = np.float64(load(x, j, kind))
+                if turn == 0:
+                    if read(into, j, np.float64) == 0.0:
+                        write(pivot, j, v)
+                    write(into, j, read(into, j, np.float64) + 1.0)
+                    write(total, j, read(total, j, np.float64) + (v - read(pivot, j, np.float64)))
+                else:
+                    d = v - read(into, width + j, np.float64)
+                    m2, lost = scalar.two_sum(read(into, 3 * width + j, np.float64), d * d)
+                    write(into, 3 * width + j, m2)
+                    write(into, 4 * width + j, read(into, 4 * width + j, np.float64) + lost)
+                    write(total, j, read(total, j, np.float64) + d)
+        for j in range(width):
+            count = read(into, j, np.float64)
+            if q.centred and count > 0.0:
+                d = read(total, j, np.float64)
+                if turn == 0:
+                    write(into, width + j, read(pivot, j, np.float64) + d / count)
+                else:
+                    write(into, 2 * width + j, d / count)
+                    write(
+                        into, 4 * width + j, read(into, 4 * width + j, np.float64) - d * (d / count)
+                    )
+
+
+@inner
+def columns_moments(q, a, b, c, width, piece, into, part, every, work, kind):
+    """Moments of a piece of each group: those of its blocks merged in order, then neighbours."""
+    k = q.neighbours
+    groups = width // k
+    span = max(q.block, PIECE_ROWS - PIECE_ROWS % q.block)
+    first = piece * span
+    last = min(first + span, q.length)
+    if not is_double(kind) and q.mask.data == 0:
+        columns_block(q, a, b, c, width, first, last, into, work, kind)
+        return
+    whole = into if k == 1 else every
+    f = first
+    while True:
+        end = min(f + q.block, last)
+        into_here = whole if f == first else part
+        if q.mask.data != 0:
+            columns_chosen(q, a, b, c, width, f, end, into_here, work, kind)
+        else:
+            columns_double(q, a, b, c, width, f, end, into_here, work)
+        if f > first:
+            merge_into(whole, part, width, width)
+        f = end
+        if f >= last:
+            break
+    if k > 1:
+        for g in range(groups):
+            for j in range(1, k):
+                merge_into(whole + 8 * g * k, whole + 8 * (g * k + j), 1, width)
+            for field in range(FIELDS):
+                write(into, field * groups + g, read(whole, field * width + g * k, np.float64))
+
+
+@inner
+def spread(q, a, b, c, width, scale, along, kind):
+    """From scales of groups to hi, r and shift of columns, the affine step in them where it can be.
+
+    `along` has room for four numbers for each column: the last tells whether it is wide, which is
+    also what a product of rstd and weight is that a float32 cannot hold. Returns whether any is.
+    """
+    k = q.neighbours
+    groups = width // k
+    hi = along
+    r = hi + 8 * width
+    shift = r + 8 * width
+    wide = shift + 8 * width
+    folded = q.foldable != 0 and not is_double(kind)
+    weight = 0
+    bias = 0
+    if folded and q.weight.data != 0:
+        weight = at(q.weight, a, b) + c * q.weight.c
+    if folded and q.bias.data != 0:
+        bias = at(q.bias, a, b) + c * q.bias.c
+    any_wide = False
+    for g in range(groups):
+        mean = read(scale, g, np.float64)
+        rstd = read(scale, 2 * groups + g, np.float64)
+        lo = (mean - np.float64(real(mean, kind))) + read(scale, groups + g, np.float64)
+        for j in range(g * k, g * k + k):
+            w = np.float64(read_real(weight + j * q.weight.c, 0, kind)) if weight != 0 else 1.0
+            v = np.float64(read_real(bias + j * q.bias.c, 0, kind)) if bias != 0 else 0.0
+            write(hi, j, real(mean, kind))
+            write(r, j, real(rstd * w, kind))
+            write(shift, j, real(v - lo * (rstd * w), kind))
+            apart = read(scale, 4 * groups + g, np.float64) != 0.0 or (
+                folded and not scalar.holds(rstd * w)
+            )
+            write(wide, j, 1.0 if apart else 0.0)
+            any_wide = any_wide or apart
+    return any_wide
+
+
+@inner
+def step_row(x, y, n, along, width, weight, bias, wv, bv, kind, to):
+    """The step of a row, one scale for each column."""
+    hi = along
+    r = hi + 8 * width
+    shift = r + 8 * width
+    if weight == 0 and bias == 0:
+        for i in range(n):
+            v = scalar.step(
+                load(x, i, kind),
+                read_real(hi, i, kind),
+                read_real(r, i, kind),
+                read_real(shift, i, kind),
+            )
+            store(y, i, v, to)
+        return
+    w = read_real(weight, 0, kind) if weight != 0 else real(1.0, kind)
+    b = read_real(bias, 0, kind) if bias != 0 else real(0.0, kind)
+    if wv and bv:
+        for i in range(n):
+            v = scalar.step(
+                load(x, i, kind),
+                read_real(hi, i, kind),
+                read_real(r, i, kind),
+                read_real(shift, i, kind),
+            )
+            store(y, i, scalar.fma(v, read_real(weight, i, kind), read_real(bias, i, kind)), to)
+    elif wv:
+        for i in range(n):
+            v = scalar.step(
+                load(x, i, kind),
+                read_real(hi, i, kind),
+                read_real(r, i, kind),
+                read_real(shift, i, kind),
+            )
+            store(y, i, scalar.fma(v, read_real(weight, i, kind), b), to)
+    elif bv:
+        for i in range(n):
+            v = scalar.step(
+                load(x, i, kind),
+                read_real(hi, i, kind),
+                read_real(r, i, kind),
+                read_real(shift, i, kind),
+            )
+            store(y, i, scalar.fma(v, w, read_real(bias, i, kind)), to)
+    else:
+        for i in range(n):
+            v = scalar.step(
+                load(x, i, kind),
+                read_real(hi, i, kind),
+                read_real(r, i, kind),
+                read_real(shift, i, kind),
+            )
+            store(y, i, scalar.fma(v, w, b), to)
+
+
+@inner
+def columns_step(q, a, b, c, width, piece, scale, along, any_wide, tile, spare, kind, tiled):
+    """The step of a piece of each group of an item."""
+    k = q.neighbours
+    groups = width // k
+    source = q.total if q.total.data != 0 else q.x
+    span = max(q.block, PIECE_ROWS - PIECE_ROWS % q.block)
+    first = piece * span
+    last = min(first + span, q.length)
+    affined = (q.foldable == 0 or is_double(kind)) and not q.activation_first
+    wv = 1 if q.weight.c != 0 else 0
+    bv = 1 if q.bias.c != 0 else 0
+    for i in range(first, last):
+        p = i // q.s
+        t = i - p * q.s
+        x = at(source, a, b) + c * source.c + p * source.p + t * source.s
+        y = at(q.y, a, b) + c * q.y.c + p * q.y.p + t * q.y.s
+        weight = 0
+        bias = 0
+        if q.weight.data != 0:
+            weight = at(q.weight, a, b) + c * q.weight.c + p * q.weight.p + t * q.weight.s
+        if q.bias.data != 0:
+            bias = at(q.bias, a, b) + c * q.bias.c + p * q.bias.p + t * q.bias.s
+        w = weight if affined else 0
+        v = bias if affined else 0
+        if q.plain and not any_wide:
+            step_row(x, y, width, along, width, w, v, wv, bv, kind, kind)
+            continue
+        target = y if q.direct else tile
+        step_row(x, target, width, along, width, w, v, wv, bv, kind, tiled)
+        if any_wide:
+            w = 0 if q.activation_first else weight
+            v = 0 if q.activation_first else bias
+            for j in range(width):
+                s = scale + 8 * (j // k)
+                if read(along + 24 * width, j, np.float64) != 0.0:
+                    steps_wide(
+                        x + j * source.c,
+                        target + j * (8 if is_double(kind) else 4),
+                        1,
+                        read(s, 0, np.float64),
+                        read(s, groups, np.float64),
+                        read(s, 2 * groups, np.float64),
+                        read(s, 3 * groups, np.float64),
+                        0 if w == 0 else w + j * q.weight.c,
+                        0 if v == 0 else v + j * q.bias.c,
+                        0,
+                        0,
+                        kind,
+                        tiled,
+                    )
+        if q.residual.data != 0:
+            residual = at(q.residual, a, b) + c * q.residual.c + p * q.residual.p + t * q.residual.s
+            add(target, residual, width, q.residual_real != 0, kind)
+        if q.activation != 0:
+            call(q.activation, target, width)
+        if q.activation_first:
+            affine(target, weight, bias, wv, bv, width, kind)
+        if not q.direct:
+            deliver(tile, spare, y, width, q.stream != 0, kind)
+
+
+def columns_room(width):
+    """Bytes that a thread needs."""
+    return 8 * (FIELDS * width * 4 + SCALE * width + 3 * width + 4 * width + 2 * width + 16)
+
+
+@inner
+def columns(record, memory, room, turns, task, kind, tiled):
+    """What `task` asks for, of all items or pieces of items; each turn is taken by one thread."""
+    q = record_at(record, PASS)
+    width = q.width
+    total = q.items if task == WHOLE or task == FINISH else q.items * q.pieces
+    whole = memory + room * take(record + 8)
+    part = whole + 8 * FIELDS * width
+    other = part + 8 * FIELDS * width
+    every = other + 8 * FIELDS * width
+    own = every + 8 * FIELDS * width
+    work = own + 8 * SCALE * width
+    along = work + 8 * 3 * width
+    tile = along + 8 * 4 * width
+    tile += -tile % 64
+    spare = tile + 8 * width
+    while True:
+        turn = take(record)
+        if turn >= turns:
+            break
+        for i in range(total * turn // turns, total * (turn + 1) // turns):
+            item = i if task == WHOLE or task == FINISH else i // q.pieces
+            outer = item // q.chunks
+            c = (item - outer * q.chunks) * width
+            a = outer // q.b
+            b = outer - a * q.b
+            n = min(width, q.c - c)
+            groups = n // q.neighbours
+            scale = own
+            if task == MOMENTS:
+                into = q.parts + i * 8 * FIELDS * width
+                columns_moments(q, a, b, c, n, i - item * q.pieces, into, part, every, work, kind)
+                continue
+            if q.scales != 0:
+                scale = q.scales + item * 8 * SCALE * width
+            if task == FINISH:
+                merged = q.parts + item * q.pieces * 8 * FIELDS * width
+                if not q.given:
+                    for piece in range(1, q.pieces):
+                        merge_into(merged, merged + piece * 8 * FIELDS * width, groups, groups)
+                finish(q, a, b, c, groups, merged, scale, kind)
+                continue
+            if task == WHOLE:
+                if not q.given:
+                    columns_moments(q, a, b, c, n, 0, whole, part, every, work, kind)
+                    for piece in range(1, q.pieces):
+                        columns_moments(q, a, b, c, n, piece, other, part, every, work, kind)
+                        merge_into(whole, other, groups, groups)
+                finish(q, a, b, c, groups, whole, scale, kind)
+            if q.y.data != 0:
+                any_wide = spread(q, a, b, c, n, scale, along, kind)
+                begin = 0 if task == WHOLE else i - item * q.pieces
+                end = q.pieces if task == WHOLE else begin + 1
+                for piece in range(begin, end):
+                    columns_step(
+                        q, a, b, c, n, piece, scale, along, any_wide, tile, spare, kind, tiled
+                    )
+    if q.stream:
+        fence()
+
+
+# --- The kernels ----------------------------------------------------------------------------------
+# Closures over a kind: Numba keeps each on disk under its own key, and `SOURCES` makes that another
+# when a file it was compiled from has changed.
+
+
+def compile_runs(kind: type, computed: type, sources: int) -> Any:
+    """The kernel of runs, for numbers of a kind."""
+
+    @cfunc(KERNEL, cache=True, **STRICT)
+    def kernel_of_runs(record, memory, room, turns, task):
+        if sources != 0:
+            runs(record, memory, room, turns, task, kind, computed)
+
+    return kernel_of_runs
+
+
+def compile_columns(kind: type, computed: type, sources: int) -> Any:
+    """The kernel of columns, for numbers of a kind."""
+
+    @cfunc(KERNEL, cache=True, **STRICT)
+    def kernel_of_columns(record, memory, room, turns, task):
+        if sources != 0:
+            columns(record, memory, room, turns, task, kind, computed)
+
+    return kernel_of_columns

@@ -1,0 +1,282 @@
+"""Memory by its address, and the instructions that Numba has no name for, for kernels on the CPU.
+
+A *kind* tells how numbers are stored: `np.float32`, `np.float64`, `np.int16` for the bits of a
+float16, `np.uint16` for those of a bfloat16. `load` and `store` convert to and from the number that
+is computed in, `real(kind)`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.extending import intrinsic, overload, register_jitable
+
+from fastnorm._numba import scalar
+
+# Every function of `scalar` can be called from compiled code. Its sums are never reordered, whoever
+# calls it: the centring would be lost.
+STRICT = {"fastmath": False, "error_model": "numpy"}
+for _name, _function in list(vars(scalar).items()):
+    if getattr(_function, "__module__", "") == scalar.__name__ and _name != "fma":
+        register_jitable(**STRICT)(_function)
+
+
+# --- Instructions ---------------------------------------------------------------------------------
+
+
+@intrinsic
+def _fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
+    kind = a
+    if not (isinstance(a, types.Float) and b == a and c == a):
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fma(*arguments)
+
+    return kind(a, b, c), codegen
+
+
+@overload(scalar.fma, jit_options=STRICT, strict=False)
+def _overload_fma(a: Any, b: Any, c: Any) -> Any:
+    return lambda a, b, c: _fma(a, b, c)
+
+
+def _pointer(context: Any, builder: Any, kind: Any, address: Any, index: Any) -> Any:
+    number = context.get_value_type(kind)
+    base = builder.inttoptr(address, number.as_pointer())
+    return builder.gep(base, [index])
+
+
+@intrinsic
+def read(typingctx: Any, address: Any, index: Any, kind: Any) -> Any:
+    """Element `index` of the array of `kind` that begins at `address`."""
+    number = kind.instance_type
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = _pointer(context, builder, number, arguments[0], arguments[1])
+        return builder.load(pointer, align=number.bitwidth // 8)
+
+    return number(types.intp, types.intp, kind), codegen
+
+
+@intrinsic
+def write(typingctx: Any, address: Any, index: Any, value: Any) -> Any:
+    """Write element `index` of the array that begins at `address`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = _pointer(context, builder, value, arguments[0], arguments[1])
+        builder.store(arguments[2], pointer, align=value.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.none(types.intp, types.intp, value), codegen
+
+
+@intrinsic
+def stream_line(typingctx: Any, to: Any, source: Any) -> Any:
+    """Copy 64 bytes, past the caches, to an address that is a multiple of 64."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        line = ir.VectorType(ir.IntType(64), 8)
+        to, source = (builder.inttoptr(a, line.as_pointer()) for a in arguments)
+        stored = builder.store(builder.load(source, align=1), to, align=64)
+        stored.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+        return context.get_dummy_value()
+
+    return types.none(types.intp, types.intp), codegen
+
+
+@intrinsic
+def fence(typingctx: Any) -> Any:
+    """What was written before is seen before what is written after."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.none(), codegen
+
+
+@intrinsic
+def fetch(typingctx: Any, address: Any) -> Any:
+    """Ask for the cache line at an address that will be read soon."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        byte = ir.IntType(8).as_pointer()
+        word = ir.IntType(32)
+        function = builder.module.declare_intrinsic(
+            "llvm.prefetch", [byte], ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+        )
+        builder.call(function, [builder.inttoptr(arguments[0], byte), word(0), word(3), word(1)])
+        return context.get_dummy_value()
+
+    return types.none(types.intp), codegen
+
+
+@intrinsic
+def take(typingctx: Any, address: Any) -> Any:
+    """The whole number at an address, one more afterwards: no two threads take the same."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        number = ir.IntType(64)
+        pointer = builder.inttoptr(arguments[0], number.as_pointer())
+        return builder.atomic_rmw("add", pointer, number(1), "seq_cst")
+
+    return types.int64(types.intp), codegen
+
+
+@intrinsic
+def call(typingctx: Any, function: Any, address: Any, n: Any) -> Any:
+    """Call the compiled `void function(intp address, intp n)` that begins at an address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(64)
+        kind = ir.FunctionType(ir.VoidType(), [word, word])
+        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), arguments[1:])
+        return context.get_dummy_value()
+
+    return types.none(types.intp, types.intp, types.intp), codegen
+
+
+@intrinsic
+def record_at(typingctx: Any, address: Any, kind: Any) -> Any:
+    """The record of a NumPy dtype that begins at an address."""
+    record = kind.dtype
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(record))
+
+    return record(types.intp, kind), codegen
+
+
+# A kernel: (address of its record, of the threads' room, bytes of each one's, turns, task). A
+# record begins with two counters: of the turns and of the threads that have come.
+KERNEL = types.void(*[types.intp] * 5)
+COUNTERS = ("turn", "seat")
+
+
+@intrinsic
+def _call_kernel(
+    typingctx: Any, f: Any, record: Any, memory: Any, room: Any, turns: Any, task: Any
+) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * 5)
+        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), arguments[1:])
+        return context.get_dummy_value()
+
+    return types.none(*[types.intp] * 6), codegen
+
+
+@njit(nogil=True, cache=True)
+def alone(kernel, record, memory, room, task):
+    """Call the kernel that begins at an address, for all there is to do."""
+    write(record, 0, 0)
+    write(record, 1, 0)
+    _call_kernel(kernel, record, memory, room, 1, task)
+
+
+@njit(nogil=True, cache=True, parallel=True)
+def together(kernel, record, memory, room, turns, task, threads):
+    """Call it in several threads, which take turns."""
+    write(record, 0, 0)
+    write(record, 1, 0)
+    for _ in prange(threads):
+        _call_kernel(kernel, record, memory, room, turns, task)
+
+
+# --- Numbers --------------------------------------------------------------------------------------
+# Intrinsics too: as functions they would be compiled a hundred times.
+
+
+def _stored(kind: Any) -> str:
+    """The kind that a Numba type argument stands for."""
+    return str(kind.instance_type)
+
+
+def _computed(kind: Any) -> Any:
+    """The Numba type that numbers of a kind are computed in."""
+    return types.float64 if _stored(kind) == "float64" else types.float32
+
+
+def _bits(kind: Any) -> Any:
+    """The Numba type of a kind in memory; of a float16 or bfloat16 its bits."""
+    return kind.instance_type if isinstance(kind.instance_type, types.Float) else types.uint16
+
+
+@intrinsic
+def load(typingctx: Any, address: Any, index: Any, kind: Any) -> Any:
+    """Element `index` at `address`, as a number that is computed in."""
+    stored, computed = _bits(kind), _computed(kind)
+    convert = {"uint16": scalar.from_bf16, "int16": scalar.from_f16}.get(_stored(kind))
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = _pointer(context, builder, stored, arguments[0], arguments[1])
+        value = builder.load(pointer, align=stored.bitwidth // 8)
+        if convert is not None:
+            value = context.compile_internal(builder, convert, computed(stored), [value])
+        return value
+
+    return computed(types.intp, types.intp, kind), codegen
+
+
+@intrinsic
+def store(typingctx: Any, address: Any, index: Any, value: Any, kind: Any) -> Any:
+    """Write element `index` at `address`, rounded to its kind."""
+    stored, computed = _bits(kind), _computed(kind)
+    convert = {"uint16": scalar.to_bf16, "int16": scalar.to_f16}.get(_stored(kind))
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        value = arguments[2]
+        if convert is not None:
+            value = context.compile_internal(builder, convert, stored(computed), [value])
+        pointer = _pointer(context, builder, stored, arguments[0], arguments[1])
+        builder.store(value, pointer, align=stored.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.none(types.intp, types.intp, computed, kind), codegen
+
+
+@intrinsic
+def read_real(typingctx: Any, address: Any, index: Any, kind: Any) -> Any:
+    """Element `index` of the array of numbers that are computed in at `address`."""
+    computed = _computed(kind)
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = _pointer(context, builder, computed, arguments[0], arguments[1])
+        return builder.load(pointer, align=computed.bitwidth // 8)
+
+    return computed(types.intp, types.intp, kind), codegen
+
+
+@intrinsic
+def real(typingctx: Any, value: Any, kind: Any) -> Any:
+    """`value` as a number that is computed in: a float64 for float64, else a float32."""
+    computed = _computed(kind)
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return context.cast(builder, arguments[0], value, computed)
+
+    return computed(value, kind), codegen
+
+
+@intrinsic
+def is_double(typingctx: Any, kind: Any) -> Any:
+    """Whether numbers of this kind are computed with in float64."""
+    answer = _stored(kind) == "float64"
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return context.get_constant(types.boolean, answer)
+
+    return types.boolean(kind), codegen
+
+
+@intrinsic
+def size_of(typingctx: Any, kind: Any) -> Any:
+    """Bytes of a stored number."""
+    size = kind.instance_type.bitwidth // 8
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return context.get_constant(types.intp, size)
+
+    return types.intp(kind), codegen

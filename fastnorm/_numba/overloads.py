@@ -1,0 +1,401 @@
+"""The norms inside a user's own `@njit` functions, in `prange` bodies too.
+
+Numba finds `register` through its entry point (pyproject.toml): nothing needs to be imported but
+fastnorm. What is compiled into the user's function is the row of `forward`: one thread, no
+allocation but the result.
+
+A row is the elements of one group side by side: arrays in another order are copied to that first.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import types
+from numba.core.errors import TypingError
+from numba.extending import overload
+
+import fastnorm
+from fastnorm._numba import scalar
+from fastnorm._numba.forward import BLOCK, FIELDS, SCALE, inner, merge_into, moments, rstd_of, steps
+from fastnorm._numba.memory import is_double, read, write
+
+
+def register() -> None:
+    """Importing this file has done it."""
+
+
+# --- One row --------------------------------------------------------------------------------------
+
+
+@inner
+def row_moments(x, n, centred, into, part, kind):
+    """Moments of n elements side by side: those of blocks, merged in order."""
+    moments(x, min(n, BLOCK), centred, into, 1, kind)
+    i = BLOCK
+    size = 8 if is_double(kind) else 4
+    while i < n:
+        moments(x + i * size, min(n - i, BLOCK), centred, part, 1, kind)
+        merge_into(into, part, 1, 1)
+        i += BLOCK
+
+
+@inner
+def largest_unit(x, n):
+    """The power of two that brings doubles to 1: 1 where they are all 0, or not all finite."""
+    largest = 0.0
+    for i in range(n):
+        v = abs(read(x, i, np.float64))
+        if not v < math.inf:
+            return 1.0
+        largest = max(largest, v)
+    return math.ldexp(1.0, min(-math.frexp(largest)[1], 1000)) if largest > 0.0 else 1.0
+
+
+@inner
+def row_scale(x, n, centred, eps, room, kind):
+    """From a row to the scale of its step, at `room` + FIELDS numbers twice over."""
+    part = room + 8 * FIELDS
+    scale = part + 8 * FIELDS
+    row_moments(x, n, centred, room, part, kind)
+    unit = 1.0
+    if is_double(kind):
+        v = read(room, 3, np.float64) / n + eps
+        if not 1e-270 < v < 1e270:
+            unit = largest_unit(x, n)
+        if unit != 1.0:
+            # squares that leave the range: of the numbers times a power of two
+            scaled = np.empty(n, np.float64)
+            for i in range(n):
+                scaled[i] = read(x, i, np.float64) * unit
+            row_moments(scaled.ctypes.data, n, centred, room, part, kind)
+    mean = read(room, 1, np.float64)
+    _, rstd = rstd_of(
+        np.float64(n), read(room, 3, np.float64), read(room, 4, np.float64), eps, unit, kind
+    )
+    wide = unit != 1.0
+    if not is_double(kind):
+        wide = not scalar.holds(rstd) or (rstd != 0.0 and abs(mean) >= scalar.MOST)
+    write(scale, 0, mean)
+    write(scale, 1, read(room, 2, np.float64))
+    write(scale, 2, rstd)
+    write(scale, 3, unit)
+    write(scale, 4, 1.0 if wide else 0.0)
+    write(scale, 5, 0.0)
+    return scale
+
+
+ROOM = 2 * FIELDS + SCALE  # numbers of float64 that a row needs
+
+
+@inner
+def given_scale(mean, var, eps, room, kind):
+    """The same of statistics that are given."""
+    scale = room + 8 * 2 * FIELDS
+    rstd = scalar.inverse_root(var + eps, 0.0) if var + eps != 0.0 else 0.0
+    wide = not is_double(kind) and (
+        not scalar.holds(rstd) or (rstd != 0.0 and abs(mean) >= scalar.MOST)
+    )
+    write(scale, 0, mean)
+    write(scale, 1, 0.0)
+    write(scale, 2, rstd)
+    write(scale, 3, 1.0)
+    write(scale, 4, 1.0 if wide else 0.0)
+    write(scale, 5, 0.0)
+    return scale
+
+
+@inner
+def scale_of(x, n, centred, eps, room, kind):
+    """Of a row of n elements; of none, whatever."""
+    return row_scale(x, n, centred, eps, room, kind) if n > 0 else room
+
+
+@inner
+def rows(x, y, count, n, weight, bias, centred, eps, kind):
+    """Each row's own statistics, and weights along it (addresses; 0: none)."""
+    room = np.empty(ROOM, np.float64)
+    wv = 1 if weight != 0 else 0
+    bv = 1 if bias != 0 else 0
+    size = 8 if is_double(kind) else 4
+    for i in range(count):
+        start = i * n * size
+        s = scale_of(x + start, n, centred, eps, room.ctypes.data, kind)
+        steps(x + start, y + start, n, s, 1, weight, bias, wv, bv, False, kind, kind)
+
+
+@inner
+def channels(x, y, s, n, count, weight, bias, kind):
+    """The step of `count` channels of n elements, one weight each, by the scale at s."""
+    size = 8 if is_double(kind) else 4
+    if n == 1:
+        wv = 1 if weight != 0 else 0
+        bv = 1 if bias != 0 else 0
+        steps(x, y, count, s, 1, weight, bias, wv, bv, False, kind, kind)
+        return
+    for c in range(count):
+        w = weight + c * size if weight != 0 else 0
+        b = bias + c * size if bias != 0 else 0
+        at = c * n * size
+        steps(x + at, y + at, n, s, 1, w, b, 0, 0, True, kind, kind)
+
+
+# --- What came in ---------------------------------------------------------------------------------
+
+
+def _kind(x: Any, of: str) -> Any:
+    """The number that is computed in: that of x."""
+    if not isinstance(x, types.Array) or x.dtype not in (types.float32, types.float64):
+        raise TypingError(
+            f"{of} inside compiled code got x of type {x}, expected an array of float32 or "
+            "float64; write x.astype(np.float32) first"
+        )
+    return np.float64 if x.dtype == types.float64 else np.float32
+
+
+def _is_none(value: Any) -> bool:
+    return value is None or isinstance(value, types.NoneType | types.Omitted)
+
+
+def _compiled(function: Any) -> Any:
+    options = {"error_model": "numpy", "fastmath": False}
+    return overload(function, jit_options=options, strict=False)
+
+
+def _number(value: Any, n: Any, kind: Any) -> Any:
+    """A weight or bias as n numbers of the type that is computed in; of None no numbers."""
+    raise TypeError("for compiled code")
+
+
+@_compiled(_number)
+def _compiled_number(value: Any, n: Any, kind: Any) -> Any:
+    if _is_none(value):
+        return lambda value, n, kind: np.empty(0, kind)
+    if not isinstance(value, types.Array):
+        raise TypingError(
+            f"weight or bias is a {value} inside compiled code, expected an array or None"
+        )
+
+    def given(value, n, kind):
+        if value.size != n:
+            raise ValueError(
+                "weight or bias has not as many elements as are normalised together, or as there "
+                "are channels: inside compiled code no other shape is taken"
+            )
+        return np.ascontiguousarray(value).astype(kind).ravel()
+
+    return given
+
+
+@inner
+def address(numbers):
+    """Where numbers lie; 0 where there are none."""
+    return numbers.ctypes.data if numbers.size > 0 else 0
+
+
+def _trailing(shape: Any, normalized_shape: Any) -> Any:
+    """How many elements a row has."""
+    raise TypeError("for compiled code")
+
+
+@_compiled(_trailing)
+def _compiled_trailing(shape: Any, normalized_shape: Any) -> Any:
+    message = "normalized_shape is not the trailing shape of x; write x.shape[-1] for the last axis"
+    if isinstance(normalized_shape, types.Integer):
+
+        def last(shape, normalized_shape):
+            if len(shape) < 1 or shape[len(shape) - 1] != normalized_shape:
+                raise ValueError(message)
+            return normalized_shape
+
+        return last
+    if isinstance(normalized_shape, types.UniTuple):
+
+        def several(shape, normalized_shape):
+            n = 1
+            before = len(shape) - len(normalized_shape)
+            if before < 0:
+                raise ValueError(message)
+            for i in range(len(normalized_shape)):
+                if shape[before + i] != normalized_shape[i]:
+                    raise ValueError(message)
+                n *= normalized_shape[i]
+            return n
+
+        return several
+    raise TypingError(
+        f"normalized_shape is a {normalized_shape} inside compiled code, expected the trailing "
+        "shape of x: a whole number, or a tuple of them"
+    )
+
+
+# --- The norms ------------------------------------------------------------------------------------
+
+
+@_compiled(fastnorm.layer_norm)
+def layer_norm(
+    x: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: Any = 1e-5
+) -> Any:
+    """`fastnorm.layer_norm` for compiled code: the result is in C order."""
+    kind = _kind(x, "layer_norm")
+
+    def compiled(x, normalized_shape, weight=None, bias=None, eps=1e-5):
+        n = _trailing(x.shape, normalized_shape)
+        w = _number(weight, n, kind)
+        b = _number(bias, n, kind)
+        source = np.ascontiguousarray(x)
+        y = np.empty(x.shape, kind)
+        if x.size > 0:
+            count = x.size // n
+            rows(
+                source.ctypes.data, y.ctypes.data, count, n, address(w), address(b), True, eps, kind
+            )
+        return y
+
+    return compiled
+
+
+@_compiled(fastnorm.rms_norm)
+def rms_norm(x: Any, normalized_shape: Any, weight: Any = None, eps: Any = None) -> Any:
+    """`fastnorm.rms_norm` for compiled code: the result is in C order."""
+    kind = _kind(x, "rms_norm")
+    own = float(np.finfo(kind).eps)
+    if _is_none(eps):
+
+        def compiled(x, normalized_shape, weight=None, eps=None):
+            return _rms(x, normalized_shape, weight, own, kind)
+
+    else:
+
+        def compiled(x, normalized_shape, weight=None, eps=None):
+            return _rms(x, normalized_shape, weight, eps, kind)
+
+    return compiled
+
+
+@inner
+def _rms(x, normalized_shape, weight, eps, kind):
+    n = _trailing(x.shape, normalized_shape)
+    w = _number(weight, n, kind)
+    source = np.ascontiguousarray(x)
+    y = np.empty(x.shape, kind)
+    if x.size > 0:
+        rows(source.ctypes.data, y.ctypes.data, x.size // n, n, address(w), 0, False, eps, kind)
+    return y
+
+
+@inner
+def _grouped(x, groups, weight, bias, eps, kind):
+    """Group norm of (N, C, ...)."""
+    samples = x.shape[0]
+    c = x.shape[1]
+    if groups < 1 or c % groups != 0:
+        raise ValueError("num_groups does not divide the channels of x, which are on axis 1")
+    w = _number(weight, c, kind)
+    b = _number(bias, c, kind)
+    source = np.ascontiguousarray(x)
+    y = np.empty(x.shape, kind)
+    if x.size > 0:
+        size = 8 if is_double(kind) else 4
+        each = c // groups
+        n = x.size // (samples * c)
+        room = np.empty(ROOM, np.float64)
+        for i in range(samples * groups):
+            start = i * each * n * size
+            channel = i % groups * each * size
+            s = scale_of(source.ctypes.data + start, each * n, True, eps, room.ctypes.data, kind)
+            ws = address(w) + channel if w.size > 0 else 0
+            bs = address(b) + channel if b.size > 0 else 0
+            channels(source.ctypes.data + start, y.ctypes.data + start, s, n, each, ws, bs, kind)
+    return y
+
+
+@_compiled(fastnorm.group_norm)
+def group_norm(
+    x: Any, num_groups: Any, weight: Any = None, bias: Any = None, eps: Any = 1e-5
+) -> Any:
+    """`fastnorm.group_norm` for compiled code, of (N, C, ...): the result is in C order."""
+    kind = _channels_kind(x, "group_norm")
+
+    def compiled(x, num_groups, weight=None, bias=None, eps=1e-5):
+        return _grouped(x, num_groups, weight, bias, eps, kind)
+
+    return compiled
+
+
+@_compiled(fastnorm.instance_norm)
+def instance_norm(
+    x: Any, running_mean: Any = None, running_var: Any = None, weight: Any = None, bias: Any = None,
+    use_input_stats: Any = True, momentum: Any = 0.1, eps: Any = 1e-5,
+) -> Any:  # fmt: skip
+    """`fastnorm.instance_norm` for compiled code, of (N, C, ...) and its own statistics."""
+    kind = _channels_kind(x, "instance_norm")
+    if not (_is_none(running_mean) and _is_none(running_var)):
+        raise TypingError(
+            "instance_norm inside compiled code takes no running statistics; use batch_norm"
+        )
+
+    def compiled(
+        x, running_mean=None, running_var=None, weight=None, bias=None,
+        use_input_stats=True, momentum=0.1, eps=1e-5,
+    ):  # fmt: skip
+        if not use_input_stats:
+            raise ValueError("instance_norm got use_input_stats=False without running statistics")
+        return _grouped(x, x.shape[1], weight, bias, eps, kind)
+
+    return compiled
+
+
+@_compiled(fastnorm.batch_norm)
+def batch_norm(
+    x: Any, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None,
+    training: Any = False, momentum: Any = 0.1, eps: Any = 1e-5,
+) -> Any:  # fmt: skip
+    """`fastnorm.batch_norm` for compiled code, of (N, C, ...), in inference."""
+    kind = _channels_kind(x, "batch_norm")
+    if _is_none(running_mean) or _is_none(running_var):
+        raise TypingError("batch_norm inside compiled code needs running_mean and running_var")
+
+    def compiled(
+        x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+    ):
+        if training:
+            raise ValueError(
+                "batch_norm inside compiled code is for inference: training must be False"
+            )
+        c = x.shape[1]
+        if running_mean.size != c or running_var.size != c:
+            raise ValueError("running_mean and running_var must have one number for each channel")
+        w = _number(weight, c, kind)
+        b = _number(bias, c, kind)
+        source = np.ascontiguousarray(x)
+        y = np.empty(x.shape, kind)
+        if x.size > 0:
+            size = 8 if is_double(kind) else 4
+            n = x.size // (x.shape[0] * c)
+            room = np.empty(ROOM, np.float64)
+            for i in range(x.shape[0] * c):
+                k = i % c
+                s = given_scale(
+                    np.float64(running_mean[k]),
+                    np.float64(running_var[k]),
+                    eps,
+                    room.ctypes.data,
+                    kind,
+                )
+                ws = address(w) + k * size if w.size > 0 else 0
+                bs = address(b) + k * size if b.size > 0 else 0
+                at = i * n * size
+                channels(source.ctypes.data + at, y.ctypes.data + at, s, n, 1, ws, bs, kind)
+        return y
+
+    return compiled
+
+
+def _channels_kind(x: Any, of: str) -> Any:
+    kind = _kind(x, of)
+    if x.ndim < 2:
+        raise TypingError(f"{of} got an x of {x.ndim} dimension, expected at least 2: (N, C, ...)")
+    return kind

@@ -43,7 +43,8 @@ from fastnorm._numba.memory import (
 
 BLOCK = 4096  # elements of a run whose moments are taken at once: fits L1
 PIECE = 16  # blocks that one thread takes when a group is shared out
-CHAIN = 256  # squares of doubles that are added up before their sum is kept as two numbers
+LANES = 32  # sums of doubles side by side
+CHAIN = 256  # doubles before the lanes are added up: short chains round less
 CHUNK = 2048  # elements that are stepped at once where more than one loop goes over them
 BUNDLE = 16  # groups of runs that are taken side by side, at most
 BESIDE = 4096  # elements of them, at most
@@ -150,40 +151,64 @@ def squares(x, n, kind):
 
 
 @inner
-def double_moments(x, n, centred, kind):
+def double_moments(x, n, centred, lanes):
     """Mean, its rest, M2 and its rest of doubles, which have no bits to spare.
 
     Twice: about the first element, so that a constant block has exactly its mean, then about that.
-    Squares are added up in short chains, and the chains exactly: 1,000 equal ones would otherwise
-    all round the same way.
+    A sum of squares would round the same way each time where squares are equal, as those of black
+    and white pixels are: LANES of them are added up in short chains, and the chains exactly.
     """
     mean = 0.0
     if centred:
-        mean = read(x, 0, kind) + sums_about(x, n, read(x, 0, kind), kind)[0] / n
-    total = 0.0
-    rest = 0.0
-    first = 0.0
+        pivot = read(x, 0, np.float64)
+        mean = pivot + sums_about(x, n, pivot, np.float64)[0] / n
+    total = lanes + 8 * LANES
+    rest = total + 8 * LANES
+    first = rest + 8 * LANES
+    for j in range(4 * LANES):
+        write(lanes, j, 0.0)
     i = 0
     while i < n:
-        f, m2 = sums_about(x + i * 8, min(n - i, CHAIN), mean, kind)
-        total, lost = scalar.two_sum(total, m2)
-        rest += lost
-        first += f
-        i += CHAIN
+        end = min(i + CHAIN, n)
+        while i + LANES <= end:
+            at_i = x + 8 * i
+            for j in range(LANES):
+                d = read(at_i, j, np.float64) - mean
+                write(lanes, j, scalar.fma(d, d, read(lanes, j, np.float64)))
+                write(first, j, read(first, j, np.float64) + d)
+            i += LANES
+        at_i = x + 8 * i
+        for j in range(end - i):
+            d = read(at_i, j, np.float64) - mean
+            write(lanes, j, scalar.fma(d, d, read(lanes, j, np.float64)))
+            write(first, j, read(first, j, np.float64) + d)
+        i = end
+        for j in range(LANES):
+            high, lost = scalar.two_sum(read(total, j, np.float64), read(lanes, j, np.float64))
+            write(total, j, high)
+            write(rest, j, read(rest, j, np.float64) + lost)
+            write(lanes, j, 0.0)
+    m2 = read(total, 0, np.float64)
+    m2_rest = read(rest, 0, np.float64)
+    deviation = read(first, 0, np.float64)
+    for j in range(1, LANES):
+        m2, lost = scalar.two_sum(m2, read(total, j, np.float64))
+        m2_rest += lost + read(rest, j, np.float64)
+        deviation += read(first, j, np.float64)
     if not centred:
-        return 0.0, 0.0, total, rest
-    mean_rest = first / n
-    return mean, mean_rest, total, rest - first * mean_rest
+        return 0.0, 0.0, m2, m2_rest
+    mean_rest = deviation / n
+    return mean, mean_rest, m2, m2_rest - deviation * mean_rest
 
 
 @inner
-def moments(x, n, centred, into, step, kind):
-    """The moments of n numbers side by side into into[0], into[step] ..."""
+def moments(x, n, centred, into, step, lanes, kind):
+    """The moments of n numbers side by side into into[0], into[step] ...; `lanes` is room."""
     write(into, 0, np.float64(n))
     mean = rest = m2 = m2_rest = 0.0
     if n > 0:
         if is_double(kind):
-            mean, rest, m2, m2_rest = double_moments(x, n, centred, np.float64)
+            mean, rest, m2, m2_rest = double_moments(x, n, centred, lanes)
         elif not centred:
             m2 = squares(x, n, kind)
         else:
@@ -649,10 +674,12 @@ def runs_block(q, a, b, width, first, last, into, work, tile, kind, tiled):
             t = first - p * q.s
             if q.mask.data == 0 and (last - first <= q.s - t or q.whole_planes):
                 x = at(source, a, b + k) + p * source.p + t * source.s
-                moments(x, last - first, q.centred != 0, into + 8 * k, width, tiled)
+                moments(
+                    x, last - first, q.centred != 0, into + 8 * k, width, work + 16 * width, tiled
+                )
             else:
                 n = fetch_run(q, a, b + k, first, last, tile, kind)
-                moments(tile, n, q.centred != 0, into + 8 * k, width, tiled)
+                moments(tile, n, q.centred != 0, into + 8 * k, width, work + 16 * width, tiled)
         return
     sums_of_runs(q, a, b, width, first, last, work, kind)
     count = np.float64(last - first)
@@ -731,7 +758,7 @@ def runs_step(q, a, b, width, piece, scale, tile, spare, kind, tiled):
 
 def runs_room(width):
     """Bytes that a thread needs."""
-    return 8 * (FIELDS * width * 3 + SCALE * width + 2 * width + BLOCK + CHUNK + 8)
+    return 8 * (FIELDS * width * 3 + SCALE * width + 2 * width + 4 * LANES + BLOCK + CHUNK + 8)
 
 
 @inner
@@ -745,7 +772,7 @@ def runs(record, memory, room, turns, task, kind, tiled):
     other = part + 8 * FIELDS * width
     own = other + 8 * FIELDS * width
     work = own + 8 * SCALE * width
-    tile = work + 8 * 2 * width
+    tile = work + 8 * (2 * width + 4 * LANES)
     tile += -tile % 64
     spare = tile + 8 * BLOCK
     while True:

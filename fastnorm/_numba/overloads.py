@@ -19,7 +19,17 @@ from numba.extending import overload
 
 import fastnorm
 from fastnorm._numba import scalar
-from fastnorm._numba.forward import BLOCK, FIELDS, SCALE, inner, merge_into, moments, rstd_of, steps
+from fastnorm._numba.forward import (
+    BLOCK,
+    FIELDS,
+    LANES,
+    SCALE,
+    inner,
+    merge_into,
+    moments,
+    rstd_of,
+    steps,
+)
 from fastnorm._numba.memory import is_double, read, write
 
 
@@ -31,13 +41,13 @@ def register() -> None:
 
 
 @inner
-def row_moments(x, n, centred, into, part, kind):
+def row_moments(x, n, centred, into, part, lanes, kind):
     """Moments of n elements side by side: those of blocks, merged in order."""
-    moments(x, min(n, BLOCK), centred, into, 1, kind)
+    moments(x, min(n, BLOCK), centred, into, 1, lanes, kind)
     i = BLOCK
     size = 8 if is_double(kind) else 4
     while i < n:
-        moments(x + i * size, min(n - i, BLOCK), centred, part, 1, kind)
+        moments(x + i * size, min(n - i, BLOCK), centred, part, 1, lanes, kind)
         merge_into(into, part, 1, 1)
         i += BLOCK
 
@@ -59,7 +69,8 @@ def row_scale(x, n, centred, eps, room, kind):
     """From a row to the scale of its step, at `room` + FIELDS numbers twice over."""
     part = room + 8 * FIELDS
     scale = part + 8 * FIELDS
-    row_moments(x, n, centred, room, part, kind)
+    lanes = scale + 8 * SCALE
+    row_moments(x, n, centred, room, part, lanes, kind)
     unit = 1.0
     if is_double(kind):
         v = read(room, 3, np.float64) / n + eps
@@ -70,7 +81,7 @@ def row_scale(x, n, centred, eps, room, kind):
             scaled = np.empty(n, np.float64)
             for i in range(n):
                 scaled[i] = read(x, i, np.float64) * unit
-            row_moments(scaled.ctypes.data, n, centred, room, part, kind)
+            row_moments(scaled.ctypes.data, n, centred, room, part, lanes, kind)
     mean = read(room, 1, np.float64)
     _, rstd = rstd_of(
         np.float64(n), read(room, 3, np.float64), read(room, 4, np.float64), eps, unit, kind
@@ -87,7 +98,7 @@ def row_scale(x, n, centred, eps, room, kind):
     return scale
 
 
-ROOM = 2 * FIELDS + SCALE  # numbers of float64 that a row needs
+ROOM = 2 * FIELDS + SCALE + 4 * LANES  # numbers of float64 that a row needs
 
 
 @inner

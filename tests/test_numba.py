@@ -1,0 +1,379 @@
+"""The Numba backend beside Cython's, a user's functions in and around the norms, threads, forks.
+
+What every backend must do (accuracy, gradients, features, determinism) is tested with each of them
+in the other files.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+
+import fastnorm as fn
+
+from .helpers import (
+    BACKENDS,
+    COMPILED,
+    DTYPES,
+    F32,
+    F64,
+    Array,
+    assert_same_bits,
+    call,
+    channels_last,
+    data,
+    named,
+    run_python,
+    ulps,
+    without,
+)
+from .operations import OPERATIONS, Operation
+
+LAYOUTS = {"channels-first": np.ascontiguousarray, "channels-last": channels_last}
+
+by_layout = pytest.mark.parametrize("layout", LAYOUTS)
+with_cython = pytest.mark.skipif(not COMPILED, reason="no compiled kernels to compare with")
+
+
+# --- The same numbers as Cython's -----------------------------------------------------------------
+
+
+def together(result: Any) -> tuple[Any, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+@with_cython
+@by_layout
+@pytest.mark.parametrize("dtype", DTYPES, ids=named)
+@pytest.mark.parametrize("op", OPERATIONS, ids=named)
+def test_one_unit_from_cython(op: Operation, dtype: Any, layout: str) -> None:
+    """Both add up in their own order and then round in the same places."""
+    x = LAYOUTS[layout](data((6, 32, 12, 11), dtype, 30.0))
+    p = op.parameters(x.shape, F64 if dtype == F64 else F32, np.random.default_rng(0))
+    with fn.backend("cython"):
+        right = together(call(op, x, p))
+    with fn.backend("numba"):
+        ours = together(call(op, x, p))
+    for a, b in zip(ours, right, strict=True):
+        assert a.dtype == b.dtype
+        assert a.strides == b.strides
+        # Sums of float32 agree to 2^-44. Those of float64 do not in their last bit: rstd may then
+        # be another by a unit, and the terms of the affine step, which may cancel, round otherwise
+        # by another: units of the largest number.
+        size = abs(b.astype(F64))
+        scale = np.maximum(size, 1.0) if dtype != F64 else np.full(b.shape, size.max())
+        assert ulps(a, b, dtype, scale=scale).max() <= (1 if dtype != F64 else 2)
+
+
+@with_cython
+@by_layout
+@pytest.mark.parametrize("dtype", DTYPES, ids=named)
+@pytest.mark.parametrize("op", [op for op in OPERATIONS if op.backward], ids=named)
+def test_gradients_one_unit_from_cython(op: Operation, dtype: Any, layout: str) -> None:
+    x, dy = (
+        LAYOUTS[layout](data((6, 32, 12, 11), dtype, r, seed=s)) for r, s in ((3.0, 0), (0, 1))
+    )
+    p = op.parameters(x.shape, F64 if dtype == F64 else F32, np.random.default_rng(0))
+    y, *stats = call(op, x, without(p, "weight", "bias"), return_stats=True)
+    keywords = {k: p[k] for k in op.backward_keywords if k in p}
+    results = []
+    for name in ("cython", "numba"):
+        with fn.backend(name):
+            results.append(getattr(fn, str(op.backward))(dy, x, *stats, **keywords))
+    positive = getattr(fn, str(op.backward))(abs(dy), x, *stats, **keywords)[1:]
+    # the largest terms of each formula: rstd w dy xhat^2, and the sums of |dy xhat| and of |dy|
+    xhat = max(1.0, abs(y.astype(F64)).max())
+    term = stats[-1].max() * abs(p["weight"]).max() * abs(dy.astype(F64)).max() * xhat**2
+    added = abs(positive[-1].astype(F64)).max() * xhat
+    for right, ours, largest in zip(*results, (term, added, added)):
+        assert ours.dtype == right.dtype
+        size = abs(right.astype(F64)).max()
+        scale = np.full(right.shape, size if dtype != F64 else max(size, largest))
+        assert ulps(ours, right, right.dtype, scale=scale).max() <= 1
+
+
+@by_layout
+@pytest.mark.parametrize("shape", [(16, 64, 24, 24), (3, 4, 320, 321), (1, 4, 400, 401)], ids=str)
+@pytest.mark.parametrize("op", [op for op in OPERATIONS if op.backward], ids=named)
+def test_gradients_for_any_number_of_threads(
+    op: Operation, shape: tuple[int, ...], layout: str
+) -> None:
+    x, dy = (LAYOUTS[layout](data(shape, F32, 3.0, seed=i)) for i in range(2))
+    p = op.parameters(shape, F32, np.random.default_rng(0))
+    keywords = {k: p[k] for k in op.backward_keywords if k in p}
+    with fn.backend("numba"):
+        _, *stats = call(op, x, p, return_stats=True)
+        with fn.threads(1):
+            serial = getattr(fn, str(op.backward))(dy, x, *stats, **keywords)
+        with fn.threads(2):
+            shared = getattr(fn, str(op.backward))(dy, x, *stats, **keywords)
+    for a, b in zip(serial, shared, strict=True):
+        assert_same_bits(a, b)
+
+
+# --- A user's activation --------------------------------------------------------------------------
+
+
+@numba.njit
+def softshrink(v: Any) -> Any:
+    """A scalar function with a branch."""
+    if v > 0.5:
+        return v - 0.5
+    return v + 0.5 if v < -0.5 else 0.0 * v
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=named)
+@by_layout
+def test_activation_of_a_user(layout: str, dtype: Any, name: str) -> None:
+    x = LAYOUTS[layout](data((3, 8, 12, 11), dtype, 1.0))
+    residual = LAYOUTS[layout](data((3, 8, 12, 11), dtype, 0.0, seed=1))
+    w, b = np.random.default_rng(0).standard_normal((2, 8)).astype(F64 if dtype == F64 else F32)
+    # who compiled the function calls it
+    with fn.backend("numba" if name == "cython" else name):
+        before = fn.group_norm(x, 2, w, b, residual=residual).astype(F64)
+    with fn.backend(name):
+        y = fn.group_norm(x, 2, w, b, residual=residual, activation=softshrink)
+    right = np.where(before > 0.5, before - 0.5, np.where(before < -0.5, before + 0.5, 0.0))
+    assert y.dtype == dtype
+    assert y.strides == x.strides
+    # what came before was rounded once more on the way here
+    assert ulps(y, right, dtype, scale=abs(before)).max() <= 1.5
+
+
+def test_activation_of_a_user_in_every_norm() -> None:
+    x = data((4, 6, 5, 7), F32, 2.0)
+    for op in OPERATIONS:
+        if "activation" in op.features:
+            p = op.parameters(x.shape, F32, np.random.default_rng(0), num_groups=3)
+            relu = call(op, x, p, activation="relu")
+            ours = call(op, x, p, activation=numba.njit(lambda v: max(v, np.float32(0))))
+            with fn.backend("numba"):
+                right = call(op, x, p, activation="relu")
+            assert_same_bits(ours, right)
+            np.testing.assert_allclose(ours, relu, rtol=2**-22, atol=2**-22)
+
+
+def test_activations_that_cannot_be() -> None:
+    x = data((4, 6), F32)
+    kept = x.copy()
+    with pytest.raises(ValueError, match=r"numba\.njit"):
+        fn.layer_norm(x, 6, activation=lambda v: v)
+    for wrong in (numba.njit(lambda v, w: v), numba.njit(lambda v: v.shape)):
+        with pytest.raises(TypeError, match="cannot be compiled"):
+            fn.layer_norm(x, 6, activation=wrong, out=x)
+    assert_same_bits(x, kept)
+
+
+# --- Inside a user's function ---------------------------------------------------------------------
+
+
+@numba.njit
+def inside_layer(x: Any, shape: Any, w: Any, b: Any) -> Any:
+    return fn.layer_norm(x, shape, w, b)
+
+
+@numba.njit
+def inside_rms(x: Any, shape: Any, w: Any) -> Any:
+    return fn.rms_norm(x, shape, w)
+
+
+@numba.njit
+def inside_group(x: Any, w: Any, b: Any) -> Any:
+    return fn.group_norm(x, 3, w, b, eps=1e-3)
+
+
+@numba.njit
+def inside_instance(x: Any) -> Any:
+    return fn.instance_norm(x)
+
+
+@numba.njit
+def inside_batch(x: Any, mean: Any, var: Any, w: Any) -> Any:
+    return fn.batch_norm(x, mean, var, w)
+
+
+@numba.njit(parallel=True)
+def in_a_loop(x: Any, w: Any, b: Any) -> Any:
+    y = np.empty_like(x)
+    for i in numba.prange(len(x)):
+        y[i] = fn.layer_norm(x[i], x.shape[1], w, b)
+    return y
+
+
+def _same(ours: Array, right: Array) -> None:
+    assert ours.dtype == right.dtype
+    assert ours.shape == right.shape
+    scale = np.maximum(abs(right.astype(F64)), 1.0)
+    assert ulps(ours, right, right.dtype, scale=scale).max() <= 1
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1e6])
+@pytest.mark.parametrize("dtype", [F32, F64], ids=named)
+def test_inside_compiled_code(dtype: Any, ratio: float) -> None:
+    rng = np.random.default_rng(0)
+    x = data((40, 5000), dtype, ratio)
+    w, b = rng.standard_normal((2, 5000)).astype(dtype)
+    right = fn.layer_norm(x, 5000, w, b)
+    _same(inside_layer(x, 5000, w, b), right)
+    _same(inside_layer(np.asfortranarray(x), (5000,), w, b), right)
+    _same(inside_layer(x, 5000, w, None), fn.layer_norm(x, 5000, w))
+    _same(in_a_loop(x, w, b), right)
+    _same(inside_rms(x, 5000, w), fn.rms_norm(x, 5000, w))
+    x = data((4, 6, 5, 7), dtype, ratio)
+    w, b = rng.standard_normal((2, 6)).astype(dtype)
+    _same(inside_layer(x, x.shape[1:], None, None), fn.layer_norm(x, x.shape[1:]))
+    for y in (x, channels_last(x), x[:, :, 0, 0]):
+        _same(inside_group(y, w, b), fn.group_norm(y, 3, w, b, eps=1e-3))
+        mean, var = y.mean(0).reshape(6, -1)[:, 0], np.full(6, 2.0, dtype)
+        _same(inside_batch(y, mean, var, w), fn.batch_norm(y, mean, var, w))
+    _same(inside_instance(x), fn.instance_norm(x))
+
+
+@pytest.mark.parametrize("size", [1e-44, 1e-30, 1e38, 1e200, 1e-200])
+def test_inside_compiled_code_at_the_ends_of_the_range(size: float) -> None:
+    dtype = F32 if 1e-45 < size < 1e39 and size != 1e-200 else F64
+    x = (size * np.arange(-3.0, 4.0)).astype(dtype).reshape(1, 7)
+    _same(inside_instance(x.reshape(1, 1, 7)).reshape(1, 7), fn.layer_norm(x, 7))
+
+
+def test_inside_compiled_code_refused() -> None:
+    x = data((4, 6), F32)
+    with pytest.raises(ValueError, match="trailing shape"):
+        inside_layer(x, 5, None, None)
+    with pytest.raises(ValueError, match="weight or bias"):
+        inside_layer(x, 6, x[0, :5], None)
+    with pytest.raises(ValueError, match="num_groups"):
+        inside_group(data((4, 8), F32), None, None)
+    with pytest.raises(numba.TypingError, match="float32 or float64"):
+        inside_layer(np.arange(6), 6, None, None)
+    assert inside_layer(x[:0], 6, None, None).shape == (0, 6)
+
+
+def test_norms_are_known_without_an_import() -> None:
+    """Numba itself finds them, by an entry point of the installed package."""
+    code = """
+import numba, numpy as np, fastnorm as fn
+@numba.njit
+def f(x):
+    return fn.layer_norm(x, 3)
+print(f(np.array([[1.0, 2.0, 3.0]])).round(3).tolist())
+"""
+    run = run_python("-c", code)
+    assert run.stdout.strip() == "[[-1.225, 0.0, 1.225]]", run.stderr
+
+
+# --- Threads and forks ----------------------------------------------------------------------------
+
+SECONDS = float(os.environ.get("FASTNORM_STRESS_SECONDS", "3"))
+
+
+def _work() -> list[tuple[str, Callable[[], Any]]]:
+    """Calls of both backends that use several threads and take well under a millisecond or two."""
+    rows, planes = data((256, 1000), F32, 3.0), data((4, 16, 40, 40), F32, 3.0)
+    big = data((1, 1, 500, 601), F32, 3.0)  # one group, shared out
+    return [
+        ("rows", lambda: fn.layer_norm(rows, 1000)),
+        ("planes", lambda: fn.group_norm(planes, 4, activation="silu")),
+        ("one", lambda: fn.instance_norm(big)),
+    ]
+
+
+STRESS = """
+import sys, threading, time
+sys.path.insert(0, {root!r})
+from tests.test_numba import stress
+stress({seconds})
+"""
+
+
+def stress(seconds: float) -> None:
+    """Eight threads at both backends at once, then forks: an error at a wrong number.
+
+    The choice of a backend is the process's: every thread calls what the last one has chosen.
+    """
+    work = _work()
+    right = {}
+    for name in ("cython", "numba") if COMPILED else ("numba",):
+        with fn.backend(name), fn.threads(1):
+            for label, f in work:
+                right[label, name] = f()
+    wrong: list[str] = []
+    stop = time.monotonic() + seconds
+    counts = [0] * 8
+
+    def run(i: int) -> None:
+        while time.monotonic() < stop:
+            label, f = work[(i + counts[i]) % len(work)]
+            if i < 2:
+                fn.set_backend(("cython", "numba")[counts[i] % 2] if COMPILED else "numba")
+            y = f()
+            allowed = [r for (of, _), r in right.items() if of == label]
+            if not any(np.array_equal(y, r) for r in allowed):
+                wrong.append(label)
+            counts[i] += 1
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong, wrong[:5]
+    assert min(counts) > 0, counts
+    for i in range(20):
+        fn.set_backend("numba" if i % 2 or not COMPILED else "cython")
+        for _, f in work:
+            f()  # in threads, if there are any
+        child = os.fork()
+        if child == 0:
+            good = all(np.array_equal(f(), right[of, fn.get_backend()]) for of, f in work)
+            os._exit(0 if good else 1)
+        limit = time.monotonic() + 60
+        while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
+            assert time.monotonic() < limit, "a forked child hangs"
+            time.sleep(0.001)
+        assert ended[1] == 0, f"child {i} ended with {ended[1]}"
+
+
+@pytest.mark.skipif(
+    "fork" not in multiprocessing.get_all_start_methods(), reason="no fork on this system"
+)
+@pytest.mark.parametrize("layer", ["default", "workqueue"])
+def test_threads_and_forks(layer: str) -> None:
+    """No hang, crash or wrong number, whichever layer Numba's threads are from."""
+    code = STRESS.format(root=str(Path(__file__).parent.parent), seconds=SECONDS)
+    chosen = {} if layer == "default" else {"NUMBA_THREADING_LAYER": layer}
+    run = run_python(
+        "-W", "ignore::DeprecationWarning", "-c", code, timeout=SECONDS + 240,
+        FASTNORM_NUM_THREADS="2", **chosen,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+
+
+# --- The kernels on disk --------------------------------------------------------------------------
+
+ONCE = (
+    "import numpy as np, fastnorm as fn; fn.set_backend('numba'); "
+    "print(fn.layer_norm(np.arange(6.0), 6).sum())"
+)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="folders that cannot be written are made with chmod")
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    """Kernels are then compiled for this process alone."""
+    tmp_path.chmod(0o500)
+    folder = (
+        tmp_path / "cache" if os.geteuid() else Path("/proc/fastnorm")
+    )  # root may write anywhere
+    run = run_python("-c", ONCE, NUMBA_CACHE_DIR=str(folder))
+    assert run.returncode == 0, run.stderr
+    assert abs(float(run.stdout)) < 1e-12

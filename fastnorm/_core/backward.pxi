@@ -17,8 +17,8 @@ cdef extern from "simd.h" nogil:
     void fn_pair_planes_bf16(const uint16_t*, Py_ssize_t, const uint16_t*, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, const float*, const float*, const float*, const float*, double*) noexcept
     void fn_add_lanes(double*, Py_ssize_t, double*, double*) noexcept
     void fn_pair_rows(const float*, Py_ssize_t, const float*, Py_ssize_t, Py_ssize_t, Py_ssize_t, const float*, const float*, const float*, const float*, bint, double*, double*) noexcept
-    void fn_sum_planes_float(const float*, Py_ssize_t, const float*, Py_ssize_t, Py_ssize_t, Py_ssize_t, const double*, const double*, const float*, double*) noexcept
-    void fn_sum_planes_double(const double*, Py_ssize_t, const double*, Py_ssize_t, Py_ssize_t, Py_ssize_t, const double*, const double*, const double*, double*) noexcept
+    void fn_sum_planes_float(const float*, Py_ssize_t, const float*, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, const double*, const double*, const float*, double*) noexcept
+    void fn_sum_planes_double(const double*, Py_ssize_t, const double*, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, const double*, const double*, const double*, double*) noexcept
     void fn_sum_rows_float(const float*, Py_ssize_t, const float*, Py_ssize_t, Py_ssize_t, Py_ssize_t, const double*, const double*, const float*, bint, double*, double*) noexcept
     void fn_sum_rows_double(const double*, Py_ssize_t, const double*, Py_ssize_t, Py_ssize_t, Py_ssize_t, const double*, const double*, const double*, bint, double*, double*) noexcept
     void fn_back_planes_float(const float*, Py_ssize_t, const float*, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, float*, Py_ssize_t, const float*, const float*, const float*, const float*, const float*, const float*) noexcept
@@ -242,9 +242,9 @@ cdef void run_sums(Back* q, Item it, Slopes* s, Py_ssize_t f, Py_ssize_t last, d
             if q.inside:
                 w = weights_along(q, one, p, t, n, room)
             if real is double:
-                fn_sum_planes_double(x, q.x.b // size, dy, q.dy.b // size, j - i, n, s.mean + i, s.rstd + i, w, lanes + 2 * PAIRS * i)
+                fn_sum_planes_double(x, q.x.b // size, dy, q.dy.b // size, j - i, n, ahead, s.mean + i, s.rstd + i, w, lanes + 2 * PAIRS * i)
             elif s.wide[i]:
-                fn_sum_planes_float(x, q.x.b // size, dy, q.dy.b // size, j - i, n, s.mean + i, s.rstd + i, w, lanes + 2 * PAIRS * i)
+                fn_sum_planes_float(x, q.x.b // size, dy, q.dy.b // size, j - i, n, ahead, s.mean + i, s.rstd + i, w, lanes + 2 * PAIRS * i)
             elif raw:
                 fn_pair_planes_bf16(<const uint16_t*>x, q.x.b // size, <const uint16_t*>dy, q.dy.b // size, j - i, n, ahead,
                                     <float*>s.hi + i, <float*>s.r + i, <float*>s.shift + i, w, lanes + 2 * PAIRS * i)

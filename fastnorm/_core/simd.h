@@ -834,9 +834,14 @@ static inline int fn_spread(ptrdiff_t n, ptrdiff_t k, const double *FN_RESTRICT 
  * and second of a group side by side, from one plane to the next. */
 #define FN_PLANES_OF(type)                                                                        \
     const type *x, ptrdiff_t x_step, const type *dy, ptrdiff_t dy_step, ptrdiff_t planes,         \
-        ptrdiff_t n
+        ptrdiff_t n, ptrdiff_t ahead
 #define FN_EACH_PLANE                                                                             \
     for (ptrdiff_t k = 0; k < planes; k++, x += x_step, dy += dy_step, lanes += 2 * FN_PAIRS)
+#define FN_FETCH_BOTH(m)                                                                          \
+    for (int j = 0; j < (m); j += 64 / (int)sizeof *x) {                                          \
+        FN_FETCH((const char *)(x + i + j) + ahead);                                              \
+        FN_FETCH((const char *)(dy + i + j) + ahead);                                             \
+    }
 #define FN_SUM_PAIR(G, D)                                                                         \
     FN_EACH_PLANE {                                                                               \
         const double mean = means[k], rstd = rstds[k];                                            \
@@ -845,12 +850,14 @@ static inline int fn_spread(ptrdiff_t n, ptrdiff_t k, const double *FN_RESTRICT 
         ptrdiff_t i = 0;                                                                          \
         (void)rstd;                                                                               \
         for (int j = 0; j < FN_PAIRS; j++) a[j] = first[j], b[j] = second[j];                     \
-        for (; i + FN_PAIRS <= n; i += FN_PAIRS)                                                  \
+        for (; i + FN_PAIRS <= n; i += FN_PAIRS) {                                                \
+            FN_FETCH_BOTH(FN_PAIRS)                                                               \
             for (int j = 0; j < FN_PAIRS; j++) {                                                  \
                 const double g = G(i + j), d = D(i + j);                                          \
                 a[j] += g;                                                                        \
                 b[j] = fn_mac64(g, d, b[j]);                                                      \
             }                                                                                     \
+        }                                                                                         \
         for (int j = 0; j < FN_PAIRS; j++) first[j] = a[j], second[j] = b[j];                     \
         for (int j = 0; i < n; i++, j++) {                                                        \
             const double g = G(i);                                                                \
@@ -937,7 +944,7 @@ static inline void fn_add_lanes(double *lanes, ptrdiff_t planes, double *first, 
 #define FN_AS_IT_IS(v) (v)
 /* Planes of neighbouring groups, each with one statistic and one weight; wr = weight rstd. */
 #define FN_BACK_PLANES(name, type, real, fma, FROM, TO)                                           \
-    static inline void fn_back_planes_##name(FN_PLANES_OF(type), ptrdiff_t ahead, type *dx,       \
+    static inline void fn_back_planes_##name(FN_PLANES_OF(type), type *dx,                        \
                                              ptrdiff_t dx_step, const real *his, const real *rs,  \
                                              const real *shifts, const real *wrs,                 \
                                              const real *c1s, const real *c2s) {                  \
@@ -948,6 +955,7 @@ static inline void fn_add_lanes(double *lanes, ptrdiff_t planes, double *first, 
                 for (ptrdiff_t i = 0; i < n; i += 64 / (ptrdiff_t)sizeof *x) {                    \
                     FN_FETCH((const char *)(x + i) + ahead);                                      \
                     FN_FETCH((const char *)(dy + i) + ahead);                                     \
+                    FN_FETCH((const char *)(dx + i) + ahead);                                     \
                 }                                                                                 \
             FN_FROM_A_LINE(dx, n, from, to)                                                       \
             FN_IVDEP for (ptrdiff_t i = from; i < to; i++) {                                      \
@@ -1031,11 +1039,11 @@ FN_COLLECT(double, double, double, fn_fma64, FN_AS_IT_IS, FN_AS_IT_IS)
  * before they go into a double lane: each sum is then within 2^-24 of the size of its terms over the
  * square root of their number, and half of the conversions, which cost more than the arithmetic, are
  * three quarters fewer. */
-#define FN_TERMS(k, FROM)                                                                               \
+#define FN_TERMS(k, FROM)                                                                         \
     const float t##k = FROM(dy[i + j + 16 * k]) * (wv ? w[i + j + 16 * k] : 1.0f);                \
     const float h##k = fn_fma32(FROM(x[i + j + 16 * k]) - hi, r, shift);
 #define FN_PAIR_PLANES(name, type, FROM)                                                          \
-    FN_INLINE void fn_pair_planes_of_##name(FN_PLANES_OF(type), ptrdiff_t ahead, const float *his,\
+    FN_INLINE void fn_pair_planes_of_##name(FN_PLANES_OF(type), const float *his,                 \
                                             const float *rs, const float *shifts, const float *w, \
                                             int wv, double *lanes) {                              \
         FN_EACH_PLANE {                                                                           \
@@ -1045,10 +1053,7 @@ FN_COLLECT(double, double, double, fn_fma64, FN_AS_IT_IS, FN_AS_IT_IS)
             ptrdiff_t i = 0;                                                                      \
             for (int j = 0; j < FN_PAIRS; j++) a[j] = first[j], b[j] = second[j];                 \
             for (; i + 64 <= n; i += 64) {                                                        \
-                for (int j = 0; j < 64; j += 64 / (int)sizeof *x) {                               \
-                    FN_FETCH((const char *)(x + i + j) + ahead);                                  \
-                    FN_FETCH((const char *)(dy + i + j) + ahead);                                 \
-                }                                                                                 \
+                FN_FETCH_BOTH(64)                                                                 \
                 for (int j = 0; j < FN_PAIRS; j++) {                                              \
                     FN_TERMS(0, FROM) FN_TERMS(1, FROM) FN_TERMS(2, FROM) FN_TERMS(3, FROM)       \
                     a[j] += (double)((t0 + t1) + (t2 + t3));                                      \
@@ -1070,7 +1075,7 @@ FN_COLLECT(double, double, double, fn_fma64, FN_AS_IT_IS, FN_AS_IT_IS)
             }                                                                                     \
         }                                                                                         \
     }                                                                                             \
-    static inline void fn_pair_planes_##name(FN_PLANES_OF(type), ptrdiff_t ahead,                 \
+    static inline void fn_pair_planes_##name(FN_PLANES_OF(type),                                  \
                                              const float *hi, const float *r, const float *shift, \
                                              const float *w, double *lanes) {                     \
         if (w)                                                                                    \

@@ -217,7 +217,7 @@ cdef inline Py_ssize_t alike(Slopes* s, Py_ssize_t first, Py_ssize_t n) noexcept
 cdef void run_sums(Back* q, Item it, Slopes* s, Py_ssize_t f, Py_ssize_t last, double* sums, char* tiles, real* kind) noexcept nogil:
     """The same over elements [f, last) of each group of runs."""
     cdef double[2 * PAIRS * BUNDLE] lanes
-    cdef Py_ssize_t p, t, n, i, j, size = bytes_of(q.x.storage), limit = SPAN
+    cdef Py_ssize_t p, t, n, i, j, limit = SPAN
     cdef Py_ssize_t ahead = q.x.p if it.width > 1 and q.p > 1 else AHEAD
     cdef bint raw = q.brief and not s.any_wide
     cdef bint convert = not raw and not (native(q.x.storage, kind) and native(q.dy.storage, kind))
@@ -242,14 +242,14 @@ cdef void run_sums(Back* q, Item it, Slopes* s, Py_ssize_t f, Py_ssize_t last, d
             if q.inside:
                 w = weights_along(q, one, p, t, n, room)
             if real is double:
-                fn_sum_planes_double(x, q.x.b // size, dy, q.dy.b // size, j - i, n, ahead, s.mean + i, s.rstd + i, w, lanes + 2 * PAIRS * i)
+                fn_sum_planes_double(x, q.x.b, dy, q.dy.b, j - i, n, ahead, s.mean + i, s.rstd + i, w, lanes + 2 * PAIRS * i)
             elif s.wide[i]:
-                fn_sum_planes_float(x, q.x.b // size, dy, q.dy.b // size, j - i, n, ahead, s.mean + i, s.rstd + i, w, lanes + 2 * PAIRS * i)
+                fn_sum_planes_float(x, q.x.b, dy, q.dy.b, j - i, n, ahead, s.mean + i, s.rstd + i, w, lanes + 2 * PAIRS * i)
             elif raw:
-                fn_pair_planes_bf16(<const uint16_t*>x, q.x.b // size, <const uint16_t*>dy, q.dy.b // size, j - i, n, ahead,
+                fn_pair_planes_bf16(<const uint16_t*>x, q.x.b, <const uint16_t*>dy, q.dy.b, j - i, n, ahead,
                                     <float*>s.hi + i, <float*>s.r + i, <float*>s.shift + i, w, lanes + 2 * PAIRS * i)
             else:
-                fn_pair_planes_float(x, q.x.b // size, dy, q.dy.b // size, j - i, n, ahead,
+                fn_pair_planes_float(x, q.x.b, dy, q.dy.b, j - i, n, ahead,
                                      <float*>s.hi + i, <float*>s.r + i, <float*>s.shift + i, w, lanes + 2 * PAIRS * i)
             i = j
         f += n
@@ -379,7 +379,7 @@ cdef void wide_step(Back* q, Slopes* s, Py_ssize_t k, Py_ssize_t first, Py_ssize
 
 cdef void step_runs(Back* q, Item it, Slopes* s, Py_ssize_t f, Py_ssize_t last, char* tiles, real* kind) noexcept nogil:
     """dx of elements [f, last) of each group of runs, where the weight does not differ inside."""
-    cdef Py_ssize_t p, t, n, i, j, k, size = bytes_of(q.x.storage), limit = SPAN
+    cdef Py_ssize_t p, t, n, i, j, k, limit = SPAN
     cdef Py_ssize_t ahead = q.x.p if it.width > 1 and q.p > 1 else 0
     cdef bint raw = q.brief and not s.any_wide
     cdef bint straight = raw or (native(q.dx.storage, kind) and not q.stream)
@@ -408,13 +408,13 @@ cdef void step_runs(Back* q, Item it, Slopes* s, Py_ssize_t f, Py_ssize_t last, 
             if s.wide[i]:
                 wide_step(q, s, i, 0, n, x, dy, NULL, weight_of(q, one, p, t, 0), dx, NULL, NULL)
             elif real is double:
-                fn_back_planes_double(x, q.x.b // size, dy, q.dy.b // size, j - i, n, ahead, dx, q.dx.b // size,
+                fn_back_planes_double(x, q.x.b, dy, q.dy.b, j - i, n, ahead, dx, q.dx.b,
                                       <double*>s.hi + i, <double*>s.r + i, <double*>s.shift + i, wr + i, <double*>s.c1 + i, <double*>s.c2 + i)
             elif raw:
-                fn_back_planes_bf16(<const uint16_t*>x, q.x.b // size, <const uint16_t*>dy, q.dy.b // size, j - i, n, ahead, <uint16_t*>dx, q.dx.b // size,
+                fn_back_planes_bf16(<const uint16_t*>x, q.x.b, <const uint16_t*>dy, q.dy.b, j - i, n, ahead, <uint16_t*>dx, q.dx.b,
                                     <float*>s.hi + i, <float*>s.r + i, <float*>s.shift + i, wr + i, <float*>s.c1 + i, <float*>s.c2 + i)
             else:
-                fn_back_planes_float(x, q.x.b // size, dy, q.dy.b // size, j - i, n, ahead, dx, q.dx.b // size,
+                fn_back_planes_float(x, q.x.b, dy, q.dy.b, j - i, n, ahead, dx, q.dx.b,
                                      <float*>s.hi + i, <float*>s.r + i, <float*>s.shift + i, wr + i, <float*>s.c1 + i, <float*>s.c2 + i)
             if not straight:
                 deliver(dx, n, place(&q.dx, one, p, t), q.dx.storage, q.stream, <char*>(tile + BLOCK))

@@ -830,20 +830,22 @@ static inline int fn_spread(ptrdiff_t n, ptrdiff_t k, const double *FN_RESTRICT 
 /* Loops of a fixed length, and a rest that adds up beside the lanes: these stay in registers. */
 #define FN_ADD_UP(v) FN_FOLD(v, 8) FN_FOLD(v, 4) FN_FOLD(v, 2)
 
-/* Of several neighbouring groups, a plane or row of n numbers each: their sums lie in `lanes`, first
- * and second of a group side by side, from one plane to the next. */
+/* Of several neighbouring groups, steps of so many bytes apart, a plane or row of n numbers each: their
+ * sums lie in `lanes`, first and second of a group side by side, from one plane to the next. */
 #define FN_PLANES_OF(type)                                                                        \
     const type *x, ptrdiff_t x_step, const type *dy, ptrdiff_t dy_step, ptrdiff_t planes,         \
         ptrdiff_t n, ptrdiff_t ahead
-#define FN_EACH_PLANE                                                                             \
-    for (ptrdiff_t k = 0; k < planes; k++, x += x_step, dy += dy_step, lanes += 2 * FN_PAIRS)
+#define FN_NEXT(type, x, bytes) x = (type *)((uintptr_t)x + (uintptr_t)(bytes))
+#define FN_EACH_PLANE(type)                                                                       \
+    for (ptrdiff_t k = 0; k < planes; k++, FN_NEXT(const type, x, x_step),                        \
+                   FN_NEXT(const type, dy, dy_step), lanes += 2 * FN_PAIRS)
 #define FN_FETCH_BOTH(m)                                                                          \
     for (int j = 0; j < (m); j += 64 / (int)sizeof *x) {                                          \
         FN_FETCH((const char *)(x + i + j) + ahead);                                              \
         FN_FETCH((const char *)(dy + i + j) + ahead);                                             \
     }
-#define FN_SUM_PAIR(G, D)                                                                         \
-    FN_EACH_PLANE {                                                                               \
+#define FN_SUM_PAIR(type, G, D)                                                                   \
+    FN_EACH_PLANE(type) {                                                                         \
         const double mean = means[k], rstd = rstds[k];                                            \
         double *FN_RESTRICT first = lanes, *FN_RESTRICT second = lanes + FN_PAIRS;                \
         double a[FN_PAIRS], b[FN_PAIRS];                                                          \
@@ -948,7 +950,8 @@ static inline void fn_add_lanes(double *lanes, ptrdiff_t planes, double *first, 
                                              ptrdiff_t dx_step, const real *his, const real *rs,  \
                                              const real *shifts, const real *wrs,                 \
                                              const real *c1s, const real *c2s) {                  \
-        for (ptrdiff_t k = 0; k < planes; k++, x += x_step, dy += dy_step, dx += dx_step) {       \
+        for (ptrdiff_t k = 0; k < planes; k++, FN_NEXT(const type, x, x_step),                    \
+                       FN_NEXT(const type, dy, dy_step), FN_NEXT(type, dx, dx_step)) {            \
             const real hi = his[k], r = rs[k], shift = shifts[k];                                 \
             const real wr = wrs[k], c1 = c1s[k], c2 = c2s[k];                                     \
             if (ahead)                                                                            \
@@ -1046,7 +1049,7 @@ FN_COLLECT(double, double, double, fn_fma64, FN_AS_IT_IS, FN_AS_IT_IS)
     FN_INLINE void fn_pair_planes_of_##name(FN_PLANES_OF(type), const float *his,                 \
                                             const float *rs, const float *shifts, const float *w, \
                                             int wv, double *lanes) {                              \
-        FN_EACH_PLANE {                                                                           \
+        FN_EACH_PLANE(type) {                                                                     \
             const float hi = his[k], r = rs[k], shift = shifts[k];                                \
             double *FN_RESTRICT first = lanes, *FN_RESTRICT second = lanes + FN_PAIRS;            \
             double a[FN_PAIRS], b[FN_PAIRS];                                                      \
@@ -1133,13 +1136,13 @@ static inline void fn_pair_rows(const float *x, ptrdiff_t x_step, const float *d
 #define FN_DR(k) ((x[k * x_step + c] - mean[c]) * rstd[c])
 static inline void fn_sum_planes_float(FN_PLANES_OF(float), const double *means,
                                        const double *rstds, const float *w, double *lanes) {
-    if (w) FN_SUM_PAIR(FN_RUN_GW, FN_RUN_D)
-    else FN_SUM_PAIR(FN_RUN_G, FN_RUN_D)
+    if (w) FN_SUM_PAIR(float, FN_RUN_GW, FN_RUN_D)
+    else FN_SUM_PAIR(float, FN_RUN_G, FN_RUN_D)
 }
 static inline void fn_sum_planes_double(FN_PLANES_OF(double), const double *means,
                                         const double *rstds, const double *w, double *lanes) {
-    if (w) FN_SUM_PAIR(FN_RUN_GW, FN_RUN_DR)
-    else FN_SUM_PAIR(FN_RUN_G, FN_RUN_DR)
+    if (w) FN_SUM_PAIR(double, FN_RUN_GW, FN_RUN_DR)
+    else FN_SUM_PAIR(double, FN_RUN_G, FN_RUN_DR)
 }
 static inline void fn_sum_rows_float(const float *x, ptrdiff_t x_step, const float *dy,
                                      ptrdiff_t dy_step, ptrdiff_t rows, ptrdiff_t n,

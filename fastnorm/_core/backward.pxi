@@ -833,11 +833,12 @@ cdef int carry_back(Back* q, int threads) noexcept:
     q.parts = min(min(q.sharers, max(PARTS // q.owners, 1)), min(size // PART, (ALLOWED + x_bytes // 100) // sum_bytes))
     q.parts = max(q.parts, 1)
     # x, dy and dx go through the caches together: from three quarters of the last one on, dx goes past
-    # it, and x and dy stay there (layer norm of 4096x768: 0.90 to 0.65 ms)
+    # it, and x and dy stay there (layer norm of 4096x768: 0.90 to 0.65 ms).  Columns are read in two
+    # sweeps; for them it pays a little later.
     along = q.width if q.columns else q.s
     if q.columns and not q.inside and q.dx.s == q.width * <Py_ssize_t>bytes_of(q.dx.storage):
         along *= q.s            # rows that follow one another
-    q.stream = x_bytes > stream_above // 4 and pays_to_stream(along, bytes_of(q.dx.storage))
+    q.stream = x_bytes > (stream_above // 8 * 3 if q.columns else stream_above // 4) and pays_to_stream(along, bytes_of(q.dx.storage))
     q.brief = q.x.storage == q.dy.storage == q.dx.storage == BF16 and not q.columns and not q.stream
     q.threads = 1 if x_bytes < SERIAL // 2 or not FN_OPENMP else max(1, threads)
     with nogil:

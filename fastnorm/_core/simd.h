@@ -1042,10 +1042,15 @@ FN_COLLECT(double, double, double, fn_fma64, FN_AS_IT_IS, FN_AS_IT_IS)
  * before they go into a double lane: each sum is then within 2^-24 of the size of its terms over the
  * square root of their number, and half of the conversions, which cost more than the arithmetic, are
  * three quarters fewer. */
-#define FN_TERMS(k, FROM)                                                                         \
-    const float t##k = FROM(dy[i + j + 16 * k]) * (wv ? w[i + j + 16 * k] : 1.0f);                \
-    const float h##k = fn_fma32(FROM(x[i + j + 16 * k]) - hi, r, shift);
-#define FN_PAIR_PLANES(name, type, FROM)                                                          \
+/* bfloat16 is converted 64 at a time: beside doubles, gcc would take half of the vector. */
+#define FN_TAKE_FLOAT(t, from, m) const float *t = (from);
+#define FN_TAKE_BF16(t, from, m)                                                                  \
+    float t[m];                                                                                   \
+    for (int j = 0; j < (m); j++) t[j] = fn_from_bf16((from)[j]);
+#define FN_TERMS(k)                                                                               \
+    const float t##k = td[j + 16 * k] * (wv ? w[i + j + 16 * k] : 1.0f);                          \
+    const float h##k = fn_fma32(tx[j + 16 * k] - hi, r, shift);
+#define FN_PAIR_PLANES(name, type, TAKE)                                                          \
     FN_INLINE void fn_pair_planes_of_##name(FN_PLANES_OF(type), const float *his,                 \
                                             const float *rs, const float *shifts, const float *w, \
                                             int wv, double *lanes) {                              \
@@ -1056,23 +1061,27 @@ FN_COLLECT(double, double, double, fn_fma64, FN_AS_IT_IS, FN_AS_IT_IS)
             ptrdiff_t i = 0;                                                                      \
             for (int j = 0; j < FN_PAIRS; j++) a[j] = first[j], b[j] = second[j];                 \
             for (; i + 64 <= n; i += 64) {                                                        \
+                TAKE(tx, x + i, 64) TAKE(td, dy + i, 64)                                          \
                 FN_FETCH_BOTH(64)                                                                 \
                 for (int j = 0; j < FN_PAIRS; j++) {                                              \
-                    FN_TERMS(0, FROM) FN_TERMS(1, FROM) FN_TERMS(2, FROM) FN_TERMS(3, FROM)       \
+                    FN_TERMS(0) FN_TERMS(1) FN_TERMS(2) FN_TERMS(3)                               \
                     a[j] += (double)((t0 + t1) + (t2 + t3));                                      \
                     b[j] += (double)(fn_fma32(t0, h0, t1 * h1) + fn_fma32(t2, h2, t3 * h3));      \
                 }                                                                                 \
             }                                                                                     \
-            for (; i + FN_PAIRS <= n; i += FN_PAIRS)                                              \
+            for (; i + FN_PAIRS <= n; i += FN_PAIRS) {                                            \
+                TAKE(tx, x + i, FN_PAIRS) TAKE(td, dy + i, FN_PAIRS)                              \
                 for (int j = 0; j < FN_PAIRS; j++) {                                              \
-                    FN_TERMS(0, FROM)                                                             \
+                    FN_TERMS(0)                                                                   \
                     a[j] += (double)t0;                                                           \
                     b[j] += (double)(t0 * h0);                                                    \
                 }                                                                                 \
+            }                                                                                     \
             for (int j = 0; j < FN_PAIRS; j++) first[j] = a[j], second[j] = b[j];                 \
-            for (ptrdiff_t c = 0; i + c < n; c++) {                                               \
-                const ptrdiff_t j = c;                                                            \
-                FN_TERMS(0, FROM)                                                                 \
+            for (ptrdiff_t c = 0; i < n; i++, c++) {                                              \
+                const int j = 0;                                                                  \
+                TAKE(tx, x + i, 1) TAKE(td, dy + i, 1)                                            \
+                FN_TERMS(0)                                                                       \
                 first[c] += (double)t0;                                                           \
                 second[c] += (double)(t0 * h0);                                                   \
             }                                                                                     \
@@ -1088,8 +1097,8 @@ FN_COLLECT(double, double, double, fn_fma64, FN_AS_IT_IS, FN_AS_IT_IS)
             fn_pair_planes_of_##name(x, x_step, dy, dy_step, planes, n, ahead, hi, r, shift, w, 0,\
                                      lanes);                                                      \
     }
-FN_PAIR_PLANES(float, float, FN_AS_IT_IS)
-FN_PAIR_PLANES(bf16, uint16_t, fn_from_bf16)
+FN_PAIR_PLANES(float, float, FN_TAKE_FLOAT)
+FN_PAIR_PLANES(bf16, uint16_t, FN_TAKE_BF16)
 #undef FN_TERMS
 #define FN_TERMS(k)                                                                               \
     const float t##k = dy[k * dy_step + c] * (wv == 2 ? w[c] : wv ? w0 : 1.0f);                   \

@@ -138,11 +138,10 @@ static inline void fn_store_f16(const float *FN_RESTRICT t, ptrdiff_t n, uint16_
 static inline void fn_fetch(const char *p, ptrdiff_t n) {
     for (ptrdiff_t i = 0; i < n; i += 64) FN_FETCH(p + i);
 }
-#define FN_FETCH_128(p, ahead)                                                                    \
-    if (k == 0) {                                                                                 \
-        FN_FETCH((const char *)(p) + (ahead));                                                    \
-        FN_FETCH((const char *)(p) + (ahead) + 64);                                               \
-    }
+#define FN_FETCH_32(p, ahead) /* 32 numbers, in the first of the loops that read them */          \
+    if (k == 0)                                                                                   \
+        for (int j = 0; j < 32; j += 64 / (int)sizeof *(p))                                       \
+            FN_FETCH((const char *)((p) + j) + (ahead));
 #define FN_FOLD(v, half) for (int j = 0; j < (half); j++) v[j] += v[j + (half)];
 
 #define FN_SUM(TERM, ADD)                                                                         \
@@ -153,7 +152,7 @@ static inline void fn_fetch(const char *p, ptrdiff_t n) {
         if (n >= 32) {                                                                            \
             for (int j = 0; j < 32; j++) a[j] = TERM(x[j]);                                       \
             for (i = 32; i + 32 <= n; i += 32) {                                                  \
-                FN_FETCH_128(x + i, ahead)                                                        \
+                FN_FETCH_32(x + i, ahead)                                                         \
                 for (int j = 0; j < 32; j++) a[j] = ADD(x[i + j], a[j]);                          \
             }                                                                                     \
             FN_FOLD(a, 16) FN_FOLD(a, 8)                                                          \
@@ -181,7 +180,7 @@ static inline double fn_deviations(const double *x, ptrdiff_t n, ptrdiff_t ahead
 /* From element `begin` on, FN_WAYS of every 32 go to the lanes p and q, and those to a and b. */
 #define FN_ADD_WAYS(D, begin)                                                                     \
     for (ptrdiff_t m = begin; m < whole; m += 32) {                                               \
-        FN_FETCH_128(x + m, ahead)                                                                \
+        FN_FETCH_32(x + m, ahead)                                                                 \
         for (int j = 0; j < FN_WAYS; j++) {                                                       \
             const double d = D(x[m + j]);                                                         \
             p[j] += d;                                                                            \

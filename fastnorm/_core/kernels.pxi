@@ -713,6 +713,7 @@ cdef const real* fetch(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last, Scra
             return <const real*>(x + r.p * q.x.p + r.s * size)
     while f < last:
         r = run_at(q, f, last)
+        fn_fetch(x + (r.p + 4) * q.x.p + r.s * size, r.n * size)  # planes may lie apart
         load(x + r.p * q.x.p + r.s * size, q.x.storage, r.n, tile + k)
         if q.total.data != NULL:
             # x + residual, rounded to the type of x: what the norm is of, and the second result
@@ -890,6 +891,10 @@ cdef void runs_step(Pass* q, Item it, Scale* s, Py_ssize_t first, Py_ssize_t las
                 fn_fetch(at(source, it.a, it.b + k) + r.p * source.p + r.s * source.s + AHEAD, r.n * source.s)
                 if q.residual.data != NULL:
                     fn_fetch(at(&q.residual, it.a, it.b + k) + r.p * q.residual.p + r.s * q.residual.s + AHEAD, r.n * q.residual.s)
+            elif q.p > 1 and it.width > 1:
+                # planes that lie apart leave the prefetcher behind
+                fn_fetch(at(source, it.a, it.b + k) + (r.p + 1) * source.p + r.s * source.s, r.n * source.s)
+                fn_fetch(at(&q.y, it.a, it.b + k) + (r.p + 1) * q.y.p + r.s * q.y.s, r.n * q.y.s)
             elif q.stream and q.length * source.s <= AWAITED:
                 # x lies in cache: the next group's is on its way while this one's result is written
                 fn_fetch(at(source, it.a, it.b + k + 1) + r.p * source.p + r.s * source.s, r.n * source.s)

@@ -71,7 +71,7 @@ cdef extern from "simd.h" nogil:
     void fn_affine_float(float*, Py_ssize_t, const float*, bint, const float*, bint) noexcept
     void fn_add_float(const float*, const float*, float*, Py_ssize_t) noexcept
     void fn_add_double(const double*, const double*, double*, Py_ssize_t) noexcept
-    void fn_step_planes(const float*, Py_ssize_t, float*, Py_ssize_t, const float*, Py_ssize_t, Py_ssize_t, Py_ssize_t, const float*, const float*, const float*, int) noexcept
+    void fn_step_planes(const float*, Py_ssize_t, float*, Py_ssize_t, const float*, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, const float*, const float*, const float*, int) noexcept
     void fn_step_rows(const float*, Py_ssize_t, float*, Py_ssize_t, const float*, Py_ssize_t, Py_ssize_t, Py_ssize_t, const float*, const float*, const float*, int) noexcept
     void fn_affine_double(double*, Py_ssize_t, const double*, bint, const double*, bint) noexcept
     void fn_relu_double(double*, Py_ssize_t) noexcept
@@ -881,7 +881,7 @@ cdef void runs_step(Pass* q, Item it, Scale* s, Py_ssize_t first, Py_ssize_t las
             fn_step_planes(<const float*>(at(source, it.a, it.b) + r.p * source.p + r.s * source.s), source.b // size,
                            <float*>(at(&q.y, it.a, it.b) + r.p * q.y.p + r.s * q.y.s), q.y.b // size,
                            NULL if q.residual.data == NULL else <const float*>(at(&q.residual, it.a, it.b) + r.p * q.residual.p + r.s * q.residual.s),
-                           q.residual.b // size, it.width, r.n, <float*>s.hi, <float*>s.r, <float*>s.shift, q.activation)
+                           q.residual.b // size, it.width, r.n, source.p if q.p > 1 and it.width > 1 else 0, <float*>s.hi, <float*>s.r, <float*>s.shift, q.activation)
             f += r.n
             continue
         if real is double or not q.straight:
@@ -891,7 +891,7 @@ cdef void runs_step(Pass* q, Item it, Scale* s, Py_ssize_t first, Py_ssize_t las
                 fn_fetch(at(source, it.a, it.b + k) + r.p * source.p + r.s * source.s + AHEAD, r.n * source.s)
                 if q.residual.data != NULL:
                     fn_fetch(at(&q.residual, it.a, it.b + k) + r.p * q.residual.p + r.s * q.residual.s + AHEAD, r.n * q.residual.s)
-            elif q.p > 1 and it.width > 1:
+            elif not q.stream and q.p > 1 and it.width > 1:
                 # planes that lie apart leave the prefetcher behind
                 fn_fetch(at(source, it.a, it.b + k) + (r.p + 1) * source.p + r.s * source.s, r.n * source.s)
                 fn_fetch(at(&q.y, it.a, it.b + k) + (r.p + 1) * q.y.p + r.s * q.y.s, r.n * q.y.s)

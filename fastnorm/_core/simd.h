@@ -710,26 +710,33 @@ static inline void fn_step_rows(const float *x, ptrdiff_t x_step, float *y, ptrd
                                 int activation) {
     switch (activation) { FN_ROWS(0) FN_ROWS(1) FN_ROWS(2) FN_ROWS(3) FN_ROWS(4) FN_ROWS(5) }
 }
-/* Planes of n numbers, each with numbers of its own. */
+/* Planes of n numbers, each with numbers of its own; what lies `ahead` bytes further comes next. */
 FN_INLINE void fn_step_planes_of(const float *x, ptrdiff_t x_step, float *y, ptrdiff_t y_step,
                                  const float *e, ptrdiff_t e_step, ptrdiff_t planes, ptrdiff_t n,
-                                 const float *hi, const float *r, const float *shift, int add,
-                                 int activation) {
-    for (ptrdiff_t k = 0; k < planes; k++, x += x_step, y += y_step, e = add ? e + e_step : e)
+                                 ptrdiff_t ahead, const float *hi, const float *r,
+                                 const float *shift, int add, int activation) {
+    for (ptrdiff_t k = 0; k < planes; k++, x += x_step, y += y_step, e = add ? e + e_step : e) {
+        if (ahead) {
+            fn_fetch((const char *)x + ahead, n * (ptrdiff_t)sizeof(float));
+            fn_fetch((const char *)y + ahead, n * (ptrdiff_t)sizeof(float));
+        }
         fn_step_of_float(x, y, n, hi + k, r + k, shift + k, NULL, NULL, e, 0, 0, 0, 0, add,
                          activation);
+    }
 }
 #define FN_PLANES(A)                                                                              \
     case A:                                                                                       \
         if (e)                                                                                    \
-            fn_step_planes_of(x, x_step, y, y_step, e, e_step, planes, n, hi, r, shift, 1, A);    \
+            fn_step_planes_of(x, x_step, y, y_step, e, e_step, planes, n, ahead, hi, r, shift, 1, \
+                              A);                                                                 \
         else                                                                                      \
-            fn_step_planes_of(x, x_step, y, y_step, e, e_step, planes, n, hi, r, shift, 0, A);    \
+            fn_step_planes_of(x, x_step, y, y_step, e, e_step, planes, n, ahead, hi, r, shift, 0, \
+                              A);                                                                 \
         return;
 static inline void fn_step_planes(const float *x, ptrdiff_t x_step, float *y, ptrdiff_t y_step,
                                   const float *e, ptrdiff_t e_step, ptrdiff_t planes, ptrdiff_t n,
-                                  const float *hi, const float *r, const float *shift,
-                                  int activation) {
+                                  ptrdiff_t ahead, const float *hi, const float *r,
+                                  const float *shift, int activation) {
     switch (activation) {
         FN_PLANES(0) FN_PLANES(1) FN_PLANES(2) FN_PLANES(3) FN_PLANES(4) FN_PLANES(5)
     }

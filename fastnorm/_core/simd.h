@@ -62,9 +62,9 @@ static inline float fn_from_bf16(uint16_t h) { return fn_float((uint32_t)h << 16
 
 static inline uint16_t fn_to_bf16(float x) {
     uint32_t u = fn_bits(x);
-    uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16; /* to nearest, ties to even */
-    uint32_t nan = (u >> 16) | 0x40u;                          /* quiet, sign kept */
-    return (uint16_t)((u & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
+    uint32_t rounded = u + 0x7fffu + ((u >> 16) & 1u); /* to nearest, ties to even */
+    uint32_t nan = u | 0x400000u;                      /* quiet, sign kept */
+    return (uint16_t)((x == x ? rounded : nan) >> 16);
 }
 
 /* Exponents are rebased by integer addition; subnormals by a float subtraction, which

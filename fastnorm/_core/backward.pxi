@@ -781,6 +781,28 @@ cdef int run_back(Back* q, real* kind) noexcept nogil:
         free(parts)
     return failed
 
+cdef int run_converted(Back* q, real* kind) noexcept nogil:
+    """`run_back`; weights that all rows share are converted once, not for each of them."""
+    cdef Operand w = q.weight
+    cdef Item it
+    cdef real* room
+    cdef int failed
+    if not q.inside or q.columns or w.data == NULL or w.a != 0 or w.b != 0 or w.p != 0 or weights_in_place(q, kind):
+        return run_back(q, kind)
+    room = <real*>malloc(q.s * sizeof(real))
+    if room == NULL:
+        return 1
+    it.a = it.b = it.c = 0
+    it.width = 1
+    weights_along(q, it, 0, 0, q.s, room)
+    q.weight.data = <char*>room
+    q.weight.storage = F32 if real is float else F64
+    q.weight.s = sizeof(real)
+    failed = run_back(q, kind)
+    q.weight = w
+    free(room)
+    return failed
+
 # ---- the door --------------------------------------------------------------------------------
 
 cdef int carry_back(Back* q, int threads) noexcept:
@@ -843,9 +865,9 @@ cdef int carry_back(Back* q, int threads) noexcept:
     q.threads = 1 if x_bytes < SERIAL // 2 or not FN_OPENMP else max(1, threads)
     with nogil:
         if q.x.storage == F64:
-            failed = run_back(q, &as_double)
+            failed = run_converted(q, &as_double)
         else:
-            failed = run_back(q, &as_float)
+            failed = run_converted(q, &as_float)
     return failed
 
 def run_backward(layout, x, dy, dx, mean, rstd, weight, dweight, dbias, *, bint centred=True, bint training=True,

@@ -1044,15 +1044,15 @@ FN_COLLECT(float, float, float, fn_fma32, FN_AS_IT_IS, FN_AS_IT_IS)
 FN_COLLECT(bf16, uint16_t, float, fn_fma32, fn_from_bf16, fn_to_bf16)
 FN_COLLECT(double, double, double, fn_fma64, FN_AS_IT_IS, FN_AS_IT_IS)
 
-/* The sums of g and g xhat for floats whose xhat a float can hold.  Four terms are added up in float
- * before they go into a double lane: each sum is then within 2^-24 of the size of its terms over the
- * square root of their number, and half of the conversions, which cost more than the arithmetic, are
- * three quarters fewer. */
 /* bfloat16 is converted 64 at a time: beside doubles, gcc would take half of the vector. */
 #define FN_TAKE_FLOAT(t, from, m) const float *t = (from);
 #define FN_TAKE_BF16(t, from, m)                                                                  \
     float t[m];                                                                                   \
     for (int j = 0; j < (m); j++) t[j] = fn_from_bf16((from)[j]);
+/* The sums of g and g xhat for floats whose xhat a float can hold.  Four terms are added up in float
+ * before they go into a double lane: each sum is then within 2^-24 of the size of its terms over the
+ * square root of their number, and half of the conversions, which cost more than the arithmetic, are
+ * three quarters fewer. */
 #define FN_TERMS(k)                                                                               \
     const float t##k = td[j + 16 * k] * (wv ? w[i + j + 16 * k] : 1.0f);                          \
     const float h##k = fn_fma32(tx[j + 16 * k] - hi, r, shift);

@@ -71,7 +71,7 @@ cdef extern from "simd.h" nogil:
     void fn_affine_float(float*, Py_ssize_t, const float*, bint, const float*, bint) noexcept
     void fn_add_float(const float*, const float*, float*, Py_ssize_t) noexcept
     void fn_add_double(const double*, const double*, double*, Py_ssize_t) noexcept
-    void fn_step_planes(const float*, Py_ssize_t, float*, Py_ssize_t, const float*, Py_ssize_t, Py_ssize_t, Py_ssize_t, const float*, const float*, const float*, int) noexcept
+    void fn_step_planes(const float*, Py_ssize_t, float*, Py_ssize_t, const float*, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, const float*, const float*, const float*, int) noexcept
     void fn_step_rows(const float*, Py_ssize_t, float*, Py_ssize_t, const float*, Py_ssize_t, Py_ssize_t, Py_ssize_t, const float*, const float*, const float*, int) noexcept
     void fn_affine_double(double*, Py_ssize_t, const double*, bint, const double*, bint) noexcept
     void fn_relu_double(double*, Py_ssize_t) noexcept
@@ -713,6 +713,7 @@ cdef const real* fetch(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last, Scra
             return <const real*>(x + r.p * q.x.p + r.s * size)
     while f < last:
         r = run_at(q, f, last)
+        fn_fetch(x + (r.p + 4) * q.x.p + r.s * size, r.n * size)  # planes may lie apart
         load(x + r.p * q.x.p + r.s * size, q.x.storage, r.n, tile + k)
         if q.total.data != NULL:
             # x + residual, rounded to the type of x: what the norm is of, and the second result
@@ -880,7 +881,7 @@ cdef void runs_step(Pass* q, Item it, Scale* s, Py_ssize_t first, Py_ssize_t las
             fn_step_planes(<const float*>(at(source, it.a, it.b) + r.p * source.p + r.s * source.s), source.b // size,
                            <float*>(at(&q.y, it.a, it.b) + r.p * q.y.p + r.s * q.y.s), q.y.b // size,
                            NULL if q.residual.data == NULL else <const float*>(at(&q.residual, it.a, it.b) + r.p * q.residual.p + r.s * q.residual.s),
-                           q.residual.b // size, it.width, r.n, <float*>s.hi, <float*>s.r, <float*>s.shift, q.activation)
+                           q.residual.b // size, it.width, r.n, source.p if q.p > 1 and it.width > 1 else 0, <float*>s.hi, <float*>s.r, <float*>s.shift, q.activation)
             f += r.n
             continue
         if real is double or not q.straight:
@@ -890,6 +891,10 @@ cdef void runs_step(Pass* q, Item it, Scale* s, Py_ssize_t first, Py_ssize_t las
                 fn_fetch(at(source, it.a, it.b + k) + r.p * source.p + r.s * source.s + AHEAD, r.n * source.s)
                 if q.residual.data != NULL:
                     fn_fetch(at(&q.residual, it.a, it.b + k) + r.p * q.residual.p + r.s * q.residual.s + AHEAD, r.n * q.residual.s)
+            elif not q.stream and q.p > 1 and it.width > 1:
+                # planes that lie apart leave the prefetcher behind
+                fn_fetch(at(source, it.a, it.b + k) + (r.p + 1) * source.p + r.s * source.s, r.n * source.s)
+                fn_fetch(at(&q.y, it.a, it.b + k) + (r.p + 1) * q.y.p + r.s * q.y.s, r.n * q.y.s)
             elif q.stream and q.length * source.s <= AWAITED:
                 # x lies in cache: the next group's is on its way while this one's result is written
                 fn_fetch(at(source, it.a, it.b + k + 1) + r.p * source.p + r.s * source.s, r.n * source.s)
@@ -1452,10 +1457,10 @@ cdef int carry_out(Pass* q, int threads) noexcept:
     along = q.width if q.columns else q.s
     if q.columns and q.y.s == q.width * size:
         along *= q.s            # rows that follow one another
-    # Planes that lie apart leave the prefetcher behind, and lines to be written are fetched late: 26 MB
-    # of them, with 32 MB of cache, take 1.4 times as long unless they go past it.
-    # Of a sum and its norm four arrays go through the caches.
-    q.stream = ((total if q.total.data == NULL else 4 * total) > (stream_above if q.columns or q.p == 1 else stream_above // 4 * 3)
+    # x and y go through the cache together.  From five eighths of it on y goes past it: rows of 25 MB
+    # take 0.75 of the time, planes that lie apart 0.7.  Columns are read in two sweeps, which then find
+    # less.  Of a sum and its norm four arrays go through the caches.
+    q.stream = ((total if q.total.data == NULL else 4 * total) > (stream_above if q.columns else stream_above // 8 * 5)
                 and pays_to_stream(along, size))
     # a weight along the run, or one for all of it, and a bias only beside a weight of its kind
     q.brief = (q.x.storage == q.y.storage == BF16 and not q.columns and not q.stream and q.activation == IDENTITY

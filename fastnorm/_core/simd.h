@@ -62,9 +62,9 @@ static inline float fn_from_bf16(uint16_t h) { return fn_float((uint32_t)h << 16
 
 static inline uint16_t fn_to_bf16(float x) {
     uint32_t u = fn_bits(x);
-    uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16; /* to nearest, ties to even */
-    uint32_t nan = (u >> 16) | 0x40u;                          /* quiet, sign kept */
-    return (uint16_t)((u & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
+    uint32_t rounded = u + 0x7fffu + ((u >> 16) & 1u); /* to nearest, ties to even */
+    uint32_t nan = u | 0x400000u;                      /* quiet, sign kept */
+    return (uint16_t)((x == x ? rounded : nan) >> 16);
 }
 
 /* Exponents are rebased by integer addition; subnormals by a float subtraction, which
@@ -138,11 +138,10 @@ static inline void fn_store_f16(const float *FN_RESTRICT t, ptrdiff_t n, uint16_
 static inline void fn_fetch(const char *p, ptrdiff_t n) {
     for (ptrdiff_t i = 0; i < n; i += 64) FN_FETCH(p + i);
 }
-#define FN_FETCH_128(p, ahead)                                                                    \
-    if (k == 0) {                                                                                 \
-        FN_FETCH((const char *)(p) + (ahead));                                                    \
-        FN_FETCH((const char *)(p) + (ahead) + 64);                                               \
-    }
+#define FN_FETCH_32(p, ahead) /* 32 numbers, in the first of the loops that read them */          \
+    if (k == 0)                                                                                   \
+        for (int j = 0; j < 32; j += 64 / (int)sizeof *(p))                                       \
+            FN_FETCH((const char *)((p) + j) + (ahead));
 #define FN_FOLD(v, half) for (int j = 0; j < (half); j++) v[j] += v[j + (half)];
 
 #define FN_SUM(TERM, ADD)                                                                         \
@@ -153,7 +152,7 @@ static inline void fn_fetch(const char *p, ptrdiff_t n) {
         if (n >= 32) {                                                                            \
             for (int j = 0; j < 32; j++) a[j] = TERM(x[j]);                                       \
             for (i = 32; i + 32 <= n; i += 32) {                                                  \
-                FN_FETCH_128(x + i, ahead)                                                        \
+                FN_FETCH_32(x + i, ahead)                                                         \
                 for (int j = 0; j < 32; j++) a[j] = ADD(x[i + j], a[j]);                          \
             }                                                                                     \
             FN_FOLD(a, 16) FN_FOLD(a, 8)                                                          \
@@ -181,7 +180,7 @@ static inline double fn_deviations(const double *x, ptrdiff_t n, ptrdiff_t ahead
 /* From element `begin` on, FN_WAYS of every 32 go to the lanes p and q, and those to a and b. */
 #define FN_ADD_WAYS(D, begin)                                                                     \
     for (ptrdiff_t m = begin; m < whole; m += 32) {                                               \
-        FN_FETCH_128(x + m, ahead)                                                                \
+        FN_FETCH_32(x + m, ahead)                                                                 \
         for (int j = 0; j < FN_WAYS; j++) {                                                       \
             const double d = D(x[m + j]);                                                         \
             p[j] += d;                                                                            \
@@ -711,26 +710,33 @@ static inline void fn_step_rows(const float *x, ptrdiff_t x_step, float *y, ptrd
                                 int activation) {
     switch (activation) { FN_ROWS(0) FN_ROWS(1) FN_ROWS(2) FN_ROWS(3) FN_ROWS(4) FN_ROWS(5) }
 }
-/* Planes of n numbers, each with numbers of its own. */
+/* Planes of n numbers, each with numbers of its own; what lies `ahead` bytes further comes next. */
 FN_INLINE void fn_step_planes_of(const float *x, ptrdiff_t x_step, float *y, ptrdiff_t y_step,
                                  const float *e, ptrdiff_t e_step, ptrdiff_t planes, ptrdiff_t n,
-                                 const float *hi, const float *r, const float *shift, int add,
-                                 int activation) {
-    for (ptrdiff_t k = 0; k < planes; k++, x += x_step, y += y_step, e = add ? e + e_step : e)
+                                 ptrdiff_t ahead, const float *hi, const float *r,
+                                 const float *shift, int add, int activation) {
+    for (ptrdiff_t k = 0; k < planes; k++, x += x_step, y += y_step, e = add ? e + e_step : e) {
+        if (ahead) {
+            fn_fetch((const char *)x + ahead, n * (ptrdiff_t)sizeof(float));
+            fn_fetch((const char *)y + ahead, n * (ptrdiff_t)sizeof(float));
+        }
         fn_step_of_float(x, y, n, hi + k, r + k, shift + k, NULL, NULL, e, 0, 0, 0, 0, add,
                          activation);
+    }
 }
 #define FN_PLANES(A)                                                                              \
     case A:                                                                                       \
         if (e)                                                                                    \
-            fn_step_planes_of(x, x_step, y, y_step, e, e_step, planes, n, hi, r, shift, 1, A);    \
+            fn_step_planes_of(x, x_step, y, y_step, e, e_step, planes, n, ahead, hi, r, shift, 1, \
+                              A);                                                                 \
         else                                                                                      \
-            fn_step_planes_of(x, x_step, y, y_step, e, e_step, planes, n, hi, r, shift, 0, A);    \
+            fn_step_planes_of(x, x_step, y, y_step, e, e_step, planes, n, ahead, hi, r, shift, 0, \
+                              A);                                                                 \
         return;
 static inline void fn_step_planes(const float *x, ptrdiff_t x_step, float *y, ptrdiff_t y_step,
                                   const float *e, ptrdiff_t e_step, ptrdiff_t planes, ptrdiff_t n,
-                                  const float *hi, const float *r, const float *shift,
-                                  int activation) {
+                                  ptrdiff_t ahead, const float *hi, const float *r,
+                                  const float *shift, int activation) {
     switch (activation) {
         FN_PLANES(0) FN_PLANES(1) FN_PLANES(2) FN_PLANES(3) FN_PLANES(4) FN_PLANES(5)
     }
@@ -830,34 +836,51 @@ static inline int fn_spread(ptrdiff_t n, ptrdiff_t k, const double *FN_RESTRICT 
 /* Loops of a fixed length, and a rest that adds up beside the lanes: these stay in registers. */
 #define FN_ADD_UP(v) FN_FOLD(v, 8) FN_FOLD(v, 4) FN_FOLD(v, 2)
 
-#define FN_SUM_PAIR(G, D)                                                                         \
-    {                                                                                             \
-        double a[FN_PAIRS], b[FN_PAIRS], rest_a = 0, rest_b = 0;                                  \
-        ptrdiff_t i = 0;                                                                          \
-        if (n >= FN_PAIRS) {                                                                      \
-            for (int j = 0; j < FN_PAIRS; j++) {                                                  \
-                const double g = G(j);                                                            \
-                a[j] = g;                                                                         \
-                b[j] = g * D(j);                                                                  \
-            }                                                                                     \
-            for (i = FN_PAIRS; i + FN_PAIRS <= n; i += FN_PAIRS)                                  \
-                for (int j = 0; j < FN_PAIRS; j++) {                                              \
-                    const double g = G(i + j), d = D(i + j);                                      \
-                    a[j] += g;                                                                    \
-                    b[j] = fn_mac64(g, d, b[j]);                                                  \
-                }                                                                                 \
-            FN_ADD_UP(a) FN_ADD_UP(b)                                                             \
-        } else {                                                                                  \
-            a[0] = a[1] = b[0] = b[1] = 0;                                                        \
-        }                                                                                         \
-        for (; i < n; i++) {                                                                      \
-            const double g = G(i);                                                                \
-            rest_a += g;                                                                          \
-            rest_b = fn_mac64(g, D(i), rest_b);                                                   \
-        }                                                                                         \
-        *first += FN_FOLDED(a) + rest_a;                                                          \
-        *second += FN_FOLDED(b) + rest_b;                                                         \
+/* Of several neighbouring groups, steps of so many bytes apart, a plane or row of n numbers each: their
+ * sums lie in `lanes`, first and second of a group side by side, from one plane to the next. */
+#define FN_PLANES_OF(type)                                                                        \
+    const type *x, ptrdiff_t x_step, const type *dy, ptrdiff_t dy_step, ptrdiff_t planes,         \
+        ptrdiff_t n, ptrdiff_t ahead
+#define FN_NEXT(type, x, bytes) x = (type *)((uintptr_t)x + (uintptr_t)(bytes))
+#define FN_EACH_PLANE(type)                                                                       \
+    for (ptrdiff_t k = 0; k < planes; k++, FN_NEXT(const type, x, x_step),                        \
+                   FN_NEXT(const type, dy, dy_step), lanes += 2 * FN_PAIRS)
+#define FN_FETCH_BOTH(m)                                                                          \
+    for (int j = 0; j < (m); j += 64 / (int)sizeof *x) {                                          \
+        FN_FETCH((const char *)(x + i + j) + ahead);                                              \
+        FN_FETCH((const char *)(dy + i + j) + ahead);                                             \
     }
+#define FN_SUM_PAIR(type, G, D)                                                                   \
+    FN_EACH_PLANE(type) {                                                                         \
+        const double mean = means[k], rstd = rstds[k];                                            \
+        double *FN_RESTRICT first = lanes, *FN_RESTRICT second = lanes + FN_PAIRS;                \
+        double a[FN_PAIRS], b[FN_PAIRS];                                                          \
+        ptrdiff_t i = 0;                                                                          \
+        (void)rstd;                                                                               \
+        for (int j = 0; j < FN_PAIRS; j++) a[j] = first[j], b[j] = second[j];                     \
+        for (; i + FN_PAIRS <= n; i += FN_PAIRS) {                                                \
+            FN_FETCH_BOTH(FN_PAIRS)                                                               \
+            for (int j = 0; j < FN_PAIRS; j++) {                                                  \
+                const double g = G(i + j), d = D(i + j);                                          \
+                a[j] += g;                                                                        \
+                b[j] = fn_mac64(g, d, b[j]);                                                      \
+            }                                                                                     \
+        }                                                                                         \
+        for (int j = 0; j < FN_PAIRS; j++) first[j] = a[j], second[j] = b[j];                     \
+        for (int j = 0; i < n; i++, j++) {                                                        \
+            const double g = G(i);                                                                \
+            first[j] += g;                                                                        \
+            second[j] = fn_mac64(g, D(i), second[j]);                                             \
+        }                                                                                         \
+    }
+static inline void fn_add_lanes(double *lanes, ptrdiff_t planes, double *first, double *second) {
+    for (ptrdiff_t k = 0; k < planes; k++, lanes += 2 * FN_PAIRS) {
+        double *a = lanes, *b = lanes + FN_PAIRS;
+        FN_ADD_UP(a) FN_ADD_UP(b)
+        first[k] += FN_FOLDED(a);
+        second[k] += FN_FOLDED(b);
+    }
+}
 
 /* One row of columns, or four: a column's sums take four rows at a time. */
 #define FN_SUM_ROWS(G, D)                                                                         \
@@ -879,34 +902,35 @@ static inline int fn_spread(ptrdiff_t n, ptrdiff_t k, const double *FN_RESTRICT 
 
 /* What each element adds to the gradients of a weight and a bias of its own. `rows` of equal
  * length share these; their float terms are added up first, which touches the sums less often. */
-#define FN_COLLECT(real, fma)                                                                     \
-    static inline void fn_back_collect_##real(const real *const *x, const real *const *dy,        \
-                                              real *const *dx, const real *s, ptrdiff_t n,        \
+#define FN_COLLECT(name, type, real, fma, FROM, TO)                                               \
+    static inline void fn_back_collect_##name(const type *const *x, const type *const *dy,        \
+                                              type *const *dx, const real *s, ptrdiff_t n,        \
                                               int rows, const real *FN_RESTRICT w,                \
                                               double *FN_RESTRICT gw, double *FN_RESTRICT gb) {   \
         if (rows == 4) {                                                                          \
             /* the next four rows are asked for while these are written */                        \
             const ptrdiff_t ahead = 4 * ((const char *)x[1] - (const char *)x[0]);                \
-            const real *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3];                            \
-            const real *d0 = dy[0], *d1 = dy[1], *d2 = dy[2], *d3 = dy[3];                        \
-            real *y0 = dx[0], *y1 = dx[1], *y2 = dx[2], *y3 = dx[3];                              \
+            const type *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3];                            \
+            const type *d0 = dy[0], *d1 = dy[1], *d2 = dy[2], *d3 = dy[3];                        \
+            type *y0 = dx[0], *y1 = dx[1], *y2 = dx[2], *y3 = dx[3];                              \
             for (ptrdiff_t from = 0; from < n; from += 128) {                                     \
             const ptrdiff_t to = n - from < 128 ? n : from + 128;                                 \
-            for (ptrdiff_t i = from; i < to; i += 64 / (ptrdiff_t)sizeof(real))                   \
+            for (ptrdiff_t i = from; i < to; i += 64 / (ptrdiff_t)sizeof *x0)                     \
                 for (int k = 0; k < 4; k++) {                                                     \
                     FN_FETCH((const char *)(x[k] + i) + ahead);                                   \
                     FN_FETCH((const char *)(dy[k] + i) + ahead);                                  \
                 }                                                                                 \
             FN_IVDEP for (ptrdiff_t i = from; i < to; i++) {                                      \
-                const real t0 = d0[i], t1 = d1[i], t2 = d2[i], t3 = d3[i], v = w[i];              \
-                const real h0 = fma(x0[i] - s[0], s[1], s[2]);                                    \
-                const real h1 = fma(x1[i] - s[5], s[6], s[7]);                                    \
-                const real h2 = fma(x2[i] - s[10], s[11], s[12]);                                 \
-                const real h3 = fma(x3[i] - s[15], s[16], s[17]);                                 \
-                y0[i] = fma(-h0, s[4], fma(t0, v * s[1], -s[3]));                                 \
-                y1[i] = fma(-h1, s[9], fma(t1, v * s[6], -s[8]));                                 \
-                y2[i] = fma(-h2, s[14], fma(t2, v * s[11], -s[13]));                              \
-                y3[i] = fma(-h3, s[19], fma(t3, v * s[16], -s[18]));                              \
+                const real t0 = FROM(d0[i]), t1 = FROM(d1[i]), v = w[i];                          \
+                const real t2 = FROM(d2[i]), t3 = FROM(d3[i]);                                    \
+                const real h0 = fma(FROM(x0[i]) - s[0], s[1], s[2]);                              \
+                const real h1 = fma(FROM(x1[i]) - s[5], s[6], s[7]);                              \
+                const real h2 = fma(FROM(x2[i]) - s[10], s[11], s[12]);                           \
+                const real h3 = fma(FROM(x3[i]) - s[15], s[16], s[17]);                           \
+                y0[i] = TO(fma(-h0, s[4], fma(t0, v * s[1], -s[3])));                             \
+                y1[i] = TO(fma(-h1, s[9], fma(t1, v * s[6], -s[8])));                             \
+                y2[i] = TO(fma(-h2, s[14], fma(t2, v * s[11], -s[13])));                          \
+                y3[i] = TO(fma(-h3, s[19], fma(t3, v * s[16], -s[18])));                          \
                 gw[i] += (double)(fma(t0, h0, t1 * h1) + fma(t2, h2, t3 * h3));                   \
                 gb[i] += (double)((t0 + t1) + (t2 + t3));                                         \
             }                                                                                     \
@@ -914,31 +938,49 @@ static inline int fn_spread(ptrdiff_t n, ptrdiff_t k, const double *FN_RESTRICT 
             return;                                                                               \
         }                                                                                         \
         for (int k = 0; k < rows; k++, s += 5) {                                                  \
-            const real *xk = x[k], *dk = dy[k];                                                   \
-            real *yk = dx[k];                                                                     \
+            const type *xk = x[k], *dk = dy[k];                                                   \
+            type *yk = dx[k];                                                                     \
             FN_IVDEP for (ptrdiff_t i = 0; i < n; i++) {                                          \
-                const real t = dk[i], h = fma(xk[i] - s[0], s[1], s[2]);                          \
-                yk[i] = fma(-h, s[4], fma(t, w[i] * s[1], -s[3]));                                \
+                const real t = FROM(dk[i]), h = fma(FROM(xk[i]) - s[0], s[1], s[2]);              \
+                yk[i] = TO(fma(-h, s[4], fma(t, w[i] * s[1], -s[3])));                            \
                 gw[i] += (double)(t * h);                                                         \
                 gb[i] += (double)t;                                                               \
             }                                                                                     \
         }                                                                                         \
     }
 
+#define FN_AS_IT_IS(v) (v)
+/* Planes of neighbouring groups, each with one statistic and one weight; wr = weight rstd. */
+#define FN_BACK_PLANES(name, type, real, fma, FROM, TO)                                           \
+    static inline void fn_back_planes_##name(FN_PLANES_OF(type), type *dx,                        \
+                                             ptrdiff_t dx_step, const real *his, const real *rs,  \
+                                             const real *shifts, const real *wrs,                 \
+                                             const real *c1s, const real *c2s) {                  \
+        for (ptrdiff_t k = 0; k < planes; k++, FN_NEXT(const type, x, x_step),                    \
+                       FN_NEXT(const type, dy, dy_step), FN_NEXT(type, dx, dx_step)) {            \
+            const real hi = his[k], r = rs[k], shift = shifts[k];                                 \
+            const real wr = wrs[k], c1 = c1s[k], c2 = c2s[k];                                     \
+            if (ahead)                                                                            \
+                for (ptrdiff_t i = 0; i < n; i += 64 / (ptrdiff_t)sizeof *x) {                    \
+                    FN_FETCH((const char *)(x + i) + ahead);                                      \
+                    FN_FETCH((const char *)(dy + i) + ahead);                                     \
+                    FN_FETCH((const char *)(dx + i) + ahead);                                     \
+                }                                                                                 \
+            FN_FROM_A_LINE(dx, n, from, to)                                                       \
+            FN_IVDEP for (ptrdiff_t i = from; i < to; i++) {                                      \
+                FN_XHAT(real, fma, FROM(x[i]), hi, r, shift);                                     \
+                dx[i] = TO(fma(-xhat, c2, fma(FROM(dy[i]), wr, -c1)));                            \
+            }                                                                                     \
+        }                                                                                         \
+    }
+FN_BACK_PLANES(float, float, float, fn_fma32, FN_AS_IT_IS, FN_AS_IT_IS)
+FN_BACK_PLANES(bf16, uint16_t, float, fn_fma32, fn_from_bf16, fn_to_bf16)
+FN_BACK_PLANES(double, double, double, fn_fma64, FN_AS_IT_IS, FN_AS_IT_IS)
+
 #define FN_BACK_ROW(k)                                                                            \
     dx[(k) * dx_step + i] = fma(-fma(x[(k) * x_step + i] - h, v, d), e,                           \
                                 fma(dy[(k) * dy_step + i], u, -c));
 #define FN_BACK(real, fma)                                                                        \
-    /* one statistic and one weight for the run; wr = weight rstd */                              \
-    static inline void fn_back_run_##real(const real *x, const real *dy, real *dx, ptrdiff_t n,   \
-                                          real hi, real r, real shift, real wr, real c1,          \
-                                          real c2) {                                              \
-        FN_FROM_A_LINE(dx, n, from, to)                                                           \
-        FN_IVDEP for (ptrdiff_t i = from; i < to; i++) {                                          \
-            FN_XHAT(real, fma, x[i], hi, r, shift);                                               \
-            dx[i] = fma(-xhat, c2, fma(dy[i], wr, -c1));                                          \
-        }                                                                                         \
-    }                                                                                             \
     /* statistics for each column of some rows, four at a time */                                 \
     static inline void fn_back_rows_##real(                                                       \
         const real *x, ptrdiff_t x_step, const real *dy, ptrdiff_t dy_step, real *dx,             \
@@ -995,55 +1037,74 @@ static inline int fn_spread(ptrdiff_t n, ptrdiff_t k, const double *FN_RESTRICT 
         FN_ADD_UP(a) FN_ADD_UP(b)                                                                 \
         gb[0] += FN_FOLDED(a) + rest_a;                                                           \
         gw[0] += FN_FOLDED(b) + rest_b;                                                           \
-    }                                                                                             \
-    FN_COLLECT(real, fma)
+    }
 FN_BACK(float, fn_fma32)
 FN_BACK(double, fn_fma64)
+FN_COLLECT(float, float, float, fn_fma32, FN_AS_IT_IS, FN_AS_IT_IS)
+FN_COLLECT(bf16, uint16_t, float, fn_fma32, fn_from_bf16, fn_to_bf16)
+FN_COLLECT(double, double, double, fn_fma64, FN_AS_IT_IS, FN_AS_IT_IS)
 
+/* bfloat16 is converted 64 at a time: beside doubles, gcc would take half of the vector. */
+#define FN_TAKE_FLOAT(t, from, m) const float *t = (from);
+#define FN_TAKE_BF16(t, from, m)                                                                  \
+    float t[m];                                                                                   \
+    for (int j = 0; j < (m); j++) t[j] = fn_from_bf16((from)[j]);
 /* The sums of g and g xhat for floats whose xhat a float can hold.  Four terms are added up in float
  * before they go into a double lane: each sum is then within 2^-24 of the size of its terms over the
  * square root of their number, and half of the conversions, which cost more than the arithmetic, are
  * three quarters fewer. */
 #define FN_TERMS(k)                                                                               \
-    const float t##k = wv ? dy[i + j + 16 * k] * w[i + j + 16 * k] : dy[i + j + 16 * k];          \
-    const float h##k = fn_fma32(x[i + j + 16 * k] - hi, r, shift);
-FN_INLINE void fn_pairs_of(const float *x, const float *dy, ptrdiff_t n, float hi, float r,
-                           float shift, const float *w, int wv, double *first, double *second) {
-    double a[16], b[16], rest_a = 0, rest_b = 0;
-    ptrdiff_t i = 0;
-    for (int j = 0; j < 16; j++) a[j] = b[j] = 0;
-    for (; i + 64 <= n; i += 64) {
-        const int k = 0;
-        FN_FETCH_128(x + i, 4096)
-        FN_FETCH_128(x + i + 32, 4096)
-        FN_FETCH_128(dy + i, 4096)
-        FN_FETCH_128(dy + i + 32, 4096)
-        for (int j = 0; j < 16; j++) {
-            FN_TERMS(0) FN_TERMS(1) FN_TERMS(2) FN_TERMS(3)
-            a[j] += (double)((t0 + t1) + (t2 + t3));
-            b[j] += (double)(fn_fma32(t0, h0, t1 * h1) + fn_fma32(t2, h2, t3 * h3));
-        }
+    const float t##k = td[j + 16 * k] * (wv ? w[i + j + 16 * k] : 1.0f);                          \
+    const float h##k = fn_fma32(tx[j + 16 * k] - hi, r, shift);
+#define FN_PAIR_PLANES(name, type, TAKE)                                                          \
+    FN_INLINE void fn_pair_planes_of_##name(FN_PLANES_OF(type), const float *his,                 \
+                                            const float *rs, const float *shifts, const float *w, \
+                                            int wv, double *lanes) {                              \
+        FN_EACH_PLANE(type) {                                                                     \
+            const float hi = his[k], r = rs[k], shift = shifts[k];                                \
+            double *FN_RESTRICT first = lanes, *FN_RESTRICT second = lanes + FN_PAIRS;            \
+            double a[FN_PAIRS], b[FN_PAIRS];                                                      \
+            ptrdiff_t i = 0;                                                                      \
+            for (int j = 0; j < FN_PAIRS; j++) a[j] = first[j], b[j] = second[j];                 \
+            for (; i + 64 <= n; i += 64) {                                                        \
+                TAKE(tx, x + i, 64) TAKE(td, dy + i, 64)                                          \
+                FN_FETCH_BOTH(64)                                                                 \
+                for (int j = 0; j < FN_PAIRS; j++) {                                              \
+                    FN_TERMS(0) FN_TERMS(1) FN_TERMS(2) FN_TERMS(3)                               \
+                    a[j] += (double)((t0 + t1) + (t2 + t3));                                      \
+                    b[j] += (double)(fn_fma32(t0, h0, t1 * h1) + fn_fma32(t2, h2, t3 * h3));      \
+                }                                                                                 \
+            }                                                                                     \
+            for (; i + FN_PAIRS <= n; i += FN_PAIRS) {                                            \
+                TAKE(tx, x + i, FN_PAIRS) TAKE(td, dy + i, FN_PAIRS)                              \
+                for (int j = 0; j < FN_PAIRS; j++) {                                              \
+                    FN_TERMS(0)                                                                   \
+                    a[j] += (double)t0;                                                           \
+                    b[j] += (double)(t0 * h0);                                                    \
+                }                                                                                 \
+            }                                                                                     \
+            for (int j = 0; j < FN_PAIRS; j++) first[j] = a[j], second[j] = b[j];                 \
+            for (ptrdiff_t c = 0; i < n; i++, c++) {                                              \
+                const int j = 0;                                                                  \
+                TAKE(tx, x + i, 1) TAKE(td, dy + i, 1)                                            \
+                FN_TERMS(0)                                                                       \
+                first[c] += (double)t0;                                                           \
+                second[c] += (double)(t0 * h0);                                                   \
+            }                                                                                     \
+        }                                                                                         \
+    }                                                                                             \
+    static inline void fn_pair_planes_##name(FN_PLANES_OF(type),                                  \
+                                             const float *hi, const float *r, const float *shift, \
+                                             const float *w, double *lanes) {                     \
+        if (w)                                                                                    \
+            fn_pair_planes_of_##name(x, x_step, dy, dy_step, planes, n, ahead, hi, r, shift, w, 1,\
+                                     lanes);                                                      \
+        else                                                                                      \
+            fn_pair_planes_of_##name(x, x_step, dy, dy_step, planes, n, ahead, hi, r, shift, w, 0,\
+                                     lanes);                                                      \
     }
-    for (; i + 16 <= n; i += 16)
-        for (int j = 0; j < 16; j++) {
-            FN_TERMS(0)
-            a[j] += (double)t0;
-            b[j] += (double)(t0 * h0);
-        }
-    for (const int j = 0; i < n; i++) {
-        FN_TERMS(0)
-        rest_a += (double)t0;
-        rest_b += (double)(t0 * h0);
-    }
-    FN_FOLD(a, 8) FN_FOLD(b, 8) FN_FOLD(a, 4) FN_FOLD(b, 4) FN_FOLD(a, 2) FN_FOLD(b, 2)
-    *first += (a[0] + a[1]) + rest_a;
-    *second += (b[0] + b[1]) + rest_b;
-}
-static inline void fn_pairs(const float *x, const float *dy, ptrdiff_t n, float hi, float r,
-                            float shift, const float *w, double *first, double *second) {
-    if (w) fn_pairs_of(x, dy, n, hi, r, shift, w, 1, first, second);
-    else fn_pairs_of(x, dy, n, hi, r, shift, w, 0, first, second);
-}
+FN_PAIR_PLANES(float, float, FN_TAKE_FLOAT)
+FN_PAIR_PLANES(bf16, uint16_t, FN_TAKE_BF16)
 #undef FN_TERMS
 #define FN_TERMS(k)                                                                               \
     const float t##k = dy[k * dy_step + c] * (wv == 2 ? w[c] : wv ? w0 : 1.0f);                   \
@@ -1088,16 +1149,15 @@ static inline void fn_pair_rows(const float *x, ptrdiff_t x_step, const float *d
 #define FN_GW(k) ((double)dy[k * dy_step + c] * (double)w[wv ? c : 0])
 #define FN_D(k) ((double)x[k * x_step + c] - mean[c])
 #define FN_DR(k) ((x[k * x_step + c] - mean[c]) * rstd[c])
-static inline void fn_sum_run_float(const float *x, const float *dy, ptrdiff_t n, double mean,
-                                    double rstd, const float *w, double *first, double *second) {
-    (void)rstd;
-    if (w) FN_SUM_PAIR(FN_RUN_GW, FN_RUN_D)
-    else FN_SUM_PAIR(FN_RUN_G, FN_RUN_D)
+static inline void fn_sum_planes_float(FN_PLANES_OF(float), const double *means,
+                                       const double *rstds, const float *w, double *lanes) {
+    if (w) FN_SUM_PAIR(float, FN_RUN_GW, FN_RUN_D)
+    else FN_SUM_PAIR(float, FN_RUN_G, FN_RUN_D)
 }
-static inline void fn_sum_run_double(const double *x, const double *dy, ptrdiff_t n, double mean,
-                                     double rstd, const double *w, double *first, double *second) {
-    if (w) FN_SUM_PAIR(FN_RUN_GW, FN_RUN_DR)
-    else FN_SUM_PAIR(FN_RUN_G, FN_RUN_DR)
+static inline void fn_sum_planes_double(FN_PLANES_OF(double), const double *means,
+                                        const double *rstds, const double *w, double *lanes) {
+    if (w) FN_SUM_PAIR(double, FN_RUN_GW, FN_RUN_DR)
+    else FN_SUM_PAIR(double, FN_RUN_G, FN_RUN_DR)
 }
 static inline void fn_sum_rows_float(const float *x, ptrdiff_t x_step, const float *dy,
                                      ptrdiff_t dy_step, ptrdiff_t rows, ptrdiff_t n,

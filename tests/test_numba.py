@@ -211,10 +211,15 @@ def in_a_loop(x: Any, w: Any, b: Any) -> Any:
 
 
 def _same(ours: Array, right: Array) -> None:
+    """Alike but for whether rstd and weight are multiplied first.
+
+    A rounding more of each factor and of the sum: four units of the larger of result and bias; the
+    largest bias here is below 8.
+    """
     assert ours.dtype == right.dtype
     assert ours.shape == right.shape
-    scale = np.maximum(abs(right.astype(F64)), 1.0)
-    assert ulps(ours, right, right.dtype, scale=scale).max() <= 1
+    scale = np.maximum(abs(right.astype(F64)), 4.0)
+    assert ulps(ours, right, right.dtype, scale=scale).max() <= 4
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1e6])

@@ -5,6 +5,9 @@ fastnorm. What is compiled into the user's function is the row of `forward`: one
 allocation but the result.
 
 A row is the elements of one group side by side: arrays in another order are copied to that first.
+
+Numba lets go of an array after its last use, and an address is none: whoever takes the address of
+an array's memory is given the array, or uses it once more afterwards.
 """
 
 from __future__ import annotations
@@ -82,6 +85,7 @@ def row_scale(x, n, centred, eps, room, kind):
             for i in range(n):
                 scaled[i] = read(x, i, np.float64) * unit
             row_moments(scaled.ctypes.data, n, centred, room, part, lanes, kind)
+            scaled[0] = 0.0
     mean = read(room, 1, np.float64)
     _, rstd = rstd_of(
         np.float64(n), read(room, 3, np.float64), read(room, 4, np.float64), eps, unit, kind
@@ -125,16 +129,19 @@ def scale_of(x, n, centred, eps, room, kind):
 
 
 @inner
-def rows(x, y, count, n, weight, bias, centred, eps, kind):
-    """Each row's own statistics, and weights along it (addresses; 0: none)."""
+def rows(x, y, n, weight, bias, centred, eps, kind):
+    """Each row's own statistics, and weights along it; arrays."""
     room = np.empty(ROOM, np.float64)
-    wv = 1 if weight != 0 else 0
-    bv = 1 if bias != 0 else 0
+    wv = 1 if weight.size > 0 else 0
+    bv = 1 if bias.size > 0 else 0
     size = 8 if is_double(kind) else 4
-    for i in range(count):
+    for i in range(x.size // n):
         start = i * n * size
-        s = scale_of(x + start, n, centred, eps, room.ctypes.data, kind)
-        steps(x + start, y + start, n, s, 1, weight, bias, wv, bv, False, kind, kind)
+        at = x.ctypes.data + start
+        s = scale_of(at, n, centred, eps, room.ctypes.data, kind)
+        w, b = address(weight), address(bias)
+        steps(at, y.ctypes.data + start, n, s, 1, w, b, wv, bv, False, kind, kind)
+    room[0] = 0.0
 
 
 @inner
@@ -259,10 +266,7 @@ def layer_norm(
         source = np.ascontiguousarray(x)
         y = np.empty(x.shape, kind)
         if x.size > 0:
-            count = x.size // n
-            rows(
-                source.ctypes.data, y.ctypes.data, count, n, address(w), address(b), True, eps, kind
-            )
+            rows(source, y, n, w, b, True, eps, kind)
         return y
 
     return compiled
@@ -293,7 +297,7 @@ def _rms(x, normalized_shape, weight, eps, kind):
     source = np.ascontiguousarray(x)
     y = np.empty(x.shape, kind)
     if x.size > 0:
-        rows(source.ctypes.data, y.ctypes.data, x.size // n, n, address(w), 0, False, eps, kind)
+        rows(source, y, n, w, np.empty(0, kind), False, eps, kind)
     return y
 
 
@@ -320,6 +324,7 @@ def _grouped(x, groups, weight, bias, eps, kind):
             ws = address(w) + channel if w.size > 0 else 0
             bs = address(b) + channel if b.size > 0 else 0
             channels(source.ctypes.data + start, y.ctypes.data + start, s, n, each, ws, bs, kind)
+        room[0] = 0.0
     return y
 
 
@@ -400,6 +405,7 @@ def batch_norm(
                 bs = address(b) + k * size if b.size > 0 else 0
                 at = i * n * size
                 channels(source.ctypes.data + at, y.ctypes.data + at, s, n, 1, ws, bs, kind)
+            room[0] = 0.0
         return y
 
     return compiled

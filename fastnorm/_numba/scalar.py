@@ -1,6 +1,6 @@
 """The arithmetic of one element, of one statistic and of one merge: plain functions.
 
-`cpu` and `cuda` compile these same functions, and so can anybody: inside a function of your own
+`cpu` and `gpu` compile these same functions, and so can anybody: inside a function of your own
 that Numba compiles they can be called once `fastnorm._numba.cpu` has been imported. They compute
 what the Cython kernels do, in the same order (`_core/simd.h` is their twin).
 

@@ -31,7 +31,7 @@ Norm: TypeAlias = Literal["layer", "rms"]
 Random: TypeAlias = np.random.Generator | int | None
 Gradients: TypeAlias = dict[str, Array]
 
-PLACEMENTS = ("pre", "post", "peri", "deepnorm")
+PLACEMENTS: tuple[Placement, ...] = ("pre", "post", "peri", "deepnorm")
 NORMS = ("layer", "rms")
 
 # So many scores at once: those of a few samples, which stay in a core's cache.

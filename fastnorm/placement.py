@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -133,7 +134,7 @@ def gradient(depths: Sequence[int], seeds: int, report: Report) -> dict[str, Any
         ``spread``, its standard deviation over them; ``layers``, of every layer for each depth; and
         ``slope``, that of log norm on log depth, with ``slopes`` for each seed.
     """
-    results = {}
+    results: dict[str, Any] = {}
     for placement in PLACEMENTS:
         found = []
         for depth in depths:
@@ -178,7 +179,7 @@ def residual(depth: int, seeds: int, report: Report) -> dict[str, Any]:
         ``upper``, 1 + 3l/2. For "post" and "deepnorm" the last sum of each layer, ``mean`` over the
         layers, and for "post" the ``expected`` 3/2.
     """
-    results = {}
+    results: dict[str, Any] = {}
     for placement in PLACEMENTS:
         report(f"residual: {placement}")
         sizes = np.mean([_sizes(placement, depth, seed) for seed in range(seeds)], 0)
@@ -216,6 +217,7 @@ def text() -> str:
     return "\n".join(topics[name] for name in sorted(topics))
 
 
+@lru_cache
 def _codes() -> tuple[Array, int]:
     """Each character of the text as the number of its kind, and how many kinds there are."""
     kinds, codes = np.unique(np.array(list(text())), return_inverse=True)
@@ -287,6 +289,7 @@ def _jobs(seeds: int, number: int) -> list[Job]:
     return [Job(*values, number) for values in chosen]
 
 
+@np.errstate(all="ignore")  # a training that fails does so at its loss
 def train(job: Job) -> Array:
     """Train one model; return the loss of each step, NaN after one that is not finite.
 
@@ -340,8 +343,8 @@ def training(seeds: int, number: int, report: Report) -> dict[str, Any]:
     dict
         ``entropy`` of a single character, in nats; ``runs``, each with its options, its ``curve``
         (mean losses of equal shares of the steps), its final ``loss`` (the mean over the last tenth
-        of the steps) and whether it ``diverged``: ended less than `MARGIN` below that entropy, which
-        is to have learned next to nothing of sequences, or at what is not a number.
+        of the steps) and whether it ``diverged``: ended at what is not a number, or less than
+        `MARGIN` below that entropy, which is to have learned next to nothing of sequences.
     """
     codes, kinds = _codes()
     alone = entropy(codes)

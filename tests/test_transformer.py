@@ -561,3 +561,16 @@ def test_adam_like_pytorch(torch: Any) -> None:
         np.testing.assert_allclose(p, tensor.detach().numpy(), rtol=0, atol=1e-14)
     with pytest.raises(KeyError, match="b"):
         adam.step({"a": ours["a"]})
+
+
+def test_nothing_warns() -> None:
+    """Overflow on the way forth and back, in the steps of Adam too."""
+    for m in models():
+        x = normal(N, L, D, dtype=F32)
+        for name, p in m.parameters().items():
+            if "linear" in name:
+                p *= F32.type(1e30)
+        y = m(x)
+        assert not np.isfinite(y).all()
+        m.backward(y)
+        fn.nn.Adam(m.parameters()).step(m.grad)

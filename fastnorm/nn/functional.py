@@ -19,6 +19,7 @@ def _computed(value: ArrayLike, name: str) -> Array:
     return array.astype(computing_type(array.dtype), copy=False)
 
 
+@_quiet
 def linear(
     x: ArrayLike, weight: ArrayLike, bias: ArrayLike | None = None, *, out: Array | None = None
 ) -> Array:
@@ -114,6 +115,7 @@ def softmax(x: ArrayLike, *, out: Array | None = None) -> Array:
     return y
 
 
+@_quiet
 def softmax_backward(dy: Array, y: Array, *, out: Array | None = None) -> Array:
     r"""Return the gradient of the scores that :func:`softmax` turned into `y`.
 
@@ -231,6 +233,7 @@ def attention(
     return np.matmul(scores, v, out=out), scores
 
 
+@_quiet
 def attention_backward(
     dy: Array,
     query: Array,

@@ -66,6 +66,7 @@ class Adam:
         self._averages = {n: (np.zeros_like(p), np.zeros_like(p)) for n, p in parameters.items()}
         self._steps = 0
 
+    @np.errstate(all="ignore")
     def step(self, gradients: Mapping[str, Array]) -> None:
         """Change every parameter once.
 

@@ -86,7 +86,7 @@ class _Transformer(Module):
         dtype = np.dtype(computing_type(array.dtype))
         padding = src_key_padding_mask
         mask = self._mask(src_mask, padding, samples, array.shape[:-1], dtype)
-        with serial():
+        with serial(), np.errstate(all="ignore"):
             y, saved = self._run(self._rows(array), samples, mask, _Scratch(self.training, dtype))
         # in inference x alone is kept: a backward pass computes the rest again
         return (
@@ -101,7 +101,7 @@ class _Transformer(Module):
             raise ValueError(f"dy has shape {gradient.shape}, expected {array.shape} as x had")
         dtype = np.dtype(computing_type(array.dtype))
         rows = self._rows(gradient.astype(dtype, copy=False))
-        with serial():
+        with serial(), np.errstate(all="ignore"):
             if inside is None:
                 _, inside = self._run(self._rows(array), samples, mask, _Scratch(True, dtype))
             dx, gradients = self._run_backward(rows, samples, inside)

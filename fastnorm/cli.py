@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     placement.add_argument(
         "--seeds",
         type=_positive,
-        default=5,
+        default=3,
         metavar="N",
         help="networks of each kind (default: %(default)s)",
     )

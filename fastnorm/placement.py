@@ -32,7 +32,7 @@ Report: TypeAlias = Callable[[str], None]
 
 PARTS = ("gradient", "residual", "training")
 DEPTHS = (2, 4, 6, 8, 12, 16, 24, 32, 48)
-SEEDS = 5
+SEEDS = 3
 
 
 def steps(parts: Sequence[str], depths: Sequence[int], seeds: int) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import fastnorm as fn
+from fastnorm.nn import transformer
 
 from .helpers import F32, F64, Array, assert_same_bits, named
 
@@ -338,6 +339,32 @@ def test_a_sample_does_not_see_the_others() -> None:
     for i in (0, 49):
         one = m(x[i : i + 1], mask[i * HEADS : (i + 1) * HEADS])
         np.testing.assert_allclose(y[i : i + 1], one, rtol=0, atol=1e-13)
+
+
+def test_samples_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many scores at once as a cache holds: two samples each here, and one in the last piece."""
+    x = normal(5, L, D)
+    masks = (normal(5 * HEADS, L, L, seed=1), normal(5, L, seed=2) > 1)
+    m = fn.nn.TransformerEncoder(2, D, HEADS, rng=0, dtype=F64)
+    y = m(x, *masks)
+    dx = m.backward(y)
+    monkeypatch.setattr(transformer, "_SCORES", 2 * HEADS * L * L)
+    assert_same_bits(m.backward(m(x, *masks)), dx)
+    assert_same_bits(m.eval()(x, *masks), y)
+
+
+def test_final_norm() -> None:
+    x = normal(N, L, D)
+    for placement in ("pre", "peri", "post", "deepnorm"):
+        plain, normed, chosen = (
+            fn.nn.TransformerEncoder(2, D, HEADS, placement=placement, final_norm=f, rng=0)  # type: ignore[arg-type]
+            for f in (False, True, None)
+        )
+        right = fn.layer_norm(plain(x), D)
+        np.testing.assert_allclose(normed(x), right, rtol=0, atol=1e-12)
+        assert chosen.final_norm == (placement in ("pre", "peri"))
+        assert "norm.weight" in normed.state_dict()
+        assert "norm.weight" not in plain.state_dict()
 
 
 def test_encoder_and_layers_are_one() -> None:

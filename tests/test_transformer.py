@@ -137,7 +137,7 @@ def test_encoder_like_pytorch(norm_first: bool, final: bool, dtype: Any, torch: 
     )  # fmt: skip
     ours.load_state_dict(theirs.state_dict())
     masks = masks_of(torch, {"mask": CAUSAL, "src_key_padding_mask": PADDING}, dtype)
-    assert_like_torch(ours, theirs, dtype, {"src_key_padding_mask": PADDING}, masks)
+    assert_like_torch(ours, theirs, dtype, {"mask": CAUSAL, "src_key_padding_mask": PADDING}, masks)
 
 
 @norm_first
@@ -481,11 +481,11 @@ def test_calls_that_do_not_fit() -> None:
             m.backward(x)
         with pytest.raises(ValueError, match=r"expected \(\.\.\., L, 24\)"):
             m(x[..., :8])
-        with pytest.raises(ValueError, match=r"src_mask has shape \(3, 3\), expected \(7, 7\)"):
+        with pytest.raises(ValueError, match=r"mask has shape \(3, 3\), expected \(7, 7\)"):
             m(x, np.zeros((3, 3)))
         with pytest.raises(ValueError, match=r"src_key_padding_mask has shape \(7, 3\)"):
             m(x, src_key_padding_mask=PADDING.T)
-        with pytest.raises(TypeError, match="src_mask has dtype int64, expected booleans"):
+        with pytest.raises(TypeError, match="mask has dtype int64, expected booleans"):
             m(x, np.zeros((L, L), int))
         m(x)
         with pytest.raises(ValueError, match="dy has shape"):

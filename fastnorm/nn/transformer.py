@@ -68,11 +68,12 @@ class _Transformer(Module):
     num_heads: int
     norm: Norm
     eps: float
+    _mask_name: str  # as the caller knows it
 
     def _forward(
         self,
         x: ArrayLike,
-        src_mask: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
         src_key_padding_mask: ArrayLike | None = None,
     ) -> tuple[Array, Any]:
         array = as_array(x, "x")
@@ -84,14 +85,13 @@ class _Transformer(Module):
             )
         samples = math.prod(array.shape[:-2])
         dtype = np.dtype(computing_type(array.dtype))
-        padding = src_key_padding_mask
-        mask = self._mask(src_mask, padding, samples, array.shape[:-1], dtype)
+        added = self._added(mask, src_key_padding_mask, samples, array.shape[:-1], dtype)
         with serial(), np.errstate(all="ignore"):
-            y, saved = self._run(self._rows(array), samples, mask, _Scratch(self.training, dtype))
+            y, saved = self._run(self._rows(array), samples, added, _Scratch(self.training, dtype))
         # in inference x alone is kept: a backward pass computes the rest again
         return (
             y.reshape(array.shape).astype(array.dtype, copy=False),
-            (array, samples, mask, saved if self.training else None),
+            (array, samples, added, saved if self.training else None),
         )
 
     def _backward(self, dy: ArrayLike, saved: Any) -> tuple[Array, Gradients]:
@@ -117,46 +117,13 @@ class _Transformer(Module):
     def _run_backward(self, dy: Array, samples: int, saved: Any) -> tuple[Array, Gradients]:
         """Return dx and the gradients of the parameters by name."""
 
-    def __call__(
-        self,
-        x: ArrayLike,
-        src_mask: ArrayLike | None = None,
-        src_key_padding_mask: ArrayLike | None = None,
-    ) -> Array:
-        """Return the result for `x`, and keep what :meth:`backward` needs: `x` itself included.
-
-        Parameters
-        ----------
-        x
-            (..., L, d_model).
-        src_mask
-            (L, L) or (samples * num_heads, L, L): True, or minus infinity, where the position of
-            the row may not see that of the column. Floats are added to the scores.
-        src_key_padding_mask
-            (..., L): True, or minus infinity, at positions that nobody may see.
-
-        Returns
-        -------
-        y
-            The shape and dtype of `x`.
-
-        Raises
-        ------
-        ValueError
-            For shapes that do not fit.
-        TypeError
-            For dtypes other than real numbers, and for masks of integers.
-        """
-        y, self._saved = self._forward(x, src_mask, src_key_padding_mask)
-        return y
-
     def _rows(self, array: Array) -> Array:
         rows = array.astype(computing_type(array.dtype), copy=False)
         return np.ascontiguousarray(rows).reshape(math.prod(array.shape[:-1]), self.d_model)
 
-    def _mask(
+    def _added(
         self,
-        src_mask: ArrayLike | None,
+        mask: ArrayLike | None,
         padding: ArrayLike | None,
         samples: int,
         shape: tuple[int, ...],
@@ -164,12 +131,13 @@ class _Transformer(Module):
     ) -> Array | None:
         """Both masks as one that is added to scores (samples, heads, L, L), or None."""
         length, total = shape[-1], None
-        if src_mask is not None:
-            added = _added(src_mask, "src_mask", dtype)
+        if mask is not None:
+            name = self._mask_name
+            added = _added(mask, name, dtype)
             each = (samples * self.num_heads, length, length)
             if added.shape not in (each, each[1:]):
                 raise ValueError(
-                    f"src_mask has shape {added.shape}, expected {each[1:]}, or {each} for one "
+                    f"{name} has shape {added.shape}, expected {each[1:]}, or {each} for one "
                     "mask for each head of each sample"
                 )
             heads = (samples, self.num_heads) if added.ndim == 3 else (1, 1)
@@ -312,6 +280,8 @@ class TransformerBlock(_Transformer):
     ((2, 5, 16), (64, 16))
     """
 
+    _mask_name = "src_mask"
+
     def __init__(
         self,
         d_model: int,
@@ -388,6 +358,39 @@ class TransformerBlock(_Transformer):
                 values = generator.standard_normal(part.shape, drawn)
                 values *= gain * (2 / sum(part.shape)) ** 0.5
                 part[...] = values
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        src_mask: ArrayLike | None = None,
+        src_key_padding_mask: ArrayLike | None = None,
+    ) -> Array:
+        """Return the result for `x`, and keep what :meth:`backward` needs: `x` itself included.
+
+        Parameters
+        ----------
+        x
+            (..., L, d_model).
+        src_mask
+            (L, L) or (samples * num_heads, L, L): True, or minus infinity, where the position of
+            the row may not see that of the column. Floats are added to the scores.
+        src_key_padding_mask
+            (..., L): True, or minus infinity, at positions that nobody may see.
+
+        Returns
+        -------
+        y
+            The shape and dtype of `x`.
+
+        Raises
+        ------
+        ValueError
+            For shapes that do not fit.
+        TypeError
+            For dtypes other than real numbers, and for masks of integers.
+        """
+        y, self._saved = self._forward(x, src_mask, src_key_padding_mask)
+        return y
 
     # --- Forward ----------------------------------------------------------------------------------
 
@@ -558,6 +561,8 @@ class TransformerEncoder(_Transformer):
     ['layers.0.linear1.bias', 'layers.0.linear1.weight']
     """
 
+    _mask_name = "mask"
+
     def __init__(
         self,
         num_layers: int,
@@ -606,6 +611,39 @@ class TransformerEncoder(_Transformer):
         for name, array in block.parameters().items():
             if self.final_norm and name.startswith("norm1."):  # alike: of ones, and zeros
                 self._add_parameter(name.replace("norm1", "norm"), array.copy())
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        mask: ArrayLike | None = None,
+        src_key_padding_mask: ArrayLike | None = None,
+    ) -> Array:
+        """Return the result for `x`, and keep what :meth:`backward` needs: `x` itself included.
+
+        Parameters
+        ----------
+        x
+            (..., L, d_model).
+        mask
+            (L, L) or (samples * num_heads, L, L): True, or minus infinity, where the position of
+            the row may not see that of the column. Floats are added to the scores.
+        src_key_padding_mask
+            (..., L): True, or minus infinity, at positions that nobody may see.
+
+        Returns
+        -------
+        y
+            The shape and dtype of `x`.
+
+        Raises
+        ------
+        ValueError
+            For shapes that do not fit.
+        TypeError
+            For dtypes other than real numbers, and for masks of integers.
+        """
+        y, self._saved = self._forward(x, mask, src_key_padding_mask)
+        return y
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of all blocks to training, or with False to inference; return the module."""

@@ -204,7 +204,7 @@ LAYERS, SIZE, HEADS = 6, 32, 2
 BATCH, CONTEXT = 16, 32  # sequences, and characters of each
 STEPS = 300
 WARM_UP = 0.5  # of the steps
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+RATES = (1e-3, 3e-3, 8e-3)
 BETAS = (0.9, 0.98)  # of Adam, as in the papers
 POINTS = 30  # of a loss curve
 MARGIN = 0.1  # nats
@@ -368,7 +368,7 @@ def training(seeds: int, number: int, report: Report) -> dict[str, Any]:
 
 
 def _number(value: float) -> float | None:
-    return value if np.isfinite(value) else None
+    return round(value, 4) if np.isfinite(value) else None
 
 
 def _chosen(result: dict[str, Any], placement: str, warmup: bool, lr: float) -> list[Any]:
@@ -509,7 +509,7 @@ def _draw_residual(found: dict[str, Any], ax: Any) -> None:
 
 
 def _draw_training(found: dict[str, Any], axes: Sequence[Any]) -> None:
-    rate = found["rates"][len(found["rates"]) // 2]
+    rate = found["rates"][-1]
     without, with_, final = axes
     for placement, (colour, marker) in STYLES.items():
         for ax, warmup in ((without, False), (with_, True)):

@@ -622,13 +622,10 @@ class TransformerEncoder(_Transformer):
 
         Parameters
         ----------
-        x
-            (..., L, d_model).
+        x, src_key_padding_mask
+            As for a :class:`TransformerBlock`.
         mask
-            (L, L) or (samples * num_heads, L, L): True, or minus infinity, where the position of
-            the row may not see that of the column. Floats are added to the scores.
-        src_key_padding_mask
-            (..., L): True, or minus infinity, at positions that nobody may see.
+            What `src_mask` is for a block.
 
         Returns
         -------
@@ -637,10 +634,8 @@ class TransformerEncoder(_Transformer):
 
         Raises
         ------
-        ValueError
-            For shapes that do not fit.
-        TypeError
-            For dtypes other than real numbers, and for masks of integers.
+        ValueError, TypeError
+            As for a block.
         """
         y, self._saved = self._forward(x, mask, src_key_padding_mask)
         return y

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import product
@@ -80,6 +81,32 @@ def run(
     return results
 
 
+@contextmanager
+def _each(
+    function: Callable[..., Array], jobs: Sequence[tuple[Any, ...]]
+) -> Iterator[Iterator[Array]]:
+    """The result of each job in turn, on as many processors as fastnorm may use."""
+    workers = min(fn.get_num_threads(), len(jobs))
+    if workers < 2:
+        yield (function(*job) for job in jobs)
+        return
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    # Processes that are started and not forked, each with one thread: the matrices are small.
+    single = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "FASTNORM_NUM_THREADS"), "1")
+    before = {name: os.environ.get(name) for name in single}
+    os.environ.update(single)
+    try:
+        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+            yield pool.map(function, *zip(*jobs))
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
 # --- At initialisation ----------------------------------------------------------------------------
 
 WIDTH, LENGTH = 128, 16
@@ -135,17 +162,21 @@ def gradient(depths: Sequence[int], seeds: int, report: Report) -> dict[str, Any
         ``slope``, that of log norm on log depth, with ``slopes`` for each seed.
     """
     results: dict[str, Any] = {}
+    jobs = list(product(PLACEMENTS, depths, range(seeds)))
+    norms = {}
+    with _each(_gradients, jobs) as each:
+        for placement, depth, seed in jobs:
+            if seed == 0:
+                report(f"gradient: {placement}, {depth} layers")
+            norms[placement, depth, seed] = next(each)
     for placement in PLACEMENTS:
-        found = []
-        for depth in depths:
-            report(f"gradient: {placement}, {depth} layers")
-            found.append(np.array([_gradients(placement, depth, seed) for seed in range(seeds)]))
-        last = np.array([norms[:, -1] for norms in found])
+        found = [np.array([norms[placement, d, s] for s in range(seeds)]) for d in depths]
+        last = np.array([layers[:, -1] for layers in found])
         results[placement] = {
             "depths": list(depths),
             "norms": last.mean(1).tolist(),
             "spread": (last.std(1, ddof=1) if seeds > 1 else np.zeros(len(depths))).tolist(),
-            "layers": [norms.mean(0).tolist() for norms in found],
+            "layers": [layers.mean(0).tolist() for layers in found],
             "slope": _slope(depths, last.mean(1)),
             "slopes": [_slope(depths, column) for column in last.T],
         }
@@ -180,9 +211,12 @@ def residual(depth: int, seeds: int, report: Report) -> dict[str, Any]:
         layers, and for "post" the ``expected`` 3/2.
     """
     results: dict[str, Any] = {}
-    for placement in PLACEMENTS:
-        report(f"residual: {placement}")
-        sizes = np.mean([_sizes(placement, depth, seed) for seed in range(seeds)], 0)
+    measured = {}
+    with _each(_sizes, list(product(PLACEMENTS, [depth], range(seeds)))) as each:
+        for placement in PLACEMENTS:
+            report(f"residual: {placement}")
+            measured[placement] = np.mean([next(each) for _ in range(seeds)], 0)
+    for placement, sizes in measured.items():
         first = depth + 1 - len(sizes)
         layers = np.arange(first, depth + 1)
         results[placement] = {"layers": layers.tolist(), "sizes": sizes.tolist()}
@@ -312,29 +346,6 @@ def train(job: Job) -> Array:
     return losses
 
 
-def _trained(jobs: Sequence[Job]) -> Iterator[Array]:
-    """The losses of each job in turn, on as many processors as fastnorm may use."""
-    workers = min(fn.get_num_threads(), len(jobs))
-    if workers < 2:
-        yield from map(train, jobs)
-        return
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
-    # Processes that are started and not forked, each with one thread: the matrices are small.
-    single = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "FASTNORM_NUM_THREADS"), "1")
-    before = {name: os.environ.get(name) for name in single}
-    os.environ.update(single)
-    try:
-        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-            yield from pool.map(train, jobs)
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
-
-
 def training(seeds: int, number: int, report: Report) -> dict[str, Any]:
     """Train every placement with and without warm-up, at every learning rate, from every seed.
 
@@ -350,9 +361,13 @@ def training(seeds: int, number: int, report: Report) -> dict[str, Any]:
     alone = entropy(codes)
     runs = []
     jobs = _jobs(seeds, number)
-    for job, losses in zip(jobs, _trained(jobs)):
-        with_or_not = "with" if job.warmup else "without"
-        report(f"training: {job.placement} at {job.lr:g} {with_or_not} warm-up")
+    with _each(train, [(job,) for job in jobs]) as each:
+        curves = []
+        for job, losses in zip(jobs, each):
+            with_or_not = "with" if job.warmup else "without"
+            report(f"training: {job.placement} at {job.lr:g} {with_or_not} warm-up")
+            curves.append(losses)
+    for job, losses in zip(jobs, curves):
         loss = float(losses[-max(1, number // 10) :].mean())
         curve = [float(part.mean()) for part in np.array_split(losses, min(POINTS, number))]
         runs.append(

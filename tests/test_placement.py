@@ -174,8 +174,8 @@ def test_processes_train_as_this_one_does(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "2")
     monkeypatch.delenv("FASTNORM_NUM_THREADS", raising=False)
     jobs = [placement.Job(kind, True, 4e-3, 0, 3) for kind in ("pre", "post", "peri")]
-    with fn.threads(2):
-        found = list(placement._trained(jobs))
+    with fn.threads(2), placement._each(placement.train, [(job,) for job in jobs]) as each:
+        found = list(each)
     for losses, job in zip(found, jobs):
         np.testing.assert_allclose(losses, placement.train(job), rtol=1e-4)
     assert os.environ["OPENBLAS_NUM_THREADS"] == "2"

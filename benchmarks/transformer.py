@@ -26,6 +26,7 @@ import fastnorm as fn
 from . import machine
 from .timing import ROUNDS, Contender, turns
 
+TURN = 0.5  # seconds: some calls
 LAYERS, WIDTH, HEADS, SHAPE = 6, 512, 8, (8, 128, 512)
 
 # A process each, timed from outside.
@@ -78,7 +79,7 @@ def forward(torch: Any) -> dict[str, dict[str, float]]:
         }
         for order in turns(list(contenders), ROUNDS):
             for name in order:
-                contenders[name].block(0.5)  # some calls
+                contenders[name].block(TURN)
         found[placement] = {name: c.seconds for name, c in contenders.items()}
     return found
 
@@ -90,9 +91,8 @@ def first(rounds: int = 5) -> dict[str, float]:
     for order in turns(list(FIRST), rounds + 1):
         for name in order:
             start = time.perf_counter()
-            subprocess.run(
-                [sys.executable, "-c", FIRST[name]], check=True, env=os.environ | threads
-            )
+            command = [sys.executable, "-c", FIRST[name]]
+            subprocess.run(command, check=True, env=os.environ | threads)
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 

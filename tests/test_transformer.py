@@ -590,6 +590,24 @@ def test_adam_like_pytorch(torch: Any) -> None:
         adam.step({"a": ours["a"]})
 
 
+def test_benchmark(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], torch: Any
+) -> None:
+    """In small: it compares the answers, and prints a ratio for each row."""
+    from benchmarks import transformer as benchmark
+
+    small = {"LAYERS": 2, "WIDTH": 16, "HEADS": 2, "SHAPE": (2, 3, 16), "ROUNDS": 1, "TURN": 0.01}
+    for name, value in small.items():
+        monkeypatch.setattr(benchmark, name, value)
+    monkeypatch.setattr(benchmark, "FIRST", dict.fromkeys(("fastnorm", "torch"), "pass"))
+    before = torch.get_num_threads()
+    benchmark.main()
+    torch.set_num_threads(before)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if " ms " in line]
+    assert len(rows) == 3
+    assert all(float(row[-1]) > 0 for row in rows)
+
+
 def test_nothing_warns() -> None:
     """Overflow on the way forth and back, in the steps of Adam too."""
     for m in models():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ml_dtypes
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 import fastnorm as fn
+from fastnorm import backends
 from fastnorm.nn import transformer
 
 from .helpers import F32, F64, Array, assert_same_bits, named
@@ -328,6 +330,25 @@ def test_threads_and_what_others_do_change_no_bits() -> None:
     with fn.threads(4):
         assert_same_bits(m(x), alone)
         assert fn.get_num_threads() == 4
+
+
+def test_kernels_have_their_threads_again_after_a_call() -> None:
+    """Of several threads at once, and after an error in the middle."""
+    modules = [fn.nn.TransformerBlock(64, 4, rng=seed).eval() for seed in range(4)]
+    x = normal(4, 40, 64, dtype=F32)
+    alone = [m(x) for m in modules]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for found, right in zip(pool.map(lambda m: m(x), modules), alone):
+                assert_same_bits(found, right)
+    modules[0].activation = "dance"
+    with pytest.raises(ValueError, match="'dance'"):
+        modules[0](x)
+    with fn.threads(3):
+        assert backends._kernel_threads() == 3
+        with backends.serial():
+            assert backends._kernel_threads() == 1
+            assert fn.get_num_threads() == 3
 
 
 def test_a_sample_does_not_see_the_others() -> None:

@@ -10,6 +10,7 @@ both sides ("peri"), and after sums with a scaled residual ("deepnorm"):
 
 The first two are in the setting of Xiong and others, "On Layer Normalization in the Transformer
 Architecture", 2020, arXiv:2002.04745: one head, W_Q = W_K = 0, ReLU, square matrices, Xavier.
+(Of which the proofs there use the variance; ours are uniform, theirs normal numbers.)
 """
 
 from __future__ import annotations

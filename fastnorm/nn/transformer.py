@@ -226,8 +226,8 @@ class TransformerBlock(_Transformer):
     (:meth:`eval`) intermediate results are not kept, which is faster; :meth:`backward` then
     computes them again.
 
-    Weights begin as normal numbers of variance 2 / (inputs + outputs) (Xavier), those of query, key
-    and value each by itself, and biases as 0. With "deepnorm", the weights of the value, of the
+    Weights begin uniform, of variance 2 / (inputs + outputs) (Xavier), those of query, key and
+    value each by itself, and biases as 0. With "deepnorm", the weights of the value, of the
     attention's output and of the network are multiplied by :math:`(8 N)^{-1/4}`.
 
     Parameters
@@ -354,9 +354,11 @@ class TransformerBlock(_Transformer):
             parts = np.split(array, 3) if "in_proj" in name else [array]
             drawn: Any = np.float64 if array.dtype == np.float64 else np.float32
             for i, part in enumerate(parts):
-                gain = beta if len(parts) == 1 or i == 2 else 1.0
-                values = generator.standard_normal(part.shape, drawn)
-                values *= gain * (2 / sum(part.shape)) ** 0.5
+                bound = (6 / sum(part.shape)) ** 0.5 * (beta if len(parts) == 1 or i == 2 else 1.0)
+                # uniform: normal numbers would take longer than to import and run all of it
+                values = generator.random(part.shape, drawn)
+                values -= 0.5
+                values *= 2 * bound
                 part[...] = values
 
     def __call__(

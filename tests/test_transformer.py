@@ -426,6 +426,19 @@ def test_other_dtypes(dtype: Any) -> None:
         assert_same_bits(y, m(x.astype(wide)).astype(kind))
 
 
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64], ids=str)
+def test_parameters_of_other_dtypes(dtype: Any) -> None:
+    """They are rounded, or not, and the arithmetic is that of x: float32."""
+    x = normal(N, L, D, dtype=F32)
+    for m, plain in zip(models(dtype=dtype), models()):
+        plain.load_state_dict(m.state_dict())
+        y = m(x)
+        assert_same_bits(y, plain(x))
+        assert_same_bits(m.backward(y), plain.backward(y))
+        for name, gradient in plain.grad.items():
+            assert_same_bits(m.grad[name], gradient.astype(dtype))
+
+
 def test_shapes_and_memory() -> None:
     """Any leading axes, any strides; x and masks are left as they are; empty gives empty."""
     x = normal(2, 3, L, D, dtype=F32)

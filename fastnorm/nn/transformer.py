@@ -17,12 +17,7 @@ from numpy.typing import ArrayLike, DTypeLike
 from fastnorm import backward, functional
 from fastnorm.arguments import ACTIVATIONS, Array, as_array, check_eps, computing_type
 from fastnorm.backends import serial
-from fastnorm.nn.functional import (
-    activation_backward,
-    attention,
-    attention_backward,
-    linear,
-)
+from fastnorm.nn.functional import activation_backward, attention, attention_backward, linear
 from fastnorm.nn.module import Module, parameter_type
 from fastnorm.nn.norms import _count
 
@@ -157,6 +152,9 @@ class _Transformer(Module):
         """A parameter in the type that is computed in, or None where there is none."""
         found = self._parameters.get(name)
         return None if found is None else found.astype(x.dtype, copy=False)
+
+    def _matrix(self, name: str, x: Array) -> Array:
+        return self._parameters[f"{name}weight"].astype(x.dtype, copy=False)
 
     def _normed(self, name: str, x: Array, branch: Array | None = None) -> tuple[Array, Array]:
         """The norm of x + branch, and that sum itself."""
@@ -428,7 +426,7 @@ class TransformerBlock(_Transformer):
         return x, branch, saved
 
     def _linear(self, name: str, x: Array, out: Array) -> Array:
-        return linear(x, self._parameters[f"{name}weight"], self._of(f"{name}bias", x), out=out)
+        return linear(x, self._matrix(name, x), self._of(f"{name}bias", x), out=out)
 
     def _heads(self, packed: Array, samples: int) -> Array:
         """Rows of one or more vectors for each head as (vectors, samples, heads, L, size)."""
@@ -447,7 +445,7 @@ class TransformerBlock(_Transformer):
         heads = self.num_heads
         joined = scratch("joined", *h.shape)
         (y,) = self._heads(joined, samples)
-        some = max(1, _SCORES // max(1, heads * length * length))
+        some = max(1, min(samples, _SCORES // max(1, heads * length * length)))
         weights = scratch("weights", samples if scratch.keep else some, heads, length, length)
         for i in range(0, samples, some):
             part = slice(i, min(i + some, samples))
@@ -465,7 +463,7 @@ class TransformerBlock(_Transformer):
 
     def _feed(self, h: Array, scratch: _Scratch) -> tuple[Array, Any]:
         hidden = scratch("hidden", len(h), self.dim_feedforward)
-        linear(h, self._parameters["linear1.weight"], out=hidden)
+        linear(h, self._matrix("linear1.", h), out=hidden)
         # kept for the way back, the result goes elsewhere
         out = scratch("active", *hidden.shape) if scratch.keep else hidden
         bias = self._of("linear1.bias", h)
@@ -497,7 +495,7 @@ class TransformerBlock(_Transformer):
     def _linear_backward(self, name: str, dy: Array, x: Array, gradients: Gradients) -> Array:
         gradients[f"{name}weight"] = dy.T @ x
         gradients[f"{name}bias"] = dy.sum(0)
-        return dy @ self._parameters[f"{name}weight"].astype(x.dtype, copy=False)
+        return dy @ self._matrix(name, x)
 
     def _attend_backward(
         self, dy: Array, samples: int, h: Array, inside: Any, gradients: Gradients

@@ -73,6 +73,30 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help=about, description=f"{about.capitalize()}.")
     info.set_defaults(command=_info)
     info.add_argument("--json", action="store_true", help="print it as JSON")
+
+    about = "study where a transformer has its norms: gradients, residual stream, training"
+    placement = commands.add_parser("placement", help=about, description=f"{about.capitalize()}.")
+    placement.set_defaults(command=_placement)
+    placement.add_argument(
+        "--part", choices=("gradient", "residual", "training"), help="run this one (default: all)"
+    )
+    placement.add_argument(
+        "--depths",
+        type=_depths,
+        metavar="N,N,...",
+        help="numbers of layers at initialisation (default: 2,4,6,8,12,16,24,32,48)",
+    )
+    placement.add_argument(
+        "--seeds",
+        type=_positive,
+        default=3,
+        metavar="N",
+        help="networks of each kind (default: %(default)s)",
+    )
+    placement.add_argument("--plot", type=_new_file, metavar="FILE", help="draw what was found")
+    placement.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    # for tests: of each training
+    placement.add_argument("--steps", type=_positive, help=argparse.SUPPRESS)
     return parser
 
 
@@ -83,6 +107,10 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 1 or more")
     return int(text)
+
+
+def _depths(text: str) -> list[int]:
+    return [_positive(number.strip()) for number in text.split(",")]
 
 
 def _new_file(text: str) -> Path:
@@ -101,9 +129,10 @@ def _warn(text: str) -> None:
     print(f"fastnorm: {text}", file=sys.stderr)
 
 
-def _lacks(extra: str) -> bool:
-    """Whether a library of `extra` is missing; if so, say what to install."""
-    missing = [name for module, name in _EXTRAS[extra].items() if find_spec(module) is None]
+def _lacks(extra: str, *modules: str) -> bool:
+    """Whether a library of `extra`, or of it one of `modules`, is missing; say what to install."""
+    wanted = {m: name for m, name in _EXTRAS[extra].items() if m in modules or not modules}
+    missing = [name for module, name in wanted.items() if find_spec(module) is None]
     if missing:
         names = " and ".join(missing)
         _warn(f"this needs {names}: install with pip install 'fastnorm[{extra}]'")
@@ -163,6 +192,27 @@ def _demo(arguments: argparse.Namespace) -> int:
         print(json.dumps(result.to_dict() | {"picture": str(arguments.output)}, indent=2))
     else:
         print(f"{result.to_text()}\n\nThe picture is in {arguments.output}")
+    return 0
+
+
+def _placement(arguments: argparse.Namespace) -> int:
+    if arguments.plot and _lacks("demo", "matplotlib"):
+        return 2
+    from fastnorm import placement
+
+    parts = [arguments.part] if arguments.part else placement.PARTS
+    depths = arguments.depths or placement.DEPTHS
+    with _Progress(placement.steps(parts, depths, arguments.seeds)) as progress:
+        results = placement.run(
+            parts, depths, arguments.seeds, progress, training_steps=arguments.steps
+        )
+    if arguments.plot:
+        try:
+            placement.draw(results, arguments.plot)
+        except (OSError, ValueError) as error:  # ValueError: a format that is not known
+            _warn(f"cannot write the picture: {error}")
+            return 2
+    print(json.dumps(results, indent=1) if arguments.json else placement.to_text(results))
     return 0
 
 

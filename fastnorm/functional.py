@@ -1348,6 +1348,52 @@ def dynamic_tanh(
     return _scaled(x, array, float(factor.reshape(())), w, b, squash=True)
 
 
+def activate(
+    x: ArrayLike,
+    activation: Activation,
+    bias: ArrayLike | None = None,
+    *,
+    out: Array | None = None,
+) -> Array:
+    r"""Add a bias and apply an activation, in one pass over memory.
+
+    .. math:: y = f(x + b)
+
+    Parameters
+    ----------
+    x
+        Any shape of at least 1 dimension.
+    activation
+        ``"relu"``, ``"silu"``, ``"gelu"`` (of the error function), ``"gelu_tanh"`` or None.
+    bias
+        (D,), the last axis of `x`.
+    out
+        The array to write into, of the shape and dtype of `x`; may be `x` itself.
+
+    Returns
+    -------
+    y
+        The shape, dtype and memory order of `x`.
+
+    Raises
+    ------
+    ValueError
+        For another activation, or shapes that do not fit.
+    TypeError
+        For dtypes other than real numbers.
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm as fn
+    >>> fn.nn.activate(np.array([1.0, -2.0]), "relu", np.array([1.0, 1.0]))
+    array([2., 0.])
+    """
+    array = as_array(x, "x")
+    check_ndim(array, 1, "activate", "(..., D)")
+    added = _axes(bias, "bias", array, (array.ndim - 1,))
+    return _scaled(x, array, 1.0, None, added, activation=activation, out=out)
+
+
 # --- Docstrings -----------------------------------------------------------------------------------
 
 # What five norms share is written once.

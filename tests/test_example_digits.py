@@ -141,12 +141,12 @@ def test_conv_is_a_convolution(size: tuple[int, int], stride: int) -> None:
 def test_cross_entropy() -> None:
     rng = np.random.default_rng(0)
     scores, right = rng.standard_normal((4, 10)), np.array([3, 0, 9, 3])
-    loss, gradient = digits.cross_entropy(scores, right)
+    loss, gradient = fn.nn.cross_entropy(scores, right)
     p = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
     assert loss == pytest.approx(-np.log(p[np.arange(4), right]).mean(), rel=1e-13)
-    there = slopes(lambda: digits.cross_entropy(scores, right)[0], scores, np.arange(40), 1e-4)
+    there = slopes(lambda: fn.nn.cross_entropy(scores, right)[0], scores, np.arange(40), 1e-4)
     np.testing.assert_allclose(gradient.ravel(), there, rtol=0, atol=1e-8)
-    assert digits.cross_entropy(scores + 1e4, right)[0] == pytest.approx(loss)
+    assert fn.nn.cross_entropy(scores + 1e4, right)[0] == pytest.approx(loss)
 
 
 @pytest.mark.parametrize(("name", "norm"), KINDS)
@@ -157,10 +157,10 @@ def test_gradients_of_a_network(name: str, norm: str) -> None:
     x, right = rng.standard_normal((6, 8, 8, 1)), rng.integers(10, size=6)
 
     def loss() -> float:
-        found: float = digits.cross_entropy(network(x), right)[0]
+        found: float = fn.nn.cross_entropy(network(x), right)[0]
         return found
 
-    network.backward(digits.cross_entropy(network(x), right)[1])
+    network.backward(fn.nn.cross_entropy(network(x), right)[1])
     step, expected = 2.0**-20, 0.0
     ends: list[list[Array]] = [[], []]
     arrays = [(p, m.grad[k]) for m in network.layers for k, p in m.parameters().items()]

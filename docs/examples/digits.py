@@ -188,16 +188,6 @@ class Pool(Layer):
         return np.broadcast_to(dy[:, None, None] / (h * w), self.shape)
 
 
-def cross_entropy(scores: Array, digits: Array) -> tuple[float, Array]:
-    """Return the mean of -log p(right digit) over a batch, and the gradient of the scores."""
-    shifted = scores - scores.max(1, keepdims=True)
-    log_p = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-    right = np.arange(len(digits)), digits
-    gradient = np.exp(log_p)
-    gradient[right] -= 1
-    return float(-log_p[right].mean()), gradient / len(digits)
-
-
 # --- Training -------------------------------------------------------------------------------------
 
 RATE, RATE_BATCH = 0.1, 32  # the learning rate is proportional to the batch size, as in the paper
@@ -243,7 +233,8 @@ def train(
         for i in range(batches):
             chosen = order[i * batch_size : (i + 1) * batch_size]
             scores = network(data.images[chosen])
-            losses[epoch, i], gradient = cross_entropy(scores, data.digits[chosen])
+            loss, gradient = fn.nn.cross_entropy(scores, data.digits[chosen])
+            losses[epoch, i] = loss
             network.backward(gradient)
             left = 1 - (epoch * batches + i) / losses.size
             rate = RATE * batch_size / RATE_BATCH * left

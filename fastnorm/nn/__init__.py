@@ -1,5 +1,15 @@
-"""Modules: norms that keep their parameters, statistics and gradients, for training in NumPy."""
+"""Modules that keep their parameters and gradients, for training in NumPy: norms, transformers."""
 
+from fastnorm.functional import activate
+from fastnorm.nn.functional import (
+    activation_backward,
+    attention,
+    attention_backward,
+    cross_entropy,
+    linear,
+    softmax,
+    softmax_backward,
+)
 from fastnorm.nn.module import Module
 from fastnorm.nn.norms import (
     BatchNorm,
@@ -14,8 +24,11 @@ from fastnorm.nn.norms import (
     LayerNorm,
     RMSNorm,
 )
+from fastnorm.nn.optimizer import Adam
+from fastnorm.nn.transformer import TransformerBlock, TransformerEncoder
 
 __all__ = [
+    "Adam",
     "BatchNorm",
     "BatchNorm1d",
     "BatchNorm2d",
@@ -28,4 +41,14 @@ __all__ = [
     "LayerNorm",
     "Module",
     "RMSNorm",
+    "TransformerBlock",
+    "TransformerEncoder",
+    "activate",
+    "activation_backward",
+    "attention",
+    "attention_backward",
+    "cross_entropy",
+    "linear",
+    "softmax",
+    "softmax_backward",
 ]

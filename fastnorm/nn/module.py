@@ -36,7 +36,7 @@ class Module(ABC):
 
     def _add_parameter(self, name: str, value: Array) -> None:
         self._parameters[name] = value
-        self.grad[name] = np.zeros_like(value)
+        self.grad[name] = np.zeros(value.shape, value.dtype)  # no memory until it is written
 
     def __getattr__(self, name: str) -> Any:
         for arrays in ("_parameters", "_buffers"):

@@ -1,0 +1,392 @@
+"""What layers other than norms compute, forward and backward: each written once, for every user."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fastnorm.arguments import ACTIVATIONS, Array, as_array, computing_type
+
+# NaN and infinity are ordinary data here.
+_quiet = np.errstate(all="ignore")
+
+
+def _computed(value: ArrayLike, name: str) -> Array:
+    """`value` in the type that is computed in: float32 or float64."""
+    array = as_array(value, name)
+    return array.astype(computing_type(array.dtype), copy=False)
+
+
+@_quiet
+def linear(
+    x: ArrayLike, weight: ArrayLike, bias: ArrayLike | None = None, *, out: Array | None = None
+) -> Array:
+    r"""Multiply by a matrix and add a bias.
+
+    .. math:: y = x W^T + b
+
+    Parameters
+    ----------
+    x
+        (..., in_features).
+    weight
+        (out_features, in_features); a transposed view costs nothing.
+    bias
+        (out_features,).
+    out
+        The array to write into, C-contiguous; no overlap with the others.
+
+    Returns
+    -------
+    y
+        (..., out_features).
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit.
+    TypeError
+        For dtypes other than real numbers.
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm as fn
+    >>> fn.nn.linear(np.array([1.0, 2.0]), np.array([[1.0, 1.0], [0.0, 3.0]]), np.array([0.0, 1.0]))
+    array([3., 7.])
+    """
+    rows, matrix = _computed(x, "x"), _computed(weight, "weight")
+    if matrix.ndim != 2 or rows.shape[-1:] != matrix.shape[1:]:
+        raise ValueError(
+            f"linear got x of shape {rows.shape} and weight of shape {matrix.shape}, expected "
+            "(..., in_features) and (out_features, in_features); write weight.T where it lies "
+            "the other way round"
+        )
+    shape = (*rows.shape[:-1], len(matrix))
+    # one product for all leading axes
+    y: Array = np.matmul(
+        rows.reshape(math.prod(shape[:-1]), rows.shape[-1]),
+        matrix.T,
+        out=None if out is None else out.reshape(-1, len(matrix)),
+    )
+    if bias is not None:
+        y += bias
+    return y.reshape(shape)
+
+
+@_quiet
+def softmax(x: ArrayLike, *, out: Array | None = None) -> Array:
+    r"""Turn scores along the last axis into shares that add up to 1.
+
+    .. math:: y_i = \frac{e^{x_i}}{\sum_j e^{x_j}}
+
+    Parameters
+    ----------
+    x
+        Any shape of at least 1 dimension.
+    out
+        The array to write into; may be `x` itself.
+
+    Returns
+    -------
+    y
+        The shape of `x`. Where all of a row is minus infinity there is nothing to share: zeros.
+
+    Raises
+    ------
+    TypeError
+        For dtypes other than real numbers.
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm as fn
+    >>> fn.nn.softmax(np.array([0.0, 0.0, -np.inf]))
+    array([0.5, 0.5, 0. ])
+    """
+    scores = _computed(x, "x")
+    # the largest becomes 0, so that no exponential overflows; never -inf - -inf
+    least = np.finfo(scores.dtype).min
+    y: Array = np.subtract(scores, scores.max(-1, keepdims=True, initial=least), out=out)
+    np.exp(y, out=y)
+    total = y.sum(-1, keepdims=True)
+    total[total == 0] = 1
+    y /= total
+    return y
+
+
+@_quiet
+def softmax_backward(dy: Array, y: Array, *, out: Array | None = None) -> Array:
+    r"""Return the gradient of the scores that :func:`softmax` turned into `y`.
+
+    .. math:: dx_i = y_i \left(dy_i - \sum_j dy_j y_j\right)
+
+    Parameters
+    ----------
+    dy, y
+        The gradient of the result, and the result.
+    out
+        The array to write into; may be `dy` itself.
+
+    Returns
+    -------
+    dx
+        The shape of `y`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm as fn
+    >>> fn.nn.softmax_backward(np.array([1.0, 0.0]), np.array([0.5, 0.5]))
+    array([ 0.25, -0.25])
+    """
+    common = np.einsum("...i,...i->...", dy, y)[..., None]
+    dx: Array = np.subtract(dy, common, out=out)
+    dx *= y
+    return dx
+
+
+@_quiet
+def attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    mask: ArrayLike | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    out: Array | None = None,
+    weights: Array | None = None,
+) -> tuple[Array, Array]:
+    r"""Scaled dot-product attention.
+
+    .. math:: w = \mathrm{softmax}(s \, q k^T + m), \quad y = w v
+
+    Leading axes are heads, samples and whatever else; they broadcast, so that several query heads
+    may share one of keys and values.
+
+    Parameters
+    ----------
+    query
+        (..., L, D).
+    key
+        (..., S, D).
+    value
+        (..., S, E).
+    mask
+        Floats that broadcast to (..., L, S), added to the scores: 0 lets through, minus infinity
+        does not.
+    causal
+        Whether a position sees only itself and those before it. The last query is at the last key,
+        as with a cache of earlier keys.
+    scale
+        Of the scores; None is 1 / sqrt(D).
+    out, weights
+        Arrays to write `y` and the weights into.
+
+    Returns
+    -------
+    y
+        (..., L, E); zeros where nothing is let through.
+    weights
+        (..., L, S).
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit.
+    TypeError
+        For dtypes other than real numbers, and for a mask that is not of floats.
+
+    References
+    ----------
+    Vaswani and others, "Attention Is All You Need", 2017, arXiv:1706.03762.
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm as fn
+    >>> q = k = np.zeros((2, 3))
+    >>> y, weights = fn.nn.attention(q, k, np.array([[1.0], [3.0]]), causal=True)
+    >>> y.ravel(), weights
+    (array([1., 2.]), array([[1. , 0. ],
+           [0.5, 0.5]]))
+    """
+    q, k, v = _computed(query, "query"), _computed(key, "key"), _computed(value, "value")
+    if min(q.ndim, k.ndim, v.ndim) < 2 or q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
+        raise ValueError(
+            f"attention got query, key and value of shapes {q.shape}, {k.shape} and {v.shape}, "
+            "expected (..., L, D), (..., S, D) and (..., S, E)"
+        )
+    scores: Array = np.matmul(q, k.swapaxes(-1, -2), out=weights)
+    scores *= q.shape[-1] ** -0.5 if scale is None else scale
+    if mask is not None:
+        added = np.asarray(mask)
+        if added.dtype.kind != "f":
+            raise TypeError(
+                f"mask has dtype {added.dtype}, expected floats that are added to the scores; "
+                "write np.where(allowed, 0.0, -np.inf)"
+            )
+        scores += added.astype(scores.dtype, copy=False)
+    if causal:
+        length, seen = scores.shape[-2:]
+        scores += np.triu(np.full((length, seen), -np.inf, scores.dtype), 1 + seen - length)
+    softmax(scores, out=scores)
+    return np.matmul(scores, v, out=out), scores
+
+
+@_quiet
+def attention_backward(
+    dy: Array,
+    query: Array,
+    key: Array,
+    value: Array,
+    weights: Array,
+    *,
+    scale: float | None = None,
+    out: tuple[Array | None, Array | None, Array | None] = (None, None, None),
+) -> tuple[Array, Array, Array]:
+    r"""Return the gradients of query, key and value from that of the result of :func:`attention`.
+
+    .. math:: dv = w^T dy, \quad dq = s \, ds \, k, \quad dk = s \, ds^T q
+
+    where ds is the gradient of the scores, from dw = dy vᵀ.
+
+    Parameters
+    ----------
+    dy
+        The gradient of `y`, (..., L, E).
+    query, key, value, scale
+        As they were given; the leading axes must have been the same, not broadcast.
+    weights
+        As returned.
+    out
+        Arrays to write the three gradients into.
+
+    Returns
+    -------
+    dquery, dkey, dvalue
+        The shapes of `query`, `key` and `value`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm as fn
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 4, 8))
+    >>> y, weights = fn.nn.attention(q, k, v)
+    >>> dq, dk, dv = fn.nn.attention_backward(y, q, k, v, weights)
+    >>> bool(np.allclose(dv.sum(0), y.sum(0)))
+    True
+    """
+    s = query.shape[-1] ** -0.5 if scale is None else scale
+    dvalue = np.matmul(weights.swapaxes(-1, -2), dy, out=out[2])
+    dscores = np.matmul(dy, value.swapaxes(-1, -2))
+    softmax_backward(dscores, weights, out=dscores)
+    dscores *= s
+    dquery = np.matmul(dscores, key, out=out[0])
+    dkey = np.matmul(dscores.swapaxes(-1, -2), query, out=out[1])
+    return dquery, dkey, dvalue
+
+
+@_quiet
+def activation_backward(dy: Array, x: Array, y: Array, activation: str) -> Array:
+    r"""Return the gradient of the `x` that an activation turned into `y`.
+
+    With :math:`p = y/x`, the share that was let through, which is :math:`\Phi(x)` or
+    :math:`\sigma(\cdot)`:
+
+    .. math::
+
+        \mathrm{gelu}' &= p + x \varphi(x) \\
+        \mathrm{silu}' &= p + y (1 - p) \\
+        \mathrm{gelu\_tanh}' &= p + y (1 - p) \, 2 \sqrt{2/\pi} \, (1 + 3 \cdot 0.044715 \, x^2)
+
+    Parameters
+    ----------
+    dy
+        The gradient of `y`.
+    x, y
+        What went in and what came out.
+    activation
+        ``"relu"``, ``"silu"``, ``"gelu"`` or ``"gelu_tanh"``.
+
+    Returns
+    -------
+    dx
+        The shape of `x`.
+
+    Raises
+    ------
+    ValueError
+        For another name.
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm as fn
+    >>> fn.nn.activation_backward(np.ones(2), np.array([-1.0, 2.0]), np.array([0.0, 2.0]), "relu")
+    array([0., 1.])
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+    if activation == "relu":
+        return np.where(x > 0, dy, 0)
+    slope: Array = y / x
+    slope[x == 0] = 0.5
+    if activation == "gelu":
+        slope += x * (np.exp(-0.5 * (x * x)) * (2 * math.pi) ** -0.5)
+    elif activation == "silu":
+        slope += y * (1 - slope)
+    else:
+        # beyond 50 all or nothing is let through: y (1 - p) is 0, and stays it
+        square = np.clip(x, -50, 50) ** 2
+        inner = (8 / math.pi) ** 0.5 * (1 + 3 * 0.044715 * square)
+        slope += y * (1 - slope) * inner
+    slope *= dy
+    return slope
+
+
+@_quiet
+def cross_entropy(scores: ArrayLike, target: ArrayLike) -> tuple[float, Array]:
+    r"""Return the mean of -log p(right class), in nats, and the gradient of the scores.
+
+    .. math:: L = -\frac{1}{n} \sum \log \mathrm{softmax}(s)_t, \quad
+              ds = \frac{\mathrm{softmax}(s) - [i = t]}{n}
+
+    Parameters
+    ----------
+    scores
+        (..., classes).
+    target
+        (...), the index of the right class of each.
+
+    Returns
+    -------
+    loss
+        A float.
+    gradient
+        The shape of `scores`.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit.
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm as fn
+    >>> loss, gradient = fn.nn.cross_entropy(np.zeros((1, 2)), np.array([1]))
+    >>> round(loss, 4), gradient
+    (0.6931, array([[ 0.5, -0.5]]))
+    """
+    s, right = _computed(scores, "scores"), np.asarray(target)
+    if s.shape[:-1] != right.shape or right.dtype.kind not in "iu":
+        raise ValueError(
+            f"cross_entropy got scores of shape {s.shape} and target of shape {right.shape} and "
+            f"dtype {right.dtype}, expected (..., classes) and integers of shape (...)"
+        )
+    gradient = softmax(s)
+    place = right[..., None]
+    # log p from the scores: p itself may have become 0
+    shifted = s - s.max(-1, keepdims=True)
+    total = np.log(np.exp(shifted).sum(-1))
+    loss = total - np.take_along_axis(shifted, place, -1)[..., 0]
+    np.put_along_axis(gradient, place, np.take_along_axis(gradient, place, -1) - 1, -1)
+    gradient /= right.size
+    return float(loss.mean()), gradient

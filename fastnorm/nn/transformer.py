@@ -1,0 +1,688 @@
+"""Transformer blocks: attention, a feed-forward network, and the norm where it is wanted.
+
+Inside, an array is rows of d_model numbers, one row for each position of each sample. A residual
+stream is handed on as two arrays, x and what is still to be added to it, so that the addition
+happens in the norm that reads the sum: in the next block, if there is one.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import Any, Literal, Self, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
+
+from fastnorm import backward, functional
+from fastnorm.arguments import ACTIVATIONS, Array, as_array, check_eps, computing_type
+from fastnorm.backends import serial
+from fastnorm.nn.functional import activation_backward, attention, attention_backward, linear
+from fastnorm.nn.module import Module, parameter_type
+from fastnorm.nn.norms import _count
+
+Placement: TypeAlias = Literal["pre", "post", "peri", "deepnorm"]
+Norm: TypeAlias = Literal["layer", "rms"]
+Random: TypeAlias = np.random.Generator | int | None
+Gradients: TypeAlias = dict[str, Array]
+
+PLACEMENTS: tuple[Placement, ...] = ("pre", "post", "peri", "deepnorm")
+NORMS = ("layer", "rms")
+
+# So many scores at once: those of a few samples, which stay in a core's cache.
+_SCORES = 1 << 18
+
+
+def _choice(value: Any, name: str, choices: tuple[str, ...]) -> Any:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
+    return value
+
+
+class _Scratch:
+    """Memory for what a block computes on the way: each call new, or by its name used again."""
+
+    def __init__(self, keep: bool, dtype: np.dtype[Any]) -> None:
+        self.keep = keep
+        self._dtype = dtype
+        self._arrays: dict[str, Array] = {}
+
+    def __call__(self, name: str, *shape: int) -> Array:
+        """Return an array; one and the same for each name, unless all is to be kept."""
+        if self.keep:
+            return np.empty(shape, self._dtype)
+        if name not in self._arrays:
+            self._arrays[name] = np.empty(shape, self._dtype)
+        return self._arrays[name]
+
+
+class _Transformer(Module):
+    """What a block and a stack of blocks have in common: masks, rows, and when to keep what."""
+
+    d_model: int
+    num_heads: int
+    norm: Norm
+    eps: float
+    _mask_name: str  # as the caller knows it
+
+    def _forward(
+        self,
+        x: ArrayLike,
+        mask: ArrayLike | None = None,
+        src_key_padding_mask: ArrayLike | None = None,
+    ) -> tuple[Array, Any]:
+        array = as_array(x, "x")
+        if array.ndim < 2 or array.shape[-1] != self.d_model:
+            raise ValueError(
+                f"{type(self).__name__} got x of shape {array.shape}, expected (..., L, "
+                f"{self.d_model}): samples, positions, d_model; write x.swapaxes(0, 1) where "
+                "positions come first"
+            )
+        samples = math.prod(array.shape[:-2])
+        dtype = np.dtype(computing_type(array.dtype))
+        added = self._added(mask, src_key_padding_mask, samples, array.shape[:-1], dtype)
+        with serial(), np.errstate(all="ignore"):
+            y, saved = self._run(self._rows(array), samples, added, _Scratch(self.training, dtype))
+        # in inference x alone is kept: a backward pass computes the rest again
+        return (
+            y.reshape(array.shape).astype(array.dtype, copy=False),
+            (array, samples, added, saved if self.training else None),
+        )
+
+    def _backward(self, dy: ArrayLike, saved: Any) -> tuple[Array, Gradients]:
+        array, samples, mask, inside = saved
+        gradient = as_array(dy, "dy")
+        if gradient.shape != array.shape:
+            raise ValueError(f"dy has shape {gradient.shape}, expected {array.shape} as x had")
+        dtype = np.dtype(computing_type(array.dtype))
+        rows = self._rows(gradient.astype(dtype, copy=False))
+        with serial(), np.errstate(all="ignore"):
+            if inside is None:
+                _, inside = self._run(self._rows(array), samples, mask, _Scratch(True, dtype))
+            dx, gradients = self._run_backward(rows, samples, inside)
+        return dx.reshape(array.shape).astype(array.dtype, copy=False), gradients
+
+    @abstractmethod
+    def _run(
+        self, x: Array, samples: int, mask: Array | None, scratch: _Scratch
+    ) -> tuple[Array, Any]:
+        """Return the rows for rows x, and what `_run_backward` wants."""
+
+    @abstractmethod
+    def _run_backward(self, dy: Array, samples: int, saved: Any) -> tuple[Array, Gradients]:
+        """Return dx and the gradients of the parameters by name."""
+
+    def _rows(self, array: Array) -> Array:
+        rows = array.astype(computing_type(array.dtype), copy=False)
+        return np.ascontiguousarray(rows).reshape(math.prod(array.shape[:-1]), self.d_model)
+
+    def _added(
+        self,
+        mask: ArrayLike | None,
+        padding: ArrayLike | None,
+        samples: int,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+    ) -> Array | None:
+        """Both masks as one that is added to scores (samples, heads, L, L), or None."""
+        length, total = shape[-1], None
+        if mask is not None:
+            name = self._mask_name
+            added = _added(mask, name, dtype)
+            each = (samples * self.num_heads, length, length)
+            if added.shape not in (each, each[1:]):
+                raise ValueError(
+                    f"{name} has shape {added.shape}, expected {each[1:]}, or {each} for one "
+                    "mask for each head of each sample"
+                )
+            heads = (samples, self.num_heads) if added.ndim == 3 else (1, 1)
+            total = added.reshape(*heads, length, length)
+        if padding is not None:
+            added = _added(padding, "src_key_padding_mask", dtype)
+            if added.shape != shape:
+                raise ValueError(
+                    f"src_key_padding_mask has shape {added.shape}, expected {shape} as x has "
+                    "without its last axis"
+                )
+            added = added.reshape(samples, 1, 1, length)
+            total = added if total is None else total + added
+        return total
+
+    def _of(self, name: str, x: Array) -> Array | None:
+        """A parameter in the type that is computed in, or None where there is none."""
+        found = self._parameters.get(name)
+        return None if found is None else found.astype(x.dtype, copy=False)
+
+    def _matrix(self, name: str, x: Array) -> Array:
+        return self._parameters[f"{name}weight"].astype(x.dtype, copy=False)
+
+    def _normed(self, name: str, x: Array, branch: Array | None = None) -> tuple[Array, Array]:
+        """The norm of x + branch, and that sum itself."""
+        weight, bias = self._of(f"{name}.weight", x), self._of(f"{name}.bias", x)
+        if self.norm == "rms":
+            if branch is None:
+                return functional.rms_norm(x, self.d_model, weight, self.eps), x
+            return functional.add_rms_norm(x, branch, self.d_model, weight, self.eps)
+        if branch is None:
+            return functional.layer_norm(x, self.d_model, weight, bias, self.eps), x
+        return functional.add_layer_norm(x, branch, self.d_model, weight, bias, self.eps)
+
+    def _normed_backward(self, name: str, dy: Array, total: Array, gradients: Gradients) -> Array:
+        """The gradient of what was normed; the statistics are computed again."""
+        weight = self._of(f"{name}.weight", dy)
+        if self.norm == "rms":
+            _, rstd = functional.rms_norm(total, self.d_model, None, self.eps, return_stats=True)
+            dx, gradients[f"{name}.weight"] = backward.rms_norm_backward(
+                dy, total, rstd, self.d_model, weight
+            )
+            return dx
+        _, mean, rstd = functional.layer_norm(
+            total, self.d_model, None, None, self.eps, return_stats=True
+        )
+        dx, gradients[f"{name}.weight"], gradients[f"{name}.bias"] = backward.layer_norm_backward(
+            dy, total, mean, rstd, self.d_model, weight
+        )
+        return dx
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in self._options().items())
+        return f"{type(self).__name__}({options})"
+
+    @abstractmethod
+    def _options(self) -> dict[str, Any]:
+        """What `repr` shows."""
+
+
+def _added(mask: ArrayLike, name: str, dtype: np.dtype[Any]) -> Array:
+    array = np.asarray(mask)
+    if array.dtype == bool:
+        return np.where(array, dtype.type(-np.inf), dtype.type(0))
+    if array.dtype.kind != "f":
+        raise TypeError(
+            f"{name} has dtype {array.dtype}, expected booleans (True: not to be seen) or floats "
+            f"that are added to the scores; write {name}.astype(bool)"
+        )
+    return array.astype(dtype, copy=False)
+
+
+class TransformerBlock(_Transformer):
+    r"""Multi-head self-attention and a feed-forward network, with residuals and norms.
+
+    With f the attention and then the network :math:`W_2 \, g(W_1 x + b_1) + b_2`, by `placement`:
+
+    .. math::
+
+        \mathrm{pre:}  \quad & x \leftarrow x + f(\mathrm{norm}(x)) \\
+        \mathrm{post:} \quad & x \leftarrow \mathrm{norm}(x + f(x)) \\
+        \mathrm{peri:} \quad & x \leftarrow x + \mathrm{norm}'(f(\mathrm{norm}(x))) \\
+        \mathrm{deepnorm:} \quad & x \leftarrow \mathrm{norm}(\alpha x + f(x)),
+            \quad \alpha = (2 N)^{1/4}
+
+    Parameters are named as in ``torch.nn.TransformerEncoderLayer``, with "pre" that of
+    ``norm_first=True`` and with "post" of ``norm_first=False``, and load from it; the norms of
+    "peri" that it has not are ``post_norm1`` and ``post_norm2``. There is no dropout. In inference
+    (:meth:`eval`) intermediate results are not kept, which is faster; :meth:`backward` then
+    computes them again.
+
+    Weights begin uniform, of variance 2 / (inputs + outputs) (Xavier), those of query, key and
+    value each by itself, and biases as 0. With "deepnorm", the weights of the value, of the
+    attention's output and of the network are multiplied by :math:`(8 N)^{-1/4}`.
+
+    Parameters
+    ----------
+    d_model
+        The size of a position's vector.
+    num_heads
+        How many attentions there are side by side; a divisor of `d_model`.
+    dim_feedforward
+        The hidden size of the network; None is ``4 * d_model``.
+    placement
+        Where the norms are: ``"pre"``, ``"post"``, ``"peri"`` or ``"deepnorm"``.
+    norm
+        ``"layer"`` or ``"rms"``.
+    activation
+        g: ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``.
+    causal
+        Whether a position sees only itself and those before it.
+    eps
+        Of the norms.
+    rng
+        A generator, or the seed of one, for the first weights.
+    num_layers
+        N, how many blocks the model has: "deepnorm" needs to know.
+    bias
+        Whether matrices and layer norms have biases.
+    dtype
+        Of the parameters, whatever that of `x`.
+
+    Raises
+    ------
+    ValueError
+        For sizes and options that cannot be; on a call, for an `x` or masks that do not fit.
+
+    References
+    ----------
+    Vaswani and others, "Attention Is All You Need", 2017, arXiv:1706.03762 ("post"). Xiong and
+    others, "On Layer Normalization in the Transformer Architecture", 2020, arXiv:2002.04745
+    ("pre"). Kim and others, "Peri-LN", 2025, arXiv:2502.02732. Wang and others, "DeepNet: Scaling
+    Transformers to 1,000 Layers", 2022, arXiv:2203.00555 ("deepnorm").
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm as fn
+    >>> m = fn.nn.TransformerBlock(16, 4, causal=True, rng=0)
+    >>> x = np.random.default_rng(0).standard_normal((2, 5, 16)).astype(np.float32)
+    >>> y = m(x)
+    >>> dx = m.backward(y)
+    >>> y.shape, m.grad["linear1.weight"].shape
+    ((2, 5, 16), (64, 16))
+    """
+
+    _mask_name = "src_mask"
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        dim_feedforward: int | None = None,
+        *,
+        placement: Placement = "pre",
+        norm: Norm = "layer",
+        activation: str = "gelu",
+        causal: bool = False,
+        eps: float = 1e-5,
+        rng: Random = None,
+        num_layers: int = 1,
+        bias: bool = True,
+        dtype: DTypeLike = np.float32,
+    ) -> None:
+        super().__init__()
+        self.d_model = d = _count(d_model, "d_model")
+        self.num_heads = _count(num_heads, "num_heads")
+        if d % self.num_heads:
+            raise ValueError(
+                f"num_heads is {num_heads}, expected a divisor of d_model, which is {d_model}"
+            )
+        hidden = 4 * d if dim_feedforward is None else dim_feedforward
+        self.dim_feedforward = _count(hidden, "dim_feedforward")
+        self.placement: Placement = _choice(placement, "placement", PLACEMENTS)
+        self.norm = _choice(norm, "norm", NORMS)
+        self.activation: Any = _choice(activation, "activation", ACTIVATIONS)
+        self.causal = bool(causal)
+        self.eps = check_eps(eps)
+        self.num_layers = _count(num_layers, "num_layers")
+        self.bias = bool(bias)
+        self._alpha = (2 * self.num_layers) ** 0.25 if placement == "deepnorm" else 1.0
+        self._first = placement in ("pre", "peri")  # norms before attention and network
+        kind = parameter_type(dtype)
+
+        sizes = {
+            "self_attn.in_proj": (3 * d, d),
+            "self_attn.out_proj": (d, d),
+            "linear1": (self.dim_feedforward, d),
+            "linear2": (d, self.dim_feedforward),
+        }
+        for name, shape in sizes.items():
+            joint = "_" if name == "self_attn.in_proj" else "."
+            self._add_parameter(f"{name}{joint}weight", np.empty(shape, kind))
+            if self.bias:
+                self._add_parameter(f"{name}{joint}bias", np.zeros(shape[0], kind))
+        norms = ("norm1", "norm2", "post_norm1", "post_norm2")
+        for name in norms if placement == "peri" else norms[:2]:
+            self._add_parameter(f"{name}.weight", np.ones(d, kind))
+            if self.bias and norm == "layer":
+                self._add_parameter(f"{name}.bias", np.zeros(d, kind))
+        self.reset_parameters(rng)
+
+    def reset_parameters(self, rng: Random = None) -> None:
+        """Set the weights to what they begin as, those of norms to 1, and the biases to 0.
+
+        Parameters
+        ----------
+        rng
+            As for the class.
+        """
+        generator = np.random.default_rng(rng)
+        beta = (8 * self.num_layers) ** -0.25 if self.placement == "deepnorm" else 1.0
+        for name, array in self._parameters.items():
+            if array.ndim == 1:
+                array[...] = name.endswith("weight")
+                continue
+            # query, key and value: three matrices in one
+            parts = np.split(array, 3) if "in_proj" in name else [array]
+            drawn: Any = np.float64 if array.dtype == np.float64 else np.float32
+            for i, part in enumerate(parts):
+                bound = (6 / sum(part.shape)) ** 0.5 * (beta if len(parts) == 1 or i == 2 else 1.0)
+                # uniform: normal numbers would take longer than to import and run all of it
+                values = generator.random(part.shape, drawn)
+                values -= 0.5
+                values *= 2 * bound
+                part[...] = values
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        src_mask: ArrayLike | None = None,
+        src_key_padding_mask: ArrayLike | None = None,
+    ) -> Array:
+        """Return the result for `x`, and keep what :meth:`backward` needs: `x` itself included.
+
+        Parameters
+        ----------
+        x
+            (..., L, d_model).
+        src_mask
+            (L, L) or (samples * num_heads, L, L): True, or minus infinity, where the position of
+            the row may not see that of the column. Floats are added to the scores.
+        src_key_padding_mask
+            (..., L): True, or minus infinity, at positions that nobody may see.
+
+        Returns
+        -------
+        y
+            The shape and dtype of `x`.
+
+        Raises
+        ------
+        ValueError
+            For shapes that do not fit.
+        TypeError
+            For dtypes other than real numbers, and for masks of integers.
+        """
+        y, self._saved = self._forward(x, src_mask, src_key_padding_mask)
+        return y
+
+    # --- Forward ----------------------------------------------------------------------------------
+
+    def _run(
+        self, x: Array, samples: int, mask: Array | None, scratch: _Scratch
+    ) -> tuple[Array, Any]:
+        x, branch, saved = self._through(x, None, samples, mask, scratch)
+        return (x if branch is None else x + branch), saved
+
+    def _through(
+        self, x: Array, branch: Array | None, samples: int, mask: Array | None, scratch: _Scratch
+    ) -> tuple[Array, Array | None, list[Any]]:
+        """Take a stream x + branch through the block: return it, and what is kept of each part."""
+        saved = []
+        for number in "12":
+            h, total = x, None
+            if self._first:
+                h, x = self._normed(f"norm{number}", x, branch)
+                total = x
+            if number == "1":
+                branch, inside = self._attend(h, samples, mask, scratch)
+            else:
+                branch, inside = self._feed(h, scratch)
+            after = branch
+            if self.placement == "peri":
+                branch, _ = self._normed(f"post_norm{number}", branch)
+            if not self._first:
+                start = x if self._alpha == 1 else x * x.dtype.type(self._alpha)
+                x, total = self._normed(f"norm{number}", start, branch)
+                branch = None
+            if scratch.keep:
+                saved.append((h, total, after, inside))
+        return x, branch, saved
+
+    def _linear(self, name: str, x: Array, out: Array) -> Array:
+        return linear(x, self._matrix(name, x), self._of(f"{name}bias", x), out=out)
+
+    def _heads(self, packed: Array, samples: int) -> Array:
+        """Rows of one or more vectors for each head as (vectors, samples, heads, L, size)."""
+        size = self.d_model // self.num_heads
+        vectors = packed.shape[1] // self.d_model
+        length = len(packed) // max(samples, 1)
+        split = packed.reshape(samples, length, vectors, self.num_heads, size)
+        return split.transpose(2, 0, 3, 1, 4)
+
+    def _attend(
+        self, h: Array, samples: int, mask: Array | None, scratch: _Scratch
+    ) -> tuple[Array, Any]:
+        packed = self._linear("self_attn.in_proj_", h, scratch("packed", len(h), 3 * self.d_model))
+        q, k, v = self._heads(packed, samples)
+        length = q.shape[-2]
+        heads = self.num_heads
+        joined = scratch("joined", *h.shape)
+        (y,) = self._heads(joined, samples)
+        some = max(1, min(samples, _SCORES // max(1, heads * length * length)))
+        weights = scratch("weights", samples if scratch.keep else some, heads, length, length)
+        for i in range(0, samples, some):
+            part = slice(i, min(i + some, samples))
+            attention(
+                q[part],
+                k[part],
+                v[part],
+                mask if mask is None or len(mask) == 1 else mask[part],
+                causal=self.causal,
+                out=y[part],
+                weights=weights[part if scratch.keep else slice(part.stop - i)],
+            )
+        branch = self._linear("self_attn.out_proj.", joined, scratch("branch", *h.shape))
+        return branch, (packed, weights, joined)
+
+    def _feed(self, h: Array, scratch: _Scratch) -> tuple[Array, Any]:
+        hidden = scratch("hidden", len(h), self.dim_feedforward)
+        linear(h, self._matrix("linear1.", h), out=hidden)
+        # kept for the way back, the result goes elsewhere
+        out = scratch("active", *hidden.shape) if scratch.keep else hidden
+        bias = self._of("linear1.bias", h)
+        active = functional.activate(hidden, self.activation, bias, out=out)
+        branch = self._linear("linear2.", active, scratch("branch", *h.shape))
+        return branch, (hidden, active)
+
+    # --- Backward ---------------------------------------------------------------------------------
+
+    def _run_backward(self, dy: Array, samples: int, saved: Any) -> tuple[Array, Gradients]:
+        gradients: Gradients = {}
+        for number, (h, total, after, inside) in zip("21", reversed(saved)):
+            dsum = dy  # of x + branch
+            if not self._first:
+                dsum = self._normed_backward(f"norm{number}", dy, total, gradients)
+            dbranch = dsum
+            if self.placement == "peri":
+                dbranch = self._normed_backward(f"post_norm{number}", dsum, after, gradients)
+            if number == "1":
+                dh = self._attend_backward(dbranch, samples, h, inside, gradients)
+            else:
+                dh = self._feed_backward(dbranch, h, inside, gradients)
+            if self._first:
+                dh = self._normed_backward(f"norm{number}", dh, total, gradients)
+            dh += dsum if self._alpha == 1 else dsum * dsum.dtype.type(self._alpha)
+            dy = dh
+        return dy, gradients
+
+    def _linear_backward(self, name: str, dy: Array, x: Array, gradients: Gradients) -> Array:
+        gradients[f"{name}weight"] = dy.T @ x
+        gradients[f"{name}bias"] = dy.sum(0)
+        return dy @ self._matrix(name, x)
+
+    def _attend_backward(
+        self, dy: Array, samples: int, h: Array, inside: Any, gradients: Gradients
+    ) -> Array:
+        packed, weights, joined = inside
+        djoined = self._linear_backward("self_attn.out_proj.", dy, joined, gradients)
+        dpacked = np.empty_like(packed)
+        dq, dk, dv = self._heads(dpacked, samples)
+        q, k, v = self._heads(packed, samples)
+        attention_backward(self._heads(djoined, samples)[0], q, k, v, weights, out=(dq, dk, dv))
+        return self._linear_backward("self_attn.in_proj_", dpacked, h, gradients)
+
+    def _feed_backward(self, dy: Array, h: Array, inside: Any, gradients: Gradients) -> Array:
+        hidden, active = inside
+        dactive = self._linear_backward("linear2.", dy, active, gradients)
+        bias = self._of("linear1.bias", h)
+        x = hidden if bias is None else hidden + bias
+        dhidden = activation_backward(dactive, x, active, self.activation)
+        return self._linear_backward("linear1.", dhidden, h, gradients)
+
+    def _options(self) -> dict[str, Any]:
+        names = ("d_model", "num_heads", "dim_feedforward", "placement", "norm", "activation")
+        return {name: getattr(self, name) for name in (*names, "causal", "eps", "bias")}
+
+
+class TransformerEncoder(_Transformer):
+    r"""A stack of transformer blocks, and with "pre" and "peri" a norm of the last sum.
+
+    .. math:: y = \mathrm{norm}(\mathrm{block}_N(\ldots \mathrm{block}_1(x)))
+
+    The sum that ends a block is taken in the norm that begins the next, in one pass. Parameters are
+    named as in ``torch.nn.TransformerEncoder`` and load from it. `layers` holds the blocks; their
+    parameters and gradients are those of the encoder, not copies.
+
+    Parameters
+    ----------
+    num_layers
+        How many blocks.
+    d_model, num_heads, dim_feedforward, placement, norm, activation, causal, eps, rng, bias, dtype
+        As for :class:`TransformerBlock`.
+    final_norm
+        Whether a norm ends the stack; None is yes for "pre" and "peri", whose stream is not normed
+        otherwise. ``torch.nn.TransformerEncoder`` has one if it is given one.
+
+    Raises
+    ------
+    ValueError
+        For sizes and options that cannot be; on a call, for an `x` or masks that do not fit.
+
+    References
+    ----------
+    Those of :class:`TransformerBlock`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm as fn
+    >>> m = fn.nn.TransformerEncoder(2, 16, 4, placement="post", activation="relu", rng=0)
+    >>> x = np.random.default_rng(0).standard_normal((2, 5, 16)).astype(np.float32)
+    >>> padding = np.arange(5) >= np.array([[5], [3]])  # the second sample is of 3 positions
+    >>> m(x, src_key_padding_mask=padding).shape
+    (2, 5, 16)
+    >>> sorted(m.grad)[:2]
+    ['layers.0.linear1.bias', 'layers.0.linear1.weight']
+    """
+
+    _mask_name = "mask"
+
+    def __init__(
+        self,
+        num_layers: int,
+        d_model: int,
+        num_heads: int,
+        dim_feedforward: int | None = None,
+        *,
+        placement: Placement = "pre",
+        norm: Norm = "layer",
+        activation: str = "gelu",
+        causal: bool = False,
+        eps: float = 1e-5,
+        rng: Random = None,
+        final_norm: bool | None = None,
+        bias: bool = True,
+        dtype: DTypeLike = np.float32,
+    ) -> None:
+        super().__init__()
+        self.num_layers = _count(num_layers, "num_layers")
+        generator = np.random.default_rng(rng)
+        self.layers = [
+            TransformerBlock(
+                d_model,
+                num_heads,
+                dim_feedforward,
+                placement=placement,
+                norm=norm,
+                activation=activation,
+                causal=causal,
+                eps=eps,
+                rng=generator,
+                num_layers=num_layers,
+                bias=bias,
+                dtype=dtype,
+            )
+            for _ in range(self.num_layers)
+        ]
+        for i, layer in enumerate(self.layers):
+            for name, array in layer.parameters().items():
+                self._parameters[f"layers.{i}.{name}"] = array
+                self.grad[f"layers.{i}.{name}"] = layer.grad[name]
+        block = self.layers[0]
+        self.d_model, self.num_heads = block.d_model, block.num_heads
+        self.norm, self.eps = block.norm, block.eps
+        self.final_norm = placement in ("pre", "peri") if final_norm is None else bool(final_norm)
+        for name, array in block.parameters().items():
+            if self.final_norm and name.startswith("norm1."):  # alike: of ones, and zeros
+                self._add_parameter(name.replace("norm1", "norm"), array.copy())
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        mask: ArrayLike | None = None,
+        src_key_padding_mask: ArrayLike | None = None,
+    ) -> Array:
+        """Return the result for `x`, and keep what :meth:`backward` needs: `x` itself included.
+
+        Parameters
+        ----------
+        x, src_key_padding_mask
+            As for a :class:`TransformerBlock`.
+        mask
+            What `src_mask` is for a block.
+
+        Returns
+        -------
+        y
+            The shape and dtype of `x`.
+
+        Raises
+        ------
+        ValueError, TypeError
+            As for a block.
+        """
+        y, self._saved = self._forward(x, mask, src_key_padding_mask)
+        return y
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of all blocks to training, or with False to inference; return the module."""
+        for layer in self.layers:
+            layer.train(mode)
+        return super().train(mode)
+
+    def reset_parameters(self, rng: Random = None) -> None:
+        """Set all parameters to what they begin as.
+
+        Parameters
+        ----------
+        rng
+            As for the class.
+        """
+        generator = np.random.default_rng(rng)
+        for layer in self.layers:
+            layer.reset_parameters(generator)
+        for name, array in self._parameters.items():
+            if name.startswith("norm."):
+                array[...] = name == "norm.weight"
+
+    def _run(
+        self, x: Array, samples: int, mask: Array | None, scratch: _Scratch
+    ) -> tuple[Array, Any]:
+        branch, kept = None, []
+        for layer in self.layers:
+            x, branch, saved = layer._through(x, branch, samples, mask, scratch)
+            kept.append(saved)
+        if self.final_norm:
+            y, total = self._normed("norm", x, branch)
+            return y, (kept, total)
+        return (x if branch is None else x + branch), (kept, None)
+
+    def _run_backward(self, dy: Array, samples: int, saved: Any) -> tuple[Array, Gradients]:
+        kept, total = saved
+        gradients: Gradients = {}
+        if self.final_norm:
+            dy = self._normed_backward("norm", dy, total, gradients)
+        for i, layer in reversed(list(enumerate(self.layers))):
+            dy, found = layer._run_backward(dy, samples, kept[i])
+            gradients |= {f"layers.{i}.{name}": array for name, array in found.items()}
+        return dy, gradients
+
+    def _options(self) -> dict[str, Any]:
+        shown = {"num_layers": self.num_layers} | self.layers[0]._options()
+        return shown | {"final_norm": self.final_norm}

@@ -267,6 +267,27 @@ def _computing(dtype: np.dtype[Any]) -> type[np.floating[Any]]:
     return np.float64 if dtype.itemsize == 8 else np.float32
 
 
+def _cython_moments(x: Array, reduced: tuple[bool, ...], mask: Array | None, fields: Array) -> None:
+    turn = tuple(slice(None, None, -1 if stride < 0 else 1) for stride in x.strides)
+    order: list[int] = list(range(x.ndim))
+    x, fields = x[turn], fields[(slice(None), *turn)]
+    mask = None if mask is None else mask[turn]
+
+    def layout() -> Layout | None:
+        operands = {"x": x, "rstd": fields[0]} | ({} if mask is None else {"mask": mask})
+        return _layout_of(operands, tuple(reduced[axis] for axis in order))
+
+    found = layout()
+    if found is None:
+        # an order of axes that the kernels cannot walk: kept axes first, then reduced, in a copy
+        order.sort(key=lambda axis: reduced[axis])
+        x = np.ascontiguousarray(x.transpose(order))
+        fields = fields.transpose(0, *(axis + 1 for axis in order))
+        mask = None if mask is None else np.ascontiguousarray(mask.transpose(order))
+        found = layout()
+    _core.kernels.run_moments(found, x, fields, mask=mask, threads=get_num_threads())  # type: ignore[union-attr]
+
+
 # --- NumPy ----------------------------------------------------------------------------------------
 
 
@@ -333,6 +354,24 @@ def _numpy_backward(p: BackwardPass) -> None:
             _sum_to(p.dbias, dbias)
 
 
+def _numpy_moments(x: Array, reduced: tuple[bool, ...], mask: Array | None, fields: Array) -> None:
+    axes = tuple(axis for axis, r in enumerate(reduced) if r)
+    chosen: Any = True if mask is None else mask
+
+    def total(values: Array) -> Array:
+        return values.sum(axis=axes, keepdims=True, where=chosen)
+
+    with np.errstate(all="ignore"):
+        wide = x.astype(np.longdouble)  # no faster way is asked of this backend
+        count = total(np.ones(x.shape))
+        mean = np.where(count > 0, total(wide) / count, 0)
+        deviation = wide - mean
+        rest = np.where(count > 0, total(deviation) / count, 0)
+        m2 = total(deviation**2) - count * rest**2
+        fields[0], fields[1], fields[3] = count, mean, m2
+        fields[2], fields[4] = (mean - fields[1]) + rest, m2 - fields[3]
+
+
 # --- The choice -----------------------------------------------------------------------------------
 
 _AVAILABLE: dict[str, tuple[Callable[[Pass], None], Callable[[BackwardPass], None]]] = {
@@ -340,6 +379,8 @@ _AVAILABLE: dict[str, tuple[Callable[[Pass], None], Callable[[BackwardPass], Non
 }
 if _core.kernels is not None:
     _AVAILABLE = {"cython": (_cython, _cython_backward), **_AVAILABLE}
+# What moments are taken with; a backend without an entry of its own takes NumPy's.
+_MOMENTS = {"cython": _cython_moments}
 NAMES = ("auto", "cython", "numba", "numpy")
 
 _current = ""
@@ -353,6 +394,29 @@ def compute(p: Pass) -> None:
 def compute_backward(p: BackwardPass) -> None:
     """Carry out a backward pass on the backend in use."""
     _AVAILABLE[_current][1](p)
+
+
+# Elements that moments are taken of at once where the backend makes copies of them: they fit L2.
+BLOCK = 1 << 15
+
+
+def moments_at_once(dtype: np.dtype[Any]) -> int | None:
+    """How many elements `compute_moments` takes in one call; None for any number."""
+    wide_integer = dtype.kind in "iu" and dtype.itemsize > 2
+    return None if _current in _MOMENTS and not wide_integer else BLOCK
+
+
+def compute_moments(
+    x: Array, reduced: tuple[bool, ...], mask: Array | None, fields: Array
+) -> None:
+    """Fill `fields`, (5, ...) with the reduced axes as 1, with the moments of x.
+
+    They are count, mean, rest of the mean, sum of squared deviations from it, and its rest: each of
+    the two is an unevaluated sum of two doubles. `x` may be of integers or booleans.
+    """
+    if x.dtype.kind in "iu" and x.dtype.itemsize > 2:
+        x = x.astype(np.float64)
+    _MOMENTS.get(_current, _numpy_moments)(x, reduced, mask, fields)
 
 
 class _Unplanned:

@@ -396,8 +396,8 @@ def compute_backward(p: BackwardPass) -> None:
     _AVAILABLE[_current][1](p)
 
 
-# Elements that moments are taken of at once where the backend makes copies of them: they fit L2.
-BLOCK = 1 << 15
+# Elements that moments are taken of at once where they are converted first: a few megabytes.
+BLOCK = 1 << 18
 
 
 def moments_at_once(dtype: np.dtype[Any]) -> int | None:

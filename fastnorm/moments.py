@@ -65,8 +65,12 @@ def fields_of(x: Array, axes: tuple[int, ...], mask: Array | None = None) -> Arr
     """Return the fields of x over these axes, which are kept as 1 behind the axis of the fields."""
     reduced = tuple(axis in axes for axis in range(x.ndim))
     fields = np.zeros([5, *(1 if r else n for n, r in zip(x.shape, reduced))])
+    most = moments_at_once(x.dtype)
     if x.size and x.ndim:
-        _fill(x, reduced, mask, fields, moments_at_once(x.dtype))
+        if most is None or x.size <= most:
+            compute_moments(x, reduced, mask, fields)
+        else:
+            _fill(x, reduced, mask, fields, most)
     elif x.size:  # a single number
         return fields_of(x[np.newaxis], (0,), None if mask is None else mask[np.newaxis])[:, 0]
     if not np.isfinite(fields[1]).all():
@@ -79,10 +83,10 @@ def fields_of(x: Array, axes: tuple[int, ...], mask: Array | None = None) -> Arr
 
 
 def _fill(
-    x: Array, reduced: tuple[bool, ...], mask: Array | None, fields: Array, most: int | None
+    x: Array, reduced: tuple[bool, ...], mask: Array | None, fields: Array, most: int
 ) -> None:
     """Merge the fields of x into `fields`, `most` elements at a time."""
-    if most is None or x.size <= most:
+    if x.size <= most:
         part = np.empty_like(fields)
         compute_moments(x, reduced, mask, part)
         fields[...] = merge(fields, part)

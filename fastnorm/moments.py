@@ -310,7 +310,7 @@ class Moments:
     True
     >>> halves = [fn.Moments.from_array(part, axis=(0, 2, 3)) for part in np.split(images, 2)]
     >>> sum(halves, fn.Moments(axis=(0, 2, 3))).std(ddof=1).round(3)
-    array([24.807, 24.807, 24.807])
+    array([24.83, 24.83, 24.83])
     """
 
     __slots__ = ("_axis", "_fields")

@@ -565,7 +565,7 @@ cdef void finish_double(Pass* q, Item it, double* moments, Scale* s) noexcept no
         rest = 0.0
         if q.given:
             mean, var = mean_out[g * step], var_out[g * step]
-            rstd = var if q.scaling == FACTOR else inverse_root(var + q.eps, 0.0)
+            rstd = var if q.scaling == FACTOR else inverse_root(var + q.eps, 0.0) if var + q.eps != 0.0 else 0.0
         else:
             count, mean, rest, m2, m2_rest = m.count[g], m.mean[g], m.mean_rest[g], m.m2[g], m.m2_rest[g]
             if count == 0.0:

@@ -14,6 +14,7 @@ from fastnorm.nn.norms import (
     LayerNorm,
     RMSNorm,
 )
+from fastnorm.nn.recalibration import recalibrate
 
 __all__ = [
     "BatchNorm",
@@ -28,4 +29,5 @@ __all__ = [
     "LayerNorm",
     "Module",
     "RMSNorm",
+    "recalibrate",
 ]

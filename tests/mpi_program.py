@@ -1,6 +1,8 @@
 """What test_mpi.py runs in four processes: each checks its own part against the whole.
 
-    mpiexec -n 4 python -m tests.mpi_program
+    mpiexec -n 4 python -m mpi4py -m tests.mpi_program
+
+Run so, an error in one process ends them all.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def test_four_processes_compute_as_one() -> None:
     if launcher is None:
         pytest.skip("there is no mpiexec: pip install mpich")
     done = subprocess.run(
-        [launcher, "-n", "4", sys.executable, "-W", "error", "-m", "tests.mpi_program"],
+        [launcher, "-n", "4", sys.executable, "-W", "error", "-m", "mpi4py", "-m", "tests.mpi_program"],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         timeout=120,

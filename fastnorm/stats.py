@@ -33,6 +33,8 @@ BLOCK = 8 << 20
 IMAGES = 16
 # Tasks handed out for each worker: one to work on, one that waits, and some that came early.
 AHEAD = 4
+# How long a Dask scheduler may take to answer.
+PATIENCE = "10s"
 
 ARRAYS = (".npy", ".npz", ".zarr", ".h5", ".hdf5", ".hdf", ".he5")
 # What each kind of file needs: (import, distribution).
@@ -126,6 +128,7 @@ def parts_of(path: Path, kind: str, group: str, key: str, options: Options) -> l
     """Cut one file into parts. Errors are those of reading it."""
     name = str(path)
     if kind == "image":
+        _axes_of(np.empty((0, 0, 0)), options, name)
         return [Part(name, kind, group)]
     with _opened(name, kind) as arrays:
         names = arrays.names()
@@ -140,9 +143,16 @@ def parts_of(path: Path, kind: str, group: str, key: str, options: Options) -> l
         array = arrays[key]
         if kind == "npz":  # a member is read whole: it may be compressed
             return [Part(name, kind, group, key)]
-        axes = reduced_axes(array, options.axis, "--axis")
+        axes = _axes_of(array, options, name)
         chunks = getattr(array, "chunks", None)
         return [Part(name, kind, group, key, i) for i in _blocks(array, axes, chunks)]
+
+
+def _axes_of(array: Any, options: Options, path: str) -> tuple[int, ...]:
+    try:
+        return reduced_axes(array, options.axis, path)
+    except ValueError as error:
+        raise CannotUse(str(error)) from None
 
 
 def _blocks(
@@ -384,7 +394,7 @@ def executor(workers: int, scheduler: str | None) -> Iterator[Executor | None]:
         from distributed import Client
 
         try:
-            client = Client(scheduler, timeout="10s", set_as_default=False)
+            client = Client(scheduler, timeout=PATIENCE, set_as_default=False)
         except (OSError, ValueError, TypeError) as error:
             raise CannotUse(f"no Dask scheduler answers at {scheduler!r}: {error}") from None
         with client:

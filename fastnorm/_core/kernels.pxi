@@ -1058,8 +1058,11 @@ cdef void walk_columns(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last, cons
             x, apart = <const float*>row_of(q, base, f), q.x.s // <Py_ssize_t>sizeof(float)
         else:
             n = min(n, q.block)
-            for i in range(n):
-                load(row_of(q, base, f + i), q.x.storage, width, tile + i * width)
+            if q.x.s == width * bytes_of(q.x.storage):
+                load(row_of(q, base, f), q.x.storage, n * width, tile)  # rows that follow one another
+            else:
+                for i in range(n):
+                    load(row_of(q, base, f + i), q.x.storage, width, tile + i * width)
             x, apart = tile, width
         if pivot == NULL:
             fn_gather_rows(x, apart, n, width, a, b)

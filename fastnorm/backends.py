@@ -268,24 +268,23 @@ def _computing(dtype: np.dtype[Any]) -> type[np.floating[Any]]:
 
 
 def _cython_moments(x: Array, reduced: tuple[bool, ...], mask: Array | None, fields: Array) -> None:
+    given = {"x": x, "fields": fields} | ({} if mask is None else {"mask": mask})
     turn = tuple(slice(None, None, -1 if stride < 0 else 1) for stride in x.strides)
-    order: list[int] = list(range(x.ndim))
-    x, fields = x[turn], fields[(slice(None), *turn)]
-    mask = None if mask is None else mask[turn]
+    operands = {n: a[(slice(None), *turn)] if n == "fields" else a[turn] for n, a in given.items()}
+    layout = _moments_layout(operands, reduced)
+    if layout is None:
+        # an order of axes that the kernels cannot walk: kept axes first, then reduced, in copies
+        order = sorted(range(x.ndim), key=lambda axis: reduced[axis])
+        operands = {n: np.ascontiguousarray(a.transpose(order)) for n, a in given.items() if a is not fields}
+        operands["fields"] = fields.transpose(0, *(axis + 1 for axis in order))
+        layout = _moments_layout(operands, tuple(sorted(reduced)))
+        assert layout is not None, "contiguous operands always have a layout"
+    _core.kernels.run_moments(layout, **operands, threads=get_num_threads())  # type: ignore[union-attr]
 
-    def layout() -> Layout | None:
-        operands = {"x": x, "rstd": fields[0]} | ({} if mask is None else {"mask": mask})
-        return _layout_of(operands, tuple(reduced[axis] for axis in order))
 
-    found = layout()
-    if found is None:
-        # an order of axes that the kernels cannot walk: kept axes first, then reduced, in a copy
-        order.sort(key=lambda axis: reduced[axis])
-        x = np.ascontiguousarray(x.transpose(order))
-        fields = fields.transpose(0, *(axis + 1 for axis in order))
-        mask = None if mask is None else np.ascontiguousarray(mask.transpose(order))
-        found = layout()
-    _core.kernels.run_moments(found, x, fields, mask=mask, threads=get_num_threads())  # type: ignore[union-attr]
+def _moments_layout(operands: dict[str, Array], reduced: tuple[bool, ...]) -> Layout | None:
+    first = {"rstd": operands["fields"][0]}
+    return _layout_of({n: a for n, a in operands.items() if n != "fields"} | first, reduced)
 
 
 # --- NumPy ----------------------------------------------------------------------------------------

@@ -275,7 +275,9 @@ def _cython_moments(x: Array, reduced: tuple[bool, ...], mask: Array | None, fie
     if layout is None:
         # an order of axes that the kernels cannot walk: kept axes first, then reduced, in copies
         order = sorted(range(x.ndim), key=lambda axis: reduced[axis])
-        operands = {n: np.ascontiguousarray(a.transpose(order)) for n, a in given.items() if a is not fields}
+        operands = {
+            n: np.ascontiguousarray(a.transpose(order)) for n, a in given.items() if a is not fields
+        }
         operands["fields"] = fields.transpose(0, *(axis + 1 for axis in order))
         layout = _moments_layout(operands, tuple(sorted(reduced)))
         assert layout is not None, "contiguous operands always have a layout"
@@ -405,9 +407,7 @@ def moments_at_once(dtype: np.dtype[Any]) -> int | None:
     return None if _current in _MOMENTS and not wide_integer else BLOCK
 
 
-def compute_moments(
-    x: Array, reduced: tuple[bool, ...], mask: Array | None, fields: Array
-) -> None:
+def compute_moments(x: Array, reduced: tuple[bool, ...], mask: Array | None, fields: Array) -> None:
     """Fill `fields`, (5, ...) with the reduced axes as 1, with the moments of x.
 
     They are count, mean, rest of the mean, sum of squared deviations from it, and its rest: each of

@@ -101,7 +101,9 @@ def _parser() -> argparse.ArgumentParser:
         "last; of arrays all)",
     )
     stats.add_argument("--key", default="", help="which array, in files of several")
-    stats.add_argument("--mode", help="convert images to this mode of Pillow first, such as RGB or L")
+    stats.add_argument(
+        "--mode", help="convert images to this mode of Pillow first, such as RGB or L"
+    )
     stats.add_argument(
         "--scale",
         type=_scale,
@@ -114,7 +116,9 @@ def _parser() -> argparse.ArgumentParser:
     stats.add_argument(
         "--workers", type=_positive, default=1, metavar="N", help="processes (default: %(default)s)"
     )
-    stats.add_argument("--scheduler", metavar="ADDRESS", help="of a Dask cluster that does the work")
+    stats.add_argument(
+        "--scheduler", metavar="ADDRESS", help="of a Dask cluster that does the work"
+    )
     stats.add_argument("--json", action="store_true", help="print the numbers as JSON")
     stats.add_argument(
         "--plot", type=_new_file, metavar="PNG", help="draw the histogram of each channel"
@@ -275,7 +279,9 @@ def _stats(arguments: argparse.Namespace) -> int:
     for path, reason in found.bad:
         _warn(f"left out {path}: {reason}")
     if not complete:
-        _warn(f"interrupted: these are the statistics of {found.parts} of {rate.total} {rate.unit}s")
+        _warn(
+            f"interrupted: these are the statistics of {found.parts} of {rate.total} {rate.unit}s"
+        )
     status = 0 if complete else 130
     if not found.moments:
         _warn("nothing could be read" if complete else "nothing had been read yet")

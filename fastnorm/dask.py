@@ -24,7 +24,7 @@ from dask.base import tokenize
 from dask.graph_manipulation import bind
 from numpy.typing import ArrayLike
 
-from fastnorm import arguments, backward, functional
+from fastnorm import arguments, functional
 from fastnorm.arguments import Activation, Axes, check_eps, computing_type, is_float
 from fastnorm.moments import check_ddof, mean_of, merge, var_of
 from fastnorm.moments import fields_of as fields_of_chunk
@@ -253,7 +253,7 @@ def _step(
     """(x - mean) / sqrt(var + eps) * weight + bias, then what follows, of one chunk."""
     array = arguments.as_array(x, "x")
     axes = [a for a in range(array.ndim) if mean.shape[a] == 1]
-    given = tuple(np.array(s, np.float64, order="C") for s in (mean, var))
+    given = np.array(mean, np.float64, order="C"), np.array(var, np.float64, order="C")
     options: dict[str, Any] = {"residual": residual, "activation": activation}
     return functional._run(x, array, axes, weight, bias, given=given, eps=eps, **options)[0]
 
@@ -458,7 +458,15 @@ def instance_norm(
         count = np.array(math.prod(x.shape[a] for a in axes))
         arguments.require_two(count, "instance_norm with running_var", "a running variance")
     y, mean, rstd = _normalised(
-        x, axes, _instance_chunk, affine, where, eps=check_eps(eps), return_stats=return_stats, channel_axis=axis, **shared
+        x,
+        axes,
+        _instance_chunk,
+        affine,
+        where,
+        eps=check_eps(eps),
+        return_stats=return_stats,
+        channel_axis=axis,
+        **shared,
     )
     if running_mean is not None or running_var is not None:
         fields = _fields(x, axes, _beside(x, where, None).get("where"))
@@ -721,7 +729,8 @@ def local_response_norm(
 ) -> Any:
     """As :func:`fastnorm.local_response_norm`."""
     axis = _channels_axis(x, channel_axis, "local_response_norm")
-    options = {"size": size, "alpha": alpha, "beta": beta, "k": k, "channel_axis": axis}
+    options: dict[str, Any] = {"size": size, "alpha": alpha, "beta": beta, "k": k}
+    options["channel_axis"] = axis
     functional.local_response_norm(np.empty((0,) * x.ndim, x.dtype), **options)  # checks
     if x.numblocks[axis] == 1:
         return _each(functional.local_response_norm, x, {}, _dtype(x), **options)
@@ -832,7 +841,9 @@ def _gradients(
         return a.sum(axis=shared, keepdims=True).reshape(w.shape)
 
     dweight, dbias = to_weight(slope * standard), to_weight(slope)
-    return (dx * rstd).astype(dtype), *(_unplaced(d, shape, x, place, kind) for d in (dweight, dbias))
+    return (dx * rstd).astype(dtype), *(
+        _unplaced(d, shape, x, place, kind) for d in (dweight, dbias)
+    )
 
 
 def _unplaced(

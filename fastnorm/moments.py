@@ -115,7 +115,9 @@ def var_of(fields: Array, ddof: float = 0) -> Array:
 def check_ddof(ddof: float) -> float:
     """Return ddof; refuse one that is not a finite number."""
     if isinstance(ddof, bool) or not math.isfinite(ddof):
-        raise ValueError(f"ddof is {ddof!r}, expected a finite number: 0, or 1 for sample variances")
+        raise ValueError(
+            f"ddof is {ddof!r}, expected a finite number: 0, or 1 for sample variances"
+        )
     return float(ddof)
 
 

@@ -18,7 +18,11 @@ import numpy as np
 # What is asked of an x: (library that must have been imported, is x of its kind?, the door). A
 # library that is just being imported may not have its types yet.
 _DOORS: tuple[tuple[str, Callable[[Any, ModuleType], bool], str], ...] = (
-    ("dask.array", lambda x, library: isinstance(x, getattr(library, "Array", ())), "fastnorm.dask"),
+    (
+        "dask.array",
+        lambda x, library: isinstance(x, getattr(library, "Array", ())),
+        "fastnorm.dask",
+    ),
 )
 
 # What NumPy makes arrays of is the most common and asked for first.
@@ -38,6 +42,6 @@ def door_of(x: Any) -> ModuleType | None:
 
 def send(door: ModuleType, function: Callable[..., Any], given: dict[str, Any]) -> Any:
     """Call the door's function of this name; `given` are the locals of `function`."""
-    code = function.__code__  # type: ignore[attr-defined]
+    code = function.__code__
     names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     return getattr(door, function.__name__)(**{name: given[name] for name in names})

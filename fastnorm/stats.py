@@ -111,7 +111,7 @@ def files_of(paths: Sequence[str | Path]) -> list[tuple[Path, str]]:
         inside = [(path, kind)] if kind else list(_walk(path))
         if not inside:
             raise CannotUse(f"there are no images or arrays in {str(path)!r}")
-        found += inside  # type: ignore[arg-type]
+        found += inside
     return found
 
 
@@ -280,7 +280,9 @@ class Histogram:
         low, high = float(wide[finite].min()), float(wide[finite].max())
         span = (high - low) or max(abs(low), 1e-300) / cls.MOST
         exponent = max(math.frexp(span / cls.MOST)[1], 0 if integers else -1000)
-        bins = np.floor(np.ldexp(wide.astype(np.float64), -exponent), where=finite, out=np.zeros(wide.shape))
+        bins = np.floor(
+            np.ldexp(wide.astype(np.float64), -exponent), where=finite, out=np.zeros(wide.shape)
+        )
         start = int(bins[finite].min())
         width = int(bins[finite].max()) - start + 1
         index = (bins - start).astype(np.int64) + width * np.arange(len(rows))[:, np.newaxis]
@@ -308,7 +310,7 @@ class Histogram:
         shift = exponent - self.exponent
         bins = (self.start + np.arange(self.counts.shape[1])) >> shift
         counts = np.zeros((len(self.counts), int(bins[-1] - bins[0]) + 1), np.int64)
-        np.add.at(counts, (slice(None), bins - bins[0]), self.counts)
+        np.add.at(counts.T, bins - bins[0], self.counts.T)
         return Histogram(exponent, int(bins[0]), counts)
 
 
@@ -535,7 +537,9 @@ def summary(moments: fn.Moments, scale: float) -> dict[str, Any]:
 
 def _plain(values: Any) -> Any:
     """Numbers and lists of them; None (null in JSON) for what is not a number."""
-    return np.where(np.isfinite(values), values, None).tolist()
+    array = np.asarray(values, object)
+    array[~np.isfinite(values)] = None
+    return array.tolist()
 
 
 def normalize_line(moments: fn.Moments, scale: float) -> str:
@@ -544,7 +548,9 @@ def normalize_line(moments: fn.Moments, scale: float) -> str:
     def numbers(values: Any) -> str:
         return ", ".join(f"{v:.6g}" for v in np.ravel(values))
 
-    return f"Normalize(mean=[{numbers(moments.mean / scale)}], std=[{numbers(moments.std() / scale)}])"
+    return (
+        f"Normalize(mean=[{numbers(moments.mean / scale)}], std=[{numbers(moments.std() / scale)}])"
+    )
 
 
 def table(found: Found, scale: float) -> str:
@@ -566,7 +572,9 @@ def table(found: Found, scale: float) -> str:
     widths = [max(map(len, column)) for column in zip(*lines)]
     left = {0} if dropped == 0 else set()
     return "\n".join(
-        "  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths)))
+        "  ".join(
+            c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))
+        )
         for line in lines
     )
 

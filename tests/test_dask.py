@@ -102,7 +102,9 @@ def test_options(op: Operation, chunks: Any) -> None:
             assert_close(y, right, size_of(op, right))
 
 
-@pytest.mark.parametrize("op", [op for op in OPERATIONS if "channel_axis" in op.features], ids=named)
+@pytest.mark.parametrize(
+    "op", [op for op in OPERATIONS if "channel_axis" in op.features], ids=named
+)
 @by_chunks
 def test_channels_last(op: Operation, chunks: Any) -> None:
     x = data((6, 5, 7, 8), F32, 1.0)
@@ -201,7 +203,10 @@ def counted(shape: tuple[int, ...], chunks: tuple[int, ...], reads: list[Any]) -
         return data(block_info[None]["chunk-shape"], F32, 1.0, seed=hash(place) % 1000)
 
     return da.map_blocks(
-        make, chunks=da.core.normalize_chunks(chunks, shape), dtype=F32, meta=np.empty((0,) * len(shape), F32)
+        make,
+        chunks=da.core.normalize_chunks(chunks, shape),
+        dtype=F32,
+        meta=np.empty((0,) * len(shape), F32),
     )
 
 
@@ -259,7 +264,11 @@ def test_errors_come_at_once() -> None:
         (lambda: fn.layer_norm(x, 6), ValueError, "normalized_shape=6"),
         (lambda: fn.group_norm(x, 4), ValueError, "does not divide"),
         (lambda: fn.batch_norm(x), ValueError, "without running_mean"),
-        (lambda: fn.batch_norm(x, weight=np.ones(5), training=True), ValueError, "weight has shape"),
+        (
+            lambda: fn.batch_norm(x, weight=np.ones(5), training=True),
+            ValueError,
+            "weight has shape",
+        ),
         (lambda: fn.layer_norm(x, 5, out=np.empty(3)), TypeError, "lazy"),
         (lambda: fn.layer_norm(x, 5, eps=-1), ValueError, "eps"),
         (lambda: fn.layer_norm(x, 5, activation="tahn"), ValueError, "activation"),
@@ -281,7 +290,9 @@ import sys, numpy as np, fastnorm as fn
 fn.layer_norm(np.ones((2, 3)), 3); fn.moments(np.ones(3)); fn.Moments().update([1, 2])
 print([name for name in sys.modules if name.split(".")[0] in ("dask", "mpi4py", "PIL")])
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert done.stdout == "[]\n"
 
 
@@ -295,7 +306,6 @@ def test_a_worker_dies_and_the_answer_is_right() -> None:
     import signal
     import threading
 
-
     shape = (64 * 40, 32, 8, 8)
 
     def make(block_info: Any = None) -> Array:
@@ -306,7 +316,10 @@ def test_a_worker_dies_and_the_answer_is_right() -> None:
         return rng.normal(100.0, 2.0, block_info[None]["chunk-shape"]).astype(np.float32)
 
     x = da.map_blocks(
-        make, chunks=da.core.normalize_chunks((64, 32, 8, 8), shape), dtype=F32, meta=np.empty((0,) * 4, F32)
+        make,
+        chunks=da.core.normalize_chunks((64, 32, 8, 8), shape),
+        dtype=F32,
+        meta=np.empty((0,) * 4, F32),
     )
     options = {"n_workers": 2, "threads_per_worker": 1, "memory_limit": "512MiB"}
     with (
@@ -316,7 +329,9 @@ def test_a_worker_dies_and_the_answer_is_right() -> None:
     ):
         y = fn.batch_norm(x, training=True)
         mean, var = fn.moments(x, (0, 2, 3))
-        futures = client.compute([mean, var, abs(y.astype(F64).mean((0, 2, 3))).max(), (y.astype(F64) ** 2).mean()])
+        futures = client.compute(
+            [mean, var, abs(y.astype(F64).mean((0, 2, 3))).max(), (y.astype(F64) ** 2).mean()]
+        )
         victim = next(iter(client.run(os.getpid).values()))
         threading.Timer(0.7, os.kill, (victim, signal.SIGKILL)).start()
         mean, var, largest, square = client.gather(futures)

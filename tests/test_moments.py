@@ -251,7 +251,7 @@ def cut_data(draw: Any) -> tuple[Array, list[Array], list[int]]:
     if kind == "two values":
         x = np.sign(x)
     elif kind == "outliers":
-        x = x ** 5
+        x = x**5
     scale = {"u1": 20, "i2": 20, "i8": 2**20, "f2": 4}.get(dtype, 1)
     x = (x + min(ratio, {"f2": 30, "u1": 5, "i2": 1000}.get(dtype, ratio))) * scale
     x = np.clip(x, 0, 255).astype(dtype) if dtype == "u1" else x.astype(dtype)

@@ -14,7 +14,7 @@ import pytest
 
 import fastnorm as fn
 
-from .helpers import ROOT
+from .helpers import REQUIRED, ROOT
 
 
 def mpiexec() -> str | None:
@@ -26,9 +26,20 @@ def test_four_processes_compute_as_one() -> None:
     pytest.importorskip("mpi4py")
     launcher = mpiexec()
     if launcher is None:
-        pytest.skip("there is no mpiexec: pip install mpich")
+        (pytest.fail if "mpi4py" in REQUIRED else pytest.skip)("no mpiexec: pip install mpich")
     done = subprocess.run(
-        [launcher, "-n", "4", sys.executable, "-W", "error", "-m", "mpi4py", "-m", "tests.mpi_program"],
+        [
+            launcher,
+            "-n",
+            "4",
+            sys.executable,
+            "-W",
+            "error",
+            "-m",
+            "mpi4py",
+            "-m",
+            "tests.mpi_program",
+        ],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         timeout=120,

@@ -113,7 +113,12 @@ def test_the_table(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     np.testing.assert_allclose(normalize["std"], exact.std(0), rtol=1e-5)
     status, out, _ = run(capsys, folder, "--by", "folder")
     names = [line.split()[0] for line in out.splitlines()[:-2]]
-    assert names == ["folder", *[str(folder / "cats")] * 3, *[str(folder / "dogs/young")] * 3, *["all"] * 3]
+    assert names == [
+        "folder",
+        *[str(folder / "cats")] * 3,
+        *[str(folder / "dogs/young")] * 3,
+        *["all"] * 3,
+    ]
 
 
 def test_modes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -312,7 +317,14 @@ def test_unusable_paths(
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["x", "--scale", "0"], ["x", "--axis", "a"], ["x", "--axis", "1,1"], ["x", "--workers", "0"], ["x", "--by", "year"]],
+    [
+        [],
+        ["x", "--scale", "0"],
+        ["x", "--axis", "a"],
+        ["x", "--axis", "1,1"],
+        ["x", "--workers", "0"],
+        ["x", "--by", "year"],
+    ],
     ids=str,
 )
 def test_unusable_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -326,7 +338,9 @@ def test_missing_library(
 ) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)
     assert run(capsys, folder) == (
-        2, "", "fastnorm: this needs pillow: install with pip install 'fastnorm[stats]'\n"
+        2,
+        "",
+        "fastnorm: this needs pillow: install with pip install 'fastnorm[stats]'\n",
     )
 
 
@@ -344,6 +358,7 @@ def test_progress_on_a_terminal_alone(
     assert "30" in terminal.getvalue()
 
 
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="Ctrl-C is sent to a process group")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_ctrl_c_prints_what_was_done(tmp_path: Path, workers: int) -> None:
     """A thousand files that take a while each; the interrupt comes when some are done."""

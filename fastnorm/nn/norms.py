@@ -158,8 +158,8 @@ class BatchNorm(_ChannelNorm):
     comm
         A communicator of mpi4py: the batch is what all its processes have got, one part each, and
         results, running statistics and gradients are those of one process with all of it. The
-        gradients of weight and bias are sums over all parts, the same in each process. Every process
-        must make the same calls; a part may be empty.
+        gradients of weight and bias are sums over all parts, the same in each process. Every
+        process must make the same calls; a part may be empty.
 
     Raises
     ------
@@ -236,8 +236,8 @@ class BatchNorm(_ChannelNorm):
         require_two(total.count, "BatchNorm in training", "statistics")
         found = self._applied(x, total.mean, total.var())
         if total.count.all():
-            parts = (s[np.newaxis] for s in (total.mean, total.var(), total.count))
-            functional._update(*running, *parts, momentum)
+            mean, var, counts = (s[np.newaxis] for s in (total.mean, total.var(), total.count))
+            functional._update(*running, mean, var, counts, momentum)
         return *found, total.count
 
     def _applied(self, x: ArrayLike, mean: Array, var: Array) -> Any:
@@ -271,7 +271,9 @@ class BatchNorm(_ChannelNorm):
             weight = self._affine["weight"].astype(np.float64)
         with np.errstate(all="ignore"):
             scale, var = weight * rstd, 1 / rstd**2
-            through_var, through_mean = (-scale * s / np.maximum(count, 1) for s in (dweight, dbias))
+            through_var, through_mean = (
+                -scale * s / np.maximum(count, 1) for s in (dweight, dbias)
+            )
         # dx = rstd * w * (dy - mean(dy) - xhat * mean(dy * xhat)), as two steps of the forward pass
         zero, one = np.zeros(self.num_features), np.ones(self.num_features)
         directly = functional.batch_norm(slope, zero, one, scale, eps=0.0, **axis)

@@ -24,9 +24,9 @@ def recalibrate(model: Callable[[Any], Any], batches: Iterable[ArrayLike]) -> in
     Parameters
     ----------
     model
-        A :class:`BatchNorm`, or any callable object whose attributes, and theirs, lead to some. Every
-        batch goes through it once. Meanwhile its batch norms normalise by the statistics of the
-        batch, as in training; everything else computes in the mode that it is in.
+        A :class:`BatchNorm`, or any callable object whose attributes, and theirs, lead to some.
+        Every batch goes through it once. Meanwhile its batch norms normalise by the statistics of
+        the batch, as in training; everything else computes in the mode that it is in.
     batches
         What `model` is called with, one after the other. A single norm's are only read, so they may
         be of any size and cut anywhere.
@@ -58,8 +58,8 @@ def recalibrate(model: Callable[[Any], Any], batches: Iterable[ArrayLike]) -> in
     norms = [norm for norm in _batch_norms(model, set()) if norm.track_running_stats]
     if not norms:
         raise ValueError(
-            f"recalibrate found no BatchNorm with running statistics in {type(model).__name__}; give "
-            "it a BatchNorm, or an object whose attributes lead to some"
+            f"recalibrate found no BatchNorm with running statistics in {type(model).__name__}; "
+            "give it a BatchNorm, or an object whose attributes lead to some"
         )
     try:
         for norm in norms:
@@ -77,8 +77,8 @@ def recalibrate(model: Callable[[Any], Any], batches: Iterable[ArrayLike]) -> in
     for norm, moments in zip(norms, found):
         if not np.all(moments.count > 1):
             raise ValueError(
-                f"recalibrate got {moments.count} values for {norm!r}, expected at least 2 for each "
-                "channel"
+                f"recalibrate got {moments.count} values for {norm!r}, expected at least 2 for "
+                "each channel"
             )
     for norm, moments in zip(norms, found):
         norm.running_mean = moments.mean

@@ -3,7 +3,7 @@
     python -m benchmarks.statistics                # everything, a few minutes; nothing else may run
     python -m benchmarks.statistics accuracy speed # some of it: accuracy, speed, dask, images
 
-The table it prints is also kept in benchmarks/results/statistics.md. Dask, Pillow, SciPy and
+Results are kept in benchmarks/results/statistics.json and shown in statistics.md beside it. Dask, Pillow, SciPy and
 scikit-learn are those of the extra "test", psutil is of "bench".
 """
 
@@ -31,7 +31,8 @@ from .timing import ROUNDS, Contender, turns
 
 Row = tuple[str, str, str]  # what, what was measured, what is asked for
 
-RESULTS = Path(__file__).parent / "results" / "statistics.md"
+RESULTS = Path(__file__).parent / "results" / "statistics.json"
+TABLE = ("| what | measured | asked for |", "| --- | --- | --- |")
 
 # --- Accuracy -------------------------------------------------------------------------------------
 
@@ -150,36 +151,31 @@ def dask() -> list[Row]:
     var = squares / count - (total / count) ** 2
     rows, taken = [], 0.0
     options: dict[str, Any] = {"n_workers": 2, "threads_per_worker": 1, "memory_limit": "1GiB"}
-    with LocalCluster(dashboard_address=None, silence_logs=50, **options) as cluster:
-        with Client(cluster) as client:
-            for name, kill in (("6 GiB", False), ("6 GiB, a worker killed", True)):
-                y = fn.batch_norm(x, training=True, eps=0.0).astype(np.float64)
-                lazy = [*fn.moments(x, 0), y.mean(0), (y * y).mean(0)]
-                begin, killed = time.perf_counter(), [0.0]
-                futures = client.compute(lazy)
-                if kill:
-                    victim = next(iter(client.run(os.getpid).values()))
-
-                    def shoot(victim: int = victim, begin: float = begin) -> None:
-                        os.kill(victim, signal.SIGKILL)
-                        killed[0] = time.perf_counter() - begin
-
-                    # half-way of what the first time took
-                    timer = threading.Timer(taken / 2, shoot)
-                    timer.start()
-                found = client.gather(futures)
-                taken = time.perf_counter() - begin
-                errors = [float(abs(f / r - 1).max()) for f, r in zip(found[:2], (mean, var))]
-                off = max(float(abs(found[2]).max()), float(abs(found[3] - 1).max()))
-                after = f", killed after {killed[0]:.0f} s" if kill else ""
-                rows.append(
-                    (
-                        f"Dask, {name}: moments and batch_norm (training)",
-                        f"relative errors mean {errors[0]:.1e}, variance {errors[1]:.1e}; of the "
-                        f"result mean and mean square off by {off:.1e}; {taken:.0f} s{after}",
-                        "right",
-                    )
-                )
+    with (
+        LocalCluster(dashboard_address=None, silence_logs=50, **options) as cluster,
+        Client(cluster) as client,
+    ):
+        for name, kill in (("6 GiB", False), ("6 GiB, a worker killed", True)):
+            y = fn.batch_norm(x, training=True, eps=0.0).astype(np.float64)
+            lazy = [*fn.moments(x, 0), y.mean(0), (y * y).mean(0)]
+            begin, after = time.perf_counter(), ""
+            futures = client.compute(lazy)
+            if kill:
+                victim = next(iter(client.run(os.getpid).values()))
+                # half-way of what the first time took
+                threading.Timer(taken / 2, os.kill, (victim, signal.SIGKILL)).start()
+                after = f", killed after {taken / 2:.0f} s"
+            found = client.gather(futures)
+            if kill:
+                assert victim not in client.run(os.getpid).values(), "it was to be killed"
+            taken = time.perf_counter() - begin
+            errors = [float(abs(f / r - 1).max()) for f, r in zip(found[:2], (mean, var))]
+            off = max(float(abs(found[2]).max()), float(abs(found[3] - 1).max()))
+            measured = (
+                f"relative errors: mean {errors[0]:.1e}, variance {errors[1]:.1e}; mean and mean "
+                f"square of the result are off by {off:.1e}; {taken:.0f} s{after}"
+            )
+            rows.append((f"Dask, {name}: moments and batch_norm (training)", measured, "right"))
     return rows
 
 
@@ -291,26 +287,26 @@ PARTS = {"accuracy": accuracy, "speed": speed, "dask": dask, "images": images}
 
 
 def main(names: list[str]) -> None:
-    """Measure some parts, or all, and write the table."""
+    """Measure some parts, or all; keep the rows, and write the table of all that are kept."""
     if unknown := set(names) - PARTS.keys():
         raise SystemExit(f"unknown: {sorted(unknown)}; there are {', '.join(PARTS)}")
-    rows: list[Row] = []
-    for name in names or PARTS:
-        for row in PARTS[name]():
-            print("  ".join(row), flush=True)
-            rows.append(row)
-    if names:
-        return
     facts = machine.facts()
-    lines = ["| what | measured | asked for |", "| --- | --- | --- |"]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
-    about = f"{facts['processor']}, {facts['cores']} cores, {facts['date']}"
-    RESULTS.write_text(
-        f"# Statistics at full size\n\n`python -m benchmarks.statistics`: {about}.\n\n"
-        + "\n".join(lines)
-        + "\n",
-        encoding="utf-8",
-    )
+    about = f"{facts['processor']}, {facts['cores']} cores"
+    kept: dict[str, Any] = {}
+    if RESULTS.exists():
+        kept = json.loads(RESULTS.read_text(encoding="utf-8"))
+    if kept.get("machine") != about:
+        kept = {"machine": about, "parts": {}}
+    for name in names or PARTS:
+        rows = PARTS[name]()
+        print("\n".join("  ".join(row) for row in rows), flush=True)
+        kept["parts"][name] = {"date": facts["date"], "rows": rows}
+    lines = [f"# Statistics at full size\n\n`python -m benchmarks.statistics` on {about}."]
+    for name, part in kept["parts"].items():
+        lines += [f"\n## {name.capitalize()}, {part['date']}\n", *TABLE]
+        lines += [f"| {' | '.join(row)} |" for row in part["rows"]]
+    RESULTS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python -m benchmarks.statistics                # everything, a few minutes; nothing else may run
     python -m benchmarks.statistics accuracy speed # some of it: accuracy, speed, dask, images
 
-Results are kept in benchmarks/results/statistics.json and shown in statistics.md beside it. Dask, Pillow, SciPy and
-scikit-learn are those of the extra "test", psutil is of "bench".
+Results are kept in benchmarks/results/statistics.json and shown in statistics.md beside it. Dask,
+Pillow, SciPy and scikit-learn are those of the extra "test", psutil is of "bench".
 """
 
 from __future__ import annotations

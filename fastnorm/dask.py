@@ -817,10 +817,15 @@ def _gradients(
     slope = _lazy(dy if isinstance(dy, da.Array) else np.asarray(dy), x)
     if slope.shape != x.shape:
         raise ValueError(f"dy has shape {slope.shape}, expected that of x, {x.shape}")
-    slope, wide = slope.astype(np.float64), x.astype(np.float64)
-    standard = (wide if mean is None else wide - mean) * rstd
-    g = slope * w
-    dx = g
+
+    def terms(slope: Any, x: Any) -> tuple[Any, Any, Any]:
+        """dy, the standardised x and dy * w."""
+        slope, wide = slope.astype(np.float64), x.astype(np.float64)
+        return slope, (wide if mean is None else wide - mean) * rstd, slope * w
+
+    again = slope, x
+    slope, standard, g = terms(slope, x)
+    averages = []
     if training:
         count = math.prod(x.shape[a] for a in axes)
 
@@ -829,12 +834,16 @@ def _gradients(
             if group is None:
                 return total / count
             channel, size = group
-            add = partial(np.mean, axis=-1, keepdims=True)
-            return _grouped(total, channel, size, add, x.chunks[channel]) / count
+            together = partial(np.mean, axis=-1, keepdims=True)
+            return _grouped(total, channel, size, together, x.chunks[channel]) / count
 
-        dx = g - standard * average(g * standard)
-        if mean is not None:
-            dx = dx - average(g)
+        averages = [average(g * standard)] + ([] if mean is None else [average(g)])
+        if math.prod(x.numblocks[a] for a in axes) > KEPT:
+            again = bind(again, averages, seed=tokenize(again, averages))
+    _, standard_again, dx = terms(*again)
+    if training:
+        dx = dx - standard_again * averages[0]
+        dx = dx if mean is None else dx - averages[1]
     shared = tuple(a for a, n in enumerate(w.shape) if n == 1 != x.shape[a])
 
     def to_weight(a: Any) -> Any:

@@ -14,9 +14,10 @@ import multiprocessing
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -81,6 +82,7 @@ def kind_of(path: Path) -> str | None:
     return "image" if suffix in _image_suffixes() else None
 
 
+@cache
 def _image_suffixes() -> set[str]:
     try:
         from PIL import Image
@@ -508,6 +510,11 @@ def collect(
                 advance(more.parts)
     except KeyboardInterrupt:
         return found, False
+    except BrokenExecutor:
+        raise CannotUse(
+            f"one of the {workers} processes ended, perhaps for want of memory; write a smaller "
+            "--workers"
+        ) from None
     return found, True
 
 

@@ -344,6 +344,15 @@ def test_missing_library(
     )
 
 
+def test_a_worker_that_dies(
+    capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stats, "_ignore_interrupts", os.abort)  # what each worker begins with
+    status, out, err = run(capsys, folder, "--workers", 2)
+    assert (status, out) == (2, "")
+    assert "one of the 2 processes ended" in err
+
+
 # --- Progress, interrupts, pictures ---------------------------------------------------------------
 
 

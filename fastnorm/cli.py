@@ -121,7 +121,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     stats.add_argument("--json", action="store_true", help="print the numbers as JSON")
     stats.add_argument(
-        "--plot", type=_new_file, metavar="PNG", help="draw the histogram of each channel"
+        "--plot",
+        type=_new_file,
+        metavar="FILE",
+        help="draw the histogram of each channel: .png, .svg or .pdf",
     )
     return parser
 
@@ -288,9 +291,10 @@ def _stats(arguments: argparse.Namespace) -> int:
         return status or 1
     total, scale = found.total, arguments.scale
     if arguments.plot is not None and found.histogram is not None:
+        kind = arguments.plot.suffix[1:] or "png"
         try:
-            arguments.plot.write_bytes(stats.plot(found.histogram, total, scale))
-        except OSError as error:
+            arguments.plot.write_bytes(stats.plot(found.histogram, total, scale, kind))
+        except (OSError, ValueError) as error:  # ValueError: matplotlib knows no such format
             _warn(f"cannot write the picture: {error}")
             status = 2
     line = stats.normalize_line(total, scale)

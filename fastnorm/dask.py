@@ -318,26 +318,50 @@ def _channels_axis(x: Any, channel_axis: int, of: str, *, samples: bool = True) 
     return arguments.channel_axis_of(x, channel_axis, of, samples=samples)
 
 
-def _updated(running: Any, name: str, average: Any, momentum: float) -> None:
-    if running is None:
-        return
-    if not isinstance(running, da.Array):
-        raise TypeError(
-            f"{name} is a {type(running).__name__}, and x a Dask array: a lazy call cannot update "
-            f"it; write da.from_array({name}), which is updated lazily, or return_stats=True and "
-            "update it from the computed statistics"
-        )
-    moved = (1 - momentum) * running.astype(np.float64) + momentum * average
-    running[...] = da.where(da.isnan(average), running, moved).astype(running.dtype)
-
-
-def _check_running(mean: Any, var: Any, channels: int) -> None:
+def _check_running(mean: Any, var: Any, channels: int, *, updated: bool) -> None:
     for name, value in (("running_mean", mean), ("running_var", var)):
-        if value is not None:
-            like = np.empty(value.shape, value.dtype) if isinstance(value, da.Array) else value
-            arguments.check_running(like, None, channels, written=False)
-            if np.shape(like) != (channels,):
-                raise ValueError(f"{name} has shape {np.shape(like)}, expected ({channels},)")
+        if value is None:
+            continue
+        if updated and not isinstance(value, da.Array):
+            raise TypeError(
+                f"{name} is a {type(value).__name__}, and x a Dask array: a lazy call cannot "
+                f"update it; write da.from_array({name}), which is updated lazily, or "
+                "return_stats=True and update it from the computed statistics"
+            )
+        like = np.empty(value.shape, value.dtype) if isinstance(value, da.Array) else value
+        given = (like, None) if name == "running_mean" else (None, like)
+        arguments.check_running(*given, channels, written=False)
+
+
+def _update(running_mean: Any, running_var: Any, fields: Any, axis: int, momentum: float) -> None:
+    """Dask arrays updated in place: from now on they stand for the moved statistics."""
+    for running, function in ((running_mean, mean_of), (running_var, partial(var_of, ddof=1))):
+        if running is not None:
+            channel = fields.ndim
+            running[...] = da.blockwise(
+                _moved,
+                (channel,),
+                running.rechunk(-1),
+                (channel,),
+                fields.rechunk(-1),
+                tuple(channel if a == axis + 1 else a for a in range(fields.ndim)),
+                function=function,
+                axis=axis,
+                momentum=momentum,
+                concatenate=True,
+                dtype=running.dtype,
+                meta=np.empty(0, running.dtype),
+            )
+
+
+def _moved(running: Any, fields: Any, *, function: Any, axis: int, momentum: float) -> Any:
+    """The running statistics moved towards the average of what the samples have."""
+    values, seen = function(fields), fields[0] > 0
+    others = tuple(a for a in range(seen.ndim) if a != axis)
+    with np.errstate(all="ignore"):
+        average = np.sum(values, axis=others, where=seen) / np.count_nonzero(seen, axis=others)
+        moved = (1 - momentum) * running.astype(np.float64) + momentum * average
+    return np.where(seen.any(axis=others), moved, running).astype(running.dtype)
 
 
 def batch_norm(
@@ -361,7 +385,7 @@ def batch_norm(
     _refuse_out(out)
     axis = _channels_axis(x, channel_axis, "batch_norm", samples=False)
     channels, eps = x.shape[axis], check_eps(eps)
-    _check_running(running_mean, running_var, channels)
+    _check_running(running_mean, running_var, channels, updated=training)
     place = _on_channels(x, axis)
     w, b = _parameter(weight, "weight", x, place), _parameter(bias, "bias", x, place)
     affine = _given(weight=w, bias=b)
@@ -397,10 +421,7 @@ def batch_norm(
         )
         if running_mean is not None or running_var is not None:
             fields = _fields(x, axes, _beside(x, where, None).get("where"))
-            unbiased = _of_fields(var_of, fields, ddof=1).reshape(channels)
-            average = _of_fields(mean_of, fields).reshape(channels)
-            for value, name in ((running_mean, "running_mean"), (running_var, "running_var")):
-                _updated(value, name, average if name == "running_mean" else unbiased, momentum)
+            _update(running_mean, running_var, fields, axis, momentum)
     return (y, mean.reshape(channels), rstd.reshape(channels)) if return_stats else y
 
 
@@ -448,7 +469,7 @@ def instance_norm(
         )
         same = (da.broadcast_to(s, both) for s in (mean, rstd))
         return (y, *same) if return_stats else y
-    _check_running(running_mean, running_var, both[1])
+    _check_running(running_mean, running_var, both[1], updated=True)
     place = _on_channels(x, axis)
     affine = _given(
         weight=_parameter(weight, "weight", x, place), bias=_parameter(bias, "bias", x, place)
@@ -470,13 +491,7 @@ def instance_norm(
     )
     if running_mean is not None or running_var is not None:
         fields = _fields(x, axes, _beside(x, where, None).get("where"))
-        for value, name in ((running_mean, "running_mean"), (running_var, "running_var")):
-            if name == "running_mean":
-                parts = _of_fields(mean_of, fields)
-            else:
-                parts = _of_fields(var_of, fields, ddof=1)
-            average = da.nanmean(parts.reshape(both), axis=0)
-            _updated(value, name, average, momentum)
+        _update(running_mean, running_var, fields, axis, momentum)
     return (y, mean.reshape(both), rstd.reshape(both)) if return_stats else y
 
 

@@ -586,8 +586,8 @@ def table(found: Found, scale: float) -> str:
     )
 
 
-def plot(histogram: Histogram, moments: fn.Moments, scale: float) -> bytes:
-    """Draw each channel's histogram, with its mean and standard deviation: a PNG."""
+def plot(histogram: Histogram, moments: fn.Moments, scale: float, kind: str = "png") -> bytes:
+    """Draw each channel's histogram, with its mean and standard deviation."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -606,5 +606,5 @@ def plot(histogram: Histogram, moments: fn.Moments, scale: float) -> bytes:
     if len(means) <= 16:
         axes.legend(title="channel")
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
+    figure.savefig(picture, format=kind, dpi=120)
     return picture.getvalue()

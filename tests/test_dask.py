@@ -187,8 +187,24 @@ def test_running_statistics_are_updated_lazily() -> None:
         getattr(fn, name)(da.from_array(x, chunks=3), *running, momentum=0.3, **flag)
         for found, same in zip(running, right):
             np.testing.assert_allclose(found.compute(), same, rtol=1e-13)
-        with pytest.raises(TypeError, match=r"write da\.from_array\(running_mean\)"):
-            getattr(fn, name)(da.from_array(x, chunks=3), np.zeros(8), None, **flag)
+        before = da.zeros(8)
+        with pytest.raises(TypeError, match=r"write da\.from_array\(running_var\)"):
+            getattr(fn, name)(da.from_array(x, chunks=3), before, np.ones(8), **flag)
+        assert (before.compute() == 0).all()
+
+
+def test_running_statistics_of_what_a_mask_leaves() -> None:
+    """A channel, or a sample's, of which nothing is left moves nothing, as for NumPy."""
+    x = data(SHAPE, F64, 2.0)
+    where = np.ones(SHAPE, bool)
+    where[:, 2], where[1, 3] = False, False
+    for name, flag in (("batch_norm", {"training": True}), ("instance_norm", {})):
+        right = [np.zeros(8), np.ones(8)]
+        getattr(fn, name)(x, *right, where=where, **flag)
+        running = [da.zeros(8), da.ones(8)]
+        getattr(fn, name)(da.from_array(x, chunks=3), *running, where=where, **flag)
+        for found, same in zip(running, right):
+            np.testing.assert_allclose(found.compute(), same, rtol=1e-13)
 
 
 # --- Laziness, and what is read how often ---------------------------------------------------------

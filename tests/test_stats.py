@@ -406,6 +406,12 @@ def test_plot(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) 
     status, _, err = run(capsys, folder, "--scale", 255, "--plot", picture, "--workers", 2)
     assert (status, err) == (0, "")
     assert png_size(picture) == (960, 540)
+    assert run(capsys, folder, "--plot", tmp_path / "a.svg")[0] == 0
+    assert "<svg" in (tmp_path / "a.svg").read_text(encoding="utf-8")
+    status, out, err = run(capsys, folder, "--plot", tmp_path / "a.xyz")
+    assert status == 2
+    assert "cannot write the picture" in err
+    assert "Normalize(" in out, "what was computed is not lost"
 
 
 @pytest.mark.parametrize("dtype", ["u1", "i2", "f4", "?"])

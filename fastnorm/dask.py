@@ -329,8 +329,8 @@ def _check_running(mean: Any, var: Any, channels: int, *, updated: bool) -> None
                 "return_stats=True and update it from the computed statistics"
             )
         like = np.empty(value.shape, value.dtype) if isinstance(value, da.Array) else value
-        given = (like, None) if name == "running_mean" else (None, like)
-        arguments.check_running(*given, channels, written=False)
+        first, second = (like, None) if name == "running_mean" else (None, like)
+        arguments.check_running(first, second, channels, written=False)
 
 
 def _update(running_mean: Any, running_var: Any, fields: Any, axis: int, momentum: float) -> None:

@@ -35,7 +35,8 @@ from .helpers import (
 
 INTEGERS = tuple(np.dtype(t) for t in ("u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "?"))
 # Results are of sums in pairs of doubles or in long double, rounded once or a few times at the end.
-FEW = 8 * 2.0**-53
+# Where long double is double, what is expected is no better than half of 1e-14.
+FEW = 8 * 2.0**-53 if np.finfo(np.longdouble).eps < 2.0**-60 else 5e-15
 
 
 def wide(x: Array) -> Array:
@@ -177,7 +178,8 @@ def test_integers_are_not_copied() -> None:
         fn.moments(values, (0, 1))
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        assert peak < 4 * backends.BLOCK * 8 < 8 * x.size
+        # a block in long double, and what is computed from it
+        assert peak < 8 * backends.BLOCK * 8 < 8 * x.size
 
 
 @pytest.mark.parametrize(

@@ -380,17 +380,20 @@ def test_ctrl_c_prints_what_was_done(tmp_path: Path, workers: int) -> None:
         os.link(tmp_path / "0.png", tmp_path / f"{i}.png")
     command = [sys.executable, "-m", "fastnorm", "stats", str(tmp_path), "--json"]
     environment = os.environ | {"FASTNORM_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [*command, "--workers", str(workers)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    )
-    time.sleep(2.0)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers, too
-    out, err = process.communicate(timeout=60)
+    for wait in (2.0, 6.0, 18.0):  # a busy machine may not have begun yet
+        process = subprocess.Popen(
+            [*command, "--workers", str(workers)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+        time.sleep(wait)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers, too
+        out, err = process.communicate(timeout=60)
+        if out:
+            break
     assert process.returncode == 130, err
     found = json.loads(out)
     assert f"interrupted: these are the statistics of {found['images']} of 1000 images" in err

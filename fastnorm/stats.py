@@ -37,6 +37,7 @@ AHEAD = 4
 # How long a Dask scheduler may take to answer.
 PATIENCE = "10s"
 
+COMMON = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 ARRAYS = (".npy", ".npz", ".zarr", ".h5", ".hdf5", ".hdf", ".he5")
 # What each kind of file needs: (import, distribution).
 NEEDS = {"image": ("PIL", "pillow"), "zarr": ("zarr", "zarr"), "hdf5": ("h5py", "h5py")}
@@ -79,15 +80,16 @@ def kind_of(path: Path) -> str | None:
         return "zarr" if suffix == ".zarr" or any((path / m).exists() for m in marks) else None
     if suffix in ARRAYS:
         return suffix[1:] if suffix in (".npy", ".npz", ".zarr") else "hdf5"
-    return "image" if suffix in _image_suffixes() else None
+    return "image" if suffix in COMMON or suffix in _image_suffixes() else None
 
 
 @cache
 def _image_suffixes() -> set[str]:
+    """All that Pillow opens. Asking it loads its readers of some fifty formats."""
     try:
         from PIL import Image
     except ImportError:
-        return {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+        return set()
     Image.init()
     return {s for s, name in Image.registered_extensions().items() if name in Image.OPEN}
 

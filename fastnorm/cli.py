@@ -254,7 +254,8 @@ def _stats(arguments: argparse.Namespace) -> int:
 
     options = stats.Options(arguments.axis, arguments.mode, arguments.plot is not None)
     try:
-        kinds = {kind for _, kind in stats.files_of(arguments.paths)}
+        files = stats.files_of(arguments.paths)
+        kinds = {kind for _, kind in files}
         needed = [stats.NEEDS[kind][0] for kind in sorted(kinds & stats.NEEDS.keys())]
         needed += ["matplotlib"] if arguments.plot else []
         if needed and _lacks("stats", *needed):
@@ -263,7 +264,7 @@ def _stats(arguments: argparse.Namespace) -> int:
             return 2
         with _Rate() as rate:
             found, complete = stats.collect(
-                arguments.paths,
+                files,
                 options,
                 key=arguments.key,
                 by_folder=arguments.by == "folder",

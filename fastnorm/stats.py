@@ -460,7 +460,7 @@ class CannotRead(Exception):
 
 
 def collect(
-    paths: Sequence[str | Path],
+    files: Sequence[tuple[Path, str]],
     options: Options,
     *,
     key: str = "",
@@ -471,19 +471,18 @@ def collect(
     begin: Callable[[int, str], Any] = lambda parts, unit: None,
     advance: Callable[[int], Any] = lambda parts: None,
 ) -> tuple[Found, bool]:
-    """Read everything; return what was found, and whether that was all or Ctrl-C came before.
+    """Read these files; return what was found, and whether that was all or Ctrl-C came before.
 
     `begin` is told how many parts there are and what they are, `advance` how many are done more.
 
     Raises
     ------
     CannotUse
-        For paths or options that do not fit what is there.
+        For options that do not fit what is there, or a cluster that does not answer.
     CannotRead
         For a file that cannot be read, unless `skip_bad`.
     """
     found, parts = Found(), []
-    files = files_of(paths)
 
     def bad(path: str, reason: str) -> None:
         if not skip_bad:

@@ -6,6 +6,8 @@ import copy
 import json
 import math
 import pickle
+import sys
+import types
 from fractions import Fraction
 from typing import Any
 
@@ -416,3 +418,37 @@ def test_arrays_and_array_likes_have_no_door() -> None:
 
     for x in (np.ones(3), [1.0], (1,), 1.0, 3, None, np.float32(1), memoryview(b"ab"), Own(3)):
         assert routing.door_of(x) is None
+
+
+def test_a_library_is_recognised_once_it_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a new door takes: a line in the table, and functions of the same names and arguments."""
+
+    class Tensor:
+        shape = (2, 3)
+
+        def __array__(self, *args: Any, **options: Any) -> Array:
+            return np.ones(self.shape)
+
+    library, door = types.ModuleType("a_library"), types.ModuleType("a_door")
+    library.Tensor = Tensor  # type: ignore[attr-defined]
+    door.layer_norm = lambda **given: given  # type: ignore[attr-defined]
+    entry = ("a_library", lambda x, found: isinstance(x, found.Tensor), "a_door")
+    monkeypatch.setattr(routing, "_DOORS", (*routing._DOORS, entry))
+    monkeypatch.setitem(sys.modules, "a_door", door)
+    x = Tensor()
+    assert isinstance(fn.layer_norm(x, 3), np.ndarray), "not imported, so it cannot be its array"
+    monkeypatch.setitem(sys.modules, "a_library", library)
+    given = fn.layer_norm(x, 3, bias=4, eps=0.5, out=7)
+    assert given.pop("x") is x
+    assert given == {
+        "normalized_shape": 3,
+        "weight": None,
+        "bias": 4,
+        "eps": 0.5,
+        "axis": None,
+        "where": None,
+        "residual": None,
+        "activation": None,
+        "out": 7,
+        "return_stats": False,
+    }

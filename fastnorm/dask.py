@@ -24,7 +24,7 @@ from dask.base import tokenize
 from dask.graph_manipulation import bind
 from numpy.typing import ArrayLike
 
-from fastnorm import arguments, functional
+from fastnorm import arguments, backward, functional
 from fastnorm.arguments import Activation, Axes, check_eps, computing_type, is_float
 from fastnorm.moments import check_ddof, mean_of, merge, var_of
 from fastnorm.moments import fields_of as fields_of_chunk
@@ -262,6 +262,13 @@ def _rstd(var: Any, eps: float) -> Any:
     return functional._rstd(var, eps)
 
 
+def _whole(x: Any, axes: tuple[int, ...], group: tuple[int, int] | None = None) -> bool:
+    """Whether each chunk holds its groups whole."""
+    if any(x.numblocks[a] > 1 for a in axes):
+        return False
+    return group is None or all(c % group[1] == 0 for c in x.chunks[group[0]])
+
+
 def _normalised(
     x: Any,
     axes: tuple[int, ...],
@@ -285,11 +292,7 @@ def _normalised(
     _is_known(x)
     arguments.check_activation(activation)
     dtype, beside = _dtype(x), _beside(x, where, residual)
-    whole = all(x.numblocks[a] == 1 for a in axes)
-    if group is not None:
-        channel, size = group
-        whole = whole and all(c % size == 0 for c in x.chunks[channel])
-    if whole:
+    if _whole(x, axes, group):
         more = {"activation": activation, "eps": eps, "return_stats": return_stats, **options}
         found = _each(own, x, affine | beside, dtype, **more)
         if not return_stats:
@@ -674,7 +677,7 @@ def _scaled_to_length(
     x: Any, axes: tuple[int, ...], eps: float, weight: Any, own: Callable[[], Any]
 ) -> Any:
     """x / max(length, eps) * weight."""
-    if all(x.numblocks[a] == 1 for a in axes):
+    if _whole(x, axes):
         return own()
     fields = _fields(x, axes)
 
@@ -817,8 +820,9 @@ def _gradients(
     offset: float = 0.0,
     training: bool = True,
 ) -> tuple[Any, Any, Any]:
-    """(dx, dweight, dbias), in float64 on the way; the sums over chunks are trees.
+    """(dx, dweight, dbias); the sums over chunks are trees.
 
+    By the kernels where groups lie whole in their chunks, elsewhere by Dask's arrays of float64.
     `mean` (None: 0) and `rstd` have as many axes as x; `axes` are the reduced ones.
     """
     _is_known(x)
@@ -832,6 +836,17 @@ def _gradients(
     slope = _lazy(dy if isinstance(dy, da.Array) else np.asarray(dy), x)
     if slope.shape != x.shape:
         raise ValueError(f"dy has shape {slope.shape}, expected that of x, {x.shape}")
+    shared = tuple(a for a, n in enumerate(w.shape) if n == 1 != x.shape[a])
+
+    def to_weight(a: Any) -> Any:
+        total = a.sum(axis=shared, keepdims=True).reshape(w.shape)
+        return _unplaced(total, shape, x, place, kind)
+
+    if training and axes and _whole(x, axes, group):
+        operands = _given(slope=slope, rstd=rstd, weight=w, mean=mean)
+        found = _each(_chunk_gradients, x, operands, dtype, axes=axes, group=group)
+        sums = [to_weight(_part(found, i, np.float64, shared)) for i in (1, 2)]
+        return _part(found, 0, dtype), sums[0], sums[1]
 
     def terms(slope: Any, x: Any) -> tuple[Any, Any, Any]:
         """dy, the standardised x and dy * w."""
@@ -859,15 +874,26 @@ def _gradients(
     if training:
         dx = dx - standard_again * averages[0]
         dx = dx if mean is None else dx - averages[1]
-    shared = tuple(a for a, n in enumerate(w.shape) if n == 1 != x.shape[a])
+    return (dx * rstd).astype(dtype), to_weight(slope * standard), to_weight(slope)
 
-    def to_weight(a: Any) -> Any:
-        return a.sum(axis=shared, keepdims=True).reshape(w.shape)
 
-    dweight, dbias = to_weight(slope * standard), to_weight(slope)
-    return (dx * rstd).astype(dtype), *(
-        _unplaced(d, shape, x, place, kind) for d in (dweight, dbias)
-    )
+def _chunk_gradients(
+    x: Any, slope: Any, rstd: Any, weight: Any, mean: Any = None, *, axes: Any, group: Any
+) -> tuple[Any, Any, Any]:
+    """(dx, dweight, dbias) of a chunk that holds its groups whole; the last two along its axes."""
+    if group is not None and group[1] > 1:
+        channel, size = group
+        channels = x.shape[channel]
+        mean, rstd = (
+            np.moveaxis(s, channel, 1).reshape(len(x), channels)[:, ::size] for s in (mean, rstd)
+        )
+        return backward.group_norm_backward(
+            slope, x, mean, rstd, channels // size, weight, channel_axis=channel
+        )
+    if mean is not None:
+        return backward.layer_norm_backward(slope, x, mean, rstd, None, weight, axis=axes)
+    dx, dweight = backward.rms_norm_backward(slope, x, rstd, None, weight, axis=axes)
+    return dx, dweight, np.zeros_like(dweight)
 
 
 def _unplaced(
@@ -1049,7 +1075,7 @@ def standardize(
     axes = arguments.reduced_axes(x, axis, "standardize")
     ddof, eps = check_ddof(ddof), check_eps(eps)
     dtype, beside = _dtype(x), _beside(x, where, None)
-    if all(x.numblocks[a] == 1 for a in axes):
+    if _whole(x, axes):
         options = {"axis": axes, "ddof": ddof, "eps": eps}
         return _each(standardize_chunk, x, beside, dtype, **options)
     fields = _fields(x, axes, beside.get("where"))

@@ -32,10 +32,12 @@ from fastnorm.functional import (
     weight_norm,
     weight_standardize,
 )
+from fastnorm.moments import Moments, moments, standardize
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Moments",
     "add_layer_norm",
     "add_rms_norm",
     "backend",
@@ -53,12 +55,14 @@ __all__ = [
     "layer_norm",
     "layer_norm_backward",
     "local_response_norm",
+    "moments",
     "nn",
     "rms_norm",
     "rms_norm_backward",
     "set_backend",
     "set_num_threads",
     "show_config",
+    "standardize",
     "threads",
     "weight_norm",
     "weight_standardize",

@@ -693,6 +693,19 @@ def l2_normalize(
     return normalize(x, axis, eps=eps, scale="l2", dtype=dtype)[0]
 
 
+def standardize(
+    x: ArrayLike,
+    axis: Axis = None,
+    *,
+    eps: float = 0.0,
+    where: ArrayLike | None = None,
+    dtype: DTypeLike = np.float64,
+) -> Array:
+    """Z-scores: (x - mean) / sqrt(var + eps)."""
+    axes = tuple(range(np.ndim(x))) if axis is None else axis
+    return normalize(x, axes, eps=eps, where=where, dtype=dtype)[0]
+
+
 @quiet
 def local_response_norm(
     x: ArrayLike,

@@ -37,6 +37,18 @@ def as_array(value: ArrayLike, name: str) -> Array:
                 "another of these first"
             )
         return array.astype(np.float64)
+    return _readable(array)
+
+
+def as_numbers(value: ArrayLike, name: str) -> Array:
+    """`as_array`, but integers and booleans stay what they are."""
+    array = np.asarray(value)
+    return _readable(array) if array.dtype.kind in "biu" else as_array(array, name)
+
+
+def _readable(array: Array) -> Array:
+    """`array`, or a copy where its elements do not lie as the kernels read them."""
+    dtype = array.dtype
     odd = any(s % dtype.itemsize or (s == 0 and n > 1) for s, n in zip(array.strides, array.shape))
     if not dtype.isnative or not array.flags.aligned or odd:
         # "K" keeps the order of the axes in memory, and makes room where they were broadcast
@@ -254,6 +266,20 @@ def groups_of(num_groups: int, channels: int) -> int:
             f"use one of {', '.join(map(str, divisors[-12:]))}"
         )
     return int(num_groups)
+
+
+def reduced_axes(x: Array, axis: Axes | None, of: str) -> tuple[int, ...]:
+    """The axes that NumPy's `axis` means, in order; None for all of them."""
+    if axis is None:
+        return tuple(range(x.ndim))
+    axes = (axis,) if isinstance(axis, int | np.integer) else tuple(axis)
+    places = {int(a) % max(x.ndim, 1) for a in axes if -x.ndim <= a < x.ndim}
+    if len(places) != len(axes):
+        raise ValueError(
+            f"{of} got axis={axis!r} for x of shape {x.shape}, expected different axes from "
+            f"{-x.ndim} to {x.ndim - 1}, or None for all of them"
+        )
+    return tuple(sorted(places))
 
 
 def layer_axes(

@@ -274,6 +274,10 @@ def _cython_backward(p: BackwardPass) -> None:
     _compiled_backward(p, _core.kernels)
 
 
+def _cython_moments(x: Array, reduced: tuple[bool, ...], mask: Array | None, fields: Array) -> None:
+    _compiled_moments(x, reduced, mask, fields, _core.kernels)
+
+
 def _numba(p: Pass) -> None:
     from fastnorm._numba import cpu
 
@@ -286,8 +290,39 @@ def _numba_backward(p: BackwardPass) -> None:
     _compiled_backward(p, cpu)
 
 
+def _numba_moments(x: Array, reduced: tuple[bool, ...], mask: Array | None, fields: Array) -> None:
+    from fastnorm._numba import cpu
+
+    # its sums of doubles are pairs, of which those of parts merge to the same however they were cut
+    _compiled_moments(x.astype(np.float64, copy=False), reduced, mask, fields, cpu)
+
+
 def _computing(dtype: np.dtype[Any]) -> type[np.floating[Any]]:
     return np.float64 if dtype.itemsize == 8 else np.float32
+
+
+def _compiled_moments(
+    x: Array, reduced: tuple[bool, ...], mask: Array | None, fields: Array, kernels: Any
+) -> None:
+    given = {"x": x, "fields": fields} | ({} if mask is None else {"mask": mask})
+    turn = tuple(slice(None, None, -1 if stride < 0 else 1) for stride in x.strides)
+    operands = {n: a[(slice(None), *turn)] if n == "fields" else a[turn] for n, a in given.items()}
+    layout = _moments_layout(operands, reduced)
+    if layout is None:
+        # an order of axes that the kernels cannot walk: kept axes first, then reduced, in copies
+        order = sorted(range(x.ndim), key=lambda axis: reduced[axis])
+        operands = {
+            n: np.ascontiguousarray(a.transpose(order)) for n, a in given.items() if a is not fields
+        }
+        operands["fields"] = fields.transpose(0, *(axis + 1 for axis in order))
+        layout = _moments_layout(operands, tuple(sorted(reduced)))
+        assert layout is not None, "contiguous operands always have a layout"
+    kernels.run_moments(layout, **operands, threads=_kernel_threads())
+
+
+def _moments_layout(operands: dict[str, Array], reduced: tuple[bool, ...]) -> Layout | None:
+    first = {"rstd": operands["fields"][0]}
+    return _layout_of({n: a for n, a in operands.items() if n != "fields"} | first, reduced)
 
 
 # --- NumPy ----------------------------------------------------------------------------------------
@@ -360,6 +395,24 @@ def _numpy_backward(p: BackwardPass) -> None:
             _sum_to(p.dbias, dbias)
 
 
+def _numpy_moments(x: Array, reduced: tuple[bool, ...], mask: Array | None, fields: Array) -> None:
+    axes = tuple(axis for axis, r in enumerate(reduced) if r)
+    chosen: Any = True if mask is None else mask
+
+    def total(values: Array) -> Array:
+        return values.sum(axis=axes, keepdims=True, where=chosen)
+
+    with np.errstate(all="ignore"):
+        wide = x.astype(np.longdouble)  # no faster way is asked of this backend
+        count = total(np.ones(x.shape))
+        mean = np.where(count > 0, total(wide) / count, 0)
+        deviation = wide - mean
+        rest = np.where(count > 0, total(deviation) / count, 0)
+        m2 = total(deviation**2) - count * rest**2
+        fields[0], fields[1], fields[3] = count, mean, m2
+        fields[2], fields[4] = (mean - fields[1]) + rest, m2 - fields[3]
+
+
 # --- The choice -----------------------------------------------------------------------------------
 
 # The fastest first.
@@ -369,6 +422,7 @@ if _core.kernels is not None:
 if find_spec("numba") is not None:
     _AVAILABLE["numba"] = _numba, _numba_backward
 _AVAILABLE["numpy"] = _numpy, _numpy_backward
+_MOMENTS = {"cython": _cython_moments, "numba": _numba_moments, "numpy": _numpy_moments}
 NAMES = ("auto", "cython", "numba", "numpy")
 
 _current = ""
@@ -385,6 +439,28 @@ def compute(p: Pass) -> None:
 def compute_backward(p: BackwardPass) -> None:
     """Carry out a backward pass on the backend in use."""
     _AVAILABLE[_current][1](p)
+
+
+# Elements that moments are taken of at once where they are converted first: a few megabytes.
+BLOCK = 1 << 18
+
+
+def moments_at_once(dtype: np.dtype[Any]) -> int | None:
+    """How many elements `compute_moments` takes in one call; None for any number."""
+    wide_integer = dtype.kind in "iu" and dtype.itemsize > 2
+    as_it_is = dtype == np.float64 if _current == "numba" else not wide_integer
+    return None if _current != "numpy" and as_it_is else BLOCK
+
+
+def compute_moments(x: Array, reduced: tuple[bool, ...], mask: Array | None, fields: Array) -> None:
+    """Fill `fields`, (5, ...) with the reduced axes as 1, with the moments of x.
+
+    They are count, mean, rest of the mean, sum of squared deviations from it, and its rest: each of
+    the two is an unevaluated sum of two doubles. `x` may be of integers or booleans.
+    """
+    if x.dtype.kind in "iu" and x.dtype.itemsize > 2:
+        x = x.astype(np.float64)
+    _MOMENTS[_current](x, reduced, mask, fields)
 
 
 class _Unplanned:

@@ -38,6 +38,7 @@ from fastnorm.backends import (
     quick_backward,
 )
 from fastnorm.functional import channels_second, delivered, split_groups
+from fastnorm.routing import door_of
 
 Gradients = tuple[Array, Array, Array]
 
@@ -134,6 +135,11 @@ def _channels(
     found = quick_backward(norm, num_groups, channel_axis, dy, x, mean, rstd, weight)
     if type(found) is not Unplanned:
         return found
+    if (door := door_of(x)) is not None:
+        options: dict[str, Any] = {"training": training} if batch else {}
+        options |= {"num_groups": num_groups} if num_groups is not None else {}
+        function = getattr(door, of)
+        return function(dy, x, mean, rstd, weight=weight, channel_axis=channel_axis, **options)
     array = as_array(x, "x")
     check_ndim(array, 2, of, "(N, C, ...)")
     axis = channel_axis_of(array, channel_axis, of, samples=not batch)
@@ -383,6 +389,10 @@ def _rows(
         if type(found) is not Unplanned:
             return found
         key = found.key
+    if (door := door_of(x)) is not None:
+        statistics = (rstd,) if mean is None else (mean, rstd)
+        options = {"weight_offset": weight_offset} if mean is None else {}
+        return getattr(door, of)(dy, x, *statistics, normalized_shape, weight, axis=axis, **options)
     array = as_array(x, "x")
     check_ndim(array, 1, of, "(..., D)")
     axes = layer_axes(array, normalized_shape, axis, of)

@@ -19,7 +19,17 @@ from typing import Any
 import fastnorm as fn
 
 # The extra in pyproject.toml, and what it brings: {import: distribution}.
-_EXTRAS = {"demo": {"matplotlib": "matplotlib", "PIL": "pillow", "sklearn": "scikit-learn"}}
+_EXTRAS = {
+    "demo": {"matplotlib": "matplotlib", "PIL": "pillow", "sklearn": "scikit-learn"},
+    "stats": {
+        "PIL": "pillow",
+        "h5py": "h5py",
+        "matplotlib": "matplotlib",
+        "tqdm": "tqdm",
+        "zarr": "zarr",
+    },
+    "dask": {"dask": "dask", "distributed": "distributed"},
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,6 +107,48 @@ def _parser() -> argparse.ArgumentParser:
     placement.add_argument("--json", action="store_true", help="print the numbers as JSON")
     # for tests: of each training
     placement.add_argument("--steps", type=_positive, help=argparse.SUPPRESS)
+    about = "mean and standard deviation of images and arrays in files"
+    stats = commands.add_parser("stats", help=about, description=f"{about.capitalize()}.")
+    stats.set_defaults(command=_stats)
+    stats.add_argument(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="images, .npy, .npz, Zarr and HDF5 arrays, and folders of them",
+    )
+    stats.add_argument(
+        "--axis",
+        type=_axes,
+        metavar="A,B,...",
+        help="the axes that share a statistic (default: of images all but the channels, which are "
+        "last; of arrays all)",
+    )
+    stats.add_argument("--key", default="", help="which array, in files of several")
+    stats.add_argument(
+        "--mode", help="convert images to this mode of Pillow first, such as RGB or L"
+    )
+    stats.add_argument(
+        "--scale",
+        type=_scale,
+        default=1.0,
+        metavar="S",
+        help="divide everything by S: 255 for statistics of images from 0 to 1",
+    )
+    stats.add_argument("--by", choices=["folder"], help="statistics of each folder, too")
+    stats.add_argument("--skip-bad", action="store_true", help="list unreadable files, and go on")
+    stats.add_argument(
+        "--workers", type=_positive, default=1, metavar="N", help="processes (default: %(default)s)"
+    )
+    stats.add_argument(
+        "--scheduler", metavar="ADDRESS", help="of a Dask cluster that does the work"
+    )
+    stats.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    stats.add_argument(
+        "--plot",
+        type=_new_file,
+        metavar="FILE",
+        help="draw the histogram of each channel: .png, .svg or .pdf",
+    )
     return parser
 
 
@@ -111,6 +163,26 @@ def _positive(text: str) -> int:
 
 def _depths(text: str) -> list[int]:
     return [_positive(number.strip()) for number in text.split(",")]
+
+
+def _scale(text: str) -> float:
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = 0.0
+    if not 0.0 < scale < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return scale
+
+
+def _axes(text: str) -> tuple[int, ...]:
+    try:
+        axes = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        axes = ()
+    if not axes or len(set(axes)) != len(axes):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of different axes such as 0,2,3")
+    return axes
 
 
 def _new_file(text: str) -> Path:
@@ -223,3 +295,104 @@ def _info(arguments: argparse.Namespace) -> int:
     else:
         fn.show_config()
     return 0
+
+
+def _stats(arguments: argparse.Namespace) -> int:
+    from fastnorm import stats
+
+    options = stats.Options(arguments.axis, arguments.mode, arguments.plot is not None)
+    try:
+        files = stats.files_of(arguments.paths)
+        kinds = {kind for _, kind in files}
+        needed = [stats.NEEDS[kind][0] for kind in sorted(kinds & stats.NEEDS.keys())]
+        needed += ["matplotlib"] if arguments.plot else []
+        if needed and _lacks("stats", *needed):
+            return 2
+        if arguments.scheduler is not None and _lacks("dask"):
+            return 2
+        with _Rate() as rate:
+            found, complete = stats.collect(
+                files,
+                options,
+                key=arguments.key,
+                by_folder=arguments.by == "folder",
+                skip_bad=arguments.skip_bad,
+                workers=arguments.workers,
+                scheduler=arguments.scheduler,
+                begin=rate.begin,
+                advance=rate.advance,
+            )
+    except stats.CannotUse as error:
+        _warn(str(error))
+        return 2
+    except stats.CannotRead as error:
+        _warn(f"{error}; --skip-bad lists such files and goes on")
+        return 1
+    for path, reason in found.bad:
+        _warn(f"left out {path}: {reason}")
+    if not complete:
+        _warn(
+            f"interrupted: these are the statistics of {found.parts} of {rate.total} {rate.unit}s"
+        )
+    status = 0 if complete else 130
+    if not found.moments:
+        _warn("nothing could be read" if complete else "nothing had been read yet")
+        return status or 1
+    total, scale = found.total, arguments.scale
+    if arguments.plot is not None and found.histogram is not None:
+        kind = arguments.plot.suffix[1:] or "png"
+        try:
+            arguments.plot.write_bytes(stats.plot(found.histogram, total, scale, kind))
+        except (OSError, ValueError) as error:  # ValueError: matplotlib knows no such format
+            _warn(f"cannot write the picture: {error}")
+            status = 2
+    line = stats.normalize_line(total, scale)
+    if arguments.json:
+        result: dict[str, Any] = stats.summary(total, scale) | {
+            "scale": scale,
+            f"{rate.unit}s": found.parts,
+            "complete": complete,
+            "left out": [{"path": path, "reason": reason} for path, reason in found.bad],
+            "normalize": line,
+            "moments": total.to_dict(),
+        }
+        if arguments.by:
+            each = sorted(found.moments.items())
+            result["folders"] = {name: stats.summary(m, scale) for name, m in each}
+        print(json.dumps(result, indent=2))
+    else:
+        print(f"{stats.table(found, scale)}\n\n{line}")
+    return status
+
+
+class _Rate:
+    """A bar on stderr with the rate and the time left; nothing where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        self.total, self.unit = 0, "part"
+        self._bar: Any = None
+
+    def begin(self, total: int, unit: str) -> None:
+        """Show a bar for so many parts."""
+        self.total, self.unit = total, unit
+        if sys.stderr.isatty() and find_spec("tqdm") is not None:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, unit=unit, leave=False, dynamic_ncols=True)
+
+    def advance(self, parts: int) -> None:
+        """Show that so many more are done."""
+        if self._bar is not None:
+            self._bar.update(parts)
+
+    def __enter__(self) -> _Rate:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -51,6 +51,7 @@ from fastnorm.backends import (
     compute,
     quick_forward,
 )
+from fastnorm.routing import door_of, send
 
 Result: TypeAlias = Any  # an array, or (y, mean, rstd) with return_stats
 
@@ -303,6 +304,8 @@ def batch_norm(
     )
     if type(found) is not Unplanned:
         return found
+    if (door := door_of(x)) is not None:
+        return send(door, batch_norm, locals())
     array = as_array(x, "x")
     check_ndim(array, 2, "batch_norm", "(N, C, ...)")
     axis = channel_axis_of(array, channel_axis, "batch_norm", samples=False)
@@ -438,6 +441,8 @@ def instance_norm(
         if type(found) is not Unplanned:
             return found
         key = found.key
+    if (door := door_of(x)) is not None:
+        return send(door, instance_norm, locals())
     array = as_array(x, "x")
     check_ndim(array, 2, "instance_norm", "(N, C, ...)")
     if not use_input_stats:
@@ -574,6 +579,8 @@ def group_norm(
     )
     if type(found) is not Unplanned:
         return found
+    if (door := door_of(x)) is not None:
+        return send(door, group_norm, locals())
     array = as_array(x, "x")
     check_ndim(array, 2, "group_norm", "(N, C, ...)")
     axis = channel_axis_of(array, channel_axis, "group_norm")
@@ -684,6 +691,8 @@ def layer_norm(
     )
     if type(found) is not Unplanned:
         return found
+    if (door := door_of(x)) is not None:
+        return send(door, layer_norm, locals())
     array = as_array(x, "x")
     check_ndim(array, 1, "layer_norm", "(..., D)")
     axes = layer_axes(array, normalized_shape, axis, "layer_norm")
@@ -798,6 +807,8 @@ def rms_norm(
         if type(found) is not Unplanned:
             return found
         key = found.key
+    if (door := door_of(x)) is not None:
+        return send(door, rms_norm, locals())
     array = as_array(x, "x")
     check_ndim(array, 1, "rms_norm", "(..., D)")
     axes = layer_axes(array, normalized_shape, axis, "rms_norm")
@@ -871,6 +882,8 @@ def add_layer_norm(
     )
     if type(found) is not Unplanned:
         return found
+    if (door := door_of(x)) is not None:
+        return send(door, add_layer_norm, locals())
     array = as_array(x, "x")
     return _add_norm(
         x,
@@ -949,6 +962,8 @@ def add_rms_norm(
     )
     if type(found) is not Unplanned:
         return found
+    if (door := door_of(x)) is not None:
+        return send(door, add_rms_norm, locals())
     array = as_array(x, "x")
     eps = _machine_epsilon(array.dtype) if eps is None else check_eps(eps)
     return _add_norm(
@@ -1040,6 +1055,8 @@ def l2_normalize(
     >>> fn.l2_normalize(np.array([3.0, 4.0]))
     array([0.6, 0.8])
     """
+    if (door := door_of(x)) is not None:
+        return send(door, l2_normalize, locals())
     array = as_array(x, "x")
     check_ndim(array, 1, "l2_normalize", "(..., D)")
     axes = layer_axes(array, None, range(array.ndim) if axis is None else axis, "l2_normalize")
@@ -1097,6 +1114,8 @@ def local_response_norm(
     >>> fn.local_response_norm(np.array([[1.0, 2.0]]), 1, alpha=3.0, beta=0.5)
     array([[0.5      , 0.5547002]])
     """
+    if (door := door_of(x)) is not None:
+        return send(door, local_response_norm, locals())
     array = as_array(x, "x")
     check_ndim(array, 2, "local_response_norm", "(N, C, ...)")
     axis = channel_axis_of(array, channel_axis, "local_response_norm")
@@ -1155,6 +1174,8 @@ def weight_norm(v: ArrayLike, g: ArrayLike, *, axis: Axes | None = 0) -> Array:
     >>> fn.weight_norm(np.array([[3.0, 4.0]]), np.array([10.0]))
     array([[6., 8.]])
     """
+    if (door := door_of(v)) is not None:
+        return send(door, weight_norm, locals())
     array = as_array(v, "v")
     check_ndim(array, 1, "weight_norm", "(C, ...)")
     kept = () if axis is None else layer_axes(array, None, axis, "weight_norm")
@@ -1207,6 +1228,8 @@ def weight_standardize(w: ArrayLike, *, eps: float = 1e-5) -> Array:
     array([[-1.,  1.],
            [-1.,  1.]])
     """
+    if (door := door_of(w)) is not None:
+        return send(door, weight_standardize, locals())
     array = as_array(w, "w")
     check_ndim(array, 2, "weight_standardize", "(C_out, ...)")
     return _run(w, array, range(1, array.ndim), eps=check_eps(eps))[0]
@@ -1255,6 +1278,8 @@ def global_response_norm(
     >>> fn.global_response_norm(x, np.ones(2), np.zeros(2), eps=0.0).ravel()
     array([1.5, 7.5])
     """
+    if (door := door_of(x)) is not None:
+        return send(door, global_response_norm, locals())
     array = as_array(x, "x")
     check_ndim(array, 2, "global_response_norm", "(N, C, ...)")
     axis = channel_axis_of(array, channel_axis, "global_response_norm")
@@ -1332,6 +1357,8 @@ def dynamic_tanh(
     >>> fn.dynamic_tanh(np.array([0.0, 100.0]), 0.5, np.array([1.0, 2.0]))
     array([0., 2.])
     """
+    if (door := door_of(x)) is not None:
+        return send(door, dynamic_tanh, locals())
     array = as_array(x, "x")
     check_ndim(array, 1, "dynamic_tanh", "(..., D)")
     factor = as_array(alpha, "alpha")

@@ -1,9 +1,8 @@
-"""Fixtures, the hypothesis profile, and the rule that CI runs the tests against PyTorch."""
+"""Fixtures, the hypothesis profile, and the rule that in CI no test skips for want of a library."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +11,7 @@ from hypothesis import settings
 
 import fastnorm as fn
 
-from .helpers import BACKENDS
+from .helpers import BACKENDS, REQUIRED
 
 # The same examples in every run, on machines of any speed.
 settings.register_profile("fastnorm", derandomize=True, deadline=None, database=None)
@@ -27,13 +26,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_sessionstart() -> None:
     # Also for tests that would skip themselves, with pytest.importorskip.
-    if os.environ.get("FASTNORM_REQUIRE_TORCH") and importlib.util.find_spec("torch") is None:
-        raise pytest.UsageError("FASTNORM_REQUIRE_TORCH is set and PyTorch is not installed")
+    missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise pytest.UsageError(f"FASTNORM_REQUIRE asks for {missing}, not installed here")
 
 
 @pytest.fixture(scope="session")
 def torch() -> Any:
-    """PyTorch; without it the test is skipped, or with FASTNORM_REQUIRE_TORCH nothing runs."""
+    """PyTorch; without it the test is skipped, or where FASTNORM_REQUIRE has it nothing runs."""
     return pytest.importorskip("torch")
 
 

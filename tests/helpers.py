@@ -21,6 +21,9 @@ Array = np.ndarray[Any, Any]
 
 ROOT = Path(__file__).parent.parent
 
+# Optional libraries whose absence is an error: their names in an import, with spaces between them.
+REQUIRED = os.environ.get("FASTNORM_REQUIRE", "").split()
+
 BACKENDS: tuple[str, ...] = tuple(fn.show_config("dicts")["backends"]["at hand"])
 COMPILED = "cython" in BACKENDS
 

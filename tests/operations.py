@@ -259,6 +259,10 @@ def _torch_l2_normalize(x: Any, *, axis: int = -1, eps: float = 1e-12) -> Any:
     return normalize(x, dim=axis, eps=eps)
 
 
+def _torch_standardize(x: Any, *, axis: int) -> Any:
+    return (x - x.mean(axis, keepdim=True)) / x.std(axis, correction=0, keepdim=True)
+
+
 def _torch_local_response_norm(x: Any, *, channel_axis: int = 1, **p: Any) -> Any:
     from torch.nn.functional import local_response_norm
 
@@ -440,6 +444,15 @@ OPERATIONS: tuple[Operation, ...] = (
         torch=_torch_l2_normalize,
         torch_name="torch.nn.functional.normalize",
         features=frozenset({"out"}),
+    ),
+    Operation(
+        label="standardize",
+        name="standardize",
+        description="each column to mean 0 and variance 1, or over any other axes",
+        build=lambda r: {"axis": 0},
+        linked=lambda ndim, channel: (0,),
+        torch=_torch_standardize,
+        features=frozenset({"where", "out"}),
     ),
     Operation(
         label="local_response_norm",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from fractions import Fraction
 from itertools import chain, repeat
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from benchmarks import cases, ceiling, gate, instructions, peers, report, timing
+from benchmarks import statistics as full_size
 from benchmarks.cases import Case
 
 from .helpers import ROOT, run_python
@@ -301,3 +303,18 @@ def test_results_survive_being_written(tmp_path: Any) -> None:
 )
 def test_seconds(value: float, text: str) -> None:
     assert report.seconds(value) == text
+
+
+# --- Statistics at full size ----------------------------------------------------------------------
+
+
+def test_what_statistics_are_held_against_is_exact() -> None:
+    x = np.random.default_rng(0).normal(1e6, 1.0, 2500).astype(np.float32)
+    numbers = [Fraction(float(v)) for v in x]
+    mean = sum(numbers) / len(numbers)
+    var = sum((v - mean) ** 2 for v in numbers) / len(numbers)
+    for found, right in zip(full_size.exact(x), (mean, var)):
+        assert abs(Fraction(float(found)) / right - 1) < 1e-15
+    chunk = full_size.chunk({None: {"chunk-location": (1, 0)}})
+    assert chunk.shape == (full_size.ROWS, 1024)
+    np.testing.assert_array_equal(chunk[-full_size.PERIOD :], full_size.rows_of(1))

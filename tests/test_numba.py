@@ -202,6 +202,11 @@ def inside_batch(x: Any, mean: Any, var: Any, w: Any) -> Any:
     return fn.batch_norm(x, mean, var, w)
 
 
+@numba.njit
+def inside_moments(x: Any) -> Any:
+    return fn.moments(x, ddof=1)
+
+
 @numba.njit(parallel=True)
 def in_a_loop(x: Any, w: Any, b: Any) -> Any:
     y = np.empty_like(x)
@@ -233,6 +238,9 @@ def test_inside_compiled_code(dtype: Any, ratio: float) -> None:
     _same(inside_layer(np.asfortranarray(x), (5000,), w, b), right)
     _same(inside_layer(x, 5000, w, None), fn.layer_norm(x, 5000, w))
     _same(in_a_loop(x, w, b), right)
+    for of in (x, x[::2, ::3]):
+        # 128 squares are added up in a row
+        np.testing.assert_allclose(inside_moments(of), fn.moments(of, ddof=1), rtol=128 * 2**-53)
     _same(inside_rms(x, 5000, w), fn.rms_norm(x, 5000, w))
     x = data((4, 6, 5, 7), dtype, ratio)
     w, b = rng.standard_normal((2, 6)).astype(dtype)

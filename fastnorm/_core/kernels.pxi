@@ -16,8 +16,8 @@
 # bitwise the same for any number of threads.
 
 from cython.parallel cimport prange
-from libc.math cimport INFINITY, NAN, fabs, fma, frexp, isfinite, ldexp, sqrt
-from libc.stdint cimport uint8_t, uint16_t
+from libc.math cimport INFINITY, NAN, fabs, fma, frexp, isfinite, ldexp, rint, sqrt
+from libc.stdint cimport int8_t, int16_t, uint8_t, uint16_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 cimport numpy as cnp
@@ -108,6 +108,10 @@ cdef enum Storage:
     BF16
     F32
     F64
+    U8                          # integers that a float holds: read for moments, never written
+    I8
+    U16
+    I16
 
 cdef enum Scaling:
     RSTD                        # 1 / sqrt(var + eps)
@@ -136,6 +140,7 @@ cdef struct Pass:
     Scaling scaling
     Activation activation
     double eps
+    Py_ssize_t fields           # 0, or the bytes between the five fields of moments that are asked for
     Operand x, y, mask, weight, bias, residual, addend, total, mean, var, rstd
     # derived
     Py_ssize_t length           # reduced elements of a group (runs) or rows (columns)
@@ -151,6 +156,8 @@ cdef struct Pass:
 # ---- storage ---------------------------------------------------------------------------------
 
 cdef inline Py_ssize_t bytes_of(Storage storage) noexcept nogil:
+    if storage > F64:
+        return 1 if storage <= I8 else 2
     return 2 if storage <= BF16 else 4 if storage == F32 else 8
 
 cdef inline bint native(Storage storage, real* kind) noexcept nogil:
@@ -158,6 +165,21 @@ cdef inline bint native(Storage storage, real* kind) noexcept nogil:
         return storage == F32
     else:
         return storage == F64
+
+cdef inline void load_integers(const char* x, Storage storage, Py_ssize_t n, real* t) noexcept nogil:
+    cdef Py_ssize_t i
+    if storage == U8:
+        for i in range(n):
+            t[i] = (<const uint8_t*>x)[i]
+    elif storage == I8:
+        for i in range(n):
+            t[i] = (<const int8_t*>x)[i]
+    elif storage == U16:
+        for i in range(n):
+            t[i] = (<const uint16_t*>x)[i]
+    else:
+        for i in range(n):
+            t[i] = (<const int16_t*>x)[i]
 
 cdef inline void load(const char* x, Storage storage, Py_ssize_t n, real* t) noexcept nogil:
     cdef Py_ssize_t i
@@ -167,6 +189,8 @@ cdef inline void load(const char* x, Storage storage, Py_ssize_t n, real* t) noe
     elif storage == F64:
         for i in range(n):
             t[i] = <real>(<const double*>x)[i]
+    elif storage > F64:
+        load_integers(x, storage, n, t)
     elif real is float:
         if storage == F16:
             fn_load_f16(<const uint16_t*>x, n, t)
@@ -282,8 +306,23 @@ cdef inline void deviations_about(const double* x, Py_ssize_t n, double mean, do
     second[0] = total[0]
     second_rest[0] = rest[0]
 
-cdef inline void moments_of(const real* x, Py_ssize_t n, bint centred, double* m, Py_ssize_t step, double* sums) noexcept nogil:
-    """Moments of one block into m[0], m[step] ...: one pass over floats, two over doubles."""
+cdef inline double pivot_of(double mean, double var, bint precise) noexcept nogil:
+    """What deviations are taken from: the mean, in so few digits that they are exact.
+
+    `precise` leaves it two binary digits below the deviation. Integers less that are quarters at the
+    finest, and their squares add up exactly.
+    """
+    cdef int exponent
+    cdef double pivot
+    if precise and 1e-80 < var < 1e80:
+        frexp(sqrt(var), &exponent)
+        pivot = ldexp(rint(ldexp(mean, 2 - exponent)), exponent - 2)
+        if isfinite(pivot):
+            return pivot
+    return <float>mean
+
+cdef inline void moments_of(const real* x, Py_ssize_t n, bint centred, double* m, Py_ssize_t step, double* sums, bint precise) noexcept nogil:
+    """Moments of one block into m[0], m[step] ...: one pass over floats unless `precise`, two over doubles."""
     cdef double first = 0.0, pivot
     cdef uint8_t again = 0
     m[0] = n
@@ -295,8 +334,8 @@ cdef inline void moments_of(const real* x, Py_ssize_t n, bint centred, double* m
             m[3 * step] = fn_squares(x, n, AHEAD)
             return
         fn_sums(x, n, AHEAD, &sums[0], &sums[1])
-        if fn_moments_of_sums(1, &sums[0], &sums[1], 0.0, m, step, &again) and isfinite(m[step]):
-            pivot = <float>m[step]
+        if (fn_moments_of_sums(1, &sums[0], &sums[1], 0.0, m, step, &again) or precise) and isfinite(m[step]):
+            pivot = pivot_of(m[step], m[3 * step] / n, precise)
             fn_sums_about(x, n, 0, pivot, &sums[0], &sums[1])
             fn_moments_of_sums(1, &sums[0], &sums[1], pivot, m, step, &again)
     else:
@@ -526,7 +565,7 @@ cdef void finish_double(Pass* q, Item it, double* moments, Scale* s) noexcept no
         rest = 0.0
         if q.given:
             mean, var = mean_out[g * step], var_out[g * step]
-            rstd = var if q.scaling == FACTOR else inverse_root(var + q.eps, 0.0)
+            rstd = var if q.scaling == FACTOR else inverse_root(var + q.eps, 0.0) if var + q.eps != 0.0 else 0.0
         else:
             count, mean, rest, m2, m2_rest = m.count[g], m.mean[g], m.mean_rest[g], m.m2[g], m.m2_rest[g]
             if count == 0.0:
@@ -557,8 +596,19 @@ cdef void finish_double(Pass* q, Item it, double* moments, Scale* s) noexcept no
             s.wide[j] = unit != 1.0
             (<double*>s.hi)[j], (<double*>s.r)[j], (<double*>s.shift)[j] = mean, rstd, -rest * rstd
 
+cdef inline bint first_moments(Pass* q, Py_ssize_t n, const double* first, const double* second, double* m, uint8_t* again) noexcept nogil:
+    """Moments from sums about zero, and whether any of them are to be taken again about their mean."""
+    cdef Py_ssize_t i
+    cdef bint found = fn_moments_of_sums(n, first, second, 0.0, m, n, again)
+    if q.fields != 0:
+        for i in range(n):
+            again[i] = 1        # all of them: parts are to merge to the same however they were cut
+    return found or q.fields != 0
+
 cdef inline void finish(Pass* q, Item it, double* moments, Scale* s, real* kind) noexcept nogil:
-    if real is float:
+    if q.fields != 0:
+        deliver_moments(q, it, moments)
+    elif real is float:
         finish_float(q, it, moments, s)
     else:
         finish_double(q, it, moments, s)
@@ -774,16 +824,16 @@ cdef void runs_block(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last, double
         for k in range(width):
             into[k] = last - first
         bundle_sums(q, it, first, last, 0.0, h.sums, h.lanes)
-        if fn_moments_of_sums(width, h.sums, h.sums + width, 0.0, into, width, h.again):
+        if first_moments(q, width, h.sums, h.sums + width, into, h.again):
             for k in range(width):
                 if h.again[k] and isfinite(into[width + k]):
-                    pivot = <float>into[width + k]
+                    pivot = pivot_of(into[width + k], into[3 * width + k] / into[k], q.fields != 0)
                     bundle_sums(q, group_at(it, k), first, last, pivot, two, h.lanes)
                     fn_moments_of_sums(1, &two[0], &two[1], pivot, into + k, width, h.again + k)
         return
     for k in range(width):
         x = fetch(q, group_at(it, k), first, last, h, &count, kind)
-        moments_of(x, count, q.centred, into + k, width, two)
+        moments_of(x, count, q.centred, into + k, width, two, q.fields != 0)
 
 cdef void runs_moments(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last, double* into, Scratch* h, real* kind) noexcept nogil:
     cdef Py_ssize_t f = first + BLOCK
@@ -1013,8 +1063,11 @@ cdef void walk_columns(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last, cons
             x, apart = <const float*>row_of(q, base, f), q.x.s // <Py_ssize_t>sizeof(float)
         else:
             n = min(n, q.block)
-            for i in range(n):
-                load(row_of(q, base, f + i), q.x.storage, width, tile + i * width)
+            if q.x.s == width * bytes_of(q.x.storage):
+                load(row_of(q, base, f), q.x.storage, n * width, tile)  # rows that follow one another
+            else:
+                for i in range(n):
+                    load(row_of(q, base, f + i), q.x.storage, width, tile + i * width)
             x, apart = tile, width
         if pivot == NULL:
             fn_gather_rows(x, apart, n, width, a, b)
@@ -1049,7 +1102,7 @@ cdef void columns_sums(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last, doub
             into[groups + g] = into[2 * groups + g] = into[4 * groups + g] = 0.0
             into[3 * groups + g] = b[g]
         return
-    if not fn_moments_of_sums(groups, a, b, 0.0, into, groups, h.again):
+    if not first_moments(q, groups, a, b, into, h.again):
         return
     # about the means, for all columns from the first to the last that need it
     high = groups
@@ -1059,7 +1112,7 @@ cdef void columns_sums(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last, doub
         high -= 1
     for g in range(low, high):
         for j in range(k):
-            pivot[(g - low) * k + j] = <float>into[groups + g] if isfinite(into[groups + g]) else 0.0
+            pivot[(g - low) * k + j] = pivot_of(into[groups + g], into[3 * groups + g] / into[g], q.fields != 0) if isfinite(into[groups + g]) else 0.0
     strip.c += low * k
     strip.width = (high - low) * k
     walk_columns(q, strip, first, last, pivot, a, b, <float*>h.tile)
@@ -1405,6 +1458,18 @@ cdef int run_items(Pass* q, real* kind) noexcept nogil:
 
 # ---- the door --------------------------------------------------------------------------------
 
+cdef inline Storage storage_of(int kind) noexcept:
+    """Of what has one or two bytes; a mask is never loaded."""
+    if kind == cnp.NPY_UINT8 or kind == cnp.NPY_BOOL:
+        return U8
+    if kind == cnp.NPY_INT8:
+        return I8
+    if kind == cnp.NPY_UINT16:
+        return U16
+    if kind == cnp.NPY_INT16:
+        return I16
+    return F16 if kind == cnp.NPY_FLOAT16 else BF16
+
 cdef int operand(Operand* o, object array, tuple strides) except -1:
     cdef Py_ssize_t size
     o.data = NULL
@@ -1414,7 +1479,7 @@ cdef int operand(Operand* o, object array, tuple strides) except -1:
         return 0
     o.data = <char*>cnp.PyArray_DATA(<cnp.ndarray>array)
     size = cnp.PyArray_ITEMSIZE(<cnp.ndarray>array)
-    o.storage = F64 if size == 8 else F32 if size == 4 else F16 if cnp.PyArray_TYPE(<cnp.ndarray>array) == cnp.NPY_FLOAT16 else BF16
+    o.storage = F64 if size == 8 else F32 if size == 4 else storage_of(cnp.PyArray_TYPE(<cnp.ndarray>array))
     o.a, o.b, o.p, o.s, o.c = strides
     o.a *= size
     o.b *= size
@@ -1499,7 +1564,7 @@ def run_pass(layout, x, y, mean, var, rstd, *, weight=None, bias=None, mask=None
     q.a, q.b, q.p, q.s, q.c = layout.dims
     q.neighbours = layout.neighbours
     q.columns = layout.columns
-    q.centred, q.given, q.scaling, q.eps = centred, given, scaling, eps
+    q.centred, q.given, q.scaling, q.eps, q.fields = centred, given, scaling, eps, 0
     q.activation, q.activation_first = activation, activation_first
     operand(&q.x, x, strides["x"])
     operand(&q.y, y, strides.get("y"))
@@ -1523,3 +1588,4 @@ def run_pass(layout, x, y, mean, var, rstd, *, weight=None, bias=None, mask=None
 
 include "backward.pxi"
 include "plans.pxi"
+include "moments.pxi"

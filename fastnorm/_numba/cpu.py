@@ -231,7 +231,7 @@ def _plan(
         a, b, p, s, c, layout.neighbours, layout.columns, centred, given, scaling,
         activations.address_of(activation, computing), activation_first, streamed, residual_real,
         addend_real, foldable, folded_groups, p == 1 or steps["x"][2] == s * steps["x"][3], length,
-        width, chunks, items, block, pieces, 0, 0, 0, 0, eps,
+        width, chunks, items, block, pieces, 0, 0, 0, 0, 0, eps,
     )  # fmt: skip
     return _Plan(
         record.view(np.int64),
@@ -317,13 +317,21 @@ def run_pass(
         record[_AT["direct"]] = not plan.half and addresses[5] != addresses[1]
     where = _address(record)
     threads = threads if plan.parallel else 1
-    kernel, room, items, pieces = plan.kernel, plan.room, plan.items, plan.pieces
     if plan.tabulated:
         chunks = int(record[_AT["chunks"]])
         table = np.empty(chunks * forward.SCALE * plan.width)
         record[_AT["scales"]], record[_AT["items"]] = _address(table), chunks
-        _share(kernel, where, chunks, 1, FINISH, room)
-        record[_AT["items"]] = items
+        _share(plan.kernel, where, chunks, 1, FINISH, plan.room)
+        record[_AT["items"]] = plan.items
+    _carry_out(plan, record, threads, given=given, written=y is not None)
+
+
+def _carry_out(
+    plan: _Plan, record: Array, threads: int, *, given: bool = False, written: bool = False
+) -> None:
+    """Run a kernel of items on their own, or of pieces where they are few and large."""
+    kernel, room, items, pieces = plan.kernel, plan.room, plan.items, plan.pieces
+    where = _address(record)
     if threads == 1 or pieces == 1 or items >= 4 * threads or items % threads == 0:
         _share(kernel, where, items, threads, WHOLE, room)
         return
@@ -334,8 +342,29 @@ def run_pass(
     if not given:
         _share(kernel, where, items * pieces, threads, MOMENTS, room)
     _share(kernel, where, items, 1, FINISH, room)
-    if y is not None:
+    if written:
         _share(kernel, where, items * pieces, threads, STEPS, room)
+
+
+def run_moments(
+    layout: Layout, x: Array, fields: Array, *, mask: Array | None = None, threads: int = 1
+) -> None:
+    """Moments of x into `fields`: count, mean, its rest, sum of squared deviations, its rest.
+
+    The strides of the first field are the layout's "stats".
+    """
+    kind = _KINDS[x.dtype.name]
+    computing = np.float64 if kind is np.float64 else np.float32
+    plan = _plan(
+        layout, kind, computing, False, False, True, False, 0, 0.0, 0, False, False, stream_above
+    )
+    record = plan.template.copy()
+    where = _address(fields[0])
+    arrays = (x, None, mask, None, None, None, None, None)
+    addresses = [0 if array is None else _address(array) for array in arrays]
+    record[_DATA] = [*addresses, where, where, where]
+    record[_AT["fields"]] = fields.strides[0]
+    _carry_out(plan, record, threads if plan.parallel else 1)
 
 
 # --- Backward -------------------------------------------------------------------------------------

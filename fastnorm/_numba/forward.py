@@ -68,7 +68,7 @@ NUMBERS = (
     "a", "b", "p", "s", "c", "neighbours", "columns", "centred", "given", "scaling", "activation",
     "activation_first", "stream", "residual_real", "addend_real", "foldable", "folded_groups",
     "whole_planes", "length", "width", "chunks", "items", "block", "pieces", "parts", "scales",
-    "plain", "direct",
+    "plain", "direct", "fields",
 )  # fmt: skip
 PASS = np.dtype(
     [(name, np.int64) for name in COUNTERS]
@@ -349,6 +349,12 @@ def finish(q, a, b, c, n, of, scale, kind):
         else:
             place = 0
             offset, group = 0, b + g
+        if q.fields != 0:
+            # moments as they are, for statistics that are merged with others
+            for field in range(FIELDS):
+                out = at(q.mean, a, group) + place + field * q.fields
+                write(out, 0, read(of, field * n + g, np.float64))
+            continue
         unit = 1.0
         rest = 0.0
         if q.given:

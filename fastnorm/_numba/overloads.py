@@ -411,6 +411,31 @@ def batch_norm(
     return compiled
 
 
+@_compiled(fastnorm.moments)
+def moments_of(x: Any, axis: Any = None, ddof: Any = 0) -> Any:
+    """`fastnorm.moments` for compiled code, of all of x: (mean, variance)."""
+    kind = _kind(x, "moments")
+    if not _is_none(axis):
+        raise TypingError("moments inside compiled code is of all of x: axis must be None")
+
+    def compiled(x, axis=None, ddof=0):
+        mean = math.nan
+        var = math.nan
+        source = np.ascontiguousarray(x)
+        if x.size > 0:
+            room = np.empty(ROOM, np.float64)
+            start = room.ctypes.data
+            part = start + 8 * FIELDS
+            lanes = part + 8 * (FIELDS + SCALE)
+            row_moments(source.ctypes.data, x.size, True, start, part, lanes, kind)
+            mean = room[1] + room[2]
+            var = (room[3] + room[4]) / (x.size - ddof)
+            source.ravel()[:0] = 0  # it is there until here
+        return mean, var
+
+    return compiled
+
+
 def _channels_kind(x: Any, of: str) -> Any:
     kind = _kind(x, of)
     if x.ndim < 2:

@@ -25,6 +25,7 @@ from fastnorm.nn.norms import (
     RMSNorm,
 )
 from fastnorm.nn.optimizer import Adam
+from fastnorm.nn.recalibration import recalibrate
 from fastnorm.nn.transformer import TransformerBlock, TransformerEncoder
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "attention_backward",
     "cross_entropy",
     "linear",
+    "recalibrate",
     "softmax",
     "softmax_backward",
 ]

@@ -9,7 +9,18 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from fastnorm import backward, functional
-from fastnorm.arguments import Array, Axes, as_array, channel_axis_of, check_eps, groups_of
+from fastnorm.arguments import (
+    Array,
+    Axes,
+    as_array,
+    channel_axis_of,
+    check_eps,
+    computing_type,
+    groups_of,
+    require_two,
+    same_shape,
+)
+from fastnorm.moments import Moments
 from fastnorm.nn.module import Module, parameter_type
 
 Saved = tuple[Any, ...]
@@ -144,6 +155,11 @@ class BatchNorm(_ChannelNorm):
         The axis of the channels: 1, or -1 for channels-last.
     dtype
         Of parameters and running statistics, whatever that of `x`.
+    comm
+        A communicator of mpi4py: the batch is what all its processes have got, one part each, and
+        results, running statistics and gradients are those of one process with all of it. The
+        gradients of weight and bias are sums over all parts, the same in each process. Every
+        process must make the same calls; a part may be empty.
 
     Raises
     ------
@@ -176,39 +192,95 @@ class BatchNorm(_ChannelNorm):
         *,
         channel_axis: int = 1,
         dtype: DTypeLike = np.float32,
+        comm: Any = None,
     ) -> None:
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, channel_axis, dtype
         )
+        self.comm = comm
+        self._recorded: Moments | None = None  # takes in every x while nn.recalibrate runs
 
     def _forward(self, x: ArrayLike) -> tuple[Array, Saved]:
         array = self._checked(x)
+        if self._recorded is not None:
+            self._recorded.merge(self._moments(array))
+            y, mean, rstd, _ = self._normalised(x, array, (None, None), 0.0)
+            return y, (array, mean, rstd, None)
         batch = self.training or not self.track_running_stats
         momentum = 0.0 if self.momentum is None else self.momentum
         if batch and self.momentum is None and self.track_running_stats:
             momentum = 1.0 / (int(self.num_batches_tracked) + 1)
-        y, mean, rstd = functional.batch_norm(
-            x,
-            *self._running,
-            **self._affine,
-            training=batch,
-            momentum=momentum,
-            eps=self.eps,
-            channel_axis=self.channel_axis,
-            return_stats=True,
-        )
-        if batch and self.track_running_stats:
+        if not batch:
+            y, mean, rstd = self._applied(x, *self._running)
+            return y, (array, mean, rstd, None)
+        y, mean, rstd, count = self._normalised(x, array, self._running, momentum)
+        if self.track_running_stats:
             self._buffers["num_batches_tracked"] += 1
-        return y, (array, mean, rstd, batch)
+        return y, (array, mean, rstd, count)
+
+    def _moments(self, array: Array) -> Moments:
+        """Those of each channel."""
+        axes = range(1, array.ndim)
+        return Moments(axes).update(np.moveaxis(array, self.channel_axis, 0))
+
+    def _normalised(
+        self, x: ArrayLike, array: Array, running: tuple[Any, Any], momentum: float
+    ) -> tuple[Array, Array, Array, Any]:
+        """By the statistics of the batch, which move the running ones: (y, mean, rstd, count)."""
+        options: dict[str, Any] = self._affine | {"eps": self.eps, "return_stats": True}
+        options["channel_axis"] = self.channel_axis
+        if self.comm is None:
+            options |= {"training": True, "momentum": momentum}
+            return *functional.batch_norm(x, *running, **options), array.size // self.num_features
+        total = self._moments(array).allreduce(self.comm)
+        require_two(total.count, "BatchNorm in training", "statistics")
+        found = self._applied(x, total.mean, total.var())
+        if total.count.all():
+            mean, var, counts = (s[np.newaxis] for s in (total.mean, total.var(), total.count))
+            functional._update(*running, mean, var, counts, momentum)
+        return *found, total.count
+
+    def _applied(self, x: ArrayLike, mean: Array, var: Array) -> Any:
+        options: dict[str, Any] = self._affine | {"eps": self.eps, "return_stats": True}
+        return functional.batch_norm(x, mean, var, channel_axis=self.channel_axis, **options)
 
     def _backward(self, dy: ArrayLike, saved: Saved) -> Gradients:
-        array, mean, rstd, batch = saved
+        array, mean, rstd, count = saved
         weight, axis = self._affine["weight"], self.channel_axis
+        if self.comm is not None and count is not None:
+            return self._synchronised(dy, saved)
         return _named(
             backward.batch_norm_backward(
-                dy, array, mean, rstd, weight, training=batch, channel_axis=axis
+                dy, array, mean, rstd, weight, training=count is not None, channel_axis=axis
             )
         )
+
+    def _synchronised(self, dy: ArrayLike, saved: Saved) -> Gradients:
+        """The gradients of a batch that lies in several processes."""
+        array, mean, rstd, count = saved
+        axis: dict[str, Any] = {"channel_axis": self.channel_axis}
+        wide = array.astype(computing_type(array.dtype), copy=False)
+        slope = same_shape(dy, "dy", array).astype(wide.dtype, copy=False)
+        # sums over this part, then over all: of dy * xhat, and of dy
+        weight = np.ones(self.num_features)
+        _, *own = backward.batch_norm_backward(
+            slope, wide, mean, rstd, weight, training=False, **axis
+        )
+        dweight, dbias = sum(self.comm.allgather(np.stack(own)))
+        if self.affine:
+            weight = self._affine["weight"].astype(np.float64)
+        with np.errstate(all="ignore"):
+            scale, var = weight * rstd, 1 / rstd**2
+            through_var, through_mean = (
+                -scale * s / np.maximum(count, 1) for s in (dweight, dbias)
+            )
+        # dx = rstd * w * (dy - mean(dy) - xhat * mean(dy * xhat)), as two steps of the forward pass
+        zero, one = np.zeros(self.num_features), np.ones(self.num_features)
+        directly = functional.batch_norm(slope, zero, one, scale, eps=0.0, **axis)
+        dx = functional.batch_norm(
+            wide, mean, var, through_var, through_mean, eps=0.0, residual=directly, **axis
+        )
+        return dx.astype(array.dtype, copy=False), {"weight": dweight, "bias": dbias}
 
 
 class InstanceNorm(_ChannelNorm):

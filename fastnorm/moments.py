@@ -1,0 +1,502 @@
+"""Statistics that merge: count, mean and variance of parts, in any order, anywhere.
+
+The moments of a set of numbers are its count, its mean and M2, the sum of squared deviations from
+the mean. Those of two sets give those of their union (Chan, Golub and LeVeque 1979), exactly but
+for rounding. Mean and M2 are kept as unevaluated sums of two doubles, so that the order of merging
+shows in the last bits alone. `merge` below is that formula for everything above the kernels:
+batches that stream by, chunks of a Dask array, processes under MPI, a folder of images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fastnorm.arguments import (
+    Array,
+    Axes,
+    as_array,
+    as_numbers,
+    check_eps,
+    computing_type,
+    mask_of,
+    reduced_axes,
+)
+from fastnorm.backends import compute_moments, moments_at_once
+from fastnorm.functional import _run
+from fastnorm.routing import door_of, function_of, send
+
+# The five fields that moments are kept as: the first axis of every array of them.
+FIELDS = ("count", "mean", "mean_rest", "m2", "m2_rest")
+
+# --- The fields and their merge -------------------------------------------------------------------
+
+
+def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
+    """a + b, and what rounding lost of it (Knuth)."""
+    total = a + b
+    back = total - a
+    return total, (a - (total - back)) + (b - back)
+
+
+def merge(a: Array, b: Array) -> Array:
+    """Return the fields of the union of two sets; an empty one changes nothing."""
+    with np.errstate(all="ignore"):
+        count = a[0] + b[0]
+        share = b[0] / count
+        difference = b[2] - a[2]
+        whole = (b[1] - a[1]) + difference
+        mean, rest = _two_sum(a[1], (b[1] - a[1]) * share)
+        m2, lost = _two_sum(a[3], b[3])
+        m2, more = _two_sum(m2, whole * whole * (a[0] * share))
+        merged = np.stack(
+            [count, mean, a[2] + rest + difference * share, m2, a[4] + b[4] + lost + more]
+        )
+        # beside an infinity nothing is left of differences: the mean is infinite or not a number
+        merged[1] = np.where(np.isfinite(a[1]) & np.isfinite(b[1]), mean, a[1] + b[1])
+    return np.where(a[0] == 0, b, np.where(b[0] == 0, a, merged))
+
+
+def fields_of(x: Array, axes: tuple[int, ...], mask: Array | None = None) -> Array:
+    """Return the fields of x over these axes, which are kept as 1 behind the axis of the fields."""
+    reduced = tuple(axis in axes for axis in range(x.ndim))
+    fields = np.zeros([5, *(1 if r else n for n, r in zip(x.shape, reduced))])
+    most = moments_at_once(x.dtype)
+    if x.size and x.ndim:
+        if most is None or x.size <= most:
+            compute_moments(x, reduced, mask, fields)
+        else:
+            _fill(x, reduced, mask, fields, most)
+    elif x.size:  # a single number
+        return fields_of(x[np.newaxis], (0,), None if mask is None else mask[np.newaxis])[:, 0]
+    if not np.isfinite(fields[1]).all():
+        # where there is an infinity, some block's deviations from it are not numbers
+        chosen: Any = True if mask is None else mask
+        with np.errstate(all="ignore"):
+            mean = np.sum(x, axes, np.float64, keepdims=True, where=chosen) / fields[0]
+        np.copyto(fields[1], mean, where=~np.isfinite(fields[1]))
+    return fields
+
+
+def _fill(
+    x: Array, reduced: tuple[bool, ...], mask: Array | None, fields: Array, most: int
+) -> None:
+    """Merge the fields of x into `fields`, `most` elements at a time."""
+    if x.size <= most:
+        part = np.empty_like(fields)
+        compute_moments(x, reduced, mask, part)
+        fields[...] = merge(fields, part)
+        return
+    axis = max((a for a in range(x.ndim) if x.shape[a] > 1), key=lambda a: abs(x.strides[a]))
+    middle = x.shape[axis] // 2
+    for half in (slice(middle), slice(middle, None)):
+        index = (*[slice(None)] * axis, half)
+        into = fields if reduced[axis] else fields[(slice(None), *index)]
+        _fill(x[index], reduced, None if mask is None else mask[index], into, most)
+
+
+def mean_of(fields: Array) -> Array:
+    """Return the mean: the two doubles added up, NaN of no elements."""
+    rest = np.where(np.isfinite(fields[2]), fields[2], 0.0)
+    return np.where(fields[0] > 0, fields[1] + rest, np.nan)
+
+
+def var_of(fields: Array, ddof: float = 0) -> Array:
+    """Return M2 / (count - ddof), NaN where that is not positive."""
+    with np.errstate(all="ignore"):
+        m2 = np.where(np.isfinite(fields[1]), np.maximum(fields[3] + fields[4], 0.0), np.nan)
+        return np.where(fields[0] > ddof, m2 / (fields[0] - ddof), np.nan)
+
+
+def check_ddof(ddof: float) -> float:
+    """Return ddof; refuse one that is not a finite number."""
+    if isinstance(ddof, bool) or not math.isfinite(ddof):
+        raise ValueError(
+            f"ddof is {ddof!r}, expected a finite number: 0, or 1 for sample variances"
+        )
+    return float(ddof)
+
+
+# --- The functions --------------------------------------------------------------------------------
+
+
+def moments(
+    x: ArrayLike,
+    axis: Axes | None = None,
+    *,
+    where: ArrayLike | None = None,
+    ddof: float = 0,
+    keepdims: bool = False,
+) -> tuple[Any, Any]:
+    r"""Mean and variance in one pass: ``np.mean`` and ``np.var``, in float64 and right.
+
+    .. math:: \mathrm{mean} = \frac{1}{n} \sum x, \quad
+              \mathrm{var} = \frac{1}{n - \mathrm{ddof}} \sum (x - \mathrm{mean})^2
+
+    Parameters
+    ----------
+    x
+        Any shape; float16, bfloat16, float32, float64, integers or booleans. Integers are read as
+        they are, without a copy in a float type.
+    axis
+        The axis or axes over which to take them; None for all.
+    where
+        bool, broadcasts to `x`: only these elements count.
+    ddof
+        What is subtracted from the count for the variance: 1 for the unbiased one.
+    keepdims
+        Whether the axes stay, with length 1.
+
+    Returns
+    -------
+    mean, var
+        float64, in the units of x and of x squared. NaN of no elements, the variance also of `ddof`
+        or fewer.
+
+    Raises
+    ------
+    ValueError
+        For axes that `x` does not have, or a `where` that does not fit.
+    TypeError
+        For dtypes other than real numbers.
+
+    References
+    ----------
+    Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
+    variances", 1979, STAN-CS-79-773.
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm as fn
+    >>> fn.moments(np.array([[1.0, 10.0], [3.0, 30.0]]), axis=0)
+    (array([ 2., 20.]), array([  1., 100.]))
+    >>> pixels = np.full((1024, 1024, 3), 200, np.uint8)
+    >>> mean, var = fn.moments(pixels)
+    >>> float(mean), float(var)
+    (200.0, 0.0)
+    """
+    if (door := door_of(x)) is not None:
+        return send(door, moments, locals())
+    array = as_numbers(x, "x")
+    axes = reduced_axes(array, axis, "moments")
+    ddof = check_ddof(ddof)
+    fields = fields_of(array, axes, mask_of(where, array))
+    if not keepdims:
+        fields = fields.reshape([5, *(n for a, n in enumerate(array.shape) if a not in axes)])
+    return mean_of(fields)[()], var_of(fields, ddof)[()]
+
+
+def standardize(
+    x: ArrayLike,
+    axis: Axes | None = None,
+    *,
+    where: ArrayLike | None = None,
+    ddof: float = 0,
+    eps: float = 0.0,
+    out: Array | None = None,
+) -> Any:
+    r"""Z-scores: subtract the mean and divide by the standard deviation.
+
+    .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}}
+
+    Parameters
+    ----------
+    x
+        Any shape.
+    axis
+        The axis or axes that share a mean and a variance; None for all.
+    where
+        bool, broadcasts to `x`: only these elements enter the statistics; every element is
+        standardised.
+    ddof
+        What is subtracted from the count for the variance.
+    eps
+        Added to the variance, in the units of x squared.
+    out
+        The array to write into, of the shape and dtype of `x`; may be `x` itself.
+
+    Returns
+    -------
+    y
+        The shape, dtype and memory order of `x`; float64 for integers and booleans. Where all
+        elements are equal it is 0; with `ddof` or fewer of them, NaN.
+
+    Raises
+    ------
+    ValueError
+        For axes that `x` does not have, or a `where` or `out` that does not fit.
+    TypeError
+        For dtypes other than real numbers.
+
+    References
+    ----------
+    ``scipy.stats.zscore``, which gives NaN where all elements are equal.
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm as fn
+    >>> fn.standardize(np.array([[1.0, 10.0], [3.0, 30.0]]), axis=0)
+    array([[-1., -1.],
+           [ 1.,  1.]])
+    """
+    if (door := door_of(x)) is not None:
+        return send(door, standardize, locals())
+    array = as_array(x, "x")
+    axes = reduced_axes(array, axis, "standardize")
+    ddof, eps = check_ddof(ddof), check_eps(eps)
+    shared: dict[str, Any] = {"out": out}
+    if not array.ndim:
+        raise ValueError(f"standardize got one number, {array}, expected an array to compare it in")
+    if ddof == 0:
+        return _run(x, array, axes, eps=eps, where=where, **shared)[0]
+    if where is None:
+        # sqrt(n / (n - ddof) var + eps) in terms of a variance with ddof = 0
+        count = math.prod(array.shape[axis] for axis in axes)
+        left = (count - ddof) / count if count > ddof else np.nan
+        scale = np.full([1] * array.ndim, math.sqrt(left), computing_type(array.dtype))
+        return _run(x, array, axes, scale, eps=eps * left if left == left else eps, **shared)[0]
+    fields = fields_of(array, axes, mask_of(where, array))
+    given = np.ascontiguousarray(mean_of(fields)), np.ascontiguousarray(var_of(fields, ddof))
+    return _run(x, array, axes, eps=eps, given=given, **shared)[0]
+
+
+# --- The accumulator ------------------------------------------------------------------------------
+
+
+class Moments:
+    r"""Count, mean and variance of data that comes in parts.
+
+    .. math::
+
+       n = n_a + n_b, \quad
+       \mathrm{mean} = \mathrm{mean}_a + \delta \frac{n_b}{n}, \quad
+       M_2 = M_{2,a} + M_{2,b} + \delta^2 \frac{n_a n_b}{n}, \quad
+       \delta = \mathrm{mean}_b - \mathrm{mean}_a
+
+    Parts may be cut anywhere and merged in any order. Mean and M2 are kept as pairs of doubles:
+    the results agree to the last few bits. A new accumulator is empty, and merging it into another
+    changes nothing.
+
+    Parameters
+    ----------
+    axis
+        The axis or axes over which statistics are taken; None for all. The axes that stay must keep
+        their sizes from one batch to the next.
+
+    Raises
+    ------
+    ValueError
+        For axes that are given twice; on an update, for a batch whose kept axes have other sizes.
+    TypeError
+        For axes that are not whole numbers.
+
+    References
+    ----------
+    Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
+    variances", 1979, STAN-CS-79-773.
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm as fn
+    >>> images = np.arange(2 * 3 * 4 * 4, dtype=np.uint8).reshape(2, 3, 4, 4)
+    >>> m = fn.Moments(axis=(0, 2, 3))
+    >>> for image in images:
+    ...     m = m.update(image[np.newaxis])
+    >>> m.count, m.mean
+    (array([32, 32, 32]), array([31.5, 47.5, 63.5]))
+    >>> m == fn.Moments.from_array(images, axis=(0, 2, 3))
+    True
+    >>> halves = [fn.Moments.from_array(part, axis=(0, 2, 3)) for part in np.split(images, 2)]
+    >>> sum(halves, fn.Moments(axis=(0, 2, 3))).std(ddof=1).round(3)
+    array([24.83, 24.83, 24.83])
+    """
+
+    __slots__ = ("_axis", "_fields")
+    __hash__ = None  # type: ignore[assignment]  # it changes
+
+    def __init__(self, axis: Axes | None = None) -> None:
+        self._axis = _checked_axis(axis)
+        self._fields: Array | None = None  # (5, ...) without the reduced axes; None before any data
+
+    @classmethod
+    def from_array(
+        cls, x: ArrayLike, axis: Axes | None = None, *, where: ArrayLike | None = None
+    ) -> Self:
+        """Return the moments of one array; arguments as for :func:`moments`."""
+        return cls(axis).update(x, where)
+
+    @property
+    def axis(self) -> tuple[int, ...] | None:
+        """The axes over which statistics are taken, as they were given; None for all."""
+        return self._axis
+
+    # --- Data in ----------------------------------------------------------------------------------
+
+    def update(self, batch: ArrayLike, where: ArrayLike | None = None) -> Self:
+        """Take in a batch, and return the accumulator.
+
+        Parameters
+        ----------
+        batch
+            As for :func:`moments`. A Dask array is computed, chunk by chunk.
+        where
+            bool, broadcasts to `batch`: only these elements count.
+
+        Raises
+        ------
+        ValueError
+            If the axes that stay have other sizes than before. Nothing has changed then.
+        TypeError
+            For dtypes other than real numbers.
+        """
+        if (door := door_of(batch)) is not None:
+            own = function_of(door, "fields_of", "Moments.update")
+            return self._take(own(batch, self._axis, where))
+        array = as_numbers(batch, "batch")
+        axes = reduced_axes(array, self._axis, "Moments.update")
+        fields = fields_of(array, axes, mask_of(where, array))
+        kept = [n for axis, n in enumerate(array.shape) if axis not in axes]
+        return self._take(fields.reshape([5, *kept]))
+
+    def merge(self, other: Moments) -> Self:
+        """Take in what another accumulator has seen, and return this one.
+
+        Raises
+        ------
+        ValueError
+            If the axes that stay have other sizes here and there. Nothing has changed then.
+        """
+        if not isinstance(other, Moments):
+            raise TypeError(
+                f"Moments.merge got a {type(other).__name__}, expected Moments; write "
+                "m.update(x) for an array"
+            )
+        return self if other._fields is None else self._take(other._fields)
+
+    def _take(self, fields: Array) -> Self:
+        if self._fields is None:
+            self._fields = fields.copy()
+            return self
+        if self._fields.shape != fields.shape:
+            raise ValueError(
+                f"these are moments of shape {fields.shape[1:]}, expected "
+                f"{self._fields.shape[1:]} as before: the axes that stay must keep their sizes"
+            )
+        self._fields = merge(self._fields, fields)
+        return self
+
+    def __add__(self, other: object) -> Moments:
+        if not isinstance(other, Moments):
+            return NotImplemented
+        return self.copy().merge(other)
+
+    def __radd__(self, other: object) -> Moments:
+        # sum() starts from 0
+        return self.copy() if isinstance(other, int) and other == 0 else NotImplemented
+
+    def copy(self) -> Moments:
+        """Return an accumulator of the same data that goes its own way."""
+        return Moments(self._axis).merge(self)
+
+    def allreduce(self, comm: Any) -> Moments:
+        """Return the moments of what all processes have seen, the same bits in each.
+
+        Parameters
+        ----------
+        comm
+            A communicator of mpi4py. Every process must call this; one that has seen nothing takes
+            part with an empty accumulator.
+        """
+        total = Moments(self._axis)
+        for part in comm.allgather(self):
+            total.merge(part)
+        return total
+
+    # --- Results out ------------------------------------------------------------------------------
+
+    @property
+    def count(self) -> Any:
+        """How many elements each mean is of, int64."""
+        return np.int64(0) if self._fields is None else self._fields[0].astype(np.int64)[()]
+
+    @property
+    def mean(self) -> Any:
+        """The means, float64; NaN of no elements."""
+        return np.float64(np.nan) if self._fields is None else mean_of(self._fields)[()]
+
+    def var(self, ddof: float = 0) -> Any:
+        """Return the variances, float64; NaN of `ddof` or fewer elements."""
+        ddof = check_ddof(ddof)
+        return np.float64(np.nan) if self._fields is None else var_of(self._fields, ddof)[()]
+
+    def std(self, ddof: float = 0) -> Any:
+        """Return the standard deviations, float64; NaN of `ddof` or fewer elements."""
+        return np.sqrt(self.var(ddof))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as numbers, strings and lists, which JSON keeps exactly."""
+        values = dict.fromkeys(FIELDS)
+        if self._fields is not None:
+            values = dict(zip(FIELDS, self._fields.tolist()))
+        return {"axis": None if self._axis is None else list(self._axis), **values}
+
+    @classmethod
+    def from_dict(cls, d: Mapping[str, Any]) -> Self:
+        """Return the accumulator that :meth:`to_dict` was called on.
+
+        Raises
+        ------
+        ValueError
+            If `d` has not got the entries that it returns.
+        """
+        if missing := {"axis", *FIELDS} - d.keys():
+            raise ValueError(
+                f"Moments.from_dict misses {sorted(missing)}, expected what to_dict() returns"
+            )
+        found = cls(d["axis"])
+        if d["count"] is not None:
+            try:
+                found._fields = np.array([d[name] for name in FIELDS], np.float64)
+            except (TypeError, ValueError):
+                raise ValueError(
+                    "Moments.from_dict got fields of different shapes, expected what to_dict() "
+                    "returns"
+                ) from None
+        return found
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Moments):
+            return NotImplemented
+        if self._fields is None or other._fields is None:
+            return self._axis == other._axis and self._fields is other._fields
+        same = np.array_equal(self._fields, other._fields, equal_nan=True)
+        return self._axis == other._axis and same
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        return self._axis, self._fields
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self._axis, self._fields = state
+
+    def __repr__(self) -> str:
+        if self._fields is None:
+            return f"Moments(axis={self._axis})"
+        return (
+            f"<Moments(axis={self._axis}) of shape {self._fields.shape[1:]}, "
+            f"{int(self._fields[0].sum())} elements>"
+        )
+
+
+def _checked_axis(axis: Axes | None) -> tuple[int, ...] | None:
+    if axis is None:
+        return None
+    axes = (axis,) if isinstance(axis, int | np.integer) else tuple(axis)
+    if any(isinstance(a, bool) or not isinstance(a, int | np.integer) for a in axes):
+        raise TypeError(f"axis is {axis!r}, expected whole numbers, or None for all axes")
+    if len(set(axes)) != len(axes):
+        raise ValueError(f"axis is {axis!r}, expected different axes")
+    return tuple(int(a) for a in axes)

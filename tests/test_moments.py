@@ -391,14 +391,6 @@ def test_what_does_not_fit_changes_nothing() -> None:
         assert m == before
 
 
-@pytest.mark.usefixtures("backend")
-def test_a_backend_of_its_own_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that has no way to take moments takes NumPy's."""
-    monkeypatch.setattr(backends, "_MOMENTS", {})
-    x = data((3000, 5), F32, 1e3)
-    assert_right(fn.moments(x, 0), exact(x, 0))
-
-
 def test_backends_agree() -> None:
     x = data((300, 7), F32, 50.0)
     found = []

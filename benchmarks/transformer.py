@@ -3,8 +3,8 @@
     python -m benchmarks.transformer
 
 Six layers of 512 numbers and 8 heads, float32, a batch of 8 sequences of 128, inference. Both have
-the same weights and the same number of threads; their answers are compared first. PyTorch runs
-under `torch.inference_mode`, where its encoder has a path of its own.
+the same weights and the same number of threads (FASTNORM_NUM_THREADS); their answers are compared
+first. PyTorch runs under `torch.inference_mode`, where its encoder has a path of its own.
 
 NumPy's products are those of its OpenBLAS, which takes the variables OPENBLAS_CORETYPE and
 OPENBLAS_L2_SIZE instead of what the processor is: unset both. What it runs with is printed.
@@ -63,36 +63,35 @@ def pair(torch: Any, norm_first: bool) -> tuple[Any, Any]:
     return ours, theirs
 
 
-def forward(torch: Any) -> dict[str, dict[str, float]]:
-    """Seconds of a forward pass, by placement and library."""
+def forward(torch: Any, placement: str) -> dict[str, float]:
+    """Seconds of a forward pass, by library."""
     x = np.random.default_rng(0).standard_normal(SHAPE, np.float32)
     tensor = torch.from_numpy(x)
-    found = {}
-    for placement in ("pre", "post"):
-        ours, theirs = pair(torch, placement == "pre")
-        with torch.inference_mode():
-            # of order 1, after some hundred roundings
-            np.testing.assert_allclose(ours(x), theirs(tensor).numpy(), rtol=0, atol=1e-4)
-        contenders = {
-            "fastnorm": Contender(lambda ours=ours: ours(x)),
-            "torch": Contender(lambda theirs=theirs: theirs(tensor), torch.inference_mode),
-        }
-        for order in turns(list(contenders), ROUNDS):
-            for name in order:
-                contenders[name].block(TURN)
-        found[placement] = {name: c.seconds for name, c in contenders.items()}
-    return found
+    ours, theirs = pair(torch, placement == "pre")
+    with torch.inference_mode():
+        # of order 1, after some hundred roundings
+        np.testing.assert_allclose(ours(x), theirs(tensor).numpy(), rtol=0, atol=1e-4)
+    contenders = {
+        "fastnorm": Contender(lambda: ours(x)),
+        "torch": Contender(lambda: theirs(tensor), torch.inference_mode),
+    }
+    for order in turns(list(contenders), ROUNDS):
+        for name in order:
+            contenders[name].block(TURN)
+    return {name: c.seconds for name, c in contenders.items()}
 
 
 def first(rounds: int = 5) -> dict[str, float]:
     """Seconds of a process that imports the library, makes an encoder and runs it once."""
     times: dict[str, list[float]] = {name: [] for name in FIRST}
-    threads = {"OMP_NUM_THREADS": str(fn.get_num_threads())}
+    environment = os.environ | {"OMP_NUM_THREADS": str(fn.get_num_threads())}
+    # as installed packages have it; the first round, which is not counted, writes ours
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     for order in turns(list(FIRST), rounds + 1):
         for name in order:
             start = time.perf_counter()
             command = [sys.executable, "-c", FIRST[name]]
-            subprocess.run(command, check=True, env=os.environ | threads)
+            subprocess.run(command, check=True, env=environment)
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
@@ -100,19 +99,25 @@ def first(rounds: int = 5) -> dict[str, float]:
 def main() -> None:
     """Print both tables."""
     import torch
-    from threadpoolctl import threadpool_info
+    from threadpoolctl import threadpool_info, threadpool_limits
 
-    torch.set_num_threads(fn.get_num_threads())
-    for pool in threadpool_info():
-        if pool["internal_api"] == "openblas":
-            print(f"NumPy's BLAS: {pool['architecture']}, threads: {pool['num_threads']}")
-    print(f"{machine.processor()}, threads: {fn.get_num_threads()}\n")
-    rows = [(f"forward, {placement}", times) for placement, times in forward(torch).items()]
-    rows.append(("import and first forward, pre", first()))
-    print(f"{'':30} {'fastnorm':>9} {'torch':>9}   torch / fastnorm")
-    for name, times in rows:
-        ours, theirs = (times[library] * 1e3 for library in ("fastnorm", "torch"))
-        print(f"{name:30} {ours:6.0f} ms {theirs:6.0f} ms   {theirs / ours:.2f}")
+    threads = fn.get_num_threads()
+    torch.set_num_threads(threads)
+    print(f"{machine.processor()}, threads: {threads}")
+    with threadpool_limits(threads, "blas"):
+        for pool in threadpool_info():
+            if pool["internal_api"] == "openblas":
+                print(f"NumPy's BLAS: {pool['architecture']}, threads: {pool['num_threads']}")
+        print(f"\n{'':30} {'fastnorm':>9} {'torch':>9}   torch / fastnorm")
+        for placement in ("pre", "post"):
+            show(f"forward, {placement}", forward(torch, placement))
+    show("import and first forward, pre", first())
+
+
+def show(name: str, times: dict[str, float]) -> None:
+    """Print a row."""
+    ours, theirs = (times[library] * 1e3 for library in ("fastnorm", "torch"))
+    print(f"{name:30} {ours:6.0f} ms {theirs:6.0f} ms   {theirs / ours:.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -354,10 +354,12 @@ class TransformerBlock(_Transformer):
             for i, part in enumerate(parts):
                 bound = (6 / sum(part.shape)) ** 0.5 * (beta if len(parts) == 1 or i == 2 else 1.0)
                 # uniform: normal numbers would take longer than to import and run all of it
-                values = generator.random(part.shape, drawn)
+                values = part if part.dtype == drawn else np.empty(part.shape, drawn)
+                generator.random(out=values, dtype=drawn)
                 values -= 0.5
                 values *= 2 * bound
-                part[...] = values
+                if values is not part:
+                    part[...] = values
 
     def __call__(
         self,

@@ -14,7 +14,7 @@ import multiprocessing
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -32,8 +32,8 @@ Array: TypeAlias = NDArray[Any]
 # What is read at once of an array, in bytes, and how many images make a task.
 BLOCK = 8 << 20
 IMAGES = 16
-# Tasks handed out for each worker: one to work on, one that waits, and some that came early.
-AHEAD = 4
+# Tasks handed out for each other process: one to work on, and one that waits.
+AHEAD = 2
 # How long a Dask scheduler may take to answer.
 PATIENCE = "10s"
 
@@ -410,7 +410,7 @@ def executor(workers: int, scheduler: str | None) -> Iterator[Executor | None]:
     else:
         # not forked: a child of a process that has used threads could wait for one for ever
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(workers, context, _ignore_interrupts)
+        pool = ProcessPoolExecutor(workers - 1, context, _ignore_interrupts)  # and this one
         try:
             yield pool
         finally:
@@ -418,17 +418,30 @@ def executor(workers: int, scheduler: str | None) -> Iterator[Executor | None]:
 
 
 def results(
-    tasks: Iterable[Sequence[Part]], options: Options, pool: Executor | None, ahead: int
+    tasks: Iterable[Sequence[Part]],
+    options: Options,
+    pool: Executor | None,
+    ahead: int,
+    helps: bool,
 ) -> Iterator[Found]:
-    """Return the results of tasks in their order, `ahead` of which are under way."""
+    """Return the results of tasks in their order, `ahead` of which are under way elsewhere.
+
+    If this process `helps`, it takes a task instead of waiting: at once, while others still start.
+    """
     if pool is None:
         yield from (work(task, options) for task in tasks)
         return
     waiting: deque[Any] = deque()
     try:
         for task in tasks:
-            waiting.append(pool.submit(work, task, options))
-            if len(waiting) >= ahead:
+            away = sum(not future.done() for future in waiting)
+            if helps and away >= ahead:
+                waiting.append(Future())
+                with fn.threads(1):  # as the other processes have
+                    waiting[-1].set_result(work(task, options))
+            else:
+                waiting.append(pool.submit(work, task, options))
+            while waiting and (waiting[0].done() or (not helps and len(waiting) >= ahead)):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -502,8 +515,9 @@ def collect(
     begin(len(parts), "image" if images else "block")
     try:
         with executor(workers, scheduler) as pool:
-            ahead = AHEAD * (workers if scheduler is None else max(workers, 8))
-            for more in results(tasks_of(parts), options, pool, ahead):
+            helps = scheduler is None
+            ahead = AHEAD * (workers - 1 if helps else max(workers, 8))
+            for more in results(tasks_of(parts), options, pool, ahead, helps):
                 for path_and_reason in more.bad:
                     bad(*path_and_reason)
                 more.bad = []

@@ -23,7 +23,7 @@ from fastnorm.nn.norms import _count
 
 Placement: TypeAlias = Literal["pre", "post", "peri", "deepnorm"]
 Norm: TypeAlias = Literal["layer", "rms"]
-Random: TypeAlias = np.random.Generator | int | None
+Random: TypeAlias = "np.random.Generator | int | None"  # NumPy imports it when it is asked for
 Gradients: TypeAlias = dict[str, Array]
 
 PLACEMENTS: tuple[Placement, ...] = ("pre", "post", "peri", "deepnorm")

@@ -260,7 +260,7 @@ def test_command_completes(
     assert capsys.readouterr().out == " ".join(map(str, right)) + "\n"
     write_tokenizer(tmp_path)
     assert huggingface.main(model_of, [str(tmp_path), "w3 w5 w7 ", "--count", "6"]) == 0
-    text = " ".join(f"w{t}" for t in right)
+    text = " ".join("[MASK]" if t == WORDS - 1 else f"w{t}" for t in right)
     assert capsys.readouterr().out == f"w3 w5 w7 {text}\n"
     # ends where the model says so
     config = json.loads((tmp_path / "config.json").read_text())

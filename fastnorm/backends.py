@@ -178,7 +178,7 @@ def _compiled(p: Pass, kernels: Any) -> None:
         given=p.given,
         scaling=p.scaling,
         eps=p.eps,
-        activation=p.activation if callable(p.activation) else ACTIVATIONS.index(p.activation),
+        **_activation(p, kernels),
         activation_first=p.activation_first,
         threads=_kernel_threads(),
         key=p.key if y_back is None else None,
@@ -187,6 +187,20 @@ def _compiled(p: Pass, kernels: Any) -> None:
     if y_back is not None:
         y_back[...] = operands["y"]
     return None
+
+
+def _activation(p: Pass, kernels: Any) -> dict[str, Any]:
+    """A number, or where Numba has compiled the function, that or the address of its loop."""
+    if not callable(p.activation):
+        return {"activation": ACTIVATIONS.index(p.activation)}
+    if kernels is not _core.kernels:
+        return {"activation": p.activation}
+    from fastnorm._numba import activations
+
+    kind = _computing(p.x.dtype)
+    address = activations.address_of(p.activation, kind)
+    kernels.know(p.activation, kind is np.float64, address)
+    return {"user": address}
 
 
 def _compiled_backward(p: BackwardPass, kernels: Any) -> None:
@@ -430,10 +444,7 @@ _current = ""
 
 def compute(p: Pass) -> None:
     """Carry out a pass on the backend in use."""
-    if callable(p.activation) and _current == "cython":
-        return _numba(p)  # who compiled the function can call it
     _AVAILABLE[_current][0](p)
-    return None
 
 
 def compute_backward(p: BackwardPass) -> None:
@@ -485,6 +496,14 @@ def _no_plan(*call: Any) -> Any:
 Unplanned: Any = getattr(_core.kernels, "Unplanned", _Unplanned)
 quick_forward: Any = getattr(_core.kernels, "quick_forward", _no_plan)
 quick_backward: Any = getattr(_core.kernels, "quick_backward", _no_plan)
+
+
+def _empty_like(array: Array) -> Array:
+    return np.empty_like(array, subok=False)
+
+
+# Memory for a result, in the order of another array: from what is kept, where there is any.
+empty_like: Callable[[Array], Array] = getattr(_core.kernels, "empty_like", _empty_like)
 
 
 def _tell_kernels() -> None:

@@ -49,6 +49,7 @@ from fastnorm.backends import (
     Scaling,
     Unplanned,
     compute,
+    empty_like,
     quick_forward,
 )
 from fastnorm.routing import door_of, send
@@ -61,7 +62,7 @@ Result: TypeAlias = Any  # an array, or (y, mean, rstd) with return_stats
 def _result(array: Array, out: Array | None, *inputs: Array | None) -> Array:
     """The array to compute into: `out` where the kernels can write there without harm."""
     if out is None:
-        return np.empty_like(array, subok=False)
+        return empty_like(array)
     usable = out.dtype.isnative and out.flags.aligned
     usable = usable and not any(s % out.itemsize for s in out.strides)
     for other in inputs:
@@ -996,7 +997,7 @@ def _add_norm(
     check_ndim(array, 1, of, "(..., D)")
     axes = layer_axes(array, normalized_shape, None, of)
     addend = same_shape(residual, "residual", array)
-    total = np.empty_like(array, subok=False)
+    total = empty_like(array)
     y, *_ = _run(
         x,
         array,

@@ -131,6 +131,8 @@ cdef struct Operand:
     Storage storage
     Py_ssize_t a, b, p, s, c    # strides in bytes
 
+ctypedef void (*Loop)(Py_ssize_t address, Py_ssize_t n) noexcept nogil
+
 cdef struct Pass:
     Py_ssize_t a, b, p, s, c, neighbours
     bint columns, centred, given, activation_first
@@ -139,6 +141,7 @@ cdef struct Pass:
     Py_ssize_t real_size        # bytes of the computing type, in the table
     Scaling scaling
     Activation activation
+    Loop user                   # an activation of the user's own, of numbers side by side, or NULL
     double eps
     Py_ssize_t fields           # 0, or the bytes between the five fields of moments that are asked for
     Operand x, y, mask, weight, bias, residual, addend, total, mean, var, rstd
@@ -716,6 +719,8 @@ cdef inline void step(Pass* q, Scale* s, Py_ssize_t k, const char* x, char* y, c
         activate(target, n, q.activation)
         if q.activation_first and (weight != NULL or bias != NULL):
             affine_after(q, target, n, weight, bias)
+    if q.user != NULL:
+        q.user(<Py_ssize_t>target, n)
     if <char*>target != y:
         deliver(target, n, y, q.y.storage, q.stream, h.extra)
 
@@ -1218,7 +1223,7 @@ cdef void columns_step(Pass* q, Item it, Scale* s, Py_ssize_t first, Py_ssize_t 
     cdef Operand* source = source_of(q)
     cdef char* row
     # written past the caches in long runs, where rows follow one another
-    cdef bint streamed = q.stream and q.x.storage == q.y.storage == F32 and q.y.s == it.width * <Py_ssize_t>sizeof(float) and (q.residual.data == NULL or q.residual.storage == F32)
+    cdef bint streamed = q.stream and q.user == NULL and q.x.storage == q.y.storage == F32 and q.y.s == it.width * <Py_ssize_t>sizeof(float) and (q.residual.data == NULL or q.residual.storage == F32)
     cdef char* x = at(source, it.a, it.b) + it.c * source.c
     cdef char* y = at(&q.y, it.a, it.b) + it.c * q.y.c
     cdef char* w = at(&q.weight, it.a, it.b) + it.c * q.weight.c
@@ -1528,10 +1533,10 @@ cdef int carry_out(Pass* q, int threads) noexcept:
     q.stream = ((total if q.total.data == NULL else 4 * total) > (stream_above if q.columns else stream_above // 8 * 5)
                 and pays_to_stream(along, size))
     # a weight along the run, or one for all of it, and a bias only beside a weight of its kind
-    q.brief = (q.x.storage == q.y.storage == BF16 and not q.columns and not q.stream and q.activation == IDENTITY
+    q.brief = (q.x.storage == q.y.storage == BF16 and not q.columns and not q.stream and q.activation == IDENTITY and q.user == NULL
                and q.residual.data == NULL and flows(q)
                and (q.foldable or (q.weight.s != 0 and (q.bias.data == NULL or q.bias.s != 0))))
-    q.straight = (q.x.storage == q.y.storage and q.x.storage >= F32 and q.mask.data == NULL and not q.stream
+    q.straight = (q.user == NULL and q.x.storage == q.y.storage and q.x.storage >= F32 and q.mask.data == NULL and not q.stream
                   and (q.residual.data == NULL or q.residual.storage == q.x.storage)
                   and (q.total.data == NULL or q.addend.storage == q.x.storage))
     if total < BRIEF:
@@ -1550,7 +1555,7 @@ def address_of(cnp.ndarray array):
 
 def run_pass(layout, x, y, mean, var, rstd, *, weight=None, bias=None, mask=None, residual=None,
               addend=None, total=None, bint centred=True, bint given=False, Scaling scaling=RSTD,
-              double eps=0.0, Activation activation=IDENTITY, bint activation_first=False, int threads=1,
+              double eps=0.0, Activation activation=IDENTITY, Py_ssize_t user=0, bint activation_first=False, int threads=1,
               bytes key=None, tuple statistics=()):
     """One pass of `layout` over x into y (None: statistics alone).
 
@@ -1565,7 +1570,7 @@ def run_pass(layout, x, y, mean, var, rstd, *, weight=None, bias=None, mask=None
     q.neighbours = layout.neighbours
     q.columns = layout.columns
     q.centred, q.given, q.scaling, q.eps, q.fields = centred, given, scaling, eps, 0
-    q.activation, q.activation_first = activation, activation_first
+    q.activation, q.user, q.activation_first = activation, <Loop>user, activation_first
     operand(&q.x, x, strides["x"])
     operand(&q.y, y, strides.get("y"))
     operand(&q.mean, mean, strides["stats"])

@@ -240,10 +240,19 @@ cdef bint push_options(Key* k, object x, object weight, object bias, object resi
     if residual is not None and not (push_array(k, residual, -1) and same_dims(residual, x)):
         return False
     if activation is not None:
-        code = activation_codes.get(activation) if type(activation) is str else None
+        if type(activation) is not str:
+            if not callable(activation):
+                return False
+            code = user_loops.get((activation, computing_kind(x)))
+            push(k, -9)
+            return code is not None and push_number(k, code) and push_out(k, x, weight, bias, residual, out)
+        code = activation_codes.get(activation)
         if code is None:
             return False
         push(k, -2 - <int>code)
+    return push_out(k, x, weight, bias, residual, out)
+
+cdef bint push_out(Key* k, object x, object weight, object bias, object residual, object out) except -1:
     if out is not None:
         push(k, -1)
         if not (cnp.PyArray_CheckExact(out) and cnp.PyArray_TYPE(<cnp.ndarray>out) == cnp.PyArray_TYPE(<cnp.ndarray>x)
@@ -254,6 +263,11 @@ cdef bint push_options(Key* k, object x, object weight, object bias, object resi
     return True
 
 cdef dict activation_codes = {"relu": RELU, "silu": SILU, "gelu": GELU, "gelu_tanh": GELU_TANH}
+cdef dict user_loops = {}       # addresses, by function and type that is computed in
+
+def know(function, bint double_, Py_ssize_t address):
+    """Tell the quick door the compiled loop of a user's activation."""
+    user_loops[function, cnp.NPY_FLOAT64 if double_ else cnp.NPY_FLOAT32] = address
 
 def quick_forward(Py_ssize_t kind, first, second, x, weight, bias, double eps, bint return_stats,
                   where=None, residual=None, activation=None, out=None,

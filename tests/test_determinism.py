@@ -13,7 +13,18 @@ import pytest
 import fastnorm as fn
 from fastnorm import _core, backends, backward, functional
 
-from .helpers import COMPILED, F16, F32, F64, assert_same_bits, call, channels_last, data, named
+from .helpers import (
+    BACKENDS,
+    COMPILED,
+    F16,
+    F32,
+    F64,
+    assert_same_bits,
+    call,
+    channels_last,
+    data,
+    named,
+)
 from .operations import OPERATIONS, Operation
 
 LAYOUTS = {"channels-first": np.ascontiguousarray, "channels-last": channels_last}
@@ -25,6 +36,16 @@ by_operation = pytest.mark.parametrize("op", OPERATIONS, ids=named)
 by_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
+# NumPy's backend has one way to add up, and no threads.
+on_kernels = pytest.mark.parametrize("name", [name for name in BACKENDS if name != "numpy"])
+
+
+@pytest.fixture(autouse=True)
+def _the_backend_stays() -> Iterator[None]:
+    with fn.backend(fn.get_backend()):
+        yield
+
+
 def first(result: Any) -> Any:
     return result[0] if isinstance(result, tuple) else result
 
@@ -32,22 +53,27 @@ def first(result: Any) -> Any:
 @by_layout
 @by_operation
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_any_number_of_threads(shape: tuple[int, ...], op: Operation, layout: str) -> None:
+@on_kernels
+def test_any_number_of_threads(
+    name: str, shape: tuple[int, ...], op: Operation, layout: str
+) -> None:
     if op.name == "instance_norm" and len(shape) == 2:
         shape = (*shape, 2)  # one position has no unbiased variance
     x = LAYOUTS[layout](data(shape, F32, 3.0))
     p = op.parameters(shape, F32, np.random.default_rng(0))
-    with fn.threads(1):
+    with fn.backend(name), fn.threads(1):
         serial = first(call(op, x, p))
     for threads in (2, 3, 8):
-        with fn.threads(threads):
+        with fn.backend(name), fn.threads(threads):
             assert_same_bits(first(call(op, x, p)), serial)
 
 
 @by_layout
 @pytest.mark.parametrize("dtype", [F32, F64], ids=named)
 @pytest.mark.parametrize("op", [op for op in OPERATIONS if 0 not in op.linked(4, 1)], ids=named)
-def test_a_sample_alone_and_in_a_batch(op: Operation, dtype: Any, layout: str) -> None:
+@on_kernels
+def test_a_sample_alone_and_in_a_batch(name: str, op: Operation, dtype: Any, layout: str) -> None:
+    fn.set_backend(name)
     x = LAYOUTS[layout](data((6, 64, 20, 20), dtype, 3.0))
     p = op.parameters(x.shape, dtype, np.random.default_rng(0))
     whole = first(call(op, x, p))
@@ -61,8 +87,10 @@ def test_a_sample_alone_and_in_a_batch(op: Operation, dtype: Any, layout: str) -
         assert_same_bits(first(call(op, x[i : i + 1], own)), whole[i : i + 1])
 
 
-def test_a_huge_neighbour_changes_nothing() -> None:
+@on_kernels
+def test_a_huge_neighbour_changes_nothing(name: str) -> None:
     """Columns side by side: one beyond float32's range is redone in float64, the others are not."""
+    fn.set_backend(name)
     x = data((4, 32, 33), F32, 3.0)
     for layout in LAYOUTS.values():
         before = fn.instance_norm(layout(x))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,6 @@ from fastnorm import _core, backends, backward, functional
 
 from .helpers import (
     BACKENDS,
-    COMPILED,
     F16,
     F32,
     F64,
@@ -299,24 +299,26 @@ def test_plans_are_found_only_for_plain_arrays() -> None:
         fn.batch_norm(x, running, running.copy(), training=True)
 
 
-@pytest.mark.skipif(not COMPILED, reason="no compiled kernels")
 @by_layout
 @pytest.mark.parametrize("dtype", [F16, F32, F64], ids=named)
 @pytest.mark.parametrize("op", [op for op in OPERATIONS if op.backward], ids=named)
+@on_kernels
 def test_results_written_past_the_caches_have_the_same_bits(
-    op: Operation, dtype: Any, layout: str
+    name: str, op: Operation, dtype: Any, layout: str
 ) -> None:
     """Results larger than the last cache are; here it is told that it holds nothing."""
+    kernels = _core.kernels if name == "cython" else import_module("fastnorm._numba.cpu")
+    fn.set_backend(name)
     shape = (6, 12, 33, 35) if "axis" not in op.label else (3, 70, 33, 35)
     x = LAYOUTS[layout](data(shape, dtype, 3.0))
     kind = F64 if dtype == F64 else F32
     for per_sample in (False, True):
         p = op.parameters(shape, kind, np.random.default_rng(2), per_sample=per_sample)
         usual = everything(op, x, p)
-        _core.kernels.set_stream_above(0)
+        kernels.set_stream_above(0)
         try:
             streamed = everything(op, x, p)
         finally:
-            _core.kernels.set_stream_above(_core.last_cache())
+            kernels.set_stream_above(_core.last_cache())
         for a, b in zip(usual, streamed, strict=True):
             assert_same_bits(a, b)

@@ -29,7 +29,7 @@ SERIAL = 1 << 17  # bytes of x below which waking a second thread costs more
 LONG = 1024  # bytes of a run, at least, that is written past the caches
 
 # What an output must exceed to be written past the caches: the last of them.
-stream_above = 1 << 25
+stream_above = _core.last_cache()
 
 _KINDS = {"float32": np.float32, "float64": np.float64, "float16": np.int16, "bfloat16": np.uint16}
 

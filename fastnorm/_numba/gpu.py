@@ -800,6 +800,7 @@ _functional = _rebased(
     functional,
     _BENEATH,
     np=_NUMPY,
+    empty_like=_empty_like,
     quick_forward=_no_plan,
     compute=_compute,
     _offset_weight=_offset_weight,

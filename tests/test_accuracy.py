@@ -266,6 +266,7 @@ def test_two_values_only(dtype: Any, length: int, op: Operation, layout: str) ->
 # --- The statistics -------------------------------------------------------------------------------
 
 
+@pytest.mark.each_cpu
 @by_layout
 @pytest.mark.parametrize("ratio", [0.0, 1e2, 1e6])
 @pytest.mark.parametrize("dtype", SINGLE_AND_DOUBLE, ids=named)

@@ -338,7 +338,7 @@ static inline int fn_moments_of_sums(ptrdiff_t n, const double *FN_RESTRICT firs
     int any = 0;
     for (ptrdiff_t i = 0; i < n; i++) {
         const double count = m[i], d = first[i] / count;
-        const double m2 = fn_mac64(-first[i], d, second[i]);
+        const double m2 = fn_fma64(-first[i], d, second[i]); /* the product must not round */
         const double mean = pivot + d, back = mean - pivot;
         const int flag = !(first[i] * d <= 4096.0 * m2) & (count > 0);
         m[step + i] = count > 0 ? mean : 0.0;

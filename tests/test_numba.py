@@ -161,6 +161,18 @@ def test_activation_of_a_user_in_every_norm() -> None:
             right = call(op, x, p, activation="relu")
             for _ in range(2):  # described, and then known
                 assert_same_bits(call(op, x, p, activation=relu), right)
+            y = x.copy()  # the step is then not fused, but followed by the function
+            call(op, y, p, activation=relu, out=y)
+            assert_same_bits(y, right)
+
+
+@pytest.mark.parametrize("given", ["weight bias", "weight", "bias", ""])
+def test_activation_of_a_user_after_every_affine_step(given: str) -> None:
+    x = data((7, 300), F32, 2.0)
+    p = {k: data((300,), F32, 1.0, seed=i) for i, k in enumerate(given.split())}
+    right = fn.layer_norm(x, 300, activation="relu", **p)
+    assert (right == 0).any()
+    assert_same_bits(fn.layer_norm(x, 300, activation=relu, **p), right)
 
 
 def test_activations_that_cannot_be() -> None:

@@ -34,7 +34,7 @@ cdef extern from "simd.h" nogil:
     #define FN_OPENMP 0
     #endif
     """
-    int FN_OPENMP
+    int FN_OPENMP, FN_HAS_FMA
     double fn_mac64(double, double, double) noexcept
     double fn_squares(const float*, Py_ssize_t, Py_ssize_t) noexcept
     double fn_deviations(const double*, Py_ssize_t, Py_ssize_t, double) noexcept
@@ -131,7 +131,8 @@ cdef struct Operand:
     Storage storage
     Py_ssize_t a, b, p, s, c    # strides in bytes
 
-ctypedef void (*Loop)(Py_ssize_t address, Py_ssize_t n) noexcept nogil
+# _numba/activations.py: y = f(y), or with a scale (hi, r, shift) f of the step of x, which lies apart
+ctypedef void (*Loop)(const void* x, void* y, Py_ssize_t n, const void* scale, const void* weight, const void* bias) noexcept nogil
 
 cdef struct Pass:
     Py_ssize_t a, b, p, s, c, neighbours
@@ -682,6 +683,8 @@ cdef inline void step(Pass* q, Scale* s, Py_ssize_t k, const char* x, char* y, c
     cdef const real* r = <const real*>s.r + offset
     cdef const real* shift = <const real*>s.shift + offset
     cdef int activation = q.activation
+    cdef Loop user = q.user
+    cdef real[3] scale
     if h.ready != NULL:
         source = <const real*>h.ready
     elif not native(storage, kind):
@@ -701,6 +704,12 @@ cdef inline void step(Pass* q, Scale* s, Py_ssize_t k, const char* x, char* y, c
             step_wide(s, k, q.columns, source, target, w, wv, b, bv, n)
             if e != NULL or activation != IDENTITY:
                 fn_step_folded(target, target, n, &NOTHING, &ONE, &MINUS_NOTHING, e, False, activation)
+        elif (user != NULL and FN_HAS_FMA and not q.columns and e == NULL and source != target
+              and (s.folded or (wv and (bv or b == NULL)))):
+            # in one loop: a division of the user's then goes on beside the next step
+            scale[0], scale[1], scale[2] = hi[0], r[0], shift[0]
+            user(source, target, n, scale, NULL if s.folded else w, NULL if s.folded else b)
+            user = NULL
         elif s.folded:
             fn_step_folded(source, target, n, hi, r, shift, e, q.columns, activation)
         else:
@@ -719,8 +728,8 @@ cdef inline void step(Pass* q, Scale* s, Py_ssize_t k, const char* x, char* y, c
         activate(target, n, q.activation)
         if q.activation_first and (weight != NULL or bias != NULL):
             affine_after(q, target, n, weight, bias)
-    if q.user != NULL:
-        q.user(<Py_ssize_t>target, n)
+    if user != NULL:
+        user(NULL, target, n, NULL, NULL, NULL)
     if <char*>target != y:
         deliver(target, n, y, q.y.storage, q.stream, h.extra)
 

@@ -42,10 +42,12 @@
  * mac: the same in sums, where a rounding more is nothing: never slower than * and +.
  * Contraction is off (-ffp-contract=off): no other operation is fused, whatever the compiler. */
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__aarch64__)
+#define FN_HAS_FMA 1
 FN_INLINE float fn_fma32(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 FN_INLINE double fn_fma64(double a, double b, double c) { return __builtin_fma(a, b, c); }
 FN_INLINE double fn_mac64(double a, double b, double c) { return __builtin_fma(a, b, c); }
 #else
+#define FN_HAS_FMA 0
 FN_INLINE float fn_fma32(float a, float b, float c) { return (float)((double)a * b + c); }
 FN_INLINE double fn_fma64(double a, double b, double c) {
     return (double)((long double)a * b + c);

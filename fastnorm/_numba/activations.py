@@ -22,22 +22,43 @@ _OURS = (
     (scalar.tanh32, scalar.tanh64),
 )
 
+# In place where `scale` is 0, else of the step of x, which lies apart from y: (x, y, n, scale,
+# weight, bias), all but n addresses, 0 for what is not there.
+_LOOP = types.void(*[types.intp] * 6)
+
 # The compiled loops, which must outlive every call of theirs.
 _loops: dict[tuple[Any, type], Any] = {}
 _compiling = threading.Lock()
 
 
 def _loop(f: Callable[[Any], Any], kind: type, cache: bool) -> Any:
-    @cfunc(types.void(types.intp, types.intp), error_model="numpy", fastmath=False, cache=cache)
-    def loop(address, n):
-        for i in range(n):
-            write(address, i, real(f(read_real(address, i, kind)), kind))
+    @cfunc(_LOOP, error_model="numpy", fastmath=False, cache=cache)
+    def loop(x, y, n, scale, weight, bias):
+        if scale == 0:
+            for i in range(n):
+                write(y, i, real(f(read_real(y, i, kind)), kind))
+            return
+        hi, r = read_real(scale, 0, kind), read_real(scale, 1, kind)
+        shift, zero = read_real(scale, 2, kind), real(0.0, kind)
+        if weight == 0:
+            for i in range(n):
+                t = scalar.step(read_real(x, i, kind), hi, r, shift)
+                write(y, i, real(f(t), kind))
+        elif bias == 0:
+            for i in range(n):
+                t = scalar.step(read_real(x, i, kind), hi, r, shift)
+                write(y, i, real(f(scalar.fma(t, read_real(weight, i, kind), zero)), kind))
+        else:
+            for i in range(n):
+                t = scalar.step(read_real(x, i, kind), hi, r, shift)
+                w, b = read_real(weight, i, kind), read_real(bias, i, kind)
+                write(y, i, real(f(scalar.fma(t, w, b)), kind))
 
     return loop
 
 
 def address_of(activation: Any, kind: type) -> int:
-    """The address of ``void loop(intp address, intp n)`` for a kind; 0 for no activation.
+    """The address of the compiled loop (see `_LOOP`) for a kind; 0 for no activation.
 
     `kind` is what is computed in, `np.float32` or `np.float64`. `activation` is a place in
     `backends.ACTIVATIONS`, or a function compiled with `numba.njit`: of one number, one number.
@@ -71,5 +92,5 @@ def _compiled(activation: Any, kind: type) -> Any:
 def apply(activation: Any, array: Any) -> Any:
     """A user's activation of an array of float32 or float64, in a new one."""
     result = np.array(array, order="C")
-    _loop_of(activation, result.dtype.type).ctypes(result.ctypes.data, result.size)
+    _loop_of(activation, result.dtype.type).ctypes(0, result.ctypes.data, result.size, 0, 0, 0)
     return result

@@ -128,12 +128,13 @@ def take(typingctx: Any, address: Any) -> Any:
 
 @intrinsic
 def call(typingctx: Any, function: Any, address: Any, n: Any) -> Any:
-    """Call the compiled `void function(intp address, intp n)` that begins at an address."""
+    """Call the compiled loop of an activation, which begins at an address, in place."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         word = ir.IntType(64)
-        kind = ir.FunctionType(ir.VoidType(), [word, word])
-        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), arguments[1:])
+        kind = ir.FunctionType(ir.VoidType(), [word] * 6)
+        loop = builder.inttoptr(arguments[0], kind.as_pointer())
+        builder.call(loop, [word(0), *arguments[1:], word(0), word(0), word(0)])
         return context.get_dummy_value()
 
     return types.none(types.intp, types.intp, types.intp), codegen

@@ -24,7 +24,9 @@ from fastnorm._numba import scalar
 from fastnorm._numba.memory import (
     COUNTERS,
     KERNEL,
+    LANES,
     STRICT,
+    add_to_lanes,
     call,
     fence,
     fetch,
@@ -43,7 +45,6 @@ from fastnorm._numba.memory import (
 
 BLOCK = 4096  # elements of a run whose moments are taken at once: fits L1
 PIECE = 16  # blocks that one thread takes when a group is shared out
-LANES = 32  # sums of doubles side by side
 CHAIN = 256  # doubles before the lanes are added up: short chains round less
 CHUNK = 2048  # elements that are stepped at once where more than one loop goes over them
 BUNDLE = 16  # groups of runs that are taken side by side, at most
@@ -151,54 +152,88 @@ def squares(x, n, kind):
 
 
 @inner
+def fold(v, half):
+    """Add the upper half of 2 * half sums to the lower."""
+    for j in range(half):
+        write(v, j, read(v, j, np.float64) + read(v, j + half, np.float64))
+
+
+@inner
+def deviations(x, n, pivot, lanes):
+    """The sum of x - pivot of doubles, in the order of the Cython kernels (fn_deviations)."""
+    for j in range(LANES):
+        write(lanes, j, 0.0)
+    add_to_lanes(x, n // LANES, pivot, AHEAD, lanes, None)
+    fold(lanes, 16)
+    fold(lanes, 8)
+    i = n - n % LANES
+    while i + 8 <= n:
+        for j in range(8):
+            write(lanes, j, read(lanes, j, np.float64) + (read(x, i + j, np.float64) - pivot))
+        i += 8
+    rest = 0.0
+    while i < n:
+        rest += read(x, i, np.float64) - pivot
+        i += 1
+    fold(lanes, 4)
+    fold(lanes, 2)
+    return read(lanes, 0, np.float64) + read(lanes, 1, np.float64) + rest
+
+
+@inner
 def double_moments(x, n, centred, lanes):
     """Mean, its rest, M2 and its rest of doubles, which have no bits to spare.
 
     Twice: about the first element, so that a constant block has exactly its mean, then about that.
     A sum of squares would round the same way each time where squares are equal, as those of black
     and white pixels are: LANES of them are added up in short chains, and the chains exactly.
+    Every sum is in the order of the Cython kernels: in float64 another one shows.
     """
     mean = 0.0
     if centred:
         pivot = read(x, 0, np.float64)
-        mean = pivot + sums_about(x, n, pivot, np.float64)[0] / n
+        mean = pivot + deviations(x, n, pivot, lanes) / n
     total = lanes + 8 * LANES
     rest = total + 8 * LANES
     first = rest + 8 * LANES
-    for j in range(4 * LANES):
-        write(lanes, j, 0.0)
+    for j in range(3 * LANES):
+        write(total, j, 0.0)
     i = 0
     while i < n:
         end = min(i + CHAIN, n)
-        while i + LANES <= end:
-            at_i = x + 8 * i
-            for j in range(LANES):
-                d = read(at_i, j, np.float64) - mean
-                write(lanes, j, scalar.fma(d, d, read(lanes, j, np.float64)))
-                write(first, j, read(first, j, np.float64) + d)
-            i += LANES
-        at_i = x + 8 * i
+        whole = (end - i) // LANES
+        for j in range(LANES):
+            write(lanes, j, 0.0)
+        add_to_lanes(x + 8 * i, whole, mean, 0, first, lanes)
+        i += whole * LANES
         for j in range(end - i):
-            d = read(at_i, j, np.float64) - mean
+            d = read(x, i + j, np.float64) - mean
             write(lanes, j, scalar.fma(d, d, read(lanes, j, np.float64)))
             write(first, j, read(first, j, np.float64) + d)
         i = end
-        for j in range(LANES):
-            high, lost = scalar.two_sum(read(total, j, np.float64), read(lanes, j, np.float64))
-            write(total, j, high)
-            write(rest, j, read(rest, j, np.float64) + lost)
-            write(lanes, j, 0.0)
-    m2 = read(total, 0, np.float64)
-    m2_rest = read(rest, 0, np.float64)
-    deviation = read(first, 0, np.float64)
-    for j in range(1, LANES):
-        m2, lost = scalar.two_sum(m2, read(total, j, np.float64))
-        m2_rest += lost + read(rest, j, np.float64)
-        deviation += read(first, j, np.float64)
+        add_exactly(total, rest, lanes, LANES)
+    half = LANES // 2
+    while half > 0:
+        add_exactly(total, rest, total + 8 * half, half)
+        for j in range(half):
+            write(rest, j, read(rest, j, np.float64) + read(rest, j + half, np.float64))
+        fold(first, half)
+        half = half // 2
+    m2, m2_rest = read(total, 0, np.float64), read(rest, 0, np.float64)
     if not centred:
         return 0.0, 0.0, m2, m2_rest
+    deviation = read(first, 0, np.float64)
     mean_rest = deviation / n
     return mean, mean_rest, m2, m2_rest - deviation * mean_rest
+
+
+@inner
+def add_exactly(total, rest, v, n):
+    """Add n numbers to sums kept as two numbers each."""
+    for j in range(n):
+        high, lost = scalar.two_sum(read(total, j, np.float64), read(v, j, np.float64))
+        write(total, j, high)
+        write(rest, j, read(rest, j, np.float64) + lost)
 
 
 @inner

@@ -11,12 +11,14 @@ from typing import Any
 
 from llvmlite import ir
 from numba import njit, prange, types
+from numba.core import cgutils
 from numba.extending import intrinsic, overload, register_jitable
 
 from fastnorm._numba import scalar
 
 # Every function of `scalar` can be called from compiled code. Its sums are never reordered, whoever
 # calls it: the centring would be lost.
+LANES = 32  # sums of doubles side by side
 STRICT = {"fastmath": False, "error_model": "numpy"}
 for _name, _function in list(vars(scalar).items()):
     if getattr(_function, "__module__", "") == scalar.__name__ and _name != "fma":
@@ -25,6 +27,7 @@ for _name, _function in list(vars(scalar).items()):
 
 # --- Instructions ---------------------------------------------------------------------------------
 
+_ADDRESS, _WORD = ir.IntType(64), ir.IntType(32)
 
 @intrinsic
 def _fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
@@ -98,17 +101,20 @@ def fence(typingctx: Any) -> Any:
     return types.none(), codegen
 
 
+def _prefetch(builder: Any, address: Any) -> None:
+    byte = ir.IntType(8).as_pointer()
+    function = builder.module.declare_intrinsic(
+        "llvm.prefetch", [byte], ir.FunctionType(ir.VoidType(), [byte, _WORD, _WORD, _WORD])
+    )
+    builder.call(function, [builder.inttoptr(address, byte), _WORD(0), _WORD(3), _WORD(1)])
+
+
 @intrinsic
 def fetch(typingctx: Any, address: Any) -> Any:
     """Ask for the cache line at an address that will be read soon."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        byte = ir.IntType(8).as_pointer()
-        word = ir.IntType(32)
-        function = builder.module.declare_intrinsic(
-            "llvm.prefetch", [byte], ir.FunctionType(ir.VoidType(), [byte, word, word, word])
-        )
-        builder.call(function, [builder.inttoptr(arguments[0], byte), word(0), word(3), word(1)])
+        _prefetch(builder, arguments[0])
         return context.get_dummy_value()
 
     return types.none(types.intp), codegen
@@ -149,6 +155,48 @@ def record_at(typingctx: Any, address: Any, kind: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(record))
 
     return record(types.intp, kind), codegen
+
+
+@intrinsic
+def add_to_lanes(
+    typingctx: Any, x: Any, blocks: Any, pivot: Any, ahead: Any, first: Any, second: Any
+) -> Any:
+    """Add x - pivot, of `blocks` times LANES doubles, and its square to sums side by side.
+
+    `first` and `second` are the addresses of LANES sums each; without the latter (None) only the
+    former are taken. The sums stay in registers, which a loop over memory would leave each time.
+    """
+    lanes = ir.VectorType(ir.DoubleType(), LANES)
+    squared = second != types.none
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x = builder.inttoptr(arguments[0], lanes.as_pointer())
+        one = builder.insert_element(ir.Constant(lanes, ir.Undefined), arguments[2], _WORD(0))
+        zeros = ir.Constant(ir.VectorType(_WORD, LANES), None)
+        pivot = builder.shuffle_vector(one, ir.Constant(lanes, ir.Undefined), zeros)
+        fma = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(lanes, [lanes] * 3), f"llvm.fma.v{LANES}f64"
+        )
+        places = [builder.inttoptr(a, lanes.as_pointer()) for a in arguments[4 : 5 + squared]]
+        sums = [cgutils.alloca_once(builder, lanes) for _ in places]
+        for place, total in zip(places, sums, strict=True):
+            builder.store(builder.load(place, align=8), total)
+        with cgutils.for_range(builder, arguments[1]) as loop:
+            at = builder.gep(x, [loop.index])
+            after = builder.add(builder.ptrtoint(at, _ADDRESS), arguments[3])
+            for line in range(0, 8 * LANES, 64):
+                _prefetch(builder, builder.add(after, _ADDRESS(line)))
+            d = builder.fsub(builder.load(at, align=8), pivot)
+            builder.store(builder.fadd(builder.load(sums[0]), d), sums[0])
+            if squared:
+                builder.store(builder.call(fma, [d, d, builder.load(sums[1])]), sums[1])
+        for place, total in zip(places, sums, strict=True):
+            builder.store(builder.load(total), place, align=8)
+        return context.get_dummy_value()
+
+    second_type = types.intp if squared else types.none
+    word = types.intp
+    return types.none(word, word, types.float64, word, word, second_type), codegen
 
 
 # A kernel: (address of its record, of the threads' room, bytes of each one's, turns, task). A

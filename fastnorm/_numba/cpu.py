@@ -206,8 +206,8 @@ def _plan(
         room = forward.runs_room(width)
     pieces = max(1, -(-length // piece))
     nbytes = a * b * length * c * size
-    # planes that lie apart leave the prefetcher behind: what they write is past the caches earlier
-    most = streamed_above if layout.columns or p == 1 else streamed_above // 4 * 3
+    # as in _core/kernels.pxi: x and y go through the cache together, columns of x twice
+    most = streamed_above if layout.columns else streamed_above // 8 * 5
     through = nbytes * (4 if "total" in steps else 1)
     along = (width if layout.columns else s) * size
     streamed = written and through > most and along >= min(LONG, streamed_above)

@@ -181,6 +181,13 @@ def deviations(x, n, pivot, lanes):
 
 
 @inner
+def halve(total, rest, first, half):
+    add_exactly(total, rest, total + 8 * half, half)
+    fold(rest, half)
+    fold(first, half)
+
+
+@inner
 def double_moments(x, n, centred, lanes):
     """Mean, its rest, M2 and its rest of doubles, which have no bits to spare.
 
@@ -212,13 +219,11 @@ def double_moments(x, n, centred, lanes):
             write(first, j, read(first, j, np.float64) + d)
         i = end
         add_exactly(total, rest, lanes, LANES)
-    half = LANES // 2
-    while half > 0:
-        add_exactly(total, rest, total + 8 * half, half)
-        for j in range(half):
-            write(rest, j, read(rest, j, np.float64) + read(rest, j + half, np.float64))
-        fold(first, half)
-        half = half // 2
+    halve(total, rest, first, 16)
+    halve(total, rest, first, 8)
+    halve(total, rest, first, 4)
+    halve(total, rest, first, 2)
+    halve(total, rest, first, 1)
     m2, m2_rest = read(total, 0, np.float64), read(rest, 0, np.float64)
     if not centred:
         return 0.0, 0.0, m2, m2_rest

@@ -20,6 +20,7 @@ from numba import cfunc, njit
 
 from fastnorm._numba import scalar
 from fastnorm._numba.forward import (
+    BUNDLE,
     FINISH,
     INNER,
     MOMENTS,
@@ -28,12 +29,15 @@ from fastnorm._numba.forward import (
     WHOLE,
     at,
     deliver,
+    fold,
     inner,
 )
 from fastnorm._numba.memory import (
     COUNTERS,
     KERNEL,
+    PAIRS,
     STRICT,
+    add_pairs_to_lanes,
     fence,
     is_double,
     load,
@@ -61,7 +65,7 @@ OPERANDS = ("x", "dy", "dx", "weight", "mean", "rstd")
 NUMBERS = (
     "a", "b", "p", "s", "c", "neighbours", "centred", "training", "stream", "direct",
     "own_a", "own_b", "along_p", "sharers", "parts", "segments", "chunks", "width", "items",
-    "cells", "sums", "terms", "collected",
+    "cells", "joined", "sums", "terms", "collected",
 )  # fmt: skip
 BACK = np.dtype(
     [(name, np.int64) for name in COUNTERS]
@@ -134,19 +138,103 @@ def is_wide(mean, rstd, kind):
 
 
 @inner
-def run_sums(q, a, b, p, t, n, mean, rstd, weight, kind, stored, computed):
-    """The two sums of n elements of a run, weighted unless the address of its weights is 0."""
+def add_run(q, a, b, p, t, n, mean, rstd, weight, lanes, kind, stored, computed):
+    """Add the two sums of n elements of a run, weighted unless the address of its weights is 0.
+
+    Of doubles in the order of the Cython kernels, to PAIRS lanes each; else to the first of them.
+    """
     x = at(q.x, a, b) + p * q.x.p + t * q.x.s
     dy = at(q.dy, a, b) + p * q.dy.p + t * q.dy.s
+    second = lanes + 8 * PAIRS
+    if is_double(kind):
+        whole = n // PAIRS
+        if weight == 0:
+            add_pairs_to_lanes(x, dy, None, whole, mean, rstd, lanes)
+        else:
+            add_pairs_to_lanes(x, dy, weight, whole, mean, rstd, lanes)
+        for j in range(n - whole * PAIRS):
+            i = whole * PAIRS + j
+            g = read(dy, i, np.float64)
+            if weight != 0:
+                g *= read(weight, i, np.float64)
+            d = (read(x, i, np.float64) - mean) * rstd
+            write(lanes, j, read(lanes, j, np.float64) + g)
+            write(second, j, scalar.fma(g, d, read(second, j, np.float64)))
+        return
     if is_wide(mean, rstd, kind):
-        first, second = wide_sums(x, dy, n, mean, weight, 1, kind, stored)
-        return first, second * rstd
-    hi = real(mean, kind)
-    r = real(rstd, kind)
-    shift = real(-(mean - np.float64(hi)) * rstd, kind)
-    if weight == 0:
-        return pair_sums(x, dy, n, hi, r, shift, kind, stored)
-    return weighted_sums(x, dy, n, hi, r, shift, weight, kind, stored)
+        one, two = wide_sums(x, dy, n, mean, weight, 1, kind, stored)
+        two *= rstd
+    else:
+        hi = real(mean, kind)
+        r = real(rstd, kind)
+        shift = real(-(mean - np.float64(hi)) * rstd, kind)
+        if weight == 0:
+            one, two = pair_sums(x, dy, n, hi, r, shift, kind, stored)
+        else:
+            one, two = weighted_sums(x, dy, n, hi, r, shift, weight, kind, stored)
+    write(lanes, 0, read(lanes, 0, np.float64) + one)
+    write(second, 0, read(second, 0, np.float64) + two)
+
+
+@inner
+def segment_at(q, segment):
+    """Elements [first, last) of a group: within a plane where planes have weights of their own."""
+    if q.joined:
+        return segment * SPAN, min((segment + 1) * SPAN, q.p * q.s)
+    of_plane = q.segments // q.p
+    p = segment // of_plane
+    first = p * q.s + (segment - p * of_plane) * SPAN
+    return first, min(first + SPAN, (p + 1) * q.s)
+
+
+@inner
+def segment_sums(q, a, b, width, segment, weighted, lanes, kind, stored, computed):
+    """The two sums of a segment of `width` groups side by side, of g where it is `weighted`."""
+    f, last = segment_at(q, segment)
+    for j in range(2 * PAIRS * width):
+        write(lanes, j, 0.0)
+    while f < last:
+        p = f // q.s
+        t = f - p * q.s
+        n = min(last - f, q.s - t)
+        for k in range(width):
+            mean, rstd = read_group(q, a, b + k, 0)
+            weight = 0
+            if weighted and q.weight.data != 0:
+                weight = at(q.weight, a, b + k) + p * q.weight.p + t * q.weight.s
+            own = lanes + 16 * PAIRS * k
+            add_run(q, a, b + k, p, t, n, mean, rstd, weight, own, kind, stored, computed)
+        f += n
+    for k in range(width):
+        own = lanes + 16 * PAIRS * k
+        into = q.sums + 16 * ((a * q.b + b + k) * q.segments + segment)
+        for of in range(2):
+            if is_double(kind):
+                fold(own, 8)
+                fold(own, 4)
+                fold(own, 2)
+                fold(own, 1)
+            write(into, of, read(own, 0, np.float64))
+            own += 8 * PAIRS
+
+
+@inner
+def group_terms(q, a, b, weighted, kind):
+    """What the step needs to know of a group, from the sums of its segments."""
+    mean, rstd = read_group(q, a, b, 0)
+    first = 0.0
+    second = 0.0
+    group = a * q.b + b
+    if q.training:
+        for segment in range(q.segments):
+            w = 1.0
+            if q.weight.data != 0 and not weighted:
+                p = 0 if q.joined else segment // (q.segments // q.p)
+                w = np.float64(read_real(at(q.weight, a, b) + p * q.weight.p, 0, kind))
+            of = q.sums + 16 * (group * q.segments + segment)
+            first += w * read(of, 0, np.float64)
+            second += w * read(of, 1, np.float64)
+    finish(q, mean, rstd, first, second, np.float64(q.p * q.s), q.terms + 8 * TERMS * group, kind)
 
 
 @inner
@@ -169,38 +257,6 @@ def finish(q, mean, rstd, first, second, count, into, kind):
 
 
 # --- Runs with one weight each --------------------------------------------------------------------
-
-
-@inner
-def plane_sums(q, a, b, width, plane, kind, stored, computed):
-    """Sums of segment `plane`, of all planes' segments, of `width` groups side by side."""
-    p = plane // q.segments
-    t = (plane - p * q.segments) * SPAN
-    n = min(SPAN, q.s - t)
-    for k in range(width):
-        mean, rstd = read_group(q, a, b + k, 0)
-        first, second = run_sums(q, a, b + k, p, t, n, mean, rstd, 0, kind, stored, computed)
-        into = q.sums + 16 * (((a * q.b + b + k) * q.p + p) * q.segments + plane - p * q.segments)
-        write(into, 0, first)
-        write(into, 1, second)
-
-
-@inner
-def plane_terms(q, a, b, kind):
-    """What the step needs to know of a group, from the sums of its planes."""
-    mean, rstd = read_group(q, a, b, 0)
-    first = 0.0
-    second = 0.0
-    group = a * q.b + b
-    for p in range(q.p):
-        w = 1.0
-        if q.weight.data != 0:
-            w = np.float64(read_real(at(q.weight, a, b) + p * q.weight.p, 0, kind))
-        for segment in range(q.segments):
-            of = q.sums + 16 * ((group * q.p + p) * q.segments + segment)
-            first += w * read(of, 0, np.float64)
-            second += w * read(of, 1, np.float64)
-    finish(q, mean, rstd, first, second, np.float64(q.p * q.s), q.terms + 8 * TERMS * group, kind)
 
 
 @inner
@@ -228,33 +284,36 @@ def step_run(x, dy, dx, n, terms, w, kind, stored, to):
 
 
 @inner
-def plane_step(q, a, b, width, plane, tile, spare, kind, stored, computed):
-    """dx of segment `plane` of `width` groups side by side."""
-    p = plane // q.segments
-    start = (plane - p * q.segments) * SPAN
-    end = min(start + SPAN, q.s)
-    for k in range(width):
-        terms = q.terms + 8 * TERMS * (a * q.b + b + k)
-        w = 1.0
-        if q.weight.data != 0:
-            w = np.float64(read_real(at(q.weight, a, b + k) + p * q.weight.p, 0, kind))
-        t = start
-        while t < end:
-            n = end - t if q.direct else min(end - t, CHUNK)
-            x = at(q.x, a, b + k) + p * q.x.p + t * q.x.s
-            dy = at(q.dy, a, b + k) + p * q.dy.p + t * q.dy.s
-            dx = at(q.dx, a, b + k) + p * q.dx.p + t * q.dx.s
-            if not q.direct:
-                step_run(x, dy, tile, n, terms, w, kind, stored, computed)
-                deliver(tile, spare, dx, n, q.stream != 0, kind)
-            else:
-                step_run(x, dy, dx, n, terms, w, kind, stored, kind)
-            t += n
+def segment_step(q, a, b, width, segment, tile, spare, kind, stored, computed):
+    """dx of a segment of `width` groups side by side."""
+    f, last = segment_at(q, segment)
+    while f < last:
+        p = f // q.s
+        start = f - p * q.s
+        end = min(q.s, start + last - f)
+        for k in range(width):
+            terms = q.terms + 8 * TERMS * (a * q.b + b + k)
+            w = 1.0
+            if q.weight.data != 0:
+                w = np.float64(read_real(at(q.weight, a, b + k) + p * q.weight.p, 0, kind))
+            t = start
+            while t < end:
+                n = end - t if q.direct else min(end - t, CHUNK)
+                x = at(q.x, a, b + k) + p * q.x.p + t * q.x.s
+                dy = at(q.dy, a, b + k) + p * q.dy.p + t * q.dy.s
+                dx = at(q.dx, a, b + k) + p * q.dx.p + t * q.dx.s
+                if not q.direct:
+                    step_run(x, dy, tile, n, terms, w, kind, stored, computed)
+                    deliver(tile, spare, dx, n, q.stream != 0, kind)
+                else:
+                    step_run(x, dy, dx, n, terms, w, kind, stored, kind)
+                t += n
+        f += end - start
 
 
 def runs_room():
     """Bytes that a thread needs."""
-    return 8 * (2 * CHUNK + 8)
+    return 8 * (2 * CHUNK + 2 * PAIRS * BUNDLE + 8)
 
 
 @inner
@@ -262,31 +321,31 @@ def planes(record, memory, room, turns, task, kind, stored, computed):
     """What `task` asks for, of all items or planes of items; each turn is taken by one thread."""
     q = record_at(record, BACK)
     width = q.width
-    pieces = q.p * q.segments
     tile = memory + room * take(record + 8)
     tile += -tile % 64
     spare = tile + 8 * CHUNK
-    total = q.items if task == WHOLE or task == FINISH else q.items * pieces
+    lanes = spare + 8 * CHUNK
+    total = q.items if task == WHOLE or task == FINISH else q.items * q.segments
     while True:
         turn = take(record)
         if turn >= turns:
             break
         for i in range(total * turn // turns, total * (turn + 1) // turns):
-            item = i if task == WHOLE or task == FINISH else i // pieces
+            item = i if task == WHOLE or task == FINISH else i // q.segments
             a = item // q.chunks
             b = (item - a * q.chunks) * width
             n = min(width, q.b - b)
-            first = 0 if task == WHOLE else i - item * pieces
-            last = pieces if task == WHOLE else first + 1
+            first = 0 if task == WHOLE else i - item * q.segments
+            last = q.segments if task == WHOLE else first + 1
             if task == WHOLE or task == MOMENTS:
-                for plane in range(first, last):
-                    plane_sums(q, a, b, n, plane, kind, stored, computed)
+                for segment in range(first, last):
+                    segment_sums(q, a, b, n, segment, False, lanes, kind, stored, computed)
             if task == WHOLE or task == FINISH:
                 for k in range(n):
-                    plane_terms(q, a, b + k, kind)
+                    group_terms(q, a, b + k, False, kind)
             if task != MOMENTS and task != FINISH:
-                for plane in range(first, last):
-                    plane_step(q, a, b, n, plane, tile, spare, kind, stored, computed)
+                for segment in range(first, last):
+                    segment_step(q, a, b, n, segment, tile, spare, kind, stored, computed)
     if q.stream:
         fence()
 
@@ -306,37 +365,6 @@ def group_of(q, owner, sharer):
         return sharer, owner
     a = sharer // q.b
     return a, sharer - a * q.b
-
-
-@inner
-def row_sums(q, a, b, piece, kind, stored, computed):
-    """The sums of a segment of a plane of a group."""
-    p = piece // q.segments
-    t = (piece - p * q.segments) * SPAN
-    n = min(SPAN, q.s - t)
-    mean, rstd = read_group(q, a, b, 0)
-    weight = 0
-    if q.weight.data != 0:
-        weight = at(q.weight, a, b) + p * q.weight.p + t * q.weight.s
-    first, second = run_sums(q, a, b, p, t, n, mean, rstd, weight, kind, stored, computed)
-    into = q.sums + 16 * ((a * q.b + b) * q.p * q.segments + piece)
-    write(into, 0, first)
-    write(into, 1, second)
-
-
-@inner
-def row_terms(q, a, b, kind):
-    """What the step needs to know of a group, from the sums of its segments."""
-    mean, rstd = read_group(q, a, b, 0)
-    first = 0.0
-    second = 0.0
-    group = a * q.b + b
-    if q.training:
-        for piece in range(q.p * q.segments):
-            of = q.sums + 16 * (group * q.p * q.segments + piece)
-            first += read(of, 0, np.float64)
-            second += read(of, 1, np.float64)
-    finish(q, mean, rstd, first, second, np.float64(q.p * q.s), q.terms + 8 * TERMS * group, kind)
 
 
 @inner
@@ -472,11 +500,11 @@ def rows(record, memory, room, turns, task, kind, stored, computed):
     tile = memory + room * take(record + 8)
     tile += -tile % 64
     spare = tile + 8 * CHUNK
-    pieces = q.p * q.segments
+    lanes = spare + 8 * CHUNK
     chunks = (q.s + CHUNK - 1) // CHUNK
     total = q.items * q.parts  # owners times parts
     if task == MOMENTS:
-        total = q.a * q.b * pieces
+        total = q.a * q.b * q.segments
     elif task == FINISH:
         total = q.a * q.b
     elif task != WHOLE:
@@ -487,12 +515,14 @@ def rows(record, memory, room, turns, task, kind, stored, computed):
             break
         for i in range(total * turn // turns, total * (turn + 1) // turns):
             if task == MOMENTS or task == FINISH:
-                group = i // pieces if task == MOMENTS else i
+                group = i // q.segments if task == MOMENTS else i
                 a = group // q.b
+                b = group - a * q.b
                 if task == MOMENTS:
-                    row_sums(q, a, group - a * q.b, i - group * pieces, kind, stored, computed)
+                    segment = i - group * q.segments
+                    segment_sums(q, a, b, 1, segment, True, lanes, kind, stored, computed)
                 else:
-                    row_terms(q, a, group - a * q.b, kind)
+                    group_terms(q, a, b, True, kind)
             elif task == WHOLE:
                 owner = i // q.parts
                 part = i - owner * q.parts
@@ -507,9 +537,11 @@ def rows(record, memory, room, turns, task, kind, stored, computed):
                     for j in range(first, end):
                         a, b = group_of(q, owner, j)
                         if q.training:
-                            for piece in range(pieces):
-                                row_sums(q, a, b, piece, kind, stored, computed)
-                        row_terms(q, a, b, kind)
+                            for segment in range(q.segments):
+                                segment_sums(
+                                    q, a, b, 1, segment, True, lanes, kind, stored, computed
+                                )
+                        group_terms(q, a, b, True, kind)
                     for p in range(q.p):
                         cell = p * q.s if q.along_p else 0
                         t = 0
@@ -588,12 +620,12 @@ def rows_pairs(x, x_step, dy, dy_step, n, width, into, first, second, kind, stor
             h, v, d = read_real(hi, c, kind), read_real(r, c, kind), read_real(shift, c, kind)
             t = load(dy, c, stored)
             write(first, c, read(first, c, np.float64) + np.float64(t))
-            write(
-                second,
-                c,
-                read(second, c, np.float64)
-                + np.float64(t * scalar.step(load(x, c, kind), h, v, d)),
-            )
+            xhat = scalar.step(load(x, c, kind), h, v, d)
+            if is_double(kind):
+                total = scalar.fma(np.float64(t), np.float64(xhat), read(second, c, np.float64))
+            else:
+                total = read(second, c, np.float64) + np.float64(t * xhat)
+            write(second, c, total)
         x += x_step
         dy += dy_step
         n -= 1
@@ -646,10 +678,14 @@ def columns_finish(q, a, b, c, width, into, kind):
                 w = np.float64(read_real(at(q.weight, a, b) + (c + j) * q.weight.c, 0, kind))
             write(into + 40 * width, j, w * read(into, width + j, np.float64))
             if q.training:
+                one = 0.0
+                two = 0.0
                 for segment in range(q.segments):
                     of = q.sums + 16 * (((a * q.b + b) * q.segments + segment) * q.c + c)
-                    first += w * read(of, j, np.float64)
-                    second += w * read(of, width + j, np.float64)
+                    one += w * read(of, j, np.float64)
+                    two += w * read(of, width + j, np.float64)
+                first += one
+                second += two
         for j in range(g * k, g * k + k):
             rstd = read(into, width + j, np.float64)
             write(into + 48 * width, j, rstd * (first / count) if q.centred else 0.0)

@@ -417,15 +417,17 @@ def _back_plan(
     inside = shared[3] != 0
     nbytes = a * b * p * s * c * size
     # x, dy and dx go through the caches together
+    most = streamed_above // 8 * 3 if layout.columns else streamed_above // 4
     along = c if layout.columns else s
-    streamed = nbytes > streamed_above // 4 * 3 // 2 and along * size >= min(LONG, streamed_above)
+    streamed = nbytes > most and along * size >= min(LONG, streamed_above)
     span = backward.SPAN_ROWS if layout.columns else backward.SPAN
-    segments = -(-(p * s) // span) if layout.columns else -(-s // span)
-    pieces = segments if layout.columns else p * segments
+    # across planes, unless these have weights of their own
+    joined = layout.columns or inside or shared[2] == 0 or p == 1
+    segments = -(-(p * s) // span) if joined else p * -(-s // span)
     sharers = parts = chunks = width = turns = 1
     cells = 0
     owners: tuple[int, ...] = ()
-    sums: tuple[int, ...] = (a, b, p, segments, 2)
+    sums: tuple[int, ...] = (a, b, 1, segments, 2) if joined else (a, b, p, segments // p, 2)
     terms = a * b * backward.TERMS
     if layout.columns:
         k = layout.neighbours
@@ -465,15 +467,15 @@ def _back_plan(
         _operand(stats if has_mean else None, 8),
         _operand(stats, 8),
         a, b, p, s, c, layout.neighbours, centred, training, streamed, not streamed, shared[0] != 0,
-        shared[1] != 0, shared[2] != 0, sharers, parts, segments, chunks, width, items, cells, 0, 0,
-        0,
+        shared[1] != 0, shared[2] != 0, sharers, parts, segments, chunks, width, items, cells, joined, 0,
+        0, 0,
     )  # fmt: skip
     return _BackPlan(
         record.view(np.int64),
         _kernel(compiler, kind, stored, computing),
         room,
         items,
-        pieces,
+        segments,
         inside,
         turns,
         owners,

@@ -18,7 +18,7 @@ from fastnorm._numba import scalar
 
 # Every function of `scalar` can be called from compiled code. Its sums are never reordered, whoever
 # calls it: the centring would be lost.
-LANES = 32  # sums of doubles side by side
+LANES, PAIRS = 32, 16  # sums of doubles side by side, forward and backward
 STRICT = {"fastmath": False, "error_model": "numpy"}
 for _name, _function in list(vars(scalar).items()):
     if getattr(_function, "__module__", "") == scalar.__name__ and _name != "fma":
@@ -157,6 +157,45 @@ def record_at(typingctx: Any, address: Any, kind: Any) -> Any:
     return record(types.intp, kind), codegen
 
 
+def _in_lanes(builder: Any, n: int, places: Any, blocks: Any, terms: Any) -> None:
+    """Add terms(block) to n doubles side by side at each place, in registers meanwhile."""
+    lanes = ir.VectorType(ir.DoubleType(), n)
+    places = [builder.inttoptr(place, lanes.as_pointer()) for place in places]
+    sums = [cgutils.alloca_once(builder, lanes) for _ in places]
+    for place, total in zip(places, sums, strict=True):
+        builder.store(builder.load(place, align=8), total)
+    with cgutils.for_range(builder, blocks) as loop:
+        added = terms(loop.index, *(builder.load(total) for total in sums))
+        for total, value in zip(sums, added, strict=True):
+            builder.store(value, total)
+    for place, total in zip(places, sums, strict=True):
+        builder.store(builder.load(total), place, align=8)
+
+
+def _lanes_at(builder: Any, n: int, address: Any, block: Any, ahead: Any = None) -> Any:
+    """A block of n doubles; what lies `ahead` bytes further is asked for in time."""
+    lanes = ir.VectorType(ir.DoubleType(), n)
+    place = builder.gep(builder.inttoptr(address, lanes.as_pointer()), [block])
+    if ahead is not None:
+        after = builder.add(builder.ptrtoint(place, _ADDRESS), ahead)
+        for line in range(0, 8 * n, 64):
+            _prefetch(builder, builder.add(after, _ADDRESS(line)))
+    return builder.load(place, align=8)
+
+
+def _repeated(builder: Any, n: int, value: Any) -> Any:
+    unknown = ir.Constant(ir.VectorType(ir.DoubleType(), n), ir.Undefined)
+    one = builder.insert_element(unknown, value, _WORD(0))
+    return builder.shuffle_vector(one, unknown, ir.Constant(ir.VectorType(_WORD, n), None))
+
+
+def _lanes_fma(builder: Any, n: int, *arguments: Any) -> Any:
+    lanes = ir.VectorType(ir.DoubleType(), n)
+    kind = ir.FunctionType(lanes, [lanes] * 3)
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{n}f64")
+    return builder.call(function, arguments)
+
+
 @intrinsic
 def add_to_lanes(
     typingctx: Any, x: Any, blocks: Any, pivot: Any, ahead: Any, first: Any, second: Any
@@ -164,39 +203,55 @@ def add_to_lanes(
     """Add x - pivot, of `blocks` times LANES doubles, and its square to sums side by side.
 
     `first` and `second` are the addresses of LANES sums each; without the latter (None) only the
-    former are taken. The sums stay in registers, which a loop over memory would leave each time.
+    former are taken. A loop over sums in memory would read and write them each time.
     """
-    lanes = ir.VectorType(ir.DoubleType(), LANES)
     squared = second != types.none
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        x = builder.inttoptr(arguments[0], lanes.as_pointer())
-        one = builder.insert_element(ir.Constant(lanes, ir.Undefined), arguments[2], _WORD(0))
-        zeros = ir.Constant(ir.VectorType(_WORD, LANES), None)
-        pivot = builder.shuffle_vector(one, ir.Constant(lanes, ir.Undefined), zeros)
-        fma = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(lanes, [lanes] * 3), f"llvm.fma.v{LANES}f64"
-        )
-        places = [builder.inttoptr(a, lanes.as_pointer()) for a in arguments[4 : 5 + squared]]
-        sums = [cgutils.alloca_once(builder, lanes) for _ in places]
-        for place, total in zip(places, sums, strict=True):
-            builder.store(builder.load(place, align=8), total)
-        with cgutils.for_range(builder, arguments[1]) as loop:
-            at = builder.gep(x, [loop.index])
-            after = builder.add(builder.ptrtoint(at, _ADDRESS), arguments[3])
-            for line in range(0, 8 * LANES, 64):
-                _prefetch(builder, builder.add(after, _ADDRESS(line)))
-            d = builder.fsub(builder.load(at, align=8), pivot)
-            builder.store(builder.fadd(builder.load(sums[0]), d), sums[0])
-            if squared:
-                builder.store(builder.call(fma, [d, d, builder.load(sums[1])]), sums[1])
-        for place, total in zip(places, sums, strict=True):
-            builder.store(builder.load(total), place, align=8)
+        x, blocks, pivot, ahead = arguments[:4]
+        pivot = _repeated(builder, LANES, pivot)
+
+        def terms(block: Any, *sums: Any) -> Any:
+            d = builder.fsub(_lanes_at(builder, LANES, x, block, ahead), pivot)
+            squares = [_lanes_fma(builder, LANES, d, d, total) for total in sums[1:]]
+            return [builder.fadd(sums[0], d), *squares]
+
+        _in_lanes(builder, LANES, arguments[4 : 5 + squared], blocks, terms)
         return context.get_dummy_value()
 
-    second_type = types.intp if squared else types.none
-    word = types.intp
-    return types.none(word, word, types.float64, word, word, second_type), codegen
+    word, last = types.intp, types.intp if squared else types.none
+    return types.none(word, word, types.float64, word, word, last), codegen
+
+
+@intrinsic
+def add_pairs_to_lanes(
+    typingctx: Any, x: Any, dy: Any, weight: Any, blocks: Any, mean: Any, rstd: Any, sums: Any
+) -> Any:
+    """Add g = dy weight and g (x - mean) rstd, of `blocks` times PAIRS doubles, likewise.
+
+    `sums` is the address of PAIRS sums of the former, and then of the latter. A weight of None is 1.
+    """
+    weighted = weight != types.none
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x, dy, weight, blocks = arguments[:4]
+        mean, rstd = (_repeated(builder, PAIRS, value) for value in arguments[4:6])
+
+        def terms(block: Any, first: Any, second: Any) -> Any:
+            g = _lanes_at(builder, PAIRS, dy, block, _ADDRESS(4096))
+            if weighted:
+                g = builder.fmul(g, _lanes_at(builder, PAIRS, weight, block))
+            d = builder.fsub(_lanes_at(builder, PAIRS, x, block, _ADDRESS(4096)), mean)
+            d = builder.fmul(d, rstd)
+            return builder.fadd(first, g), _lanes_fma(builder, PAIRS, g, d, second)
+
+        places = arguments[6], builder.add(arguments[6], _ADDRESS(8 * PAIRS))
+        _in_lanes(builder, PAIRS, places, blocks, terms)
+        return context.get_dummy_value()
+
+    word, number = types.intp, types.float64
+    third = word if weighted else types.none
+    return types.none(word, word, third, word, number, number, word), codegen
 
 
 # A kernel: (address of its record, of the threads' room, bytes of each one's, turns, task). A

@@ -106,6 +106,34 @@ def test_gradients_one_unit_from_cython(op: Operation, dtype: Any, layout: str) 
         assert ulps(ours, right, right.dtype, scale=scale).max() <= 1
 
 
+@pytest.mark.skipif(not FUSED, reason="no kernels with fused multiply-adds to compare with")
+@by_layout
+@pytest.mark.parametrize("shape", [(6, 32, 12, 11), (3, 8, 25, 25)], ids=str)
+def test_gradients_of_doubles_to_the_bit(shape: tuple[int, ...], layout: str) -> None:
+    """Where both walk the arrays as they lie and share the sums for a weight out alike."""
+    x, dy = (LAYOUTS[layout](data(shape, F64, r, seed=s)) for r, s in ((3.0, 0), (0, 1)))
+    w = data(shape[1:2], F64, 1.0)
+    along = data(shape[-1:], F64, 1.0)
+    cases: list[Callable[[], Any]] = [
+        lambda: fn.batch_norm_backward(
+            dy, x, *fn.batch_norm(x, training=True, return_stats=True)[1:], w
+        ),
+        lambda: fn.instance_norm_backward(dy, x, *fn.instance_norm(x, return_stats=True)[1:], w),
+        lambda: fn.group_norm_backward(dy, x, *fn.group_norm(x, 4, return_stats=True)[1:], 4, w),
+    ]
+    if layout == "channels-first":
+        stats = fn.layer_norm(x, shape[-1], return_stats=True)[1:]
+        cases.append(lambda: fn.layer_norm_backward(dy, x, *stats, shape[-1], along))
+        cases.append(lambda: fn.rms_norm_backward(dy, x, stats[1], shape[-1], along))
+    for case in cases:
+        results = []
+        for name in ("cython", "numba"):
+            with fn.backend(name):
+                results.append(case())
+        for right, ours in zip(*results, strict=True):
+            assert_same_bits(ours, right)
+
+
 @by_layout
 @pytest.mark.parametrize("shape", [(16, 64, 24, 24), (3, 4, 320, 321), (1, 4, 400, 401)], ids=str)
 @pytest.mark.parametrize("op", [op for op in OPERATIONS if op.backward], ids=named)

@@ -575,31 +575,28 @@ def run_backward(
 
 def _totals(plan: _BackPlan, layout: Layout, sums: Array, collected: Array) -> tuple[Array, Array]:
     """dweight and dbias along the five dimensions, each 1 long where it is shared."""
-    a, b, _, s, c = layout.dims
+    s, c = layout.dims[3:]
     if plan.inside:
         both = collected[:, 0] if plan.parts == 1 else collected.sum(axis=1)
         shape = (*plan.owners, s, 1)
         return both[:, 0].reshape(shape), both[:, 1].reshape(shape)
-    if layout.columns:
-        # item by item those of dy, then those of dy xhat
-        total = sums[:, :, 0] if sums.shape[2] == 1 else sums.sum(axis=2)
-        if plan.width >= c:
-            first, second = total[..., :c], total[..., c:]
-        else:
-            first, second = np.empty((2, a, b, c))
-            for start in range(0, c, plan.width):
-                n = min(plan.width, c - start)
-                first[..., start : start + n] = total[..., 2 * start : 2 * start + n]
-                second[..., start : start + n] = total[..., 2 * start + n : 2 * start + 2 * n]
-        first, second = first[:, :, None, None], second[:, :, None, None]
+    # those who share a weight, and their segments, at once: in the order of memory, as Cython does
+    own = [stride != 0 for stride in layout.strides["dweight"]]
+    own[2 if layout.columns else 3] = False
+    axes = tuple(axis for axis, n in enumerate(sums.shape[:-1]) if n > 1 and not own[axis])
+    total = sums.sum(axis=axes, keepdims=True) if axes else sums
+    if not layout.columns:
+        return total[..., 1, None], total[..., 0, None]
+    # item by item those of dy, then those of dy xhat
+    if plan.width >= c:
+        first, second = total[..., :c], total[..., c:]
     else:
-        total = sums[:, :, :, 0] if sums.shape[3] == 1 else sums.sum(axis=3)
-        first, second = total[..., None, None, 0], total[..., None, None, 1]
-    axes = tuple(
-        axis
-        for axis, (stride, n) in enumerate(zip(layout.strides["dweight"], first.shape))
-        if not stride and n > 1
-    )
-    if axes:
-        first, second = first.sum(axis=axes, keepdims=True), second.sum(axis=axes, keepdims=True)
+        first, second = np.empty((2, *total.shape[:3], c))
+        for start in range(0, c, plan.width):
+            n = min(plan.width, c - start)
+            first[..., start : start + n] = total[..., 2 * start : 2 * start + n]
+            second[..., start : start + n] = total[..., 2 * start + n : 2 * start + 2 * n]
+    first, second = first[..., None, :], second[..., None, :]
+    if c > 1 and not own[4]:
+        first, second = first.sum(axis=4, keepdims=True), second.sum(axis=4, keepdims=True)
     return second, first

@@ -39,12 +39,14 @@ from fastnorm._numba.memory import (
     STRICT,
     add_pairs_to_lanes,
     fence,
+    fetch,
     is_double,
     load,
     read,
     read_real,
     real,
     record_at,
+    size_of,
     store,
     take,
     write,
@@ -177,6 +179,16 @@ def add_run(q, a, b, p, t, n, mean, rstd, weight, lanes, kind, stored, computed)
 
 
 @inner
+def fetch_plane(operand, a, b, p, t, n, kind):
+    """Ask for the same in a group's next plane: planes apart leave the prefetcher behind."""
+    i = at(operand, a, b) + (p + 1) * operand.p + t * operand.s
+    end = i + n * size_of(kind)
+    while i < end:
+        fetch(i)
+        i += 64
+
+
+@inner
 def segment_at(q, segment):
     """Elements [first, last) of a group: within a plane where planes have weights of their own."""
     if q.joined:
@@ -202,6 +214,9 @@ def segment_sums(q, a, b, width, segment, weighted, lanes, kind, stored, compute
             weight = 0
             if weighted and q.weight.data != 0:
                 weight = at(q.weight, a, b + k) + p * q.weight.p + t * q.weight.s
+            if width > 1 and q.p > 1:
+                fetch_plane(q.x, a, b + k, p, t, n, kind)
+                fetch_plane(q.dy, a, b + k, p, t, n, stored)
             own = lanes + 16 * PAIRS * k
             add_run(q, a, b + k, p, t, n, mean, rstd, weight, own, kind, stored, computed)
         f += n
@@ -296,6 +311,10 @@ def segment_step(q, a, b, width, segment, tile, spare, kind, stored, computed):
             w = 1.0
             if q.weight.data != 0:
                 w = np.float64(read_real(at(q.weight, a, b + k) + p * q.weight.p, 0, kind))
+            if width > 1 and q.p > 1:
+                fetch_plane(q.x, a, b + k, p, start, end - start, kind)
+                fetch_plane(q.dy, a, b + k, p, start, end - start, stored)
+                fetch_plane(q.dx, a, b + k, p, start, end - start, kind)
             t = start
             while t < end:
                 n = end - t if q.direct else min(end - t, CHUNK)

@@ -466,9 +466,9 @@ def _back_plan(
         _operand(weights, real),
         _operand(stats if has_mean else None, 8),
         _operand(stats, 8),
-        a, b, p, s, c, layout.neighbours, centred, training, streamed, not streamed, shared[0] != 0,
-        shared[1] != 0, shared[2] != 0, sharers, parts, segments, chunks, width, items, cells, joined, 0,
-        0, 0,
+        a, b, p, s, c, layout.neighbours, centred, training, streamed, not streamed,
+        shared[0] != 0, shared[1] != 0, shared[2] != 0, sharers, parts, segments, chunks, width,
+        items, cells, joined, 0, 0, 0,
     )  # fmt: skip
     return _BackPlan(
         record.view(np.int64),

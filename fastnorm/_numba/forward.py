@@ -22,6 +22,7 @@ from numba import cfunc, njit
 
 from fastnorm._numba import scalar
 from fastnorm._numba.memory import (
+    AHEAD,
     COUNTERS,
     KERNEL,
     LANES,
@@ -54,7 +55,6 @@ ABREAST = 512  # columns up to this number are taken as whole rows
 COLUMNS = 256  # of more, so many are taken side by side, at most (or one group of neighbours)
 SQUARE = 16384  # elements of a block of columns: fits L2
 PIECE_ROWS = 1024  # rows that one thread takes
-AHEAD = 4096  # bytes that are asked for in advance
 FIELDS = 5  # numbers of moments
 SCALE = 8  # numbers of the scale of a group
 

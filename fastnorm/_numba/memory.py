@@ -18,6 +18,7 @@ from fastnorm._numba import scalar
 
 # Every function of `scalar` can be called from compiled code. Its sums are never reordered, whoever
 # calls it: the centring would be lost.
+AHEAD = 4096  # bytes that are asked for in advance
 LANES, PAIRS = 32, 16  # sums of doubles side by side, forward and backward
 STRICT = {"fastmath": False, "error_model": "numpy"}
 for _name, _function in list(vars(scalar).items()):
@@ -28,6 +29,7 @@ for _name, _function in list(vars(scalar).items()):
 # --- Instructions ---------------------------------------------------------------------------------
 
 _ADDRESS, _WORD = ir.IntType(64), ir.IntType(32)
+
 
 @intrinsic
 def _fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
@@ -229,19 +231,20 @@ def add_pairs_to_lanes(
 ) -> Any:
     """Add g = dy weight and g (x - mean) rstd, of `blocks` times PAIRS doubles, likewise.
 
-    `sums` is the address of PAIRS sums of the former, and then of the latter. A weight of None is 1.
+    `sums` is the address of PAIRS sums of the former and then of the latter. No weight (None) is 1.
     """
     weighted = weight != types.none
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         x, dy, weight, blocks = arguments[:4]
         mean, rstd = (_repeated(builder, PAIRS, value) for value in arguments[4:6])
+        ahead = _ADDRESS(AHEAD)
 
         def terms(block: Any, first: Any, second: Any) -> Any:
-            g = _lanes_at(builder, PAIRS, dy, block, _ADDRESS(4096))
+            g = _lanes_at(builder, PAIRS, dy, block, ahead)
             if weighted:
                 g = builder.fmul(g, _lanes_at(builder, PAIRS, weight, block))
-            d = builder.fsub(_lanes_at(builder, PAIRS, x, block, _ADDRESS(4096)), mean)
+            d = builder.fsub(_lanes_at(builder, PAIRS, x, block, ahead), mean)
             d = builder.fmul(d, rstd)
             return builder.fadd(first, g), _lanes_fma(builder, PAIRS, g, d, second)
 

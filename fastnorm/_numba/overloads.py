@@ -25,7 +25,6 @@ from fastnorm._numba import scalar
 from fastnorm._numba.forward import (
     BLOCK,
     FIELDS,
-    LANES,
     SCALE,
     inner,
     merge_into,
@@ -33,7 +32,7 @@ from fastnorm._numba.forward import (
     rstd_of,
     steps,
 )
-from fastnorm._numba.memory import is_double, read, write
+from fastnorm._numba.memory import LANES, is_double, read, write
 
 
 def register() -> None:

@@ -82,6 +82,19 @@ summing = njit(fastmath={"reassoc", "nsz", "contract"}, **INNER)
 
 
 @inner
+def centring(mean, rstd, kind):
+    """hi, r and shift of xhat = (x - hi) r + shift, as numbers that are computed in."""
+    hi = real(mean, kind)
+    return hi, real(rstd, kind), real(-(mean - np.float64(hi)) * rstd, kind)
+
+
+@inner
+def centring_at(terms, kind):
+    """The same of a group whose terms are at an address."""
+    return centring(read(terms, 0, np.float64), read(terms, 1, np.float64), kind)
+
+
+@inner
 def xhat_of(x, i, hi, r, shift, kind):
     """One element, normalised."""
     return scalar.step(load(x, i, kind), hi, r, shift)
@@ -167,9 +180,7 @@ def add_run(q, a, b, p, t, n, mean, rstd, weight, lanes, kind, stored, computed)
         one, two = wide_sums(x, dy, n, mean, weight, 1, kind, stored)
         two *= rstd
     else:
-        hi = real(mean, kind)
-        r = real(rstd, kind)
-        shift = real(-(mean - np.float64(hi)) * rstd, kind)
+        hi, r, shift = centring(mean, rstd, kind)
         if weight == 0:
             one, two = pair_sums(x, dy, n, hi, r, shift, kind, stored)
         else:
@@ -287,9 +298,7 @@ def step_run(x, dy, dx, n, terms, w, kind, stored, to):
             v = rstd * np.float64(load(dy, i, stored)) * w - first - xhat * second
             store(dx, i, real(v, kind), to)
         return
-    hi = real(mean, kind)
-    r = real(rstd, kind)
-    shift = real(-(mean - np.float64(hi)) * rstd, kind)
+    hi, r, shift = centring(mean, rstd, kind)
     wr = real(w * rstd, kind)
     c1 = real(read(terms, 2, np.float64), kind)
     c2 = real(read(terms, 3, np.float64), kind)
@@ -398,9 +407,7 @@ def collect(x, dy, n, terms, gw, gb, kind, stored):
             d = (np.float64(load(x, i, kind)) - mean) * rstd
             write(gw, i, scalar.fma(t, d, read(gw, i, np.float64)))
         return
-    hi = real(mean, kind)
-    r = real(rstd, kind)
-    shift = real(-(mean - np.float64(hi)) * rstd, kind)
+    hi, r, shift = centring(mean, rstd, kind)
     for i in range(n):
         t = load(dy, i, stored)
         write(gb, i, read(gb, i, np.float64) + np.float64(t))
@@ -415,14 +422,10 @@ def collect(x, dy, n, terms, gw, gb, kind, stored):
 def collect_four(x, dy, x_step, dy_step, n, terms, gw, gb, kind, stored):
     """The same of four runs, none of them wide, a step apart: one trip to the gradients."""
     size = 8 * TERMS
-    m0, m1 = read(terms, 0, np.float64), read(terms + size, 0, np.float64)
-    m2, m3 = read(terms + 2 * size, 0, np.float64), read(terms + 3 * size, 0, np.float64)
-    v0, v1 = read(terms, 1, np.float64), read(terms + size, 1, np.float64)
-    v2, v3 = read(terms + 2 * size, 1, np.float64), read(terms + 3 * size, 1, np.float64)
-    h0, h1, h2, h3 = real(m0, kind), real(m1, kind), real(m2, kind), real(m3, kind)
-    r0, r1, r2, r3 = real(v0, kind), real(v1, kind), real(v2, kind), real(v3, kind)
-    s0, s1 = real(-(m0 - np.float64(h0)) * v0, kind), real(-(m1 - np.float64(h1)) * v1, kind)
-    s2, s3 = real(-(m2 - np.float64(h2)) * v2, kind), real(-(m3 - np.float64(h3)) * v3, kind)
+    h0, r0, s0 = centring_at(terms, kind)
+    h1, r1, s1 = centring_at(terms + size, kind)
+    h2, r2, s2 = centring_at(terms + 2 * size, kind)
+    h3, r3, s3 = centring_at(terms + 3 * size, kind)
     x1, x2, x3 = x + x_step, x + 2 * x_step, x + 3 * x_step
     y1, y2, y3 = dy + dy_step, dy + 2 * dy_step, dy + 3 * dy_step
     for i in range(n):
@@ -458,9 +461,7 @@ def step_along(x, dy, dx, weight, n, terms, kind, stored, to):
             v = rstd * np.float64(load(dy, i, stored)) * w - first - xhat * second
             store(dx, i, real(v, kind), to)
         return
-    hi = real(mean, kind)
-    r = real(rstd, kind)
-    shift = real(-(mean - np.float64(hi)) * rstd, kind)
+    hi, r, shift = centring(mean, rstd, kind)
     c1 = real(first, kind)
     c2 = real(second, kind)
     for i in range(n):

@@ -1190,59 +1190,36 @@ def spread(q, a, b, c, width, scale, along, kind):
 
 
 @inner
+def column_of_row(x, i, along, width, kind):
+    """One element of a row, with the scale of its column."""
+    hi, r = read_real(along, i, kind), read_real(along + 8 * width, i, kind)
+    return scalar.step(load(x, i, kind), hi, r, read_real(along + 16 * width, i, kind))
+
+
+@inner
 def step_row(x, y, n, along, width, weight, bias, wv, bv, kind, to):
     """The step of a row, one scale for each column."""
-    hi = along
-    r = hi + 8 * width
-    shift = r + 8 * width
     if weight == 0 and bias == 0:
         for i in range(n):
-            v = scalar.step(
-                load(x, i, kind),
-                read_real(hi, i, kind),
-                read_real(r, i, kind),
-                read_real(shift, i, kind),
-            )
-            store(y, i, v, to)
+            store(y, i, column_of_row(x, i, along, width, kind), to)
         return
     w = read_real(weight, 0, kind) if weight != 0 else real(1.0, kind)
     b = read_real(bias, 0, kind) if bias != 0 else real(0.0, kind)
     if wv and bv:
         for i in range(n):
-            v = scalar.step(
-                load(x, i, kind),
-                read_real(hi, i, kind),
-                read_real(r, i, kind),
-                read_real(shift, i, kind),
-            )
+            v = column_of_row(x, i, along, width, kind)
             store(y, i, scalar.fma(v, read_real(weight, i, kind), read_real(bias, i, kind)), to)
     elif wv:
         for i in range(n):
-            v = scalar.step(
-                load(x, i, kind),
-                read_real(hi, i, kind),
-                read_real(r, i, kind),
-                read_real(shift, i, kind),
-            )
+            v = column_of_row(x, i, along, width, kind)
             store(y, i, scalar.fma(v, read_real(weight, i, kind), b), to)
     elif bv:
         for i in range(n):
-            v = scalar.step(
-                load(x, i, kind),
-                read_real(hi, i, kind),
-                read_real(r, i, kind),
-                read_real(shift, i, kind),
-            )
+            v = column_of_row(x, i, along, width, kind)
             store(y, i, scalar.fma(v, w, read_real(bias, i, kind)), to)
     else:
         for i in range(n):
-            v = scalar.step(
-                load(x, i, kind),
-                read_real(hi, i, kind),
-                read_real(r, i, kind),
-                read_real(shift, i, kind),
-            )
-            store(y, i, scalar.fma(v, w, b), to)
+            store(y, i, scalar.fma(column_of_row(x, i, along, width, kind), w, b), to)
 
 
 @inner

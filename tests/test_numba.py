@@ -79,6 +79,24 @@ def test_one_unit_from_cython(op: Operation, dtype: Any, layout: str) -> None:
         assert ulps(a, b, dtype, scale=scale).max() <= (1 if dtype != F64 else 3)
 
 
+@pytest.mark.skipif(not FUSED, reason="no kernels with fused multiply-adds to compare with")
+@by_layout
+@pytest.mark.parametrize("shape", [(3, 7, 33, 35), (1, 4, 400, 401)], ids=str)
+def test_doubles_with_options_to_the_bit(shape: tuple[int, ...], layout: str) -> None:
+    """Several blocks, pieces and rests of lanes; masks, residuals and activations."""
+    x, residual = (LAYOUTS[layout](data(shape, F64, 3.0, seed=s)) for s in range(2))
+    where = np.random.default_rng(2).random(shape) > 0.3
+    for options in ({}, {"where": where}, {"residual": residual, "activation": "relu"}):
+        results = []
+        for name in ("cython", "numba"):
+            with fn.backend(name):
+                results.append(
+                    (fn.instance_norm(x, **options), fn.layer_norm(x, axis=(2, 3), **options))
+                )
+        for right, ours in zip(*results, strict=True):
+            assert_same_bits(ours, right)
+
+
 @with_cython
 @by_layout
 @pytest.mark.parametrize("dtype", DTYPES, ids=named)

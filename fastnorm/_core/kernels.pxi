@@ -35,6 +35,18 @@ cdef extern from "simd.h" nogil:
     #endif
     """
     int FN_OPENMP
+    ctypedef struct fn_rows:
+        const float* x
+        float* y
+        const float* w
+        const float* b
+        double* mean
+        double* var
+        double* rstd
+        Py_ssize_t x_step, y_step, w_step, b_step, stat_step, ahead
+        double eps
+        int norm
+    Py_ssize_t fn_norm_rows(const fn_rows*, Py_ssize_t, Py_ssize_t, bint, bint) noexcept
     double fn_mac64(double, double, double) noexcept
     double fn_squares(const float*, Py_ssize_t, Py_ssize_t) noexcept
     double fn_deviations(const double*, Py_ssize_t, Py_ssize_t, double) noexcept
@@ -92,6 +104,7 @@ cdef enum:
     AHEAD = 4096                # bytes that are asked for in advance
     BUNDLE = 16                 # groups of runs that are taken side by side, at most
     BESIDE = 4096               # elements of them, at most
+    ALONE = 256                 # elements of a row that is not worth taking with others
     NEARBY = 4096               # bytes: runs shorter than this are walked in the order of memory
     ABREAST = 512               # columns up to this number are taken as whole rows, which are fetched faster
     COLUMNS = 256               # of more, so many are taken side by side, at most (or one group of neighbours)
@@ -1050,6 +1063,49 @@ cdef void flow(Pass* q, Py_ssize_t first, Py_ssize_t last, Scratch* h, real* kin
         then, before = now, rows
     h.ready = NULL
 
+cdef inline bint plain_rows(Pass* q) noexcept nogil:
+    """Whether groups are rows of floats with nothing beside weights, not too short to take one by one."""
+    return (flows(q) and q.p == 1 and q.length >= ALONE and q.straight and q.total.data == NULL and q.residual.data == NULL
+            and q.activation == IDENTITY and not q.activation_first
+            and (q.foldable or (q.weight.s != 0 and q.weight.b == q.bias.b == 0 and (q.bias.data == NULL or q.bias.s != 0))))
+
+cdef inline float* floats_at(Operand* o, Py_ssize_t a, Py_ssize_t b) noexcept nogil:
+    return NULL if o.data == NULL else <float*>at(o, a, b)
+
+cdef inline double* doubles_at(Operand* o, Py_ssize_t a, Py_ssize_t b) noexcept nogil:
+    return NULL if o.data == NULL else <double*>at(o, a, b)
+
+cdef inline float* lined_up(const float* w, const float* y, Py_ssize_t n, char* memory) noexcept nogil:
+    """A copy of w as far from the beginning of a cache line as y: a load that crosses one takes two."""
+    cdef float* copy = <float*>(memory + <size_t>y % 64)
+    if w == NULL:
+        return NULL
+    memcpy(copy, w, n * sizeof(float))
+    return copy
+
+cdef void norm_rows(Pass* q, Py_ssize_t first, Py_ssize_t last, Scratch* h, real* kind) noexcept nogil:
+    """Rows [first, last), each an item."""
+    cdef fn_rows rows
+    cdef Py_ssize_t i = first, a, b, n
+    rows.x_step, rows.y_step = q.x.b // <Py_ssize_t>sizeof(float), q.y.b // <Py_ssize_t>sizeof(float)
+    rows.w_step, rows.b_step = q.weight.b // <Py_ssize_t>sizeof(float), q.bias.b // <Py_ssize_t>sizeof(float)
+    rows.stat_step = q.rstd.b // <Py_ssize_t>sizeof(double)
+    rows.ahead, rows.eps, rows.norm = AHEAD, q.eps, q.scaling == NORM
+    while i < last:
+        a = i // q.b
+        b = i - a * q.b
+        n = min(last - i, q.b - b)
+        rows.x, rows.y = floats_at(&q.x, a, b), floats_at(&q.y, a, b)
+        rows.w, rows.b = floats_at(&q.weight, a, b), floats_at(&q.bias, a, b)
+        rows.mean, rows.var, rows.rstd = doubles_at(&q.mean, a, b), doubles_at(&q.var, a, b), doubles_at(&q.rstd, a, b)
+        if not q.foldable and n >= 8:
+            rows.w = lined_up(rows.w, rows.y, q.length, h.tile)
+            rows.b = lined_up(rows.b, rows.y, q.length, h.extra)
+        i += fn_norm_rows(&rows, n, q.length, not q.foldable, q.centred)
+        if i < last and i < (a + 1) * q.b:
+            flow(q, i, i + 1, h, kind)
+            i += 1
+
 # ---- columns ---------------------------------------------------------------------------------
 
 cdef inline const char* row_of(Pass* q, const char* base, Py_ssize_t i) noexcept nogil:
@@ -1341,7 +1397,10 @@ cdef int whole_items(Pass* q, Py_ssize_t first, Py_ssize_t last, real* kind) noe
     if not scratch_for(q, &h):
         return 1
     if real is float and flows(q):
-        flow(q, first, last, &h, kind)
+        if plain_rows(q):
+            norm_rows(q, first, last, &h, kind)
+        else:
+            flow(q, first, last, &h, kind)
         free(h.memory)
         return 0
     for i in range(first, last):
@@ -1539,6 +1598,8 @@ cdef int carry_out(Pass* q, int threads) noexcept:
     q.straight = (q.user == NULL and q.x.storage == q.y.storage and q.x.storage >= F32 and q.mask.data == NULL and not q.stream
                   and (q.residual.data == NULL or q.residual.storage == q.x.storage)
                   and (q.total.data == NULL or q.addend.storage == q.x.storage))
+    if not q.columns and q.x.storage == F32 and plain_rows(q):
+        q.width, q.chunks, q.items = 1, q.b, q.a * q.b
     if total < BRIEF:
         return run(q, &as_double) if q.x.storage == F64 else run(q, &as_float)
     with nogil:

@@ -35,9 +35,27 @@ cdef extern from "simd.h" nogil:
     #endif
     """
     int FN_OPENMP, FN_HAS_FMA
+    ctypedef struct fn_rows:
+        const char* x
+        const char* e
+        char* y
+        char* total
+        char* tile
+        const char* w
+        const char* b
+        double* mean
+        double* var
+        double* rstd
+        Py_ssize_t x_step, y_step, e_step, total_step, w_step, b_step, stat_step, ahead
+        double eps
+        int norm, stream
+    Py_ssize_t fn_norm_rows_float(const fn_rows*, Py_ssize_t, Py_ssize_t, bint, bint) noexcept
+    Py_ssize_t fn_norm_rows_bf16(const fn_rows*, Py_ssize_t, Py_ssize_t, bint, bint) noexcept
+    Py_ssize_t fn_norm_rows_double(const fn_rows*, Py_ssize_t, Py_ssize_t, bint, bint) noexcept
     double fn_mac64(double, double, double) noexcept
     double fn_squares(const float*, Py_ssize_t, Py_ssize_t) noexcept
     double fn_deviations(const double*, Py_ssize_t, Py_ssize_t, double) noexcept
+    void fn_about(const double*, Py_ssize_t, Py_ssize_t, double, double*, double*, double*) noexcept
     void fn_sums(const float*, Py_ssize_t, Py_ssize_t, double*, double*) noexcept
     void fn_sums_about(const float*, Py_ssize_t, Py_ssize_t, double, double*, double*) noexcept
     void fn_gather(const float*, Py_ssize_t, Py_ssize_t, double*, double*) noexcept
@@ -55,6 +73,8 @@ cdef extern from "simd.h" nogil:
     void fn_add_two(double*, double*, double) noexcept
     void fn_rows_about(const double*, Py_ssize_t, Py_ssize_t, Py_ssize_t, const double*, double*) noexcept
     void fn_squares_about(const double*, Py_ssize_t, Py_ssize_t, Py_ssize_t, const double*, double*, double*, double*) noexcept
+    double fn_inverse_root(double, double) noexcept
+    double fn_norm_scale(double, double) noexcept
     void fn_rstds(Py_ssize_t, const double*, double, double*) noexcept
     bint fn_spread(Py_ssize_t, Py_ssize_t, const double*, const double*, const double*, const float*, Py_ssize_t, const float*, Py_ssize_t, float*, float*, float*, uint8_t*) noexcept
     float fn_from_f16(uint16_t) noexcept
@@ -72,6 +92,8 @@ cdef extern from "simd.h" nogil:
     void fn_add_float(const float*, const float*, float*, Py_ssize_t) noexcept
     void fn_add_double(const double*, const double*, double*, Py_ssize_t) noexcept
     void fn_step_planes(const float*, Py_ssize_t, float*, Py_ssize_t, const float*, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, const float*, const float*, const float*, int) noexcept
+    void fn_step_past(const float*, float*, const float*, Py_ssize_t, float, float, float, Py_ssize_t, int) noexcept
+    void fn_step_rows_past(const float*, Py_ssize_t, float*, Py_ssize_t, const float*, Py_ssize_t, Py_ssize_t, Py_ssize_t, const float*, const float*, const float*, Py_ssize_t, int) noexcept
     void fn_step_rows(const float*, Py_ssize_t, float*, Py_ssize_t, const float*, Py_ssize_t, Py_ssize_t, Py_ssize_t, const float*, const float*, const float*, int) noexcept
     void fn_affine_double(double*, Py_ssize_t, const double*, bint, const double*, bint) noexcept
     void fn_relu_double(double*, Py_ssize_t) noexcept
@@ -86,12 +108,12 @@ ctypedef fused real:            # what is computed in; float16 and bfloat16 comp
 
 cdef enum:
     LANES = 32                  # partial sums side by side: FN_LANES
-    CHAIN = 256                 # doubles before the lanes are added up: short chains round less
     BLOCK = 4096                # elements of a run whose moments are taken at once: fits L1
     PIECE = 16                  # blocks that one thread takes when a group is shared out
     AHEAD = 4096                # bytes that are asked for in advance
     BUNDLE = 16                 # groups of runs that are taken side by side, at most
     BESIDE = 4096               # elements of them, at most
+    ALONE = 256                 # elements of a row that is not worth taking with others
     NEARBY = 4096               # bytes: runs shorter than this are walked in the order of memory
     ABREAST = 512               # columns up to this number are taken as whole rows, which are fetched faster
     COLUMNS = 256               # of more, so many are taken side by side, at most (or one group of neighbours)
@@ -154,6 +176,7 @@ cdef struct Pass:
     Py_ssize_t block, pieces    # length of a block; pieces of an item
     bint foldable               # a weight is one number for a run or a column
     bint straight               # x and y are read and written where they lie
+    bint past                   # or read where they lie and written past the caches
     bint brief                  # bfloat16 is converted on the way
     int threads
 
@@ -265,51 +288,6 @@ cdef inline Moments moments_at(double* memory, Py_ssize_t width) noexcept nogil:
     m.m2, m.m2_rest = memory + 3 * width, memory + 4 * width
     return m
 
-cdef inline double add_lanes(double* lanes) noexcept nogil:
-    cdef Py_ssize_t i, half = LANES // 2
-    while half > 0:
-        for i in range(half):
-            lanes[i] += lanes[i + half]
-        half = half // 2
-    return lanes[0]
-
-cdef inline void deviations_about(const double* x, Py_ssize_t n, double mean, double* first, double* second, double* second_rest) noexcept nogil:
-    """Sum of x - mean, and sum of (x - mean)^2 as two numbers.
-
-    A sum of doubles has no bits to spare: 1,000 equal squares, as black and white pixels give,
-    would all round the same way. Lanes are added up in short chains, and the chains exactly.
-    """
-    cdef double[LANES] lanes, total, rest, deviation
-    cdef Py_ssize_t i = 0, j, end, half = LANES // 2
-    cdef double d
-    memset(total, 0, sizeof(total))
-    memset(rest, 0, sizeof(rest))
-    memset(deviation, 0, sizeof(deviation))
-    while i < n:
-        end = min(i + CHAIN, n)
-        memset(lanes, 0, sizeof(lanes))
-        while i + LANES <= end:
-            for j in range(LANES):
-                d = x[i + j] - mean
-                lanes[j] = fn_mac64(d, d, lanes[j])
-                deviation[j] += d
-            i += LANES
-        for j in range(end - i):
-            d = x[i + j] - mean
-            lanes[j] = fn_mac64(d, d, lanes[j])
-            deviation[j] += d
-        i = end
-        for j in range(LANES):
-            fn_add_two(&total[j], &rest[j], lanes[j])
-    while half > 0:
-        for j in range(half):
-            fn_add_two(&total[j], &rest[j], total[j + half])
-            rest[j] += rest[j + half]
-        half = half // 2
-    first[0] = add_lanes(deviation)
-    second[0] = total[0]
-    second_rest[0] = rest[0]
-
 cdef inline double pivot_of(double mean, double var, bint precise) noexcept nogil:
     """What deviations are taken from: the mean, in so few digits that they are exact.
 
@@ -346,7 +324,7 @@ cdef inline void moments_of(const real* x, Py_ssize_t n, bint centred, double* m
         if centred:
             # about the first element, so that a constant block has exactly its mean
             m[step] = x[0] + fn_deviations(x, n, AHEAD, x[0]) / n
-        deviations_about(x, n, m[step], &first, &m[3 * step], &m[4 * step])
+        fn_about(x, n, 0, m[step], &first, &m[3 * step], &m[4 * step])
         if centred:
             m[2 * step] = first / n
             m[4 * step] -= first * m[2 * step]
@@ -492,16 +470,6 @@ cdef inline double* statistic_at(Pass* q, Operand* o, Item it, Py_ssize_t* step)
     step[0] = o.b // sizeof(double)
     return <double*>at(o, it.a, it.b)
 
-cdef inline double inverse_root(double v, double rest) noexcept nogil:
-    """1 / sqrt(v + rest), to half a unit: sqrt and / round twice, one Newton step mends it."""
-    cdef double r, product, error
-    if not 0.0 < v < INFINITY:
-        return 1.0 / sqrt(v)
-    r = 1.0 / sqrt(v)
-    product = v * r
-    error = fma(-product, r, 1.0) - fma(v, r, -product) * r - rest * r * r
-    return r + 0.5 * r * error
-
 cdef inline const float* weights_of(Pass* q, Operand* o, Item it, Py_ssize_t* step) noexcept nogil:
     """The weights of an item's columns, or of the groups of a bundle, and how far apart they lie."""
     step[0] = (o.c if q.columns else o.b) // <Py_ssize_t>sizeof(float)
@@ -533,9 +501,7 @@ cdef void finish_float(Pass* q, Item it, double* moments, Scale* s) noexcept nog
             s.rstd[g] = var[g]
     else:
         for g in range(n):
-            s.rstd[g] = inverse_root(m.m2[g], 0.0) if m.m2[g] != 0.0 else 0.0
-            if sqrt(m.m2[g]) < q.eps:
-                s.rstd[g] = 1.0 / q.eps
+            s.rstd[g] = fn_norm_scale(m.m2[g], q.eps)
     if q.mean.data != NULL and not q.given:
         for g in range(n):
             mean_out[g * step], var_out[g * step], rstd_out[g * step] = s.mean[g], var[g], s.rstd[g]
@@ -569,7 +535,7 @@ cdef void finish_double(Pass* q, Item it, double* moments, Scale* s) noexcept no
         rest = 0.0
         if q.given:
             mean, var = mean_out[g * step], var_out[g * step]
-            rstd = var if q.scaling == FACTOR else inverse_root(var + q.eps, 0.0) if var + q.eps != 0.0 else 0.0
+            rstd = var if q.scaling == FACTOR else fn_inverse_root(var + q.eps, 0.0) if var + q.eps != 0.0 else 0.0
         else:
             count, mean, rest, m2, m2_rest = m.count[g], m.mean[g], m.mean_rest[g], m.m2[g], m.m2_rest[g]
             if count == 0.0:
@@ -585,9 +551,9 @@ cdef void finish_double(Pass* q, Item it, double* moments, Scale* s) noexcept no
                 v = var + q.eps * unit * unit
                 var_rest = (fma(-var, count, m2) + m2_rest) / count + ((var - v) + q.eps * unit * unit)
                 # a constant group with eps = 0 is all bias: its scale is 0, not infinity
-                rstd = inverse_root(v, var_rest) if v != 0.0 else 0.0
+                rstd = fn_inverse_root(v, var_rest) if v != 0.0 else 0.0
             else:
-                rstd = inverse_root(m2, m2_rest) if m2 != 0.0 else 0.0
+                rstd = fn_inverse_root(m2, m2_rest) if m2 != 0.0 else 0.0
                 if sqrt(m2) < q.eps * unit:
                     rstd = 1.0 / (q.eps * unit)
             if q.mean.data != NULL:
@@ -857,26 +823,27 @@ cdef void runs_moments(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last, doub
         fn_merge(into, h.part, it.width, it.width)
         f += BLOCK
 
-cdef inline void fold_run(Scale* s, Py_ssize_t k, const char* weight, const char* bias, float* r, float* shift, bint* folded) noexcept nogil:
-    """The affine step of a run taken into r and shift, where a float can hold the product."""
+cdef inline bint fold_run(Scale* s, Py_ssize_t k, const char* weight, const char* bias, float* r, float* shift) noexcept nogil:
+    """The affine step of a run taken into r and shift; False where a float can not hold the product."""
     cdef double w = (<const float*>weight)[0] if weight != NULL else 1.0
     cdef double rw = s.rstd[k] * w
     cdef double lo = (s.mean[k] - <double>(<float*>s.hi)[k]) + s.rest[k]
+    if s.folded:
+        r[0], shift[0] = (<float*>s.r)[k], (<float*>s.shift)[k]
+        return True
     r[0] = <float>rw
     shift[0] = <float>((<double>(<const float*>bias)[0] if bias != NULL else 0.0) - lo * rw)
-    folded[0] = 7.9e-31 < fabs(rw) < 1.3e30 or w == 0.0
+    return 7.9e-31 < fabs(rw) < 1.3e30 or rw == 0.0
+
+cdef inline char* run_of(Operand* o, Item it, Py_ssize_t k, Run r) noexcept nogil:
+    """Where a run of group k of a bundle begins in an operand that may not be there."""
+    return NULL if o.data == NULL else at(o, it.a, it.b + k) + r.p * o.p + r.s * o.s
 
 cdef inline bint brief_step(Pass* q, Scale* s, Py_ssize_t k, char* x, char* y, char* weight, char* bias, Py_ssize_t n) noexcept nogil:
     """A run of bfloat16, in one loop; False where a float cannot hold its scale."""
     cdef float r = (<float*>s.r)[k], shift = (<float*>s.shift)[k]
-    cdef double w, rw
-    if q.foldable and not s.folded:
-        w = (<const float*>weight)[0] if weight != NULL else 1.0
-        rw = s.rstd[k] * w
-        if not (7.9e-31 < fabs(rw) < 1.3e30 or rw == 0.0):
-            return False
-        r = <float>rw
-        shift = <float>((<double>(<const float*>bias)[0] if bias != NULL else 0.0) - ((s.mean[k] - <double>(<float*>s.hi)[k]) + s.rest[k]) * rw)
+    if q.foldable and not fold_run(s, k, weight, bias, &r, &shift):
+        return False
     if q.foldable:
         weight = bias = NULL
     fn_step_bf16(<const uint16_t*>x, <uint16_t*>y, n, (<float*>s.hi)[k], r, shift, <const float*>weight, <const float*>bias)
@@ -887,20 +854,20 @@ cdef inline void run_step(Pass* q, Item it, Scale* s, Py_ssize_t k, Run r, Scrat
     cdef Operand* source = source_of(q)
     cdef char* x = at(source, it.a, it.b + k) + r.p * source.p + r.s * source.s
     cdef char* y = at(&q.y, it.a, it.b + k) + r.p * q.y.p + r.s * q.y.s
-    cdef char* weight = NULL
-    cdef char* bias = NULL
-    cdef char* residual = NULL
+    cdef char* weight = run_of(&q.weight, it, k, r)
+    cdef char* bias = run_of(&q.bias, it, k, r)
+    cdef char* residual = run_of(&q.residual, it, k, r)
     cdef Scale folding
     cdef float rw, shift
-    cdef double w, wide_rw, lo
-    if q.weight.data != NULL:
-        weight = at(&q.weight, it.a, it.b + k) + r.p * q.weight.p + r.s * q.weight.s
-    if q.bias.data != NULL:
-        bias = at(&q.bias, it.a, it.b + k) + r.p * q.bias.p + r.s * q.bias.s
-    if q.residual.data != NULL:
-        residual = at(&q.residual, it.a, it.b + k) + r.p * q.residual.p + r.s * q.residual.s
+    cdef Py_ssize_t ahead
     if real is float:
         if q.brief and not s.wide[k] and brief_step(q, s, k, x, y, weight, bias, r.n):
+            return
+        if q.past and not s.wide[k] and fold_run(s, k, weight, bias, &rw, &shift):
+            ahead = AHEAD
+            if not q.given and q.length * source.s <= AWAITED:
+                ahead = source.b    # this group lies in cache, the next one does not yet
+            fn_step_past(<const float*>x, <float*>y, <const float*>residual, r.n, (<float*>s.hi)[k], rw, shift, ahead, q.activation)
             return
         if s.folded and not s.wide[k]:
             if q.straight:
@@ -908,12 +875,7 @@ cdef inline void run_step(Pass* q, Item it, Scale* s, Py_ssize_t k, Run r, Scrat
                 return
         elif q.foldable and not s.wide[k]:
             # the affine step goes into r and shift, where a float can hold the product
-            w = (<const float*>weight)[0] if weight != NULL else 1.0
-            wide_rw = s.rstd[k] * w
-            if 7.9e-31 < fabs(wide_rw) < 1.3e30 or wide_rw == 0.0:
-                lo = (s.mean[k] - <double>(<float*>s.hi)[k]) + s.rest[k]
-                rw = <float>wide_rw
-                shift = <float>((<double>(<const float*>bias)[0] if bias != NULL else 0.0) - lo * wide_rw)
+            if fold_run(s, k, weight, bias, &rw, &shift):
                 if q.straight:
                     fn_step_folded(<const float*>x, <float*>y, r.n, <float*>s.hi + k, &rw, &shift, <const float*>residual, False, q.activation)
                     return
@@ -930,13 +892,25 @@ cdef inline void run_step(Pass* q, Item it, Scale* s, Py_ssize_t k, Run r, Scrat
 cdef inline Py_ssize_t stretch(Pass* q, Item it, Py_ssize_t k, Run r) noexcept nogil:
     """How much of a run is stepped at once: what is written past the caches then begins at a line."""
     cdef size_t y
-    if not q.stream:
-        return r.n if q.straight else min(r.n, <Py_ssize_t>BLOCK)
+    if not q.stream or q.past:
+        return r.n if q.straight or q.past else min(r.n, <Py_ssize_t>BLOCK)
     y = <size_t>(at(&q.y, it.a, it.b + k) + r.p * q.y.p + r.s * q.y.s)
     return min(r.n, STREAMED + <Py_ssize_t>((0 - y) % 64) // bytes_of(q.y.storage))
 
+cdef inline bint goes_past(Pass* q, Item it, Scale* s, Run r) noexcept nogil:
+    """Whether a run of each group goes past the caches whole, however long it is."""
+    cdef Py_ssize_t k
+    cdef float rw, shift
+    if not q.past or s.any_wide:
+        return False
+    for k in range(it.width):
+        if not fold_run(s, k, run_of(&q.weight, it, k, r), run_of(&q.bias, it, k, r), &rw, &shift):
+            return False
+    return True
+
 cdef void runs_step(Pass* q, Item it, Scale* s, Py_ssize_t first, Py_ssize_t last, Scratch* h, real* kind) noexcept nogil:
     cdef Py_ssize_t f = first, k, size = sizeof(float)
+    cdef bint past
     cdef Operand* source = source_of(q)
     cdef Run r
     while f < last:
@@ -948,10 +922,13 @@ cdef void runs_step(Pass* q, Item it, Scale* s, Py_ssize_t first, Py_ssize_t las
                            q.residual.b // size, it.width, r.n, source.p if q.p > 1 and it.width > 1 else 0, <float*>s.hi, <float*>s.r, <float*>s.shift, q.activation)
             f += r.n
             continue
-        if real is double or not q.straight:
+        past = real is float and goes_past(q, it, s, r)
+        if real is double or not (q.straight or past):
             r.n = min(stretch(q, it, 0, r), <Py_ssize_t>BLOCK)
         for k in range(it.width):
-            if q.stream and q.given:
+            if past:
+                pass                # asks for what comes next on its own
+            elif q.stream and q.given:
                 fn_fetch(at(source, it.a, it.b + k) + r.p * source.p + r.s * source.s + AHEAD, r.n * source.s)
                 if q.residual.data != NULL:
                     fn_fetch(at(&q.residual, it.a, it.b + k) + r.p * q.residual.p + r.s * q.residual.s + AHEAD, r.n * q.residual.s)
@@ -1058,6 +1035,55 @@ cdef void flow(Pass* q, Py_ssize_t first, Py_ssize_t last, Scratch* h, real* kin
             finish(q, now, h.whole, &s, kind)
         then, before = now, rows
     h.ready = NULL
+
+cdef inline bint plain_rows(Pass* q) noexcept nogil:
+    """Whether groups are rows with nothing beside weights, not too short to take one by one."""
+    if (q.columns or q.given or q.y.data == NULL or q.mask.data != NULL or q.p != 1 or not ALONE <= q.length <= BLOCK
+            or q.residual.data != NULL or q.activation != IDENTITY or q.user != NULL or q.activation_first):
+        return False
+    if not (q.foldable or (q.weight.s != 0 and q.weight.b == q.bias.b == 0 and (q.bias.data == NULL or q.bias.s != 0))):
+        return False
+    if q.total.data != NULL:
+        return q.x.storage == q.y.storage == q.addend.storage == F32
+    return q.x.storage == q.y.storage and (q.x.storage >= F32 or q.brief) and q.x.storage <= F64
+
+cdef inline char* there(Operand* o, Py_ssize_t a, Py_ssize_t b) noexcept nogil:
+    return NULL if o.data == NULL else at(o, a, b)
+
+cdef inline const char* lined_up(const char* w, const char* y, Py_ssize_t size, char* memory) noexcept nogil:
+    """A copy of w as far from the beginning of a cache line as y: a load that crosses one takes two."""
+    cdef char* copy = memory + <size_t>y % 64
+    if w == NULL:
+        return NULL
+    memcpy(copy, w, size)
+    return copy
+
+cdef void norm_rows(Pass* q, Py_ssize_t first, Py_ssize_t last, Scratch* h, real* kind) noexcept nogil:
+    """Rows [first, last), each an item."""
+    cdef fn_rows rows
+    cdef Py_ssize_t i = first, a, b, n, size = q.length * sizeof(real)
+    rows.x_step, rows.y_step, rows.e_step, rows.total_step = q.x.b, q.y.b, q.addend.b, q.total.b
+    rows.w_step, rows.b_step, rows.stat_step = q.weight.b, q.bias.b, q.rstd.b
+    rows.ahead, rows.eps, rows.norm, rows.stream, rows.tile = AHEAD, q.eps, q.scaling == NORM, q.stream, h.third
+    while i < last:
+        a = i // q.b
+        b = i - a * q.b
+        n = min(last - i, q.b - b)
+        rows.x, rows.e, rows.y, rows.total = at(&q.x, a, b), there(&q.addend, a, b), at(&q.y, a, b), there(&q.total, a, b)
+        rows.w, rows.b = there(&q.weight, a, b), there(&q.bias, a, b)
+        rows.mean, rows.var, rows.rstd = <double*>there(&q.mean, a, b), <double*>there(&q.var, a, b), <double*>there(&q.rstd, a, b)
+        if not q.foldable and n >= 8 and size <= BLOCK * 8 - 64:
+            rows.w = lined_up(rows.w, rows.y, size, h.tile)
+            rows.b = lined_up(rows.b, rows.y, size, h.extra)
+        if real is double:
+            i += fn_norm_rows_double(&rows, n, q.length, not q.foldable, q.centred)
+        elif q.brief:
+            i += fn_norm_rows_bf16(&rows, n, q.length, not q.foldable, q.centred)
+        else:
+            i += fn_norm_rows_float(&rows, n, q.length, not q.foldable, q.centred)
+        if i < last and i < (a + 1) * q.b:
+            one_item(q, i, h, kind)     # what its type can not hold
+            i += 1
 
 # ---- columns ---------------------------------------------------------------------------------
 
@@ -1231,8 +1257,9 @@ cdef void columns_step(Pass* q, Item it, Scale* s, Py_ssize_t first, Py_ssize_t 
     cdef Py_ssize_t i, n, p, t
     cdef Operand* source = source_of(q)
     cdef char* row
-    # written past the caches in long runs, where rows follow one another
-    cdef bint streamed = q.stream and q.user == NULL and q.x.storage == q.y.storage == F32 and q.y.s == it.width * <Py_ssize_t>sizeof(float) and (q.residual.data == NULL or q.residual.storage == F32)
+    # written past the caches in long runs, where rows follow one another, or line by line
+    cdef bint streamed = q.past and q.y.s == it.width * <Py_ssize_t>sizeof(float)
+    cdef bint lines = q.past and (<size_t>(at(&q.y, it.a, it.b) + it.c * q.y.c) | q.y.p | q.y.s | (it.width * sizeof(float))) % 64 == 0
     cdef char* x = at(source, it.a, it.b) + it.c * source.c
     cdef char* y = at(&q.y, it.a, it.b) + it.c * q.y.c
     cdef char* w = at(&q.weight, it.a, it.b) + it.c * q.weight.c
@@ -1240,13 +1267,21 @@ cdef void columns_step(Pass* q, Item it, Scale* s, Py_ssize_t first, Py_ssize_t 
     cdef char* e = at(&q.residual, it.a, it.b) + it.c * q.residual.c
     p = first // q.s
     t = first - p * q.s
-    if real is float and (q.straight or streamed) and s.folded and not s.any_wide:
+    if real is float and (q.straight or streamed or lines) and s.folded and not s.any_wide:
         i = first
         while i < last:
             n = min(last - i, q.s - t)
+            row = y + p * q.y.p + t * q.y.s
+            if lines:
+                fn_step_rows_past(<const float*>(x + p * source.p + t * source.s), source.s // <Py_ssize_t>sizeof(float),
+                                  <float*>row, q.y.s // <Py_ssize_t>sizeof(float),
+                                  NULL if q.residual.data == NULL else <const float*>(e + p * q.residual.p + t * q.residual.s),
+                                  q.residual.s // <Py_ssize_t>sizeof(float), n, it.width, <float*>s.hi, <float*>s.r, <float*>s.shift, AHEAD, q.activation)
+                i += n
+                p, t = p + 1, 0
+                continue
             if streamed:
                 n = min(n, max(BLOCK // it.width, 1))
-            row = y + p * q.y.p + t * q.y.s
             fn_step_rows(<const float*>(x + p * source.p + t * source.s), source.s // <Py_ssize_t>sizeof(float),
                          <float*>(h.tile if streamed else row), it.width if streamed else q.y.s // <Py_ssize_t>sizeof(float),
                          NULL if q.residual.data == NULL else <const float*>(e + p * q.residual.p + t * q.residual.s),
@@ -1341,35 +1376,40 @@ cdef inline Scale table_at(Pass* q, Py_ssize_t b) noexcept nogil:
     s.shift += b * q.real_size
     return s
 
+cdef void one_item(Pass* q, Py_ssize_t i, Scratch* h, real* kind) noexcept nogil:
+    """From its moments to its output."""
+    cdef Item it = item_at(q, i)
+    cdef Scale s
+    cdef Py_ssize_t piece, groups
+    if q.table != NULL:
+        s = table_at(q, it.b)
+        piece_step(q, it, 0, &s, h, kind)
+        return
+    s = scale_at(h.scale, it.width)
+    if not q.given:
+        groups = groups_of(q, it)
+        piece_moments(q, it, 0, h.whole, h, kind)
+        for piece in range(1, q.pieces):
+            piece_moments(q, it, piece, h.piece, h, kind)
+            fn_merge(h.whole, h.piece, groups, groups)
+    finish(q, it, h.whole, &s, kind)
+    if q.y.data != NULL:
+        for piece in range(q.pieces):
+            piece_step(q, it, piece, &s, h, kind)
+
 cdef int whole_items(Pass* q, Py_ssize_t first, Py_ssize_t last, real* kind) noexcept nogil:
     """Items [first, last), each from its moments to its output before the next."""
     cdef Scratch h
-    cdef Scale s
-    cdef Item it
-    cdef Py_ssize_t i, piece, groups
+    cdef Py_ssize_t i
     if not scratch_for(q, &h):
         return 1
-    if real is float and flows(q):
+    if plain_rows(q):
+        norm_rows(q, first, last, &h, kind)
+    elif real is float and flows(q):
         flow(q, first, last, &h, kind)
-        free(h.memory)
-        return 0
-    for i in range(first, last):
-        it = item_at(q, i)
-        if q.table != NULL:
-            s = table_at(q, it.b)
-            piece_step(q, it, 0, &s, &h, kind)
-            continue
-        s = scale_at(h.scale, it.width)
-        if not q.given:
-            groups = groups_of(q, it)
-            piece_moments(q, it, 0, h.whole, &h, kind)
-            for piece in range(1, q.pieces):
-                piece_moments(q, it, piece, h.piece, &h, kind)
-                fn_merge(h.whole, h.piece, groups, groups)
-        finish(q, it, h.whole, &s, kind)
-        if q.y.data != NULL:
-            for piece in range(q.pieces):
-                piece_step(q, it, piece, &s, &h, kind)
+    else:
+        for i in range(first, last):
+            one_item(q, i, &h, kind)
     fn_stream_fence()
     free(h.memory)
     return 0
@@ -1537,17 +1577,21 @@ cdef int carry_out(Pass* q, int threads) noexcept:
     if q.columns and q.y.s == q.width * size:
         along *= q.s            # rows that follow one another
     # x and y go through the cache together.  From five eighths of it on y goes past it: rows of 25 MB
-    # take 0.75 of the time, planes that lie apart 0.7.  Columns are read in two sweeps, which then find
-    # less.  Of a sum and its norm four arrays go through the caches.
-    q.stream = ((total if q.total.data == NULL else 4 * total) > (stream_above if q.columns else stream_above // 8 * 5)
+    # take 0.75 of the time, planes that lie apart 0.7.  Columns are read in two sweeps, of which the second
+    # then finds less.  Of a sum and its norm four arrays go through the caches.
+    q.stream = ((total if q.total.data == NULL else 4 * total) > (stream_above if q.columns and not q.given else stream_above // 8 * 5)
                 and pays_to_stream(along, size))
     # a weight along the run, or one for all of it, and a bias only beside a weight of its kind
     q.brief = (q.x.storage == q.y.storage == BF16 and not q.columns and not q.stream and q.activation == IDENTITY and q.user == NULL
                and q.residual.data == NULL and flows(q)
                and (q.foldable or (q.weight.s != 0 and (q.bias.data == NULL or q.bias.s != 0))))
-    q.straight = (q.user == NULL and q.x.storage == q.y.storage and q.x.storage >= F32 and q.mask.data == NULL and not q.stream
-                  and (q.residual.data == NULL or q.residual.storage == q.x.storage)
-                  and (q.total.data == NULL or q.addend.storage == q.x.storage))
+    q.past = (q.user == NULL and q.x.storage == q.y.storage and q.x.storage >= F32 and q.mask.data == NULL
+              and (q.residual.data == NULL or q.residual.storage == q.x.storage)
+              and (q.total.data == NULL or q.addend.storage == q.x.storage))
+    q.straight = q.past and not q.stream
+    q.past = q.past and q.stream and q.x.storage == F32 and q.foldable
+    if plain_rows(q):
+        q.width, q.chunks, q.items = 1, q.b, q.a * q.b
     if total < BRIEF:
         return run(q, &as_double) if q.x.storage == F64 else run(q, &as_float)
     with nogil:

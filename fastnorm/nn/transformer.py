@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterable
-from itertools import accumulate
+from contextlib import suppress
+from itertools import accumulate, groupby
 from threading import Thread
 from typing import Any, Literal, Self, TypeAlias
 
@@ -35,10 +36,11 @@ NORMS = ("layer", "rms")
 # So many scores at once: those of a few samples, which stay in a core's cache.
 _SCORES = 1 << 18
 
-# So many first weights are drawn and scaled at once, for the same reason; a thread of its own is
-# worth it from so many on: 0.4 ms.
+# So many first weights are drawn and scaled at once, for the same reason, and so many are what a
+# thread takes next: 0.7 ms. OpenBLAS's threads spin for 0.1 s once NumPy is imported. Beside one of
+# them a thread gets half a processor, and with equal halves the other would wait for it.
 _DRAWN = 1 << 16
-_SHARE = 1 << 18
+_SHARE = 1 << 19
 
 _HUGE_PAGE = 1 << 21  # bytes
 
@@ -277,30 +279,34 @@ def _draw(weights: list[tuple[Array, float]], generator: np.random.Generator) ->
     They are those that `generator` gives in this order, on however many threads, and it goes on
     after them. (Normal numbers would take longer than to import and run all of it.)
     """
-    pieces = []
+    pieces, count = [], 0
     for array, bound in weights:
         flat = array.reshape(-1)
-        pieces += [(flat[i : i + _DRAWN], bound) for i in range(0, flat.size, _DRAWN)]
-    starts = list(accumulate((piece.size for piece, _ in pieces), initial=0))
+        starts = range(0, flat.size, _DRAWN)
+        pieces += [(count + i, flat[i : i + _DRAWN], bound) for i in starts]
+        count += flat.size
+    shares = [list(group) for _, group in groupby(pieces, lambda piece: piece[0] // _SHARE)]
     bits = generator.bit_generator
-    # only these can go on from any number, and only what is drawn in place is sure to succeed
+    # only these can begin anywhere, and only what is drawn in place is sure to succeed
     jumps = type(bits) in (np.random.PCG64, np.random.PCG64DXSM)
     in_place = all(array.dtype == np.float32 and array.flags.writeable for array, _ in weights)
-    workers = min(get_num_threads(), starts[-1] // _SHARE) if jumps and in_place else 1
-    if workers < 2:
+    if len(shares) < 2 or not (jumps and in_place):
         _fill(pieces, generator)
         return
-    cuts = [len(pieces) * i // workers for i in range(workers + 1)]
     with bits.lock:
-        *each, after = (_ahead(bits, starts[cut]) for cut in cuts)
-        bits.state = after.bit_generator.state
-    threads = [
-        Thread(target=_fill, args=(pieces[a:b], own)) for a, b, own in zip(cuts, cuts[1:], each)
-    ]
-    for thread in threads[1:]:
+        jobs = [(share, _ahead(bits, share[0][0])) for share in shares]
+        bits.state = _ahead(bits, count).bit_generator.state
+
+    def work() -> None:
+        with suppress(IndexError):  # nothing is left
+            while True:
+                _fill(*jobs.pop())
+
+    threads = [Thread(target=work) for _ in range(min(get_num_threads(), len(jobs)) - 1)]
+    for thread in threads:
         thread.start()
-    threads[0].run()
-    for thread in threads[1:]:
+    work()
+    for thread in threads:
         thread.join()
 
 
@@ -320,8 +326,8 @@ def _ahead(bits: Any, count: int) -> np.random.Generator:
     return generator
 
 
-def _fill(pieces: list[tuple[Array, float]], generator: np.random.Generator) -> None:
-    for piece, bound in pieces:
+def _fill(pieces: list[tuple[int, Array, float]], generator: np.random.Generator) -> None:
+    for _, piece, bound in pieces:
         drawn: Any = np.float64 if piece.dtype == np.float64 else np.float32
         values = piece if piece.dtype == drawn else np.empty(piece.shape, drawn)
         generator.random(out=values, dtype=drawn)

@@ -57,7 +57,7 @@ def _together(shapes: Iterable[tuple[int, ...]], dtype: np.dtype[Any]) -> list[A
     """Empty arrays in one piece of memory, which begins where a huge page does.
 
     NumPy asks for such pages from 4 MB on. Arrays by themselves begin anywhere, and have small ones
-    at both ends: those of six blocks of 512 numbers were 12 thousand page faults, 20 ms.
+    at both ends: those of six blocks of 512 numbers were 12 thousand page faults.
     """
     shapes = list(shapes)
     ends = list(accumulate(map(math.prod, shapes), initial=0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -411,6 +412,96 @@ def test_seeds() -> None:
     assert not np.array_equal(a["linear1.weight"], c["linear1.weight"])
     given = fn.nn.TransformerBlock(D, HEADS, rng=np.random.default_rng(1)).state_dict()
     assert np.array_equal(a["linear1.weight"], given["linear1.weight"])
+
+
+GENERATORS = [
+    np.random.PCG64,  # that of a seed; this and the next are drawn from on several threads
+    np.random.PCG64DXSM,
+    np.random.SFC64,
+    np.random.MT19937,
+]
+
+
+@pytest.mark.parametrize("before", [0, 1], ids=["", "half a step drawn"])
+@pytest.mark.parametrize("kind", GENERATORS, ids=lambda kind: kind.__name__)
+def test_first_weights_are_the_generators_own_numbers(
+    kind: Any, before: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In order, whoever draws them, and it goes on after them; matrices of an odd size too."""
+    layers, d, hidden, count = 2, 257, 1030, []
+
+    class Counted(threading.Thread):
+        def start(self) -> None:
+            count.append(1)
+            super().start()
+
+    monkeypatch.setattr(transformer, "Thread", Counted)
+    rng = np.random.Generator(kind(3))
+    rng.random(before, F32)
+    expected = []
+    for _ in range(layers):
+        for shape in [(d, d)] * 4 + [(hidden, d), (d, hidden)]:
+            bound = (6 / sum(shape)) ** 0.5
+            drawn = rng.random(shape, F32)
+            expected.append((drawn - np.float32(0.5)) * np.float32(2 * bound))
+            # Xavier: within the bound and near it, mean 0 and variance bound^2 / 3; these are off
+            # by (variance / n)^(1/2) and (4 / 5n)^(1/2) of themselves
+            n, variance = drawn.size, bound**2 / 3
+            assert 0.999 * bound < abs(expected[-1]).max() <= bound
+            assert abs(expected[-1].mean(dtype=F64)) < 5 * (variance / n) ** 0.5
+            assert expected[-1].var(dtype=F64) == pytest.approx(variance, rel=5 * (0.8 / n) ** 0.5)
+    after = rng.random(3, F32)
+    numbers = np.concatenate([e.ravel() for e in expected])
+    # no part of it twice: of n numbers of 24 bits, n^2 / 2^25 pairs are alike, here 6 %
+    assert len(np.unique(numbers)) > 0.9 * len(numbers)
+    for threads in (1, 2, 3):
+        rng = np.random.Generator(kind(3))
+        rng.random(before, F32)
+        count.clear()
+        with fn.threads(threads):
+            m = fn.nn.TransformerEncoder(layers, d, 1, hidden, rng=rng)
+        found = [p.ravel() for p in m.parameters().values() if p.ndim == 2]
+        assert_same_bits(np.concatenate(found), numbers)
+        assert_same_bits(rng.random(3, F32), after)
+        assert len(count) == (threads - 1 if kind in GENERATORS[:2] else 0)
+
+
+def test_small_modules_and_other_dtypes_start_no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = {"d_model": 256, "num_heads": 4, "rng": 0}
+    with fn.threads(1):
+        right = fn.nn.TransformerBlock(**large, dtype=F64).state_dict()
+    monkeypatch.delattr(transformer, "Thread")
+    with fn.threads(4):
+        fn.nn.TransformerEncoder(4, 64, 4, rng=0)
+        for name, array in fn.nn.TransformerBlock(**large, dtype=F64).state_dict().items():
+            assert_same_bits(array, right[name])
+        m = fn.nn.TransformerBlock(**large, dtype=np.float16)
+        assert m.parameters()["linear1.weight"].std() == pytest.approx((2 / 1280) ** 0.5, rel=0.01)
+        monkeypatch.setattr(backends, "_forked", True)  # in a child of a fork
+        fn.nn.TransformerBlock(**large)
+
+
+def test_weights_that_cannot_be_written_are_an_error() -> None:
+    m = fn.nn.TransformerBlock(256, 4, rng=0)
+    m.parameters()["linear2.weight"].flags.writeable = False
+    with fn.threads(2), pytest.raises(ValueError, match="writable"):
+        m.reset_parameters(0)
+
+
+def test_large_arrays_lie_together() -> None:
+    """From a huge page on, and nowhere twice."""
+    shapes = [(3, 500, 100), (1000, 400), (0, 7), (5,)]
+    for dtype in (np.dtype(F32), np.dtype(ml_dtypes.bfloat16), np.dtype(F64)):
+        arrays = transformer._together(shapes, dtype)
+        assert [a.shape for a in arrays] == shapes
+        assert all(a.dtype == dtype and a.flags.c_contiguous and a.flags.aligned for a in arrays)
+        assert (arrays[0].ctypes.data % 2**21 == 0) == (arrays[0].base is not None)
+        for i, array in enumerate(arrays):
+            array[...] = i
+        assert all((array == i).all() for i, array in enumerate(arrays))
+    assert arrays[0].ctypes.data % 2**21 == 0  # 4 MB
+    (small,) = transformer._together([(3, 4)], dtype)
+    assert small.base is None
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.int64], ids=str)

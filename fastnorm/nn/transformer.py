@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Iterable
+from contextlib import suppress
+from itertools import accumulate, groupby
+from threading import Thread
 from typing import Any, Literal, Self, TypeAlias
 
 import numpy as np
@@ -16,7 +20,7 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from fastnorm import backward, functional
 from fastnorm.arguments import ACTIVATIONS, Array, as_array, check_eps, computing_type
-from fastnorm.backends import serial
+from fastnorm.backends import get_num_threads, serial
 from fastnorm.nn.functional import activation_backward, attention, attention_backward, linear
 from fastnorm.nn.module import Module, parameter_type
 from fastnorm.nn.norms import _count
@@ -32,6 +36,16 @@ NORMS = ("layer", "rms")
 # So many scores at once: those of a few samples, which stay in a core's cache.
 _SCORES = 1 << 18
 
+# So many first weights are drawn and scaled at once, for the same reason, and so many are what a
+# thread takes next: 0.7 ms. OpenBLAS's threads spin for 0.1 s once NumPy is imported. Beside one of
+# them a thread gets half a processor, and with equal halves the other would wait for it.
+_DRAWN = 1 << 16
+_SHARE = 1 << 19
+
+_HUGE_PAGE = 1 << 21  # bytes
+
+_LATER: Any = object()  # instead of a block's rng: whoever makes it draws its weights
+
 
 def _choice(value: Any, name: str, choices: tuple[str, ...]) -> Any:
     if value not in choices:
@@ -39,20 +53,43 @@ def _choice(value: Any, name: str, choices: tuple[str, ...]) -> Any:
     return value
 
 
-class _Scratch:
-    """Memory for what a block computes on the way: each call new, or by its name used again."""
+def _together(shapes: Iterable[tuple[int, ...]], dtype: np.dtype[Any]) -> list[Array]:
+    """Empty arrays in one piece of memory, which begins where a huge page does.
 
-    def __init__(self, keep: bool, dtype: np.dtype[Any]) -> None:
+    NumPy asks for such pages from 4 MB on. Arrays by themselves begin anywhere, and have small ones
+    at both ends: those of six blocks of 512 numbers were 12 thousand page faults.
+    """
+    shapes = list(shapes)
+    ends = list(accumulate(map(math.prod, shapes), initial=0))
+    size = ends[-1] * dtype.itemsize
+    if size < _HUGE_PAGE:
+        return [np.empty(shape, dtype) for shape in shapes]
+    whole = np.empty(size + _HUGE_PAGE, np.uint8)  # no memory until it is written
+    start = -whole.__array_interface__["data"][0] % _HUGE_PAGE
+    memory = whole[start : start + size].view(dtype)
+    return [memory[a:b].reshape(shape) for a, b, shape in zip(ends, ends[1:], shapes)]
+
+
+class _Scratch:
+    """Memory for what a block computes on the way: each call new, or by its name used again.
+
+    What is used again is cut from one piece of memory, whose size must be enough for all of it.
+    """
+
+    def __init__(self, keep: bool, dtype: np.dtype[Any], size: int = 0) -> None:
         self.keep = keep
         self._dtype = dtype
         self._arrays: dict[str, Array] = {}
+        self._left = None if keep else _together([(size,)], dtype)[0]
 
     def __call__(self, name: str, *shape: int) -> Array:
         """Return an array; one and the same for each name, unless all is to be kept."""
-        if self.keep:
+        if self._left is None:
             return np.empty(shape, self._dtype)
         if name not in self._arrays:
-            self._arrays[name] = np.empty(shape, self._dtype)
+            size = math.prod(shape)
+            self._arrays[name] = self._left[:size].reshape(shape)
+            self._left = self._left[size:]
         return self._arrays[name]
 
 
@@ -61,6 +98,9 @@ class _Transformer(Module):
 
     d_model: int
     num_heads: int
+    dim_feedforward: int
+    num_layers: int
+    placement: Placement
     norm: Norm
     eps: float
     _mask_name: str  # as the caller knows it
@@ -81,8 +121,11 @@ class _Transformer(Module):
         samples = math.prod(array.shape[:-2])
         dtype = np.dtype(computing_type(array.dtype))
         added = self._added(mask, src_key_padding_mask, samples, array.shape[:-1], dtype)
+        rows = self._rows(array)
+        size = len(rows) * (5 * self.d_model + self.dim_feedforward)
+        size += self._at_once(samples, array.shape[-2]) * self.num_heads * array.shape[-2] ** 2
         with serial(), np.errstate(all="ignore"):
-            y, saved = self._run(self._rows(array), samples, added, _Scratch(self.training, dtype))
+            y, saved = self._run(rows, samples, added, _Scratch(self.training, dtype, size))
         # in inference x alone is kept: a backward pass computes the rest again
         return (
             y.reshape(array.shape).astype(array.dtype, copy=False),
@@ -102,6 +145,27 @@ class _Transformer(Module):
             dx, gradients = self._run_backward(rows, samples, inside)
         return dx.reshape(array.shape).astype(array.dtype, copy=False), gradients
 
+    def reset_parameters(self, rng: Random = None) -> None:
+        """Set the weights to what they begin as, those of norms to 1, and the biases to 0.
+
+        Parameters
+        ----------
+        rng
+            As for the class.
+        """
+        beta = (8 * self.num_layers) ** -0.25 if self.placement == "deepnorm" else 1.0
+        weights = []
+        for name, array in self._parameters.items():
+            if array.ndim == 1:
+                array[...] = name.endswith("weight")
+                continue
+            # query, key and value: three matrices in one
+            parts = np.split(array, 3) if "in_proj" in name else [array]
+            for i, part in enumerate(parts):
+                scaled = len(parts) == 1 or i == 2
+                weights.append((part, (6 / sum(part.shape)) ** 0.5 * (beta if scaled else 1.0)))
+        _draw(weights, np.random.default_rng(rng))
+
     @abstractmethod
     def _run(
         self, x: Array, samples: int, mask: Array | None, scratch: _Scratch
@@ -111,6 +175,10 @@ class _Transformer(Module):
     @abstractmethod
     def _run_backward(self, dy: Array, samples: int, saved: Any) -> tuple[Array, Gradients]:
         """Return dx and the gradients of the parameters by name."""
+
+    def _at_once(self, samples: int, length: int) -> int:
+        """How many samples attention takes at once, where their scores are not kept."""
+        return max(1, min(samples, _SCORES // max(1, self.num_heads * length * length)))
 
     def _rows(self, array: Array) -> Array:
         rows = array.astype(computing_type(array.dtype), copy=False)
@@ -205,6 +273,70 @@ def _added(mask: ArrayLike, name: str, dtype: np.dtype[Any]) -> Array:
     return array.astype(dtype, copy=False)
 
 
+def _draw(weights: list[tuple[Array, float]], generator: np.random.Generator) -> None:
+    """Fill each array with uniform numbers between minus and plus its bound.
+
+    They are those that `generator` gives in this order, on however many threads, and it goes on
+    after them. (Normal numbers would take longer than to import and run all of it.)
+    """
+    pieces, count = [], 0
+    for array, bound in weights:
+        flat = array.reshape(-1)
+        starts = range(0, flat.size, _DRAWN)
+        pieces += [(count + i, flat[i : i + _DRAWN], bound) for i in starts]
+        count += flat.size
+    shares = [list(group) for _, group in groupby(pieces, lambda piece: piece[0] // _SHARE)]
+    bits = generator.bit_generator
+    # only these can begin anywhere, and only what is drawn in place is sure to succeed
+    jumps = type(bits) in (np.random.PCG64, np.random.PCG64DXSM)
+    in_place = all(array.dtype == np.float32 and array.flags.writeable for array, _ in weights)
+    if len(shares) < 2 or not (jumps and in_place):
+        _fill(pieces, generator)
+        return
+    with bits.lock:
+        jobs = [(share, _ahead(bits, share[0][0])) for share in shares]
+        bits.state = _ahead(bits, count).bit_generator.state
+
+    def work() -> None:
+        with suppress(IndexError):  # nothing is left
+            while True:
+                _fill(*jobs.pop())
+
+    threads = [Thread(target=work) for _ in range(min(get_num_threads(), len(jobs)) - 1)]
+    for thread in threads:
+        thread.start()
+    work()
+    for thread in threads:
+        thread.join()
+
+
+def _ahead(bits: Any, count: int) -> np.random.Generator:
+    """A generator at where `bits` will be after `count` numbers of 32 bits.
+
+    A step makes two of them, of which the second waits to be drawn.
+    """
+    own = type(bits)(0)
+    own.state = bits.state
+    generator = np.random.Generator(own)
+    if count > 0:
+        count -= own.state["has_uint32"]
+        own.advance(count // 2)  # none waits after that
+        if count % 2:
+            generator.random(dtype=np.float32)
+    return generator
+
+
+def _fill(pieces: list[tuple[int, Array, float]], generator: np.random.Generator) -> None:
+    for _, piece, bound in pieces:
+        drawn: Any = np.float64 if piece.dtype == np.float64 else np.float32
+        values = piece if piece.dtype == drawn else np.empty(piece.shape, drawn)
+        generator.random(out=values, dtype=drawn)
+        values -= 0.5
+        values *= 2 * bound
+        if values is not piece:
+            piece[...] = values
+
+
 class TransformerBlock(_Transformer):
     r"""Multi-head self-attention and a feed-forward network, with residuals and norms.
 
@@ -247,7 +379,9 @@ class TransformerBlock(_Transformer):
     eps
         Of the norms.
     rng
-        A generator, or the seed of one, for the first weights.
+        A generator, or the seed of one, for the first weights. Large ones are drawn on several
+        threads; they are those that the generator gives in order all the same, and one that is
+        given goes on after them.
     num_layers
         N, how many blocks the model has: "deepnorm" needs to know.
     bias
@@ -305,7 +439,7 @@ class TransformerBlock(_Transformer):
             )
         hidden = 4 * d if dim_feedforward is None else dim_feedforward
         self.dim_feedforward = _count(hidden, "dim_feedforward")
-        self.placement: Placement = _choice(placement, "placement", PLACEMENTS)
+        self.placement = _choice(placement, "placement", PLACEMENTS)
         self.norm = _choice(norm, "norm", NORMS)
         self.activation: Any = _choice(activation, "activation", ACTIVATIONS)
         self.causal = bool(causal)
@@ -322,44 +456,18 @@ class TransformerBlock(_Transformer):
             "linear1": (self.dim_feedforward, d),
             "linear2": (d, self.dim_feedforward),
         }
-        for name, shape in sizes.items():
+        for name, matrix in zip(sizes, _together(sizes.values(), kind)):
             joint = "_" if name == "self_attn.in_proj" else "."
-            self._add_parameter(f"{name}{joint}weight", np.empty(shape, kind))
+            self._add_parameter(f"{name}{joint}weight", matrix)
             if self.bias:
-                self._add_parameter(f"{name}{joint}bias", np.zeros(shape[0], kind))
+                self._add_parameter(f"{name}{joint}bias", np.zeros(len(matrix), kind))
         norms = ("norm1", "norm2", "post_norm1", "post_norm2")
         for name in norms if placement == "peri" else norms[:2]:
             self._add_parameter(f"{name}.weight", np.ones(d, kind))
             if self.bias and norm == "layer":
                 self._add_parameter(f"{name}.bias", np.zeros(d, kind))
-        self.reset_parameters(rng)
-
-    def reset_parameters(self, rng: Random = None) -> None:
-        """Set the weights to what they begin as, those of norms to 1, and the biases to 0.
-
-        Parameters
-        ----------
-        rng
-            As for the class.
-        """
-        generator = np.random.default_rng(rng)
-        beta = (8 * self.num_layers) ** -0.25 if self.placement == "deepnorm" else 1.0
-        for name, array in self._parameters.items():
-            if array.ndim == 1:
-                array[...] = name.endswith("weight")
-                continue
-            # query, key and value: three matrices in one
-            parts = np.split(array, 3) if "in_proj" in name else [array]
-            drawn: Any = np.float64 if array.dtype == np.float64 else np.float32
-            for i, part in enumerate(parts):
-                bound = (6 / sum(part.shape)) ** 0.5 * (beta if len(parts) == 1 or i == 2 else 1.0)
-                # uniform: normal numbers would take longer than to import and run all of it
-                values = part if part.dtype == drawn else np.empty(part.shape, drawn)
-                generator.random(out=values, dtype=drawn)
-                values -= 0.5
-                values *= 2 * bound
-                if values is not part:
-                    part[...] = values
+        if rng is not _LATER:
+            self.reset_parameters(rng)
 
     def __call__(
         self,
@@ -447,7 +555,7 @@ class TransformerBlock(_Transformer):
         heads = self.num_heads
         joined = scratch("joined", *h.shape)
         (y,) = self._heads(joined, samples)
-        some = max(1, min(samples, _SCORES // max(1, heads * length * length)))
+        some = self._at_once(samples, length)
         weights = scratch("weights", samples if scratch.keep else some, heads, length, length)
         for i in range(0, samples, some):
             part = slice(i, min(i + some, samples))
@@ -584,7 +692,6 @@ class TransformerEncoder(_Transformer):
     ) -> None:
         super().__init__()
         self.num_layers = _count(num_layers, "num_layers")
-        generator = np.random.default_rng(rng)
         self.layers = [
             TransformerBlock(
                 d_model,
@@ -595,7 +702,7 @@ class TransformerEncoder(_Transformer):
                 activation=activation,
                 causal=causal,
                 eps=eps,
-                rng=generator,
+                rng=_LATER,
                 num_layers=num_layers,
                 bias=bias,
                 dtype=dtype,
@@ -608,11 +715,13 @@ class TransformerEncoder(_Transformer):
                 self.grad[f"layers.{i}.{name}"] = layer.grad[name]
         block = self.layers[0]
         self.d_model, self.num_heads = block.d_model, block.num_heads
+        self.dim_feedforward, self.placement = block.dim_feedforward, block.placement
         self.norm, self.eps = block.norm, block.eps
         self.final_norm = placement in ("pre", "peri") if final_norm is None else bool(final_norm)
         for name, array in block.parameters().items():
             if self.final_norm and name.startswith("norm1."):  # alike: of ones, and zeros
                 self._add_parameter(name.replace("norm1", "norm"), array.copy())
+        self.reset_parameters(rng)
 
     def __call__(
         self,
@@ -647,21 +756,6 @@ class TransformerEncoder(_Transformer):
         for layer in self.layers:
             layer.train(mode)
         return super().train(mode)
-
-    def reset_parameters(self, rng: Random = None) -> None:
-        """Set all parameters to what they begin as.
-
-        Parameters
-        ----------
-        rng
-            As for the class.
-        """
-        generator = np.random.default_rng(rng)
-        for layer in self.layers:
-            layer.reset_parameters(generator)
-        for name, array in self._parameters.items():
-            if name.startswith("norm."):
-                array[...] = name == "norm.weight"
 
     def _run(
         self, x: Array, samples: int, mask: Array | None, scratch: _Scratch

@@ -41,7 +41,7 @@ cdef enum:
     CACHED = 1 << 18            # bytes of x and dy that stay in L2 from one sweep to the next
     TILE = 12288                # numbers in a thread's tiles: three of BLOCK, or nine of CHUNK
     PARTS = 64                  # parallel parts, at most and where there is work for them
-    PART = 32768                # elements that make a part worth its sums
+    PART = 16384                # elements that make a part worth its sums
     FEW = 8                     # tasks below which large groups are shared out instead
     OWN_CELLS = 8192            # cells that a task may keep to itself
     ALLOWED = 2 << 20           # bytes that the parts' sums may take, besides 1 % of x
@@ -755,7 +755,7 @@ cdef int run_back(Back* q, real* kind) noexcept nogil:
     cdef Py_ssize_t size = q.owners * q.sharers * q.width * q.length
     cdef int failed = 0
     cdef double* parts = NULL
-    if (tasks < FEW and size >= 4 * PART) or (q.inside and q.parts == 1 and q.cells > OWN_CELLS):
+    if (tasks < FEW and size >= 8 * PART) or (q.inside and q.parts == 1 and q.cells > OWN_CELLS):
         # few large groups, or sums too many to keep: the two sweeps apart
         if q.owners < FEW or q.threads == 1:
             for turn in range(q.owners):

@@ -123,6 +123,7 @@ cdef enum:
     AWAITED = 1 << 18           # bytes of a group, at most, beside which the next one fits in L2
     STREAMED = 256             # elements that go there at a time, by way of a tile in L1
     BRIEF = 1 << 15             # bytes of x below which handing over the interpreter's lock costs more
+    NEAR = 1 << 20              # bytes of x for each thread up to which they share it out once and for all
     SERIAL = 1 << 17            # bytes of x below which waking a second thread costs more
 
 cdef enum Storage:
@@ -175,6 +176,7 @@ cdef struct Pass:
     Py_ssize_t items
     Py_ssize_t block, pieces    # length of a block; pieces of an item
     bint foldable               # a weight is one number for a run or a column
+    bint near                   # so small that each thread finds its part in a cache of its own
     bint straight               # x and y are read and written where they lie
     bint past                   # or read where they lie and written past the caches
     bint brief                  # bfloat16 is converted on the way
@@ -1505,6 +1507,11 @@ cdef int run_items(Pass* q, real* kind) noexcept nogil:
         return whole_items(q, 0, q.items, kind)
     if q.pieces > 1 and q.items < 4 * q.threads and q.items % q.threads != 0:
         return shared_items(q, kind)
+    if q.near:
+        turns = min(q.items, q.threads)
+        for turn in prange(turns, num_threads=q.threads, schedule="static"):
+            failed |= whole_items(q, q.items * turn // turns, q.items * (turn + 1) // turns, kind)
+        return failed
     turns = min(q.items, 8 * q.threads)
     for turn in prange(turns, num_threads=q.threads, schedule="dynamic"):
         failed |= whole_items(q, q.items * turn // turns, q.items * (turn + 1) // turns, kind)
@@ -1573,6 +1580,7 @@ cdef int carry_out(Pass* q, int threads) noexcept:
     q.foldable = q.foldable and not q.activation_first
     q.pieces = pieces_of(q)
     q.threads = 1 if total < SERIAL or not FN_OPENMP else max(1, threads)
+    q.near = total < q.threads * NEAR
     along = q.width if q.columns else q.s
     if q.columns and q.y.s == q.width * size:
         along *= q.s            # rows that follow one another

@@ -57,7 +57,7 @@ SPAN_ROWS = 512  # rows of columns, likewise: their sums cost at most 2 % of x
 CHUNK = 1024  # elements of a run whose weights' gradients are collected at once
 TOGETHER = 4  # runs that share the trip to those gradients
 PARTS = 64  # parallel parts, at most and where there is work for them
-PART = 32768  # elements that make a part worth its sums
+PART = 16384  # elements that make a part worth its sums
 ALLOWED = 2 << 20  # bytes that the parts' sums may take, besides 1 % of x
 TERMS = (
     5  # numbers that the step needs to know of a group: mean, rstd, c1, c2, and whether it is wide

@@ -114,6 +114,7 @@ cdef enum:
     BUNDLE = 16                 # groups of runs that are taken side by side, at most
     BESIDE = 4096               # elements of them, at most
     ALONE = 256                 # elements of a row that is not worth taking with others
+    FEW_ROWS = 4                # shorter ones, too, where there are fewer
     NEARBY = 4096               # bytes: runs shorter than this are walked in the order of memory
     ABREAST = 512               # columns up to this number are taken as whole rows, which are fetched faster
     COLUMNS = 256               # of more, so many are taken side by side, at most (or one group of neighbours)
@@ -1040,7 +1041,8 @@ cdef void flow(Pass* q, Py_ssize_t first, Py_ssize_t last, Scratch* h, real* kin
 
 cdef inline bint plain_rows(Pass* q) noexcept nogil:
     """Whether groups are rows with nothing beside weights, not too short to take one by one."""
-    if (q.columns or q.given or q.y.data == NULL or q.mask.data != NULL or q.p != 1 or not ALONE <= q.length <= BLOCK
+    if (q.columns or q.given or q.y.data == NULL or q.mask.data != NULL or q.p != 1 or q.length > BLOCK
+            or (q.length < ALONE and q.a * q.b >= FEW_ROWS)
             or q.residual.data != NULL or q.activation != IDENTITY or q.user != NULL or q.activation_first):
         return False
     if not (q.foldable or (q.weight.s != 0 and q.weight.b == q.bias.b == 0 and (q.bias.data == NULL or q.bias.s != 0))):
@@ -1074,7 +1076,7 @@ cdef void norm_rows(Pass* q, Py_ssize_t first, Py_ssize_t last, Scratch* h, real
         rows.x, rows.e, rows.y, rows.total = at(&q.x, a, b), there(&q.addend, a, b), at(&q.y, a, b), there(&q.total, a, b)
         rows.w, rows.b = there(&q.weight, a, b), there(&q.bias, a, b)
         rows.mean, rows.var, rows.rstd = <double*>there(&q.mean, a, b), <double*>there(&q.var, a, b), <double*>there(&q.rstd, a, b)
-        if not q.foldable and n >= 8 and size <= BLOCK * 8 - 64:
+        if not q.foldable and n >= 8:
             rows.w = lined_up(rows.w, rows.y, size, h.tile)
             rows.b = lined_up(rows.b, rows.y, size, h.extra)
         if real is double:
@@ -1326,7 +1328,7 @@ cdef inline bint scratch_for(Pass* q, Scratch* h) noexcept nogil:
     if q.columns:
         tile = q.width * q.block * 8
     else:
-        tile = BLOCK * 8
+        tile = (min(<Py_ssize_t>BLOCK, q.length) + 15) // 8 * 64  # a line more: lined_up
         lanes = width * 2 * LANES * sizeof(double)
         if q.x.storage < F32:
             rows = 4 * BLOCK * sizeof(float)

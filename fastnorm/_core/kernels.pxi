@@ -777,7 +777,11 @@ cdef inline void bundle_sums(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last
     if r.n == last - first or q.x.p == q.s * q.x.s:
         x += r.p * q.x.p + r.s * q.x.s
         for k in range(width):
-            if pivot == 0.0:
+            if q.brief and pivot == 0.0:
+                fn_sums_bf16(<const uint16_t*>(x + k * q.x.b), last - first, AHEAD, &sums[k], &sums[width + k])
+            elif q.brief:
+                fn_sums_about_bf16(<const uint16_t*>(x + k * q.x.b), last - first, 0, pivot, &sums[k], &sums[width + k])
+            elif pivot == 0.0:
                 fn_sums(<const float*>(x + k * q.x.b), last - first, AHEAD, &sums[k], &sums[width + k])
             else:
                 fn_sums_about(<const float*>(x + k * q.x.b), last - first, 0, pivot, &sums[k], &sums[width + k])
@@ -803,7 +807,7 @@ cdef void runs_block(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last, double
     cdef double[2] two
     cdef double pivot
     cdef const real* x
-    if real is float and q.x.storage == F32 and q.mask.data == NULL and q.total.data == NULL and q.centred:
+    if real is float and (q.x.storage == F32 or q.brief) and q.mask.data == NULL and q.total.data == NULL and q.centred:
         for k in range(width):
             into[k] = last - first
         bundle_sums(q, it, first, last, 0.0, h.sums, h.lanes)
@@ -1593,7 +1597,8 @@ cdef int carry_out(Pass* q, int threads) noexcept:
                 and pays_to_stream(along, size))
     # a weight along the run, or one for all of it, and a bias only beside a weight of its kind
     q.brief = (q.x.storage == q.y.storage == BF16 and not q.columns and not q.stream and q.activation == IDENTITY and q.user == NULL
-               and q.residual.data == NULL and flows(q)
+               and q.residual.data == NULL and q.mask.data == NULL and q.total.data == NULL and q.y.data != NULL
+               and (q.p == 1 or q.x.p == q.s * size)
                and (q.foldable or (q.weight.s != 0 and (q.bias.data == NULL or q.bias.s != 0))))
     q.past = (q.user == NULL and q.x.storage == q.y.storage and q.x.storage >= F32 and q.mask.data == NULL
               and (q.residual.data == NULL or q.residual.storage == q.x.storage)

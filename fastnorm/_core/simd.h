@@ -1090,7 +1090,8 @@ typedef struct {
 
 #define FN_STREAMED_STEP(real, fma)                                                               \
     FN_INLINE void fn_step_past_##real(const real *x, real *y, ptrdiff_t n, real hi, real r,      \
-                                       real shift, const real *w, const real *b, int wv, int bv) {\
+                                       real shift, const real *w, const real *b, int wv, int bv,  \
+                                       ptrdiff_t ahead) {                                         \
         enum { M = 64 / sizeof(real) };                                                           \
         const real w0 = w ? w[0] : 1, b0 = b ? b[0] : 0;                                          \
         ptrdiff_t i = (ptrdiff_t)((0 - (uintptr_t)y) % 64 / sizeof(real));                        \
@@ -1098,6 +1099,7 @@ typedef struct {
         fn_step_to_##real(x, y, i, &hi, &r, &shift, w, b, 0, w || b, wv, bv);                     \
         for (; i + M <= n; i += M) {                                                              \
             real t[M];                                                                            \
+            FN_FETCH((const char *)(x + i) + ahead);                                              \
             for (int j = 0; j < M; j++) {                                                         \
                 t[j] = fma(x[i + j] - hi, r, shift);                                              \
                 if (w || b) t[j] = fma(t[j], wv ? w[i + j] : w0, bv ? b[i + j] : b0);             \
@@ -1126,7 +1128,10 @@ FN_INLINE void fn_step_row_float(const fn_rows *q, const float *x, ptrdiff_t i, 
     const float *w = along ? (const float *)q->w : NULL;
     const float *b = along && biased ? (const float *)q->b : NULL;
     float *y = FN_AT(float, q->y, i * q->y_step);
-    if (q->stream) fn_step_past_float(x, y, n, hi, r, shift, w, b, along, along && biased);
+    /* a long row is stepped at once, and the next one then lies further off than `ahead` */
+    if (q->stream)
+        fn_step_past_float(x, y, n, hi, r, shift, w, b, along, along && biased,
+                           n < FN_SHORT_ROW ? 0 : q->x_step);
     else fn_step_to_float(x, y, n, &hi, &r, &shift, w, b, 0, along, along, along && biased);
 }
 FN_INLINE void fn_step_row_bf16(const fn_rows *q, const uint16_t *x, ptrdiff_t i, ptrdiff_t n,
@@ -1215,7 +1220,7 @@ static ptrdiff_t fn_norm_rows_double(const fn_rows *q, ptrdiff_t rows, ptrdiff_t
         double *y = FN_AT(double, q->y, i * q->y_step);
         double mean = 0, rest = 0, first, m2, m2_rest;
         if (centred) mean = x[0] + fn_deviations(x, n, 0, x[0]) / count;
-        fn_about(x, n, q->ahead, mean, &first, &m2, &m2_rest);
+        fn_about(x, n, q->stream ? 0 : q->ahead, mean, &first, &m2, &m2_rest);
         if (centred) {
             rest = first / count;
             m2_rest -= first * rest;
@@ -1227,9 +1232,12 @@ static ptrdiff_t fn_norm_rows_double(const fn_rows *q, ptrdiff_t rows, ptrdiff_t
         if (q->norm && sqrt(m2) < q->eps) rstd = 1.0 / q->eps;
         fn_put_statistics(q, i, mean, var, rstd);
         const double shift = -rest * rstd;
-        if (q->stream && along && b) fn_step_past_double(x, y, n, mean, rstd, shift, w, b, 1, 1);
-        else if (q->stream && along) fn_step_past_double(x, y, n, mean, rstd, shift, w, NULL, 1, 0);
-        else if (q->stream) fn_step_past_double(x, y, n, mean, rstd, shift, w, b, 0, 0);
+        if (q->stream && along && b)
+            fn_step_past_double(x, y, n, mean, rstd, shift, w, b, 1, 1, q->x_step);
+        else if (q->stream && along)
+            fn_step_past_double(x, y, n, mean, rstd, shift, w, NULL, 1, 0, q->x_step);
+        else if (q->stream)
+            fn_step_past_double(x, y, n, mean, rstd, shift, w, b, 0, 0, q->x_step);
         else fn_step_plain_double(x, y, n, &mean, &rstd, &shift, w, b, 0, along, along && b);
     }
     return rows;

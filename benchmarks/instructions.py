@@ -4,8 +4,8 @@
 counts; `--update` stores them. It sees a kernel that does more, not one that waits more: a missed
 cache costs no instruction.
 
-Another compiler, or another Cython, makes other code, so the counts are compared only where both are
-those they were stored with. Without valgrind there is nothing to do but say so.
+Another compiler, or another Cython, makes other code, so the counts are compared only where both
+are those they were stored with. Without valgrind there is nothing to do but say so.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ STORED = Path(__file__).with_name("instructions.json")
 LEVEL = "x86-64-v3"  # valgrind knows no AVX-512
 NOTHING = "nothing"
 CALLS = 4
-# What gcc inlines in one kernel depends on all others in the file: with nothing changed in it, one of
-# bfloat16 has taken 1.075 times as many.
+# What gcc inlines in one kernel depends on all others in the file: with nothing changed in it, one
+# of bfloat16 has taken 1.075 times as many.
 LIMIT = 1.1
 
 

@@ -26,6 +26,7 @@ from fastnorm.layout import Layout
 Array = NDArray[Any]
 
 SERIAL = 1 << 17  # bytes of x below which waking a second thread costs more
+NEAR = 1 << 20  # bytes of x for each thread up to which they share it out once and for all
 LONG = 1024  # bytes of a run, at least, that is written past the caches
 
 # What an output must exceed to be written past the caches: the last of them.
@@ -80,21 +81,24 @@ def _can_share() -> bool:
     return layer in ("omp", "tbb") or threading.active_count() == 1
 
 
-def _share(kernel: int, record: int, items: int, threads: int, task: int, room: int) -> None:
+def _share(
+    kernel: int, record: int, items: int, threads: int, task: int, room: int, near: bool = False
+) -> None:
     """Let up to so many threads take turns at the items of a kernel, each with room of its own.
 
-    `record` is the address of a record.
+    `record` is the address of a record. What is `near` is shared out once and for all: each core
+    then finds its part in its own cache.
     """
     threads = min(threads, items, numba.config.NUMBA_NUM_THREADS)
     if threads > 1 and not _can_share():
         threads = 1
     memory = np.empty(threads * room, np.uint8)
     if threads == 1:
-        alone(kernel, record, _address(memory), room, task)
+        alone(kernel, record, _address(memory), task)
     else:
         before = numba.get_num_threads()  # of this thread; theirs who called
         numba.set_num_threads(threads)
-        turns = min(items, 8 * threads)
+        turns = threads if near else min(items, 8 * threads)
         try:
             together(kernel, record, _address(memory), room, turns, task, threads)
         finally:
@@ -148,11 +152,25 @@ class _Plan:
     items: int
     pieces: int
     width: int
-    parallel: bool  # whether x is large enough
+    nbytes: int  # of x
     streamed: bool
     tabulated: bool
     followed: bool  # by a residual or an activation
     half: bool
+
+
+def _are_alone(layout: Layout, kind: type, foldable: bool) -> bool:
+    """Whether groups are rows that are taken one by one: not too short to be."""
+    steps = layout.strides
+    length = layout.dims[3]
+    if layout.columns or layout.dims[2] != 1 or not forward.ALONE <= length <= forward.BLOCK:
+        return False
+    if "total" in steps and kind is not np.float32:
+        return False
+    w, b = steps.get("weight"), steps.get("bias")
+    along = w is not None and w[3] != 0 and not w[0] and not w[1]
+    beside = b is None or (b[3] != 0 and not b[0] and not b[1])
+    return foldable or (along and beside)
 
 
 @lru_cache(maxsize=4096)
@@ -205,16 +223,26 @@ def _plan(
         kernel = _kernel(forward.compile_runs, kind, computing)
         room = forward.runs_room(width)
     pieces = max(1, -(-length // piece))
+    beside = "mask" in steps or "residual" in steps or activation != 0 or activation_first
     nbytes = a * b * length * c * size
     # as in _core/kernels.pxi: x and y go through the cache together, columns of x twice
-    most = streamed_above if layout.columns else streamed_above // 8 * 5
+    most = streamed_above if layout.columns and not given else streamed_above // 8 * 5
     through = nbytes * (4 if "total" in steps else 1)
     along = (width if layout.columns else s) * size
     streamed = written and through > most and along >= min(LONG, streamed_above)
     stats = steps["stats"]
+    foldable = foldable and not activation_first
+    alone = (
+        _are_alone(layout, kind, foldable)
+        and written
+        and not (given or beside)
+        and not (streamed and size == 2)
+    )
+    if alone:
+        width, chunks, items = 1, b, a * b
+        room += 2 * (0 if foldable else length * real + 64)
     # scales that many planes share, once for all: one costs as much as normalising 50 numbers
     tabulated = given and not layout.columns and a > 1 and stats[0] == 0 and pieces == 1
-    foldable = foldable and not activation_first
     folded_groups = (
         foldable
         and not layout.columns
@@ -225,13 +253,14 @@ def _plan(
     sizes |= {"residual": real if residual_real else size, "addend": real if addend_real else size}
     record = np.zeros(1, PASS)
     record[0] = (
-        0, 0,
+        0,
         *(_operand(steps.get(name), sizes.get(name, size)) for name in ARRAYS),
         *(_operand(stats, 8) for _ in range(3)),
         a, b, p, s, c, layout.neighbours, layout.columns, centred, given, scaling,
         activations.address_of(activation, computing), activation_first, streamed, residual_real,
         addend_real, foldable, folded_groups, p == 1 or steps["x"][2] == s * steps["x"][3], length,
-        width, chunks, items, block, pieces, 0, 0, 0, 0, 0, eps,
+        width, chunks, items, block, pieces, 0, 0, 0, 0, 0,
+        alone, streamed and foldable and kind is np.float32, activation == 1, eps,
     )  # fmt: skip
     return _Plan(
         record.view(np.int64),
@@ -240,7 +269,7 @@ def _plan(
         items,
         pieces,
         width,
-        nbytes >= SERIAL,
+        nbytes,
         streamed,
         tabulated,
         "residual" in steps or activation != 0 or activation_first,
@@ -316,7 +345,7 @@ def run_pass(
         record[_AT["plain"]] = not plan.followed
         record[_AT["direct"]] = not plan.half and addresses[5] != addresses[1]
     where = _address(record)
-    threads = threads if plan.parallel else 1
+    threads = threads if plan.nbytes >= SERIAL else 1
     if plan.tabulated:
         chunks = int(record[_AT["chunks"]])
         table = np.empty(chunks * forward.SCALE * plan.width)
@@ -333,7 +362,7 @@ def _carry_out(
     kernel, room, items, pieces = plan.kernel, plan.room, plan.items, plan.pieces
     where = _address(record)
     if threads == 1 or pieces == 1 or items >= 4 * threads or items % threads == 0:
-        _share(kernel, where, items, threads, WHOLE, room)
+        _share(kernel, where, items, threads, WHOLE, room, plan.nbytes < threads * NEAR)
         return
     # few large groups: all threads take pieces of each; the merge is in the pieces' order
     parts = np.empty(items * pieces * forward.FIELDS * plan.width)
@@ -364,7 +393,7 @@ def run_moments(
     addresses = [0 if array is None else _address(array) for array in arrays]
     record[_DATA] = [*addresses, where, where, where]
     record[_AT["fields"]] = fields.strides[0]
-    _carry_out(plan, record, threads if plan.parallel else 1)
+    _carry_out(plan, record, threads if plan.nbytes >= SERIAL else 1)
 
 
 # --- Backward -------------------------------------------------------------------------------------
@@ -459,7 +488,7 @@ def _back_plan(
     record = np.zeros(1, backward.BACK)
     stats = steps["stats"]
     record[0] = (
-        0, 0,
+        0,
         _operand(steps["x"], size),
         _operand(of_dy, real if stored is computing else size),
         _operand(steps["dx"], size),

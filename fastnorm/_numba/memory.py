@@ -186,7 +186,8 @@ def _lanes_at(builder: Any, n: int, address: Any, block: Any, ahead: Any = None)
 
 
 def _repeated(builder: Any, n: int, value: Any) -> Any:
-    unknown = ir.Constant(ir.VectorType(ir.DoubleType(), n), ir.Undefined)
+    """A number side by side n times."""
+    unknown = ir.Constant(ir.VectorType(value.type, n), ir.Undefined)
     one = builder.insert_element(unknown, value, _WORD(0))
     return builder.shuffle_vector(one, unknown, ir.Constant(ir.VectorType(_WORD, n), None))
 
@@ -257,15 +258,70 @@ def add_pairs_to_lanes(
     return types.none(word, word, third, word, number, number, word), codegen
 
 
-# A kernel: (address of its record, of the threads' room, bytes of each one's, turns, task). A
-# record begins with two counters: of the turns and of the threads that have come.
+@intrinsic
+def step_lines(
+    typingctx: Any, x: Any, y: Any, size: Any, hi: Any, r: Any, shift: Any,
+    w: Any, b: Any, e: Any, relu: Any, ahead: Any, past: Any,
+) -> Any:  # fmt: skip
+    """`size` bytes of y = relu(((x - hi) r + shift) w + b + e), 64 at a time.
+
+    A scale or weight is one number or the address of many; None leaves away what it stands for.
+    x and e are asked for `ahead` bytes in advance. `past` the caches y is a multiple of 64: LLVM
+    itself vectorises no loop that stores there, and asks of any other whether x and y overlap.
+    """
+    kind = next((v for v in (r, b) if isinstance(v, types.Float)), types.float32)
+    n = 512 // kind.bitwidth
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        number = context.get_value_type(kind)
+        lanes = ir.VectorType(number, n)
+        fma_kind = ir.FunctionType(lanes, [lanes] * 3)
+        fma = cgutils.get_or_insert_function(
+            builder.module, fma_kind, f"llvm.fma.v{n}f{kind.bitwidth}"
+        )
+        there = [argument != types.none for argument in signature.args]
+
+        with cgutils.for_range(builder, builder.udiv(arguments[2], _ADDRESS(64))) as loop:
+            at = builder.mul(loop.index, _ADDRESS(64))
+
+            def place(i: int) -> Any:
+                return builder.add(arguments[i], at)
+
+            def line(i: int) -> Any:
+                if isinstance(signature.args[i], types.Float):
+                    return _repeated(builder, n, arguments[i])
+                pointer = builder.inttoptr(place(i), lanes.as_pointer())
+                return builder.load(pointer, align=kind.bitwidth // 8)
+
+            if there[10]:
+                for i in (0, 8) if there[8] else (0,):
+                    _prefetch(builder, builder.add(place(i), arguments[10]))
+            t = builder.call(fma, [builder.fsub(line(0), line(3)), line(4), line(5)])
+            if there[6]:
+                t = builder.call(fma, [t, line(6), line(7)])
+            if there[8]:
+                t = builder.fadd(t, line(8))
+            if there[9]:
+                nothing = ir.Constant(lanes, [0.0] * n)
+                t = builder.select(builder.fcmp_ordered("<", t, nothing), nothing, t)
+            align = 64 if there[11] else kind.bitwidth // 8
+            stored = builder.store(t, builder.inttoptr(place(1), lanes.as_pointer()), align=align)
+            if there[11]:
+                stored.set_metadata("nontemporal", builder.module.add_metadata([_WORD(1)]))
+        return context.get_dummy_value()
+
+    return types.none(x, y, size, hi, r, shift, w, b, e, relu, ahead, past), codegen
+
+
+# A kernel: (address of its record, of the thread's room, its first turn, turns, task). A record
+# begins with a counter of the turns that are taken.
 KERNEL = types.void(*[types.intp] * 5)
-COUNTERS = ("turn", "seat")
+COUNTERS = ("turn",)
 
 
 @intrinsic
 def _call_kernel(
-    typingctx: Any, f: Any, record: Any, memory: Any, room: Any, turns: Any, task: Any
+    typingctx: Any, f: Any, record: Any, memory: Any, turn: Any, turns: Any, task: Any
 ) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * 5)
@@ -276,20 +332,18 @@ def _call_kernel(
 
 
 @njit(nogil=True, cache=True)
-def alone(kernel, record, memory, room, task):
+def alone(kernel, record, memory, task):
     """Call the kernel that begins at an address, for all there is to do."""
-    write(record, 0, 0)
-    write(record, 1, 0)
-    _call_kernel(kernel, record, memory, room, 1, task)
+    write(record, 0, 1)
+    _call_kernel(kernel, record, memory, 0, 1, task)
 
 
 @njit(nogil=True, cache=True, parallel=True)
 def together(kernel, record, memory, room, turns, task, threads):
-    """Call it in several threads, which take turns."""
-    write(record, 0, 0)
-    write(record, 1, 0)
-    for _ in prange(threads):
-        _call_kernel(kernel, record, memory, room, turns, task)
+    """Call it in several threads, which take turns, their first in their own order."""
+    write(record, 0, threads)
+    for i in prange(threads):
+        _call_kernel(kernel, record, memory + room * i, i, turns, task)
 
 
 # --- Numbers --------------------------------------------------------------------------------------

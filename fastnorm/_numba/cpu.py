@@ -35,6 +35,12 @@ stream_above = _core.last_cache()
 _KINDS = {"float32": np.float32, "float64": np.float64, "float16": np.int16, "bfloat16": np.uint16}
 
 
+@lru_cache(maxsize=16)
+def _kind_of(dtype: np.dtype[Any]) -> type:
+    """The kind of numbers of a dtype, whose name NumPy makes up every time."""
+    return _KINDS[dtype.name]
+
+
 def set_stream_above(size: int) -> None:
     """Write outputs of more than `size` bytes past the caches."""
     global stream_above
@@ -97,12 +103,14 @@ def _share(
         alone(kernel, record, _address(memory), task)
     else:
         before = numba.get_num_threads()  # of this thread; theirs who called
-        numba.set_num_threads(threads)
+        if before != threads:
+            numba.set_num_threads(threads)
         turns = threads if near else min(items, 8 * threads)
         try:
             together(kernel, record, _address(memory), room, turns, task, threads)
         finally:
-            numba.set_num_threads(before)
+            if before != threads:
+                numba.set_num_threads(before)
 
 
 # --- Operands -------------------------------------------------------------------------------------
@@ -229,6 +237,8 @@ def _plan(
     most = streamed_above if layout.columns and not given else streamed_above // 8 * 5
     through = nbytes * (4 if "total" in steps else 1)
     along = (width if layout.columns else s) * size
+    if layout.columns and written and steps["y"][3] == width:
+        along *= s  # rows that follow one another
     streamed = written and through > most and along >= min(LONG, streamed_above)
     stats = steps["stats"]
     foldable = foldable and not activation_first
@@ -278,8 +288,8 @@ def _plan(
 
 
 ARRAYS = OPERANDS[:8]
-# Places in a record, counted in whole numbers.
-_DATA = [len(COUNTERS) + 6 * i for i in range(len(OPERANDS))]
+# Places in a record, counted in whole numbers: slices are set in a third of the time.
+_DATA = slice(len(COUNTERS), len(COUNTERS) + 6 * len(OPERANDS), 6)
 _AT = {name: int(PASS.fields[name][1]) // 8 for name in forward.NUMBERS}  # type: ignore[index]
 
 
@@ -312,7 +322,7 @@ def run_pass(
     Fills mean, var and rstd, or reads the first two where `given`. `activation` is a number, or a
     function that Numba has compiled (`activations`).
     """
-    kind = _KINDS[x.dtype.name]
+    kind = _kind_of(x.dtype)
     computing = np.float64 if kind is np.float64 else np.float32
     beside = []
     for name, array in (("residual", residual), ("addend", addend)):
@@ -382,7 +392,7 @@ def run_moments(
 
     The strides of the first field are the layout's "stats".
     """
-    kind = _KINDS[x.dtype.name]
+    kind = _kind_of(x.dtype)
     computing = np.float64 if kind is np.float64 else np.float32
     plan = _plan(
         layout, kind, computing, False, False, True, False, 0, 0.0, 0, False, False, stream_above
@@ -528,11 +538,8 @@ def _is_compact(strides: _Strides, dims: _Strides) -> bool:
     return True
 
 
-_BACK_DATA = [len(COUNTERS) + 6 * i for i in range(len(backward.OPERANDS))]
-_BACK_OWN = [
-    int(backward.BACK.fields[name][1]) // 8  # type: ignore[index]
-    for name in ("sums", "terms", "collected")
-]
+_BACK_DATA = slice(len(COUNTERS), len(COUNTERS) + 6 * len(backward.OPERANDS), 6)
+_BACK_OWN = slice(-3, None)  # sums, terms, collected
 
 
 def run_backward(
@@ -556,7 +563,7 @@ def run_backward(
 
     `weight` (None: 1 everywhere) may lie in any order; `dbias` lies as `dweight` does.
     """
-    kind = _KINDS[x.dtype.name]
+    kind = _kind_of(x.dtype)
     computing = np.float64 if kind is np.float64 else np.float32
     dims, of_dy, weights = layout.dims, layout.strides["dy"], layout.strides.get("factor")
     if dy.dtype != x.dtype and dy.dtype != computing:
@@ -597,7 +604,7 @@ def run_backward(
         if gradient is None:
             continue
         if plan.flat and gradient.flags.c_contiguous:
-            gradient.reshape(-1)[...] = total.reshape(-1)
+            gradient[...] = total.reshape(gradient.shape)
         else:
             _in_five(gradient, layout.strides["dweight"], dims)[...] = total
 
@@ -606,14 +613,14 @@ def _totals(plan: _BackPlan, layout: Layout, sums: Array, collected: Array) -> t
     """dweight and dbias along the five dimensions, each 1 long where it is shared."""
     s, c = layout.dims[3:]
     if plan.inside:
-        both = collected[:, 0] if plan.parts == 1 else collected.sum(axis=1)
+        both = collected[:, 0] if plan.parts == 1 else np.add.reduce(collected, axis=1)
         shape = (*plan.owners, s, 1)
         return both[:, 0].reshape(shape), both[:, 1].reshape(shape)
     # those who share a weight, and their segments, at once: in the order of memory, as Cython does
     own = [stride != 0 for stride in layout.strides["dweight"]]
     own[2 if layout.columns else 3] = False
     axes = tuple(axis for axis, n in enumerate(sums.shape[:-1]) if n > 1 and not own[axis])
-    total = sums.sum(axis=axes, keepdims=True) if axes else sums
+    total = np.add.reduce(sums, axis=axes, keepdims=True) if axes else sums
     if not layout.columns:
         return total[..., 1, None], total[..., 0, None]
     # item by item those of dy, then those of dy xhat
@@ -627,5 +634,5 @@ def _totals(plan: _BackPlan, layout: Layout, sums: Array, collected: Array) -> t
             second[..., start : start + n] = total[..., 2 * start + n : 2 * start + 2 * n]
     first, second = first[..., None, :], second[..., None, :]
     if c > 1 and not own[4]:
-        first, second = first.sum(axis=4, keepdims=True), second.sum(axis=4, keepdims=True)
+        first, second = (np.add.reduce(v, axis=4, keepdims=True) for v in (first, second))
     return second, first

@@ -29,9 +29,11 @@ from fastnorm._numba.memory import (
     STRICT,
     add_to_lanes,
     call,
+    exact_squares,
     fence,
     fetch,
     is_double,
+    is_half,
     load,
     read,
     read_real,
@@ -41,6 +43,7 @@ from fastnorm._numba.memory import (
     step_lines,
     store,
     stream_line,
+    sums_in_lanes,
     take,
     write,
 )
@@ -111,49 +114,48 @@ def fetch_ahead(x, size):
 
 
 @summing
-def sums(x, n, kind):
-    """Of x and of its square."""
-    first = 0.0
-    second = 0.0
-    f = 0
-    while f < n:
-        m = min(n - f, CHUNK)
-        start = x + f * size_of(kind)
-        fetch_ahead(start, m * size_of(kind))
-        for i in range(m):
-            d = np.float64(load(start, i, kind))
-            first += d
-            second += d * d
-        f += m
-    return first, second
-
-
-@summing
-def sums_about(x, n, pivot, kind):
-    """Of x - pivot and of its square."""
+def half_sums(x, n, pivot):
+    """Of x - pivot and of its square, of float16."""
     first = 0.0
     second = 0.0
     for i in range(n):
-        d = np.float64(load(x, i, kind)) - pivot
+        d = np.float64(load(x, i, np.int16)) - pivot
         first += d
         second += d * d
     return first, second
 
 
-@summing
+@inner
+def sums(x, n, kind):
+    """Of x and of its square."""
+    if is_half(kind):
+        fetch_ahead(x, 2 * n)
+        return half_sums(x, n, 0.0)
+    first, second = sums_in_lanes(x, n // LANES, None, AHEAD, kind)
+    for i in range(n - n % LANES, n):
+        d = np.float64(load(x, i, kind))
+        first += d
+        second = scalar.fma(d, d, second)
+    return first, second
+
+
+@inner
+def sums_about(x, n, pivot, kind):
+    """Of x - pivot and of its square."""
+    if is_half(kind):
+        return half_sums(x, n, pivot)
+    first, second = sums_in_lanes(x, n // LANES, pivot, 0, kind)
+    for i in range(n - n % LANES, n):
+        d = np.float64(load(x, i, kind)) - pivot
+        first += d
+        second = scalar.fma(d, d, second)
+    return first, second
+
+
+@inner
 def squares(x, n, kind):
     """The sum of the squares of x."""
-    second = 0.0
-    f = 0
-    while f < n:
-        m = min(n - f, CHUNK)
-        start = x + f * size_of(kind)
-        fetch_ahead(start, m * size_of(kind))
-        for i in range(m):
-            d = np.float64(load(start, i, kind))
-            second += d * d
-        f += m
-    return second
+    return sums(x, n, kind)[1]
 
 
 @inner
@@ -166,6 +168,8 @@ def fold(v, half):
 @inner
 def deviations(x, n, pivot, lanes):
     """The sum of x - pivot of doubles, in the order of the Cython kernels (fn_deviations)."""
+    if n % LANES == 0:
+        return sums_in_lanes(x, n // LANES, pivot, AHEAD, np.float64)[0]
     for j in range(LANES):
         write(lanes, j, 0.0)
     add_to_lanes(x, n // LANES, pivot, AHEAD, lanes, None)
@@ -193,18 +197,8 @@ def halve(total, rest, first, half):
 
 
 @inner
-def double_moments(x, n, centred, lanes):
-    """Mean, its rest, M2 and its rest of doubles, which have no bits to spare.
-
-    Twice: about the first element, so that a constant block has exactly its mean, then about that.
-    A sum of squares would round the same way each time where squares are equal, as those of black
-    and white pixels are: LANES of them are added up in short chains, and the chains exactly.
-    Every sum is in the order of the Cython kernels: in float64 another one shows.
-    """
-    mean = 0.0
-    if centred:
-        pivot = read(x, 0, np.float64)
-        mean = pivot + deviations(x, n, pivot, lanes) / n
+def deviations_about(x, n, mean, lanes):
+    """What `exact_squares` sums up, of any number of doubles."""
     total = lanes + 8 * LANES
     rest = total + 8 * LANES
     first = rest + 8 * LANES
@@ -229,10 +223,28 @@ def double_moments(x, n, centred, lanes):
     halve(total, rest, first, 4)
     halve(total, rest, first, 2)
     halve(total, rest, first, 1)
-    m2, m2_rest = read(total, 0, np.float64), read(rest, 0, np.float64)
+    return read(first, 0, np.float64), read(total, 0, np.float64), read(rest, 0, np.float64)
+
+
+@inner
+def double_moments(x, n, centred, lanes):
+    """Mean, its rest, M2 and its rest of doubles, which have no bits to spare.
+
+    Twice: about the first element, so that a constant block has exactly its mean, then about that.
+    A sum of squares would round the same way each time where squares are equal, as those of black
+    and white pixels are: LANES of them are added up in short chains, and the chains exactly.
+    Every sum is in the order of the Cython kernels: in float64 another one shows.
+    """
+    mean = 0.0
+    if centred:
+        pivot = read(x, 0, np.float64)
+        mean = pivot + deviations(x, n, pivot, lanes) / n
+    if n % LANES == 0:
+        deviation, m2, m2_rest = exact_squares(x, n // LANES, CHAIN // LANES, mean)
+    else:
+        deviation, m2, m2_rest = deviations_about(x, n, mean, lanes)
     if not centred:
         return 0.0, 0.0, m2, m2_rest
-    deviation = read(first, 0, np.float64)
     mean_rest = deviation / n
     return mean, mean_rest, m2, m2_rest - deviation * mean_rest
 
@@ -931,8 +943,16 @@ def sum_of_row(q, a, b, i, n, tile, kind):
     """x + addend of row i, where they lie when their moments are taken."""
     x, e, to = at(q.x, a, b), at(q.addend, a, b), at(q.total, a, b)
     t = tile + (i & 1) * n * size_of(kind) if q.stream else to
-    for j in range(n):
-        store(t, j, real(load(x, j, kind) + load(e, j, kind), kind), kind)
+    f = 0
+    while f < n:
+        m = min(n - f, PAST)
+        skipped = f * size_of(kind)
+        at_x, at_e, at_t = x + skipped, e + skipped, t + skipped
+        fetch_ahead(at_x, m * size_of(kind))
+        fetch_ahead(at_e, m * size_of(kind))
+        for j in range(m):
+            store(at_t, j, real(load(at_x, j, kind) + load(at_e, j, kind), kind), kind)
+        f += m
     if q.stream:
         stream(to, t, n * size_of(kind))
     return t
@@ -1511,7 +1531,7 @@ def columns_step(q, a, b, c, width, piece, scale, along, any_wide, tile, spare, 
         if q.residual.data != 0:
             residual = at(q.residual, a, b) + c * q.residual.c + p * q.residual.p + t * q.residual.s
         t += 1
-        if folded and (q.stream == 0 or (y | (width * size_of(kind))) % 64 == 0):
+        if folded and (not q.plain if q.stream == 0 else (y | (width * size_of(kind))) % 64 == 0):
             row_folded(q, x, y, residual, along, width, q.stream != 0, kind)
             continue
         w = weight if affined else 0

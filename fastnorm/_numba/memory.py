@@ -199,6 +199,113 @@ def _lanes_fma(builder: Any, n: int, *arguments: Any) -> Any:
     return builder.call(function, arguments)
 
 
+def _folded(builder: Any, v: Any, add: Any) -> Any:
+    """One number of many side by side: the upper half of each array of `v` goes to the lower."""
+    n = v[0].type.count
+    while n > 1:
+        n //= 2
+        halves = [[_WORD(i) for i in range(k, k + n)] for k in (0, n)]
+        kind = ir.VectorType(_WORD, n)
+        v = add(
+            *([builder.shuffle_vector(a, a, ir.Constant(kind, half)) for a in v] for half in halves)
+        )
+    return [builder.extract_element(a, _WORD(0)) for a in v]
+
+
+def _doubles_at(builder: Any, kind: Any, x: Any, block: Any) -> Any:
+    """LANES numbers of float32, bfloat16 or float64 as doubles."""
+    stored = {"float32": ir.FloatType(), "float64": ir.DoubleType()}.get(
+        _stored(kind), ir.IntType(16)
+    )
+    place = builder.inttoptr(x, ir.VectorType(stored, LANES).as_pointer())
+    align = 2 if isinstance(stored, ir.IntType) else kind.instance_type.bitwidth // 8
+    v = builder.load(builder.gep(place, [block]), align=align)
+    if isinstance(stored, ir.IntType):
+        words = ir.VectorType(_WORD, LANES)
+        v = builder.shl(builder.zext(v, words), ir.Constant(words, [16] * LANES))
+        v = builder.bitcast(v, ir.VectorType(ir.FloatType(), LANES))
+    doubles = ir.VectorType(ir.DoubleType(), LANES)
+    return v if v.type == doubles else builder.fpext(v, doubles)
+
+
+@intrinsic
+def sums_in_lanes(typingctx: Any, x: Any, blocks: Any, pivot: Any, ahead: Any, kind: Any) -> Any:
+    """The sums of x - pivot and of its square, of `blocks` times LANES numbers; not of float16.
+
+    Without a pivot (None) of x itself. In the order of the Cython kernels.
+    """
+    pair = types.UniTuple(types.float64, 2)
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x, blocks, pivot, ahead = arguments[:4]
+        lanes = ir.VectorType(ir.DoubleType(), LANES)
+        size = LANES * kind.instance_type.bitwidth // 8
+        sums = [cgutils.alloca_once(builder, lanes) for _ in range(2)]
+        for total in sums:
+            builder.store(ir.Constant(lanes, [0.0] * LANES), total)
+        about = None if signature.args[2] == types.none else _repeated(builder, LANES, pivot)
+        with cgutils.for_range(builder, blocks) as loop:
+            at = builder.add(builder.add(x, ahead), builder.mul(loop.index, _ADDRESS(size)))
+            for line in range(0, size, 64):
+                _prefetch(builder, builder.add(at, _ADDRESS(line)))
+            d = _doubles_at(builder, kind, x, loop.index)
+            d = d if about is None else builder.fsub(d, about)
+            builder.store(builder.fadd(builder.load(sums[0]), d), sums[0])
+            builder.store(_lanes_fma(builder, LANES, d, d, builder.load(sums[1])), sums[1])
+        v = [builder.load(total) for total in sums]
+        v = _folded(builder, v, lambda a, b: [builder.fadd(*pair) for pair in zip(a, b)])
+        return context.make_tuple(builder, pair, v)
+
+    return pair(types.intp, types.intp, pivot, types.intp, kind), codegen
+
+
+@intrinsic
+def exact_squares(typingctx: Any, x: Any, blocks: Any, chain: Any, mean: Any) -> Any:
+    """Of doubles, the sum of x - mean, and of its square as two numbers.
+
+    `blocks` times LANES of them: squares are added up in chains of `chain` blocks, and these
+    exactly.
+    """
+    three = types.UniTuple(types.float64, 3)
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x, blocks, chain, mean = arguments
+        lanes = ir.VectorType(ir.DoubleType(), LANES)
+        zero = ir.Constant(lanes, [0.0] * LANES)
+        mean = _repeated(builder, LANES, mean)
+        first, total, rest, short = (cgutils.alloca_once(builder, lanes) for _ in range(4))
+        for v in (first, total, rest):
+            builder.store(zero, v)
+
+        def two_sum(a: Any, b: Any) -> Any:
+            total = builder.fadd(a, b)
+            back = builder.fsub(total, a)
+            lost = builder.fsub(a, builder.fsub(total, back))
+            return total, builder.fadd(lost, builder.fsub(b, back))
+
+        def halve(a: Any, b: Any) -> Any:
+            high, lost = two_sum(a[0], b[0])
+            low = builder.fadd(builder.fadd(a[1], lost), b[1])
+            return [high, low, builder.fadd(a[2], b[2])]
+
+        with cgutils.for_range_slice(builder, _ADDRESS(0), blocks, chain) as (begin, _):
+            builder.store(zero, short)
+            left = builder.sub(blocks, begin)
+            n = builder.select(builder.icmp_signed("<", left, chain), left, chain)
+            with cgutils.for_range(builder, n) as loop:
+                block = builder.add(begin, loop.index)
+                d = builder.fsub(_lanes_at(builder, LANES, x, block, _ADDRESS(AHEAD)), mean)
+                builder.store(_lanes_fma(builder, LANES, d, d, builder.load(short)), short)
+                builder.store(builder.fadd(builder.load(first), d), first)
+            high, lost = two_sum(builder.load(total), builder.load(short))
+            builder.store(high, total)
+            builder.store(builder.fadd(builder.load(rest), lost), rest)
+        m2, m2_rest, d = _folded(builder, [builder.load(v) for v in (total, rest, first)], halve)
+        return context.make_tuple(builder, three, [d, m2, m2_rest])
+
+    return three(types.intp, types.intp, types.intp, types.float64), codegen
+
+
 @intrinsic
 def add_to_lanes(
     typingctx: Any, x: Any, blocks: Any, pivot: Any, ahead: Any, first: Any, second: Any
@@ -425,6 +532,17 @@ def real(typingctx: Any, value: Any, kind: Any) -> Any:
 def is_double(typingctx: Any, kind: Any) -> Any:
     """Whether numbers of this kind are computed with in float64."""
     answer = _stored(kind) == "float64"
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return context.get_constant(types.boolean, answer)
+
+    return types.boolean(kind), codegen
+
+
+@intrinsic
+def is_half(typingctx: Any, kind: Any) -> Any:
+    """Whether numbers of this kind are float16."""
+    answer = _stored(kind) == "int16"
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return context.get_constant(types.boolean, answer)

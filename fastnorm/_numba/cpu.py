@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numba
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from fastnorm import _core
 from fastnorm._numba import activations, backward, forward
 from fastnorm._numba.forward import FINISH, MOMENTS, OPERANDS, PASS, STEPS, WHOLE
-from fastnorm._numba.memory import COUNTERS, alone, together
+from fastnorm._numba.memory import COUNTERS, SOURCES, alone, together
 from fastnorm.layout import Layout
 
 Array = NDArray[Any]
@@ -50,14 +49,6 @@ def set_stream_above(size: int) -> None:
 # --- Kernels and threads --------------------------------------------------------------------------
 
 
-def _sources() -> int:
-    """A number that changes with the files a kernel is compiled from: Numba itself looks at one."""
-    folder = Path(__file__).parent
-    files = (folder / f"{name}.py" for name in ("scalar", "memory", "forward", "backward"))
-    return hash(tuple((s.st_mtime_ns, s.st_size) for s in (f.stat() for f in files))) | 1
-
-
-SOURCES = _sources()
 _kernels: dict[tuple[Any, ...], Any] = {}
 _compiling = threading.Lock()
 
@@ -430,6 +421,7 @@ class _BackPlan:
     parts: int
     cells: int
     sums: tuple[int, ...]  # the shape of the sums
+    axes: tuple[int, ...]  # along which they are added up
     terms: int
     width: int
     parallel: bool  # whether x is large enough
@@ -495,6 +487,10 @@ def _back_plan(
         parts = max(parts, 1)
         turns = items * owners[2] * -(-s // backward.CHUNK)
         compiler, room = backward.compile_rows, backward.runs_room()
+    # those who share a weight, and their segments, at once: in the order of memory, as Cython does
+    own = [stride != 0 for stride in shared]
+    own[2 if layout.columns else 3] = False
+    axes = tuple(axis for axis, n in enumerate(sums[:-1]) if n > 1 and not own[axis])
     record = np.zeros(1, backward.BACK)
     stats = steps["stats"]
     record[0] = (
@@ -521,6 +517,7 @@ def _back_plan(
         parts,
         cells,
         sums,
+        axes,
         terms,
         width,
         nbytes >= SERIAL // 2,
@@ -616,11 +613,7 @@ def _totals(plan: _BackPlan, layout: Layout, sums: Array, collected: Array) -> t
         both = collected[:, 0] if plan.parts == 1 else np.add.reduce(collected, axis=1)
         shape = (*plan.owners, s, 1)
         return both[:, 0].reshape(shape), both[:, 1].reshape(shape)
-    # those who share a weight, and their segments, at once: in the order of memory, as Cython does
-    own = [stride != 0 for stride in layout.strides["dweight"]]
-    own[2 if layout.columns else 3] = False
-    axes = tuple(axis for axis, n in enumerate(sums.shape[:-1]) if n > 1 and not own[axis])
-    total = np.add.reduce(sums, axis=axes, keepdims=True) if axes else sums
+    total = np.add.reduce(sums, axis=plan.axes, keepdims=True) if plan.axes else sums
     if not layout.columns:
         return total[..., 1, None], total[..., 0, None]
     # item by item those of dy, then those of dy xhat
@@ -633,6 +626,6 @@ def _totals(plan: _BackPlan, layout: Layout, sums: Array, collected: Array) -> t
             first[..., start : start + n] = total[..., 2 * start : 2 * start + n]
             second[..., start : start + n] = total[..., 2 * start + n : 2 * start + 2 * n]
     first, second = first[..., None, :], second[..., None, :]
-    if c > 1 and not own[4]:
+    if c > 1 and layout.strides["dweight"][4] == 0:
         first, second = (np.add.reduce(v, axis=4, keepdims=True) for v in (first, second))
     return second, first

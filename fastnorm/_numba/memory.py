@@ -7,6 +7,7 @@ is computed in, `real(kind)`.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from llvmlite import ir
@@ -24,6 +25,16 @@ STRICT = {"fastmath": False, "error_model": "numpy"}
 for _name, _function in list(vars(scalar).items()):
     if getattr(_function, "__module__", "") == scalar.__name__ and _name != "fma":
         register_jitable(**STRICT)(_function)
+
+
+def _sources() -> int:
+    """A number that changes with the files a kernel is compiled from: Numba itself looks at one."""
+    folder = Path(__file__).parent
+    files = (folder / f"{name}.py" for name in ("scalar", "memory", "forward", "backward"))
+    return hash(tuple((s.st_mtime_ns, s.st_size) for s in (f.stat() for f in files))) | 1
+
+
+SOURCES = _sources()
 
 
 # --- Instructions ---------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ in the other files.
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import threading
@@ -95,6 +96,62 @@ def test_doubles_with_options_to_the_bit(shape: tuple[int, ...], layout: str) ->
                 )
         for right, ours in zip(*results, strict=True):
             assert_same_bits(ours, right)
+
+
+@with_cython
+@pytest.mark.parametrize("length", [300, 768, 3072])
+@pytest.mark.parametrize("dtype", DTYPES, ids=named)
+def test_rows_one_by_one(dtype: Any, length: int) -> None:
+    """Beside rows whose scale their type cannot hold; past the caches, in place and alone."""
+    kind = F64 if dtype == F64 else F32
+    x, residual = data((24, length), dtype, 3.0), data((24, length), dtype, 0.0, seed=1)
+    w, b = data((2, length), kind, 1.0, seed=2)
+    big = {F32: 1e30, F64: 1e200}.get(dtype, 1.0)
+    x[3], x[5], x[7], x[9, 0] = x[3] * dtype.type(big), np.nan, 2.0, np.inf
+    x[11] = x[11] / dtype.type(big)
+    cases: list[Callable[[Array, Array], Any]] = [
+        lambda x, e: fn.layer_norm(x, length, w, b),
+        lambda x, e: fn.layer_norm(x, length, w),
+        lambda x, e: fn.layer_norm(x, length, return_stats=True),
+        lambda x, e: fn.rms_norm(x, length, w),
+        lambda x, e: fn.add_rms_norm(x, e, length, w),
+        lambda x, e: fn.add_layer_norm(x, e, length, w, b),
+    ]
+    kernels = importlib.import_module("fastnorm._numba.cpu")
+
+    def results(case: Callable[[Array, Array], Any], *arrays: Array) -> tuple[Array, ...]:
+        found = together(case(*arrays))
+        for v in found:
+            v[np.isnan(v)] = np.nan  # one sign for all
+        return found
+
+    for case in cases:
+        with fn.backend("cython"):
+            right = results(case, x, residual)
+        with fn.backend("numba"):
+            ours = results(case, x, residual)
+            alone = results(case, x[4:5], residual[4:5])
+            above = kernels.stream_above
+            kernels.set_stream_above(0)
+            try:
+                past = results(case, x, residual)
+            finally:
+                kernels.set_stream_above(above)
+        for one, two, three, four in zip(ours, past, alone, right, strict=True):
+            assert_same_bits(one, two)
+            assert_same_bits(one[4:5], three)
+            if dtype == F64 and FUSED:
+                assert_same_bits(one, four)
+            elif one.dtype == dtype:
+                finite = np.isfinite(four.astype(F64))
+                assert_same_bits(finite, np.isfinite(one.astype(F64)))
+                size = np.maximum(abs(four[finite].astype(F64)), 1.0)
+                assert ulps(one[finite], four[finite], dtype, scale=size).max() <= 1
+    with fn.backend("numba"):
+        z = x.copy()
+        (y,) = results(cases[0], x, residual)
+        (z,) = results(lambda x, e: fn.layer_norm(x, length, w, b, out=x), z, residual)
+        assert_same_bits(z, y)
 
 
 @with_cython

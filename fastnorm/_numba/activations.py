@@ -11,7 +11,7 @@ from numba import cfunc, types
 from numba.core.errors import NumbaError
 
 from fastnorm._numba import scalar
-from fastnorm._numba.memory import read_real, real, write
+from fastnorm._numba.memory import SOURCES, read_real, real, write
 
 # For float32 and for float64, in the order of backends.ACTIVATIONS from 1 on; 0 is none.
 _OURS = (
@@ -32,8 +32,12 @@ _compiling = threading.Lock()
 
 
 def _loop(f: Callable[[Any], Any], kind: type, cache: bool) -> Any:
+    sources = SOURCES  # another key on disk when `scalar` has changed
+
     @cfunc(_LOOP, error_model="numpy", fastmath=False, cache=cache)
     def loop(x, y, n, scale, weight, bias):
+        if sources == 0:
+            return
         if scale == 0:
             for i in range(n):
                 write(y, i, real(f(read_real(y, i, kind)), kind))

@@ -345,19 +345,16 @@ def runs_room():
 
 
 @inner
-def planes(record, memory, room, turns, task, kind, stored, computed):
+def planes(record, memory, turn, turns, task, kind, stored, computed):
     """What `task` asks for, of all items or planes of items; each turn is taken by one thread."""
     q = record_at(record, BACK)
     width = q.width
-    tile = memory + room * take(record + 8)
+    tile = memory
     tile += -tile % 64
     spare = tile + 8 * CHUNK
     lanes = spare + 8 * CHUNK
     total = q.items if task == WHOLE or task == FINISH else q.items * q.segments
-    while True:
-        turn = take(record)
-        if turn >= turns:
-            break
+    while turn < turns:
         for i in range(total * turn // turns, total * (turn + 1) // turns):
             item = i if task == WHOLE or task == FINISH else i // q.segments
             a = item // q.chunks
@@ -374,6 +371,7 @@ def planes(record, memory, room, turns, task, kind, stored, computed):
             if task != MOMENTS and task != FINISH:
                 for segment in range(first, last):
                     segment_step(q, a, b, n, segment, tile, spare, kind, stored, computed)
+        turn = take(record)
     if q.stream:
         fence()
 
@@ -514,10 +512,10 @@ def step_sharers(q, owner, first, last, p, t, n, gw, gb, tile, spare, kind, stor
 
 
 @inner
-def rows(record, memory, room, turns, task, kind, stored, computed):
+def rows(record, memory, turn, turns, task, kind, stored, computed):
     """What `task` asks for, of all parts of owners, segments of groups, or chunks of owners."""
     q = record_at(record, BACK)
-    tile = memory + room * take(record + 8)
+    tile = memory
     tile += -tile % 64
     spare = tile + 8 * CHUNK
     lanes = spare + 8 * CHUNK
@@ -529,10 +527,7 @@ def rows(record, memory, room, turns, task, kind, stored, computed):
         total = q.a * q.b
     elif task != WHOLE:
         total = q.items * (q.p if q.along_p else 1) * chunks
-    while True:
-        turn = take(record)
-        if turn >= turns:
-            break
+    while turn < turns:
         for i in range(total * turn // turns, total * (turn + 1) // turns):
             if task == MOMENTS or task == FINISH:
                 group = i // q.segments if task == MOMENTS else i
@@ -589,6 +584,7 @@ def rows(record, memory, room, turns, task, kind, stored, computed):
                     step_sharers(
                         q, owner, 0, q.sharers, p, t, n, gw, gb, tile, spare, kind, stored, computed
                     )
+        turn = take(record)
     if q.stream:
         fence()
 
@@ -764,19 +760,16 @@ def columns_room(width):
 
 
 @inner
-def columns(record, memory, room, turns, task, kind, stored, computed):
+def columns(record, memory, turn, turns, task, kind, stored, computed):
     """What `task` asks for, of all items or segments of items; each turn is taken by one thread."""
     q = record_at(record, BACK)
     width = q.width
-    own = memory + room * take(record + 8)
+    own = memory
     tile = own + 8 * OF_COLUMN * width
     tile += -tile % 64
     spare = tile + 8 * width
     total = q.items if task == WHOLE or task == FINISH else q.items * q.segments
-    while True:
-        turn = take(record)
-        if turn >= turns:
-            break
+    while turn < turns:
         for i in range(total * turn // turns, total * (turn + 1) // turns):
             item = i if task == WHOLE or task == FINISH else i // q.segments
             outer = item // q.chunks
@@ -806,6 +799,7 @@ def columns(record, memory, room, turns, task, kind, stored, computed):
                     columns_step(
                         q, a, b, c, n, segment, into, any_wide, tile, spare, kind, stored, computed
                     )
+        turn = take(record)
     if q.stream:
         fence()
 
@@ -817,9 +811,9 @@ def compile_planes(kind: type, stored: type, computed: type, sources: int) -> An
     """The kernel of runs with one weight each, for x of a kind and dy of its own."""
 
     @cfunc(KERNEL, cache=True, **STRICT)
-    def kernel_of_planes(record, memory, room, turns, task):
+    def kernel_of_planes(record, memory, turn, turns, task):
         if sources != 0:
-            planes(record, memory, room, turns, task, kind, stored, computed)
+            planes(record, memory, turn, turns, task, kind, stored, computed)
 
     return kernel_of_planes
 
@@ -828,9 +822,9 @@ def compile_rows(kind: type, stored: type, computed: type, sources: int) -> Any:
     """The kernel of runs along which the weight differs, for x of a kind and dy of its own."""
 
     @cfunc(KERNEL, cache=True, **STRICT)
-    def kernel_of_rows(record, memory, room, turns, task):
+    def kernel_of_rows(record, memory, turn, turns, task):
         if sources != 0:
-            rows(record, memory, room, turns, task, kind, stored, computed)
+            rows(record, memory, turn, turns, task, kind, stored, computed)
 
     return kernel_of_rows
 
@@ -839,8 +833,8 @@ def compile_columns(kind: type, stored: type, computed: type, sources: int) -> A
     """The kernel of columns, for x of a kind and dy of its own."""
 
     @cfunc(KERNEL, cache=True, **STRICT)
-    def kernel_of_columns(record, memory, room, turns, task):
+    def kernel_of_columns(record, memory, turn, turns, task):
         if sources != 0:
-            columns(record, memory, room, turns, task, kind, stored, computed)
+            columns(record, memory, turn, turns, task, kind, stored, computed)
 
     return kernel_of_columns

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numba
@@ -20,18 +19,25 @@ from numpy.typing import NDArray
 from fastnorm import _core
 from fastnorm._numba import activations, backward, forward
 from fastnorm._numba.forward import FINISH, MOMENTS, OPERANDS, PASS, STEPS, WHOLE
-from fastnorm._numba.memory import COUNTERS, alone, together
+from fastnorm._numba.memory import COUNTERS, SOURCES, alone, together
 from fastnorm.layout import Layout
 
 Array = NDArray[Any]
 
 SERIAL = 1 << 17  # bytes of x below which waking a second thread costs more
+NEAR = 1 << 20  # bytes of x for each thread up to which they share it out once and for all
 LONG = 1024  # bytes of a run, at least, that is written past the caches
 
 # What an output must exceed to be written past the caches: the last of them.
 stream_above = _core.last_cache()
 
 _KINDS = {"float32": np.float32, "float64": np.float64, "float16": np.int16, "bfloat16": np.uint16}
+
+
+@lru_cache(maxsize=16)
+def _kind_of(dtype: np.dtype[Any]) -> type:
+    """The kind of numbers of a dtype, whose name NumPy makes up every time."""
+    return _KINDS[dtype.name]
 
 
 def set_stream_above(size: int) -> None:
@@ -43,14 +49,6 @@ def set_stream_above(size: int) -> None:
 # --- Kernels and threads --------------------------------------------------------------------------
 
 
-def _sources() -> int:
-    """A number that changes with the files a kernel is compiled from: Numba itself looks at one."""
-    folder = Path(__file__).parent
-    files = (folder / f"{name}.py" for name in ("scalar", "memory", "forward", "backward"))
-    return hash(tuple((s.st_mtime_ns, s.st_size) for s in (f.stat() for f in files))) | 1
-
-
-SOURCES = _sources()
 _kernels: dict[tuple[Any, ...], Any] = {}
 _compiling = threading.Lock()
 
@@ -80,25 +78,30 @@ def _can_share() -> bool:
     return layer in ("omp", "tbb") or threading.active_count() == 1
 
 
-def _share(kernel: int, record: int, items: int, threads: int, task: int, room: int) -> None:
+def _share(
+    kernel: int, record: int, items: int, threads: int, task: int, room: int, near: bool = False
+) -> None:
     """Let up to so many threads take turns at the items of a kernel, each with room of its own.
 
-    `record` is the address of a record.
+    `record` is the address of a record. What is `near` is shared out once and for all: each core
+    then finds its part in its own cache.
     """
     threads = min(threads, items, numba.config.NUMBA_NUM_THREADS)
     if threads > 1 and not _can_share():
         threads = 1
     memory = np.empty(threads * room, np.uint8)
     if threads == 1:
-        alone(kernel, record, _address(memory), room, task)
+        alone(kernel, record, _address(memory), task)
     else:
         before = numba.get_num_threads()  # of this thread; theirs who called
-        numba.set_num_threads(threads)
-        turns = min(items, 8 * threads)
+        if before != threads:
+            numba.set_num_threads(threads)
+        turns = threads if near else min(items, 8 * threads)
         try:
             together(kernel, record, _address(memory), room, turns, task, threads)
         finally:
-            numba.set_num_threads(before)
+            if before != threads:
+                numba.set_num_threads(before)
 
 
 # --- Operands -------------------------------------------------------------------------------------
@@ -148,11 +151,25 @@ class _Plan:
     items: int
     pieces: int
     width: int
-    parallel: bool  # whether x is large enough
+    nbytes: int  # of x
     streamed: bool
     tabulated: bool
     followed: bool  # by a residual or an activation
     half: bool
+
+
+def _are_alone(layout: Layout, kind: type, foldable: bool) -> bool:
+    """Whether groups are rows that are taken one by one: not too short to be."""
+    steps = layout.strides
+    length = layout.dims[3]
+    if layout.columns or layout.dims[2] != 1 or not forward.ALONE <= length <= forward.BLOCK:
+        return False
+    if "total" in steps and kind is not np.float32:
+        return False
+    w, b = steps.get("weight"), steps.get("bias")
+    along = w is not None and w[3] != 0 and not w[0] and not w[1]
+    beside = b is None or (b[3] != 0 and not b[0] and not b[1])
+    return foldable or (along and beside)
 
 
 @lru_cache(maxsize=4096)
@@ -205,16 +222,28 @@ def _plan(
         kernel = _kernel(forward.compile_runs, kind, computing)
         room = forward.runs_room(width)
     pieces = max(1, -(-length // piece))
+    beside = "mask" in steps or "residual" in steps or activation != 0 or activation_first
     nbytes = a * b * length * c * size
     # as in _core/kernels.pxi: x and y go through the cache together, columns of x twice
-    most = streamed_above if layout.columns else streamed_above // 8 * 5
+    most = streamed_above if layout.columns and not given else streamed_above // 8 * 5
     through = nbytes * (4 if "total" in steps else 1)
     along = (width if layout.columns else s) * size
+    if layout.columns and written and steps["y"][3] == width:
+        along *= s  # rows that follow one another
     streamed = written and through > most and along >= min(LONG, streamed_above)
     stats = steps["stats"]
+    foldable = foldable and not activation_first
+    alone = (
+        _are_alone(layout, kind, foldable)
+        and written
+        and not (given or beside)
+        and not (streamed and size == 2)
+    )
+    if alone:
+        width, chunks, items = 1, b, a * b
+        room += 2 * (0 if foldable else length * real + 64)
     # scales that many planes share, once for all: one costs as much as normalising 50 numbers
     tabulated = given and not layout.columns and a > 1 and stats[0] == 0 and pieces == 1
-    foldable = foldable and not activation_first
     folded_groups = (
         foldable
         and not layout.columns
@@ -225,13 +254,14 @@ def _plan(
     sizes |= {"residual": real if residual_real else size, "addend": real if addend_real else size}
     record = np.zeros(1, PASS)
     record[0] = (
-        0, 0,
+        0,
         *(_operand(steps.get(name), sizes.get(name, size)) for name in ARRAYS),
         *(_operand(stats, 8) for _ in range(3)),
         a, b, p, s, c, layout.neighbours, layout.columns, centred, given, scaling,
         activations.address_of(activation, computing), activation_first, streamed, residual_real,
         addend_real, foldable, folded_groups, p == 1 or steps["x"][2] == s * steps["x"][3], length,
-        width, chunks, items, block, pieces, 0, 0, 0, 0, 0, eps,
+        width, chunks, items, block, pieces, 0, 0, 0, 0, 0,
+        alone, streamed and foldable and kind is np.float32, activation == 1, eps,
     )  # fmt: skip
     return _Plan(
         record.view(np.int64),
@@ -240,7 +270,7 @@ def _plan(
         items,
         pieces,
         width,
-        nbytes >= SERIAL,
+        nbytes,
         streamed,
         tabulated,
         "residual" in steps or activation != 0 or activation_first,
@@ -249,8 +279,8 @@ def _plan(
 
 
 ARRAYS = OPERANDS[:8]
-# Places in a record, counted in whole numbers.
-_DATA = [len(COUNTERS) + 6 * i for i in range(len(OPERANDS))]
+# Places in a record, counted in whole numbers: slices are set in a third of the time.
+_DATA = slice(len(COUNTERS), len(COUNTERS) + 6 * len(OPERANDS), 6)
 _AT = {name: int(PASS.fields[name][1]) // 8 for name in forward.NUMBERS}  # type: ignore[index]
 
 
@@ -283,7 +313,7 @@ def run_pass(
     Fills mean, var and rstd, or reads the first two where `given`. `activation` is a number, or a
     function that Numba has compiled (`activations`).
     """
-    kind = _KINDS[x.dtype.name]
+    kind = _kind_of(x.dtype)
     computing = np.float64 if kind is np.float64 else np.float32
     beside = []
     for name, array in (("residual", residual), ("addend", addend)):
@@ -316,7 +346,7 @@ def run_pass(
         record[_AT["plain"]] = not plan.followed
         record[_AT["direct"]] = not plan.half and addresses[5] != addresses[1]
     where = _address(record)
-    threads = threads if plan.parallel else 1
+    threads = threads if plan.nbytes >= SERIAL else 1
     if plan.tabulated:
         chunks = int(record[_AT["chunks"]])
         table = np.empty(chunks * forward.SCALE * plan.width)
@@ -333,7 +363,7 @@ def _carry_out(
     kernel, room, items, pieces = plan.kernel, plan.room, plan.items, plan.pieces
     where = _address(record)
     if threads == 1 or pieces == 1 or items >= 4 * threads or items % threads == 0:
-        _share(kernel, where, items, threads, WHOLE, room)
+        _share(kernel, where, items, threads, WHOLE, room, plan.nbytes < threads * NEAR)
         return
     # few large groups: all threads take pieces of each; the merge is in the pieces' order
     parts = np.empty(items * pieces * forward.FIELDS * plan.width)
@@ -353,7 +383,7 @@ def run_moments(
 
     The strides of the first field are the layout's "stats".
     """
-    kind = _KINDS[x.dtype.name]
+    kind = _kind_of(x.dtype)
     computing = np.float64 if kind is np.float64 else np.float32
     plan = _plan(
         layout, kind, computing, False, False, True, False, 0, 0.0, 0, False, False, stream_above
@@ -364,7 +394,7 @@ def run_moments(
     addresses = [0 if array is None else _address(array) for array in arrays]
     record[_DATA] = [*addresses, where, where, where]
     record[_AT["fields"]] = fields.strides[0]
-    _carry_out(plan, record, threads if plan.parallel else 1)
+    _carry_out(plan, record, threads if plan.nbytes >= SERIAL else 1)
 
 
 # --- Backward -------------------------------------------------------------------------------------
@@ -391,6 +421,7 @@ class _BackPlan:
     parts: int
     cells: int
     sums: tuple[int, ...]  # the shape of the sums
+    axes: tuple[int, ...]  # along which they are added up
     terms: int
     width: int
     parallel: bool  # whether x is large enough
@@ -456,10 +487,14 @@ def _back_plan(
         parts = max(parts, 1)
         turns = items * owners[2] * -(-s // backward.CHUNK)
         compiler, room = backward.compile_rows, backward.runs_room()
+    # those who share a weight, and their segments, at once: in the order of memory, as Cython does
+    own = [stride != 0 for stride in shared]
+    own[2 if layout.columns else 3] = False
+    axes = tuple(axis for axis, n in enumerate(sums[:-1]) if n > 1 and not own[axis])
     record = np.zeros(1, backward.BACK)
     stats = steps["stats"]
     record[0] = (
-        0, 0,
+        0,
         _operand(steps["x"], size),
         _operand(of_dy, real if stored is computing else size),
         _operand(steps["dx"], size),
@@ -482,6 +517,7 @@ def _back_plan(
         parts,
         cells,
         sums,
+        axes,
         terms,
         width,
         nbytes >= SERIAL // 2,
@@ -499,11 +535,8 @@ def _is_compact(strides: _Strides, dims: _Strides) -> bool:
     return True
 
 
-_BACK_DATA = [len(COUNTERS) + 6 * i for i in range(len(backward.OPERANDS))]
-_BACK_OWN = [
-    int(backward.BACK.fields[name][1]) // 8  # type: ignore[index]
-    for name in ("sums", "terms", "collected")
-]
+_BACK_DATA = slice(len(COUNTERS), len(COUNTERS) + 6 * len(backward.OPERANDS), 6)
+_BACK_OWN = slice(-3, None)  # sums, terms, collected
 
 
 def run_backward(
@@ -527,7 +560,7 @@ def run_backward(
 
     `weight` (None: 1 everywhere) may lie in any order; `dbias` lies as `dweight` does.
     """
-    kind = _KINDS[x.dtype.name]
+    kind = _kind_of(x.dtype)
     computing = np.float64 if kind is np.float64 else np.float32
     dims, of_dy, weights = layout.dims, layout.strides["dy"], layout.strides.get("factor")
     if dy.dtype != x.dtype and dy.dtype != computing:
@@ -568,7 +601,7 @@ def run_backward(
         if gradient is None:
             continue
         if plan.flat and gradient.flags.c_contiguous:
-            gradient.reshape(-1)[...] = total.reshape(-1)
+            gradient[...] = total.reshape(gradient.shape)
         else:
             _in_five(gradient, layout.strides["dweight"], dims)[...] = total
 
@@ -577,14 +610,10 @@ def _totals(plan: _BackPlan, layout: Layout, sums: Array, collected: Array) -> t
     """dweight and dbias along the five dimensions, each 1 long where it is shared."""
     s, c = layout.dims[3:]
     if plan.inside:
-        both = collected[:, 0] if plan.parts == 1 else collected.sum(axis=1)
+        both = collected[:, 0] if plan.parts == 1 else np.add.reduce(collected, axis=1)
         shape = (*plan.owners, s, 1)
         return both[:, 0].reshape(shape), both[:, 1].reshape(shape)
-    # those who share a weight, and their segments, at once: in the order of memory, as Cython does
-    own = [stride != 0 for stride in layout.strides["dweight"]]
-    own[2 if layout.columns else 3] = False
-    axes = tuple(axis for axis, n in enumerate(sums.shape[:-1]) if n > 1 and not own[axis])
-    total = sums.sum(axis=axes, keepdims=True) if axes else sums
+    total = np.add.reduce(sums, axis=plan.axes, keepdims=True) if plan.axes else sums
     if not layout.columns:
         return total[..., 1, None], total[..., 0, None]
     # item by item those of dy, then those of dy xhat
@@ -597,6 +626,6 @@ def _totals(plan: _BackPlan, layout: Layout, sums: Array, collected: Array) -> t
             first[..., start : start + n] = total[..., 2 * start : 2 * start + n]
             second[..., start : start + n] = total[..., 2 * start + n : 2 * start + 2 * n]
     first, second = first[..., None, :], second[..., None, :]
-    if c > 1 and not own[4]:
-        first, second = first.sum(axis=4, keepdims=True), second.sum(axis=4, keepdims=True)
+    if c > 1 and layout.strides["dweight"][4] == 0:
+        first, second = (np.add.reduce(v, axis=4, keepdims=True) for v in (first, second))
     return second, first

@@ -29,17 +29,21 @@ from fastnorm._numba.memory import (
     STRICT,
     add_to_lanes,
     call,
+    exact_squares,
     fence,
     fetch,
     is_double,
+    is_half,
     load,
     read,
     read_real,
     real,
     record_at,
     size_of,
+    step_lines,
     store,
     stream_line,
+    sums_in_lanes,
     take,
     write,
 )
@@ -50,6 +54,10 @@ CHAIN = 256  # doubles before the lanes are added up: short chains round less
 CHUNK = 2048  # elements that are stepped at once where more than one loop goes over them
 BUNDLE = 16  # groups of runs that are taken side by side, at most
 BESIDE = 4096  # elements of them, at most
+ALONE = 256  # elements of a row that is not worth taking with others
+SHORT = 2048  # elements of a row whose step waits for the sums of the next
+PAST = 256  # elements that go past the caches at a time where more than one loop goes over them
+AWAITED = 1 << 18  # bytes of a group, at most, beside which the next one fits in L2
 NEARBY = 4096  # bytes: runs shorter than this are walked in the order of memory
 ABREAST = 512  # columns up to this number are taken as whole rows
 COLUMNS = 256  # of more, so many are taken side by side, at most (or one group of neighbours)
@@ -69,7 +77,7 @@ NUMBERS = (
     "a", "b", "p", "s", "c", "neighbours", "columns", "centred", "given", "scaling", "activation",
     "activation_first", "stream", "residual_real", "addend_real", "foldable", "folded_groups",
     "whole_planes", "length", "width", "chunks", "items", "block", "pieces", "parts", "scales",
-    "plain", "direct", "fields",
+    "plain", "direct", "fields", "alone", "past", "relu",
 )  # fmt: skip
 PASS = np.dtype(
     [(name, np.int64) for name in COUNTERS]
@@ -106,49 +114,48 @@ def fetch_ahead(x, size):
 
 
 @summing
-def sums(x, n, kind):
-    """Of x and of its square."""
-    first = 0.0
-    second = 0.0
-    f = 0
-    while f < n:
-        m = min(n - f, CHUNK)
-        start = x + f * size_of(kind)
-        fetch_ahead(start, m * size_of(kind))
-        for i in range(m):
-            d = np.float64(load(start, i, kind))
-            first += d
-            second += d * d
-        f += m
-    return first, second
-
-
-@summing
-def sums_about(x, n, pivot, kind):
-    """Of x - pivot and of its square."""
+def half_sums(x, n, pivot):
+    """Of x - pivot and of its square, of float16."""
     first = 0.0
     second = 0.0
     for i in range(n):
-        d = np.float64(load(x, i, kind)) - pivot
+        d = np.float64(load(x, i, np.int16)) - pivot
         first += d
         second += d * d
     return first, second
 
 
-@summing
+@inner
+def sums(x, n, kind):
+    """Of x and of its square."""
+    if is_half(kind):
+        fetch_ahead(x, 2 * n)
+        return half_sums(x, n, 0.0)
+    first, second = sums_in_lanes(x, n // LANES, None, AHEAD, kind)
+    for i in range(n - n % LANES, n):
+        d = np.float64(load(x, i, kind))
+        first += d
+        second = scalar.fma(d, d, second)
+    return first, second
+
+
+@inner
+def sums_about(x, n, pivot, kind):
+    """Of x - pivot and of its square."""
+    if is_half(kind):
+        return half_sums(x, n, pivot)
+    first, second = sums_in_lanes(x, n // LANES, pivot, 0, kind)
+    for i in range(n - n % LANES, n):
+        d = np.float64(load(x, i, kind)) - pivot
+        first += d
+        second = scalar.fma(d, d, second)
+    return first, second
+
+
+@inner
 def squares(x, n, kind):
     """The sum of the squares of x."""
-    second = 0.0
-    f = 0
-    while f < n:
-        m = min(n - f, CHUNK)
-        start = x + f * size_of(kind)
-        fetch_ahead(start, m * size_of(kind))
-        for i in range(m):
-            d = np.float64(load(start, i, kind))
-            second += d * d
-        f += m
-    return second
+    return sums(x, n, kind)[1]
 
 
 @inner
@@ -161,6 +168,8 @@ def fold(v, half):
 @inner
 def deviations(x, n, pivot, lanes):
     """The sum of x - pivot of doubles, in the order of the Cython kernels (fn_deviations)."""
+    if n % LANES == 0:
+        return sums_in_lanes(x, n // LANES, pivot, AHEAD, np.float64)[0]
     for j in range(LANES):
         write(lanes, j, 0.0)
     add_to_lanes(x, n // LANES, pivot, AHEAD, lanes, None)
@@ -188,18 +197,8 @@ def halve(total, rest, first, half):
 
 
 @inner
-def double_moments(x, n, centred, lanes):
-    """Mean, its rest, M2 and its rest of doubles, which have no bits to spare.
-
-    Twice: about the first element, so that a constant block has exactly its mean, then about that.
-    A sum of squares would round the same way each time where squares are equal, as those of black
-    and white pixels are: LANES of them are added up in short chains, and the chains exactly.
-    Every sum is in the order of the Cython kernels: in float64 another one shows.
-    """
-    mean = 0.0
-    if centred:
-        pivot = read(x, 0, np.float64)
-        mean = pivot + deviations(x, n, pivot, lanes) / n
+def deviations_about(x, n, mean, lanes):
+    """What `exact_squares` sums up, of any number of doubles."""
     total = lanes + 8 * LANES
     rest = total + 8 * LANES
     first = rest + 8 * LANES
@@ -224,10 +223,28 @@ def double_moments(x, n, centred, lanes):
     halve(total, rest, first, 4)
     halve(total, rest, first, 2)
     halve(total, rest, first, 1)
-    m2, m2_rest = read(total, 0, np.float64), read(rest, 0, np.float64)
+    return read(first, 0, np.float64), read(total, 0, np.float64), read(rest, 0, np.float64)
+
+
+@inner
+def double_moments(x, n, centred, lanes):
+    """Mean, its rest, M2 and its rest of doubles, which have no bits to spare.
+
+    Twice: about the first element, so that a constant block has exactly its mean, then about that.
+    A sum of squares would round the same way each time where squares are equal, as those of black
+    and white pixels are: LANES of them are added up in short chains, and the chains exactly.
+    Every sum is in the order of the Cython kernels: in float64 another one shows.
+    """
+    mean = 0.0
+    if centred:
+        pivot = read(x, 0, np.float64)
+        mean = pivot + deviations(x, n, pivot, lanes) / n
+    if n % LANES == 0:
+        deviation, m2, m2_rest = exact_squares(x, n // LANES, CHAIN // LANES, mean)
+    else:
+        deviation, m2, m2_rest = deviations_about(x, n, mean, lanes)
     if not centred:
         return 0.0, 0.0, m2, m2_rest
-    deviation = read(first, 0, np.float64)
     mean_rest = deviation / n
     return mean, mean_rest, m2, m2_rest - deviation * mean_rest
 
@@ -523,59 +540,21 @@ def steps_wide(x, y, n, mean, rest, rstd, unit, weight, bias, wv, bv, kind, to):
 
 
 @inner
-def steps_folded(x, y, n, s, apart, kind, to):
+def steps_plain(x, y, n, hi, r, shift, kind, to):
     """The step where the affine one is in the scale."""
-    hi = real(read(s, 0, np.float64), kind)
-    r = real(read(s, 6 * apart, np.float64), kind)
-    shift = real(read(s, 7 * apart, np.float64), kind)
     for i in range(n):
         store(y, i, scalar.step(load(x, i, kind), hi, r, shift), to)
 
 
 @inner
-def steps(x, y, n, s, apart, weight, bias, wv, bv, foldable, kind, to):
-    """The step of a run whose scale is at `s`, its numbers `apart`; written as numbers of `to`."""
-    if read(s, 5 * apart, np.float64) != 0.0:
-        steps_folded(x, y, n, s, apart, kind, to)
-        return
-    mean = read(s, 0, np.float64)
-    hi = real(mean, kind)
-    rest = read(s, apart, np.float64)
-    rstd = read(s, 2 * apart, np.float64)
-    if read(s, 4 * apart, np.float64) != 0.0:
-        steps_wide(
-            x,
-            y,
-            n,
-            mean,
-            rest,
-            rstd,
-            read(s, 3 * apart, np.float64),
-            weight,
-            bias,
-            wv,
-            bv,
-            kind,
-            to,
-        )
-        return
-    lo = (mean - np.float64(hi)) + rest
-    r = real(rstd, kind)
-    shift = real(-lo * rstd, kind)
+def steps_affine(x, y, n, hi, r, shift, weight, bias, wv, bv, kind, to):
+    """The step and then the affine one; addresses of 0 for what is not there."""
     w = real(1.0, kind)
     b = real(0.0, kind)
     if weight != 0 and not wv:
         w = read_real(weight, 0, kind)
     if bias != 0 and not bv:
         b = read_real(bias, 0, kind)
-    if foldable and not is_double(kind):
-        rw = rstd * np.float64(w)
-        if scalar.holds(rw):
-            r = real(rw, kind)
-            shift = real(np.float64(b) - lo * rw, kind)
-            for i in range(n):
-                store(y, i, scalar.step(load(x, i, kind), hi, r, shift), to)
-            return
     if wv and bv:
         for i in range(n):
             t = scalar.step(load(x, i, kind), hi, r, shift)
@@ -591,6 +570,91 @@ def steps(x, y, n, s, apart, weight, bias, wv, bv, foldable, kind, to):
     else:
         for i in range(n):
             store(y, i, scalar.fma(scalar.step(load(x, i, kind), hi, r, shift), w, b), to)
+
+
+@inner
+def scale_of_run(s, apart, weight, bias, kind):
+    """hi, r, shift of a run, the affine step in them, and whether a float32 can hold them."""
+    mean = read(s, 0, np.float64)
+    hi = real(mean, kind)
+    if read(s, 5 * apart, np.float64) != 0.0:
+        r = real(read(s, 6 * apart, np.float64), kind)
+        return hi, r, real(read(s, 7 * apart, np.float64), kind), True
+    lo = (mean - np.float64(hi)) + read(s, apart, np.float64)
+    rw = read(s, 2 * apart, np.float64)
+    b = 0.0
+    if weight != 0:
+        rw *= np.float64(read_real(weight, 0, kind))
+    if bias != 0:
+        b = np.float64(read_real(bias, 0, kind))
+    holds = scalar.holds(rw) and read(s, 4 * apart, np.float64) == 0.0
+    return hi, real(rw, kind), real(b - lo * rw, kind), holds
+
+
+@inner
+def steps(x, y, n, s, apart, weight, bias, wv, bv, foldable, kind, to):
+    """The step of a run whose scale is at `s`, its numbers `apart`; written as numbers of `to`."""
+    if foldable and not is_double(kind):
+        hi, r, shift, holds = scale_of_run(s, apart, weight, bias, kind)
+        if holds:
+            steps_plain(x, y, n, hi, r, shift, kind, to)
+            return
+    mean = read(s, 0, np.float64)
+    rest = read(s, apart, np.float64)
+    rstd = read(s, 2 * apart, np.float64)
+    if read(s, 4 * apart, np.float64) != 0.0:
+        unit = read(s, 3 * apart, np.float64)
+        steps_wide(x, y, n, mean, rest, rstd, unit, weight, bias, wv, bv, kind, to)
+        return
+    hi = real(mean, kind)
+    lo = (mean - np.float64(hi)) + rest
+    r = real(rstd, kind)
+    steps_affine(x, y, n, hi, r, real(-lo * rstd, kind), weight, bias, wv, bv, kind, to)
+
+
+@inner
+def steps_beside(x, y, residual, n, hi, r, shift, kind):
+    """The step of some floats and, unless it is None, a residual."""
+    for i in range(n):
+        t = scalar.step(load(x, i, kind), hi, r, shift)
+        if residual is not None:
+            t = real(t + load(residual, i, kind), kind)
+        write(y, i, t)
+
+
+@inner
+def steps_past(q, x, y, residual, n, hi, r, shift, ahead, tile, kind):
+    """The step of a run of floats, and what is beside it, past the caches."""
+    size = size_of(kind)
+    straight = q.relu != 0 or q.activation == 0
+    i = 0
+    while i < n:
+        m = min((-(y + size * i)) % 64 // size, n - i)
+        lines = m == 0 and n - i >= 64 // size
+        if lines:
+            m = (n - i if straight else min(n - i, PAST)) // (64 // size) * (64 // size)
+        elif m == 0:
+            m = n - i
+        at_x, at_y = x + size * i, y + size * i
+        beside = residual + size * i
+        if lines and straight:
+            if residual != 0 and q.relu:
+                step_lines(at_x, at_y, size * m, hi, r, shift, None, None, beside, 1, ahead, 1)
+            elif residual != 0:
+                step_lines(at_x, at_y, size * m, hi, r, shift, None, None, beside, None, ahead, 1)
+            elif q.relu:
+                step_lines(at_x, at_y, size * m, hi, r, shift, None, None, None, 1, ahead, 1)
+            else:
+                step_lines(at_x, at_y, size * m, hi, r, shift, None, None, None, None, ahead, 1)
+        else:
+            if residual != 0:
+                steps_beside(at_x, tile, beside, m, hi, r, shift, kind)
+            else:
+                steps_beside(at_x, tile, None, m, hi, r, shift, kind)
+            if q.activation != 0:
+                call(q.activation, tile, m)
+            stream(at_y, tile, size * m)
+        i += m
 
 
 @inner
@@ -610,6 +674,17 @@ def step_run(q, a, b, p, t, n, s, apart, tile, spare, kind, tiled):
     if q.plain:
         steps(x, y, n, s, apart, weight, bias, wv, bv, q.foldable != 0, kind, kind)
         return
+    if q.past:
+        hi, r, shift, holds = scale_of_run(s, apart, weight, bias, kind)
+        if holds:
+            residual = 0
+            if q.residual.data != 0:
+                residual = at(q.residual, a, b) + p * q.residual.p + t * q.residual.s
+            ahead = AHEAD
+            if not q.given and q.length * source.s <= AWAITED:
+                ahead = source.b  # this group lies in cache, the next one does not yet
+            steps_past(q, x, y, residual, n, hi, r, shift, ahead, tile, kind)
+            return
     i = 0
     while i < n:
         # through a tile in L1 where x, y and the residual may be one array
@@ -796,10 +871,177 @@ def runs_step(q, a, b, width, piece, scale, tile, spare, kind, tiled):
             if q.plain and q.folded_groups and read(scale, 5 * width + k, np.float64) != 0.0:
                 x = at(source, a, b + k) + p * source.p + t * source.s
                 y = at(q.y, a, b + k) + p * q.y.p + t * q.y.s
-                steps_folded(x, y, n, scale + 8 * k, width, kind, kind)
+                hi, r, shift, _ = scale_of_run(scale + 8 * k, width, 0, 0, kind)
+                steps_plain(x, y, n, hi, r, shift, kind, kind)
             else:
                 step_run(q, a, b + k, p, t, n, scale + 8 * k, width, tile, spare, kind, tiled)
         f += n
+
+
+# --- Rows one by one ------------------------------------------------------------------------------
+
+
+@inner
+def step_row_alone(q, x, y, n, hi, r, shift, weight, bias, tile, kind, tiled):
+    """The step of one row, whose scale has the affine one in it where it can be."""
+    folded = q.foldable != 0 and not is_double(kind)
+    wv = q.foldable == 0
+    bv = wv and bias != 0
+    if q.plain:
+        if folded:
+            steps_plain(x, y, n, hi, r, shift, kind, kind)
+        else:
+            steps_affine(x, y, n, hi, r, shift, weight, bias, wv, bv, kind, kind)
+        return
+    size = size_of(kind)
+    i = 0
+    while i < n:
+        m = min((-(y + size * i)) % 64 // size, n - i)
+        lines = q.stream != 0 and m == 0 and n - i >= 64 // size
+        if lines:
+            m = (n - i) // (64 // size) * (64 // size)
+        elif m == 0 or not q.stream:
+            m = min(n - i, CHUNK)
+        at_x, at_y = x + size * i, y + size * i
+        w = weight + q.weight.s * i if weight != 0 else 0
+        b = bias + q.bias.s * i if bias != 0 else 0
+        zero = real(0.0, kind)
+        if lines:
+            if folded:
+                step_lines(at_x, at_y, size * m, hi, r, shift, None, None, None, None, None, 1)
+            elif bv:
+                step_lines(at_x, at_y, size * m, hi, r, shift, w, b, None, None, None, 1)
+            elif wv:
+                step_lines(at_x, at_y, size * m, hi, r, shift, w, zero, None, None, None, 1)
+            else:
+                one = read_real(w, 0, kind) if w != 0 else real(1.0, kind)
+                other = read_real(b, 0, kind) if b != 0 else zero
+                step_lines(at_x, at_y, size * m, hi, r, shift, one, other, None, None, None, 1)
+        else:
+            # by way of a tile where x and y are one array
+            if folded:
+                steps_plain(at_x, tile, m, hi, r, shift, kind, tiled)
+            else:
+                steps_affine(at_x, tile, m, hi, r, shift, w, b, wv, bv, kind, tiled)
+            convert(tile, at_y, m, kind)
+        i += m
+
+
+@inner
+def lined_up(w, y, n, room, kind):
+    """A copy of w as far from the beginning of a line as y: a load that crosses one takes two."""
+    if w == 0:
+        return w
+    copy = room + (y - room) % 64
+    for i in range(n):
+        write(copy, i, read_real(w, i, kind))
+    return copy
+
+
+@inner
+def sum_of_row(q, a, b, i, n, tile, kind):
+    """x + addend of row i, where they lie when their moments are taken."""
+    x, e, to = at(q.x, a, b), at(q.addend, a, b), at(q.total, a, b)
+    t = tile + (i & 1) * n * size_of(kind) if q.stream else to
+    f = 0
+    while f < n:
+        m = min(n - f, PAST)
+        skipped = f * size_of(kind)
+        at_x, at_e, at_t = x + skipped, e + skipped, t + skipped
+        fetch_ahead(at_x, m * size_of(kind))
+        fetch_ahead(at_e, m * size_of(kind))
+        for j in range(m):
+            store(at_t, j, real(load(at_x, j, kind) + load(at_e, j, kind), kind), kind)
+        f += m
+    if q.stream:
+        stream(to, t, n * size_of(kind))
+    return t
+
+
+@inner
+def rows(q, first, last, whole, own, work, tile, spare, kind, tiled):
+    """Groups [first, last) that are rows with nothing beside weights, one after the other.
+
+    Short ones are stepped after the sums of the next, which hide how long a quotient and a root
+    take; of long ones the cache would have lost the beginning by then.
+    """
+    n = q.length
+    count = np.float64(n)
+    late = n < SHORT and not is_double(kind)
+    weight, bias = q.weight.data, q.bias.data
+    if not q.foldable and last - first >= 8:
+        y = at(q.y, first // q.b, first % q.b)
+        kept = spare + 8 * CHUNK
+        weight = lined_up(weight, y, n, kept, kind)
+        bias = lined_up(bias, y, n, kept + n * size_of(tiled) + 64, kind)
+    hi = r = shift = real(0.0, kind)
+    before = before_y = 0
+    for i in range(first, last):
+        a = i // q.b
+        b = i - a * q.b
+        x = at(q.x, a, b)
+        y = at(q.y, a, b)
+        w, v = weight, bias
+        if q.foldable:
+            w = at(q.weight, a, b) if weight != 0 else 0
+            v = at(q.bias, a, b) if bias != 0 else 0
+        if q.total.data != 0:
+            x = sum_of_row(q, a, b, i, n, tile, kind)
+        mean = rest = m2_rest = 0.0
+        if is_double(kind):
+            mean, rest, m2, m2_rest = double_moments(x, n, q.centred != 0, work)
+        elif q.centred:
+            mean, m2 = sums(x, n, kind)
+        else:
+            m2 = squares(x, n, kind)
+        if late and before != 0:
+            step_row_alone(q, before, before_y, n, hi, r, shift, w, v, spare, kind, tiled)
+        if q.centred and not is_double(kind):
+            mean, rest, m2, again = scalar.moments_of_sums(count, mean, m2, 0.0)
+            if again and math.isfinite(mean):
+                pivot = np.float64(np.float32(mean))
+                one, two = sums_about(x, n, pivot, kind)
+                mean, rest, m2, again = scalar.moments_of_sums(count, one, two, pivot)
+        var, rstd = rstd_of(count, m2, m2_rest, q.eps, 1.0, kind)
+        size = m2 if q.scaling != RSTD else m2 / count + q.eps
+        if q.scaling != RSTD:
+            rstd = scalar.inverse_root(m2, m2_rest) if m2 != 0.0 else 0.0
+            if math.sqrt(m2) < q.eps:
+                rstd = 1.0 / q.eps
+        hi = real(mean, kind)
+        lo = (mean - np.float64(hi)) + rest
+        if is_double(kind):
+            held = 1e-270 < size < 1e270
+            rw, c = rstd, 0.0
+        else:
+            rw = rstd * np.float64(read_real(w, 0, kind)) if q.foldable and w != 0 else rstd
+            c = np.float64(read_real(v, 0, kind)) if q.foldable and v != 0 else 0.0
+            held = scalar.holds(rstd) and scalar.holds(rw)
+            held = held and (rstd == 0.0 or abs(mean) < scalar.MOST)
+        if not held:
+            # what its type cannot hold
+            before = 0
+            if q.total.data != 0 and q.stream:
+                x = at(q.total, a, b)
+            write(whole, 0, count)
+            write(whole, 1, mean)
+            write(whole, 2, rest)
+            write(whole, 3, m2)
+            write(whole, 4, m2_rest)
+            finish(q, a, b, 0, 1, whole, own, kind)
+            runs_step(q, a, b, 1, 0, own, tile, spare, kind, tiled)
+            continue
+        if q.mean.data != 0:
+            write(at(q.mean, a, b), 0, mean)
+            write(at(q.var, a, b), 0, var)
+            write(at(q.rstd, a, b), 0, rstd)
+        r = real(rw, kind)
+        shift = real(c - lo * rw if q.foldable and not is_double(kind) else -lo * rw, kind)
+        before, before_y = x, y
+        if not late:
+            step_row_alone(q, x, y, n, hi, r, shift, w, v, spare, kind, tiled)
+    if late and before != 0:
+        step_row_alone(q, before, before_y, n, hi, r, shift, weight, bias, spare, kind, tiled)
 
 
 def runs_room(width):
@@ -808,12 +1050,12 @@ def runs_room(width):
 
 
 @inner
-def runs(record, memory, room, turns, task, kind, tiled):
+def runs(record, memory, turn, turns, task, kind, tiled):
     """What `task` asks for, of all items or pieces of items; each turn is taken by one thread."""
     q = record_at(record, PASS)
     width = q.width
     total = q.items if task == WHOLE or task == FINISH else q.items * q.pieces
-    whole = memory + room * take(record + 8)
+    whole = memory
     part = whole + 8 * FIELDS * width
     other = part + 8 * FIELDS * width
     own = other + 8 * FIELDS * width
@@ -821,10 +1063,12 @@ def runs(record, memory, room, turns, task, kind, tiled):
     tile = work + 8 * (2 * width + 4 * LANES)
     tile += -tile % 64
     spare = tile + 8 * BLOCK
-    while True:
-        turn = take(record)
-        if turn >= turns:
-            break
+    while turn < turns:
+        if q.alone:
+            begin, end = total * turn // turns, total * (turn + 1) // turns
+            rows(q, begin, end, whole, own, work + 16 * width, tile, spare, kind, tiled)
+            turn = take(record)
+            continue
         for i in range(total * turn // turns, total * (turn + 1) // turns):
             item = i if task == WHOLE or task == FINISH else i // q.pieces
             a = item // q.chunks
@@ -869,6 +1113,7 @@ def runs(record, memory, room, turns, task, kind, tiled):
                 if q.y.data != 0:
                     for piece in range(q.pieces):
                         runs_step(q, a, b, n, piece, scale, tile, spare, kind, tiled)
+        turn = take(record)
     if q.stream:
         fence()
 
@@ -1223,6 +1468,39 @@ def step_row(x, y, n, along, width, weight, bias, wv, bv, kind, to):
 
 
 @inner
+def row_folded(q, x, y, e, along, width, past, kind):
+    """The folded step of a row of floats, and what is beside it."""
+    size = size_of(kind)
+    n = width * size // 64 * 64
+    hi, r, shift = along, along + 8 * width, along + 16 * width
+    if past:
+        if e != 0 and q.relu:
+            step_lines(x, y, n, hi, r, shift, None, None, e, 1, AHEAD, 1)
+        elif e != 0:
+            step_lines(x, y, n, hi, r, shift, None, None, e, None, AHEAD, 1)
+        elif q.relu:
+            step_lines(x, y, n, hi, r, shift, None, None, None, 1, AHEAD, 1)
+        else:
+            step_lines(x, y, n, hi, r, shift, None, None, None, None, AHEAD, 1)
+        return
+    if e != 0 and q.relu:
+        step_lines(x, y, n, hi, r, shift, None, None, e, 1, None, None)
+    elif e != 0:
+        step_lines(x, y, n, hi, r, shift, None, None, e, None, None, None)
+    elif q.relu:
+        step_lines(x, y, n, hi, r, shift, None, None, None, 1, None, None)
+    else:
+        step_lines(x, y, n, hi, r, shift, None, None, None, None, None, None)
+    for i in range(n // size, width):
+        t = column_of_row(x, i, along, width, kind)
+        if e != 0:
+            t = real(t + load(e, i, kind), kind)
+        if q.relu:
+            t = real(scalar.relu(t), kind)
+        store(y, i, t, kind)
+
+
+@inner
 def columns_step(q, a, b, c, width, piece, scale, along, any_wide, tile, spare, kind, tiled):
     """The step of a piece of each group of an item."""
     k = q.neighbours
@@ -1234,9 +1512,13 @@ def columns_step(q, a, b, c, width, piece, scale, along, any_wide, tile, spare, 
     affined = (q.foldable == 0 or is_double(kind)) and not q.activation_first
     wv = 1 if q.weight.c != 0 else 0
     bv = 1 if q.bias.c != 0 else 0
-    for i in range(first, last):
-        p = i // q.s
-        t = i - p * q.s
+    folded = q.foldable != 0 and size_of(kind) == 4 and not any_wide
+    folded = folded and (q.activation == 0 or q.relu != 0)
+    p = first // q.s
+    t = first - p * q.s
+    for _ in range(first, last):
+        if t == q.s:
+            p, t = p + 1, 0
         x = at(source, a, b) + c * source.c + p * source.p + t * source.s
         y = at(q.y, a, b) + c * q.y.c + p * q.y.p + t * q.y.s
         weight = 0
@@ -1245,6 +1527,13 @@ def columns_step(q, a, b, c, width, piece, scale, along, any_wide, tile, spare, 
             weight = at(q.weight, a, b) + c * q.weight.c + p * q.weight.p + t * q.weight.s
         if q.bias.data != 0:
             bias = at(q.bias, a, b) + c * q.bias.c + p * q.bias.p + t * q.bias.s
+        residual = 0
+        if q.residual.data != 0:
+            residual = at(q.residual, a, b) + c * q.residual.c + p * q.residual.p + t * q.residual.s
+        t += 1
+        if folded and (not q.plain if q.stream == 0 else (y | (width * size_of(kind))) % 64 == 0):
+            row_folded(q, x, y, residual, along, width, q.stream != 0, kind)
+            continue
         w = weight if affined else 0
         v = bias if affined else 0
         if q.plain and not any_wide:
@@ -1274,7 +1563,6 @@ def columns_step(q, a, b, c, width, piece, scale, along, any_wide, tile, spare, 
                         tiled,
                     )
         if q.residual.data != 0:
-            residual = at(q.residual, a, b) + c * q.residual.c + p * q.residual.p + t * q.residual.s
             add(target, residual, width, q.residual_real != 0, kind)
         if q.activation != 0:
             call(q.activation, target, width)
@@ -1290,12 +1578,12 @@ def columns_room(width):
 
 
 @inner
-def columns(record, memory, room, turns, task, kind, tiled):
+def columns(record, memory, turn, turns, task, kind, tiled):
     """What `task` asks for, of all items or pieces of items; each turn is taken by one thread."""
     q = record_at(record, PASS)
     width = q.width
     total = q.items if task == WHOLE or task == FINISH else q.items * q.pieces
-    whole = memory + room * take(record + 8)
+    whole = memory
     part = whole + 8 * FIELDS * width
     other = part + 8 * FIELDS * width
     every = other + 8 * FIELDS * width
@@ -1305,10 +1593,7 @@ def columns(record, memory, room, turns, task, kind, tiled):
     tile = along + 8 * 4 * width
     tile += -tile % 64
     spare = tile + 8 * width
-    while True:
-        turn = take(record)
-        if turn >= turns:
-            break
+    while turn < turns:
         for i in range(total * turn // turns, total * (turn + 1) // turns):
             item = i if task == WHOLE or task == FINISH else i // q.pieces
             outer = item // q.chunks
@@ -1346,6 +1631,7 @@ def columns(record, memory, room, turns, task, kind, tiled):
                     columns_step(
                         q, a, b, c, n, piece, scale, along, any_wide, tile, spare, kind, tiled
                     )
+        turn = take(record)
     if q.stream:
         fence()
 
@@ -1359,9 +1645,9 @@ def compile_runs(kind: type, computed: type, sources: int) -> Any:
     """The kernel of runs, for numbers of a kind."""
 
     @cfunc(KERNEL, cache=True, **STRICT)
-    def kernel_of_runs(record, memory, room, turns, task):
+    def kernel_of_runs(record, memory, turn, turns, task):
         if sources != 0:
-            runs(record, memory, room, turns, task, kind, computed)
+            runs(record, memory, turn, turns, task, kind, computed)
 
     return kernel_of_runs
 
@@ -1370,8 +1656,8 @@ def compile_columns(kind: type, computed: type, sources: int) -> Any:
     """The kernel of columns, for numbers of a kind."""
 
     @cfunc(KERNEL, cache=True, **STRICT)
-    def kernel_of_columns(record, memory, room, turns, task):
+    def kernel_of_columns(record, memory, turn, turns, task):
         if sources != 0:
-            columns(record, memory, room, turns, task, kind, computed)
+            columns(record, memory, turn, turns, task, kind, computed)
 
     return kernel_of_columns

@@ -156,12 +156,23 @@ def to_f16(x: Any) -> Any:
 
 
 def _scaled(k: Any) -> Any:
-    """2^k as a float32, -126 <= k <= 127."""
+    """2^k as a float32, -126 <= k <= 127; infinite for 128."""
     return np.uint32(np.uint32(k + np.int32(127)) << np.uint32(23)).view(np.float32)
 
 
+def _within32(x: Any, largest: Any) -> Any:
+    """x, or the number of its sign whose bits are `largest`, where that is nearer to zero.
+
+    Not a number becomes one. In integers: of comparisons of floats LLVM makes masks.
+    """
+    bits = np.float32(x).view(np.uint32)
+    size = np.uint32(bits & np.uint32(0x7FFFFFFF))
+    size = largest if size > largest else size
+    return np.uint32(np.uint32(bits & np.uint32(0x80000000)) | size).view(np.float32)
+
+
 def _exp_parts(x: Any) -> Any:
-    """k and p such that e^x = 2^k p, sqrt(1/2) <= p <= sqrt(2)."""
+    """k and p such that e^x = 2^k p, sqrt(1/2) <= p <= sqrt(2), |x| <= 104."""
     magic = np.float32(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer
     shifted = fma(x, np.float32(1.44269504), magic)
     n = np.float32(shifted - magic)
@@ -177,18 +188,20 @@ def _exp_parts(x: Any) -> Any:
 
 
 def exp32(x: Any) -> Any:
-    """e^x of a float32; 2^k in two halves, so that results below 2^-126 come out subnormal."""
-    bounded = np.float32(89.0) if x > np.float32(89.0) else x
-    bounded = np.float32(-104.0) if bounded < np.float32(-104.0) else bounded
-    safe = np.float32(0.0) if x != x else bounded
-    k, p = _exp_parts(safe)
+    """e^x of a float32; 2^k in two halves, so that results below 2^-126 come out subnormal.
+
+    Of what is not a number it is one: who calls it sees to that.
+    """
+    k, p = _exp_parts(_within32(x, np.uint32(0x42D00000)))  # 104
     half = np.int32(k >> np.int32(1))
-    y = np.float32(np.float32(p * _scaled(half)) * _scaled(np.int32(k - half)))
-    return x if x != x else y
+    return np.float32(np.float32(p * _scaled(half)) * _scaled(np.int32(k - half)))
 
 
 def _one_and_exp32(x: Any) -> Any:
-    return np.float32(np.float32(1.0) + exp32(x))
+    """1 + e^x, to half a unit of 1 at least: 2^k in one piece, infinite from k = 128 on."""
+    k, p = _exp_parts(_within32(x, np.uint32(0x42B20000)))  # 89
+    k = np.int32(-126) if k < np.int32(-126) else k
+    return fma(p, _scaled(k), np.float32(1.0))
 
 
 def relu(x: Any) -> Any:
@@ -251,7 +264,7 @@ def tanh32(x: Any) -> Any:
     e = np.float32(exp32(np.float32(np.float32(-2.0) * a)))
     large = np.float32((np.float32(1.0) - e) / (np.float32(1.0) + e))
     large = np.float32(-large) if x < np.float32(0.0) else large
-    return small if a < np.float32(0.625) else large
+    return large if a >= np.float32(0.625) else small  # not a number stays so
 
 
 def _one_and_exp64(x: Any) -> Any:

@@ -871,7 +871,9 @@ def runs_step(q, a, b, width, piece, scale, tile, spare, kind, tiled):
             if q.plain and q.folded_groups and read(scale, 5 * width + k, np.float64) != 0.0:
                 x = at(source, a, b + k) + p * source.p + t * source.s
                 y = at(q.y, a, b + k) + p * q.y.p + t * q.y.s
-                hi, r, shift, _ = scale_of_run(scale + 8 * k, width, 0, 0, kind)
+                hi = real(read(scale, k, np.float64), kind)
+                r = real(read(scale, 6 * width + k, np.float64), kind)
+                shift = real(read(scale, 7 * width + k, np.float64), kind)
                 steps_plain(x, y, n, hi, r, shift, kind, kind)
             else:
                 step_run(q, a, b + k, p, t, n, scale + 8 * k, width, tile, spare, kind, tiled)
@@ -1527,17 +1529,18 @@ def columns_step(q, a, b, c, width, piece, scale, along, any_wide, tile, spare, 
             weight = at(q.weight, a, b) + c * q.weight.c + p * q.weight.p + t * q.weight.s
         if q.bias.data != 0:
             bias = at(q.bias, a, b) + c * q.bias.c + p * q.bias.p + t * q.bias.s
-        residual = 0
-        if q.residual.data != 0:
-            residual = at(q.residual, a, b) + c * q.residual.c + p * q.residual.p + t * q.residual.s
-        t += 1
-        if folded and (not q.plain if q.stream == 0 else (y | (width * size_of(kind))) % 64 == 0):
-            row_folded(q, x, y, residual, along, width, q.stream != 0, kind)
-            continue
         w = weight if affined else 0
         v = bias if affined else 0
         if q.plain and not any_wide:
             step_row(x, y, width, along, width, w, v, wv, bv, kind, kind)
+            t += 1
+            continue
+        residual = 0
+        if q.residual.data != 0:
+            residual = at(q.residual, a, b) + c * q.residual.c + p * q.residual.p + t * q.residual.s
+        t += 1
+        if folded and (q.stream == 0 or (y | (width * size_of(kind))) % 64 == 0):
+            row_folded(q, x, y, residual, along, width, q.stream != 0, kind)
             continue
         target = y if q.direct else tile
         step_row(x, target, width, along, width, w, v, wv, bv, kind, tiled)

@@ -885,18 +885,8 @@ def add_layer_norm(
         return found
     if (door := door_of(x)) is not None:
         return send(door, add_layer_norm, locals())
-    array = as_array(x, "x")
-    return _add_norm(
-        x,
-        array,
-        residual,
-        normalized_shape,
-        weight,
-        bias,
-        check_eps(eps),
-        "add_layer_norm",
-        centred=True,
-        key=found.key,
+    return add_norm(
+        "add_layer_norm", x, residual, normalized_shape, weight, bias, eps, key=found.key
     )
 
 
@@ -965,47 +955,39 @@ def add_rms_norm(
         return found
     if (door := door_of(x)) is not None:
         return send(door, add_rms_norm, locals())
-    array = as_array(x, "x")
-    eps = _machine_epsilon(array.dtype) if eps is None else check_eps(eps)
-    return _add_norm(
-        x,
-        array,
-        residual,
-        normalized_shape,
-        weight,
-        None,
-        eps,
-        "add_rms_norm",
-        centred=False,
-        key=found.key,
-    )
+    return add_norm("add_rms_norm", x, residual, normalized_shape, weight, None, eps, key=found.key)
 
 
-def _add_norm(
+def add_norm(
+    name: str,
     x: ArrayLike,
-    array: Array,
     residual: ArrayLike,
     normalized_shape: Axes,
     weight: ArrayLike | None,
     bias: ArrayLike | None,
-    eps: float,
-    of: str,
+    eps: float | None,
     *,
-    centred: bool,
-    key: bytes | None,
+    out: Array | None = None,
+    total: Array | None = None,
+    key: bytes | None = None,
 ) -> tuple[Array, Array]:
-    check_ndim(array, 1, of, "(..., D)")
-    axes = layer_axes(array, normalized_shape, None, of)
+    """`add_layer_norm` or `add_rms_norm`, into arrays that may be given; `total` may be `x`."""
+    array = as_array(x, "x")
+    eps = _machine_epsilon(array.dtype) if eps is None else check_eps(eps)
+    check_ndim(array, 1, name, "(..., D)")
+    axes = layer_axes(array, normalized_shape, None, name)
     addend = same_shape(residual, "residual", array)
-    total = empty_like(array)
+    if total is None:
+        total = empty_like(array)
     y, *_ = _run(
         x,
         array,
         axes,
         _axes(weight, "weight", array, axes),
         _axes(bias, "bias", array, axes),
+        out=out,
         eps=eps,
-        centred=centred,
+        centred=name == "add_layer_norm",
         addend=addend,
         total=total,
         key=key,

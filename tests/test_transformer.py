@@ -312,6 +312,19 @@ def test_inference_has_the_same_bits_and_a_way_back(placement: Any) -> None:
             assert_same_bits(m.grad[name], gradient)
 
 
+@pytest.mark.parametrize("placement", ["pre", "post", *OTHERS])
+@pytest.mark.parametrize("final", [True, False])
+def test_a_result_holds_no_other_memory(placement: Any, final: bool) -> None:
+    # all that is computed on the way lies in one piece, which ends with the call
+    x = np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)
+    for training in (True, False):
+        m = fn.nn.TransformerEncoder(2, 8, 2, placement=placement, final_norm=final, rng=0)
+        for module in (m.train(training), m.layers[0]):
+            y = module(x)
+            assert y.base is None or y.base.nbytes == y.nbytes
+            assert not np.shares_memory(x, y)
+
+
 def test_gradients_add_up() -> None:
     for m in models():
         x = normal(N, L, D, dtype=F32)

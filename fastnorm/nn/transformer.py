@@ -122,7 +122,7 @@ class _Transformer(Module):
         dtype = np.dtype(computing_type(array.dtype))
         added = self._added(mask, src_key_padding_mask, samples, array.shape[:-1], dtype)
         rows = self._rows(array)
-        size = len(rows) * (5 * self.d_model + self.dim_feedforward)
+        size = len(rows) * (7 * self.d_model + self.dim_feedforward)
         size += self._at_once(samples, array.shape[-2]) * self.num_heads * array.shape[-2] ** 2
         with serial(), np.errstate(all="ignore"):
             y, saved = self._run(rows, samples, added, _Scratch(self.training, dtype, size))
@@ -224,16 +224,23 @@ class _Transformer(Module):
     def _matrix(self, name: str, x: Array) -> Array:
         return self._parameters[f"{name}weight"].astype(x.dtype, copy=False)
 
-    def _normed(self, name: str, x: Array, branch: Array | None = None) -> tuple[Array, Array]:
-        """The norm of x + branch, and that sum itself."""
+    def _normed(
+        self,
+        name: str,
+        x: Array,
+        branch: Array | None = None,
+        out: Array | None = None,
+        total: Array | None = None,
+    ) -> tuple[Array, Array]:
+        """The norm of x + branch, and that sum itself, which is x where there is no branch."""
         weight, bias = self._of(f"{name}.weight", x), self._of(f"{name}.bias", x)
+        d, eps = self.d_model, self.eps
+        if branch is not None:
+            norm = f"add_{self.norm}_norm"
+            return functional.add_norm(norm, x, branch, d, weight, bias, eps, out=out, total=total)
         if self.norm == "rms":
-            if branch is None:
-                return functional.rms_norm(x, self.d_model, weight, self.eps), x
-            return functional.add_rms_norm(x, branch, self.d_model, weight, self.eps)
-        if branch is None:
-            return functional.layer_norm(x, self.d_model, weight, bias, self.eps), x
-        return functional.add_layer_norm(x, branch, self.d_model, weight, bias, self.eps)
+            return functional.rms_norm(x, d, weight, eps, out=out), x
+        return functional.layer_norm(x, d, weight, bias, eps, out=out), x
 
     def _normed_backward(self, name: str, dy: Array, total: Array, gradients: Gradients) -> Array:
         """The gradient of what was normed; the statistics are computed again."""
@@ -259,6 +266,11 @@ class _Transformer(Module):
     @abstractmethod
     def _options(self) -> dict[str, Any]:
         """What `repr` shows."""
+
+
+def _sum(x: Array, branch: Array | None) -> Array:
+    """The last of a stream, in memory of its own."""
+    return x.copy() if branch is None else x + branch
 
 
 def _added(mask: ArrayLike, name: str, dtype: np.dtype[Any]) -> Array:
@@ -508,7 +520,7 @@ class TransformerBlock(_Transformer):
         self, x: Array, samples: int, mask: Array | None, scratch: _Scratch
     ) -> tuple[Array, Any]:
         x, branch, saved = self._through(x, None, samples, mask, scratch)
-        return (x if branch is None else x + branch), saved
+        return _sum(x, branch), saved
 
     def _through(
         self, x: Array, branch: Array | None, samples: int, mask: Array | None, scratch: _Scratch
@@ -518,7 +530,8 @@ class TransformerBlock(_Transformer):
         for number in "12":
             h, total = x, None
             if self._first:
-                h, x = self._normed(f"norm{number}", x, branch)
+                into = scratch("normed", *x.shape), scratch("stream", *x.shape)
+                h, x = self._normed(f"norm{number}", x, branch, *into)
                 total = x
             if number == "1":
                 branch, inside = self._attend(h, samples, mask, scratch)
@@ -526,10 +539,12 @@ class TransformerBlock(_Transformer):
                 branch, inside = self._feed(h, scratch)
             after = branch
             if self.placement == "peri":
-                branch, _ = self._normed(f"post_norm{number}", branch)
+                branch = scratch("branch", *x.shape)
+                branch, _ = self._normed(f"post_norm{number}", after, out=branch)
             if not self._first:
-                start = x if self._alpha == 1 else x * x.dtype.type(self._alpha)
-                x, total = self._normed(f"norm{number}", start, branch)
+                into = scratch("normed", *x.shape), scratch("stream", *x.shape)
+                start = x if self._alpha == 1 else np.multiply(x, self._alpha, out=into[1])
+                x, total = self._normed(f"norm{number}", start, branch, *into)
                 branch = None
             if scratch.keep:
                 saved.append((h, total, after, inside))
@@ -767,7 +782,7 @@ class TransformerEncoder(_Transformer):
         if self.final_norm:
             y, total = self._normed("norm", x, branch)
             return y, (kept, total)
-        return (x if branch is None else x + branch), (kept, None)
+        return _sum(x, branch), (kept, None)
 
     def _run_backward(self, dy: Array, samples: int, saved: Any) -> tuple[Array, Gradients]:
         kept, total = saved

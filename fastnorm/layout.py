@@ -22,7 +22,8 @@ FULL = ("x", "y", "residual", "addend", "total", "dy", "dx")
 PARAMETERS = ("weight", "bias", "dweight")
 
 
-@dataclass(frozen=True, slots=True, eq=False)  # `describe` keeps them: the same one, or another
+# `describe` keeps them: the same one, or another
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Layout:
     """A pass over memory: five dimensions (a, b, p, s, c) and each operand's strides in elements.
 
@@ -36,7 +37,7 @@ class Layout:
     strides: Mapping[str, tuple[int, ...]]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class _Axis:
     size: int
     reduced: bool

@@ -681,8 +681,7 @@ FN_INLINE float fn_silu32(float x) { return x / fn_one_and_exp32(-x); }
  * q = (t - 2)/(t + 2); 0.34 * 2^-24 up to t = 10.6, where e^(-t^2) leaves float32.  The tail keeps
  * its relative precision: 1 + erf(x/sqrt(2)) would cancel there. */
 FN_INLINE float fn_gelu32(float x) {
-    float a = x < 0.0f ? -x : x;
-    a = a > 15.0f ? 15.0f : a;
+    float a = fn_within32(fn_float(fn_bits(x) & 0x7fffffffu), 0x41700000); /* 15 */
     float t = a * 0.70710678f;
     float q = (t - 2.0f) / (t + 2.0f);
     float g = -0.000404705759f;
@@ -699,8 +698,7 @@ FN_INLINE float fn_gelu32(float x) {
     float rest = fn_fma32(a, a, -s); /* what a*a lost, restored below */
     float e = fn_exp32(-0.5f * s);
     float tail = 0.5f * g * e * (1.0f - 0.5f * rest) / (1.0f + 2.0f * t);
-    float y = x * (x < 0.0f ? tail : 1.0f - tail);
-    return x != x ? x : y;
+    return x * (x < 0.0f ? tail : 1.0f - tail);
 }
 
 /* x (1 + tanh(u))/2 = x / (1 + e^(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3) */

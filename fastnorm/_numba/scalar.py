@@ -240,8 +240,7 @@ def gelu32(x: Any) -> Any:
     e = np.float32(np.float32(np.float32(0.5) * g) * e)
     e = np.float32(e * (np.float32(1.0) - np.float32(0.5) * rest))
     tail = np.float32(e / (np.float32(1.0) + np.float32(2.0) * t))
-    y = np.float32(x * (tail if x < np.float32(0.0) else np.float32(np.float32(1.0) - tail)))
-    return x if x != x else y
+    return np.float32(x * (tail if x < np.float32(0.0) else np.float32(np.float32(1.0) - tail)))
 
 
 def gelu_tanh32(x: Any) -> Any:

@@ -8,6 +8,7 @@ happens in the norm that reads the sum: in the next block, if there is one.
 from __future__ import annotations
 
 import math
+import sys
 from abc import abstractmethod
 from collections.abc import Iterable
 from contextlib import suppress
@@ -300,7 +301,7 @@ def _draw(weights: list[tuple[Array, float]], generator: np.random.Generator) ->
     shares = [list(group) for _, group in groupby(pieces, lambda piece: piece[0] // _SHARE)]
     bits = generator.bit_generator
     # only these can begin anywhere, and only what is drawn in place is sure to succeed
-    jumps = type(bits) in (np.random.PCG64, np.random.PCG64DXSM)
+    jumps = _steps(bits)
     in_place = all(array.dtype == np.float32 and array.flags.writeable for array, _ in weights)
     if len(shares) < 2 or not (jumps and in_place):
         _fill(pieces, generator)
@@ -322,6 +323,11 @@ def _draw(weights: list[tuple[Array, float]], generator: np.random.Generator) ->
         thread.join()
 
 
+def _steps(bits: Any) -> bool:
+    """Whether a generator makes two numbers of 32 bits at each step, and can begin at any."""
+    return type(bits) in (np.random.PCG64, np.random.PCG64DXSM)
+
+
 def _ahead(bits: Any, count: int) -> np.random.Generator:
     """A generator at where `bits` will be after `count` numbers of 32 bits.
 
@@ -339,10 +345,21 @@ def _ahead(bits: Any, count: int) -> np.random.Generator:
 
 
 def _fill(pieces: list[tuple[int, Array, float]], generator: np.random.Generator) -> None:
+    bits = generator.bit_generator
+    # as _ahead knows them, with no number waiting: whole steps take 0.8 of the time
+    whole = _steps(bits) and not bits.state["has_uint32"] and sys.byteorder == "little"
     for _, piece, bound in pieces:
-        drawn: Any = np.float64 if piece.dtype == np.float64 else np.float32
-        values = piece if piece.dtype == drawn else np.empty(piece.shape, drawn)
-        generator.random(out=values, dtype=drawn)
+        whole = whole and piece.dtype == np.float32 and piece.size % 2 == 0
+        if whole:
+            drawn = generator.integers(0, 1 << 64, piece.size // 2, np.uint64).view(np.uint32)
+            drawn >>= 8  # the 24 bits of a float
+            drawn -= 1 << 23
+            piece[...] = drawn.view(np.int32)
+            piece *= bound / (1 << 23)
+            continue
+        kind: Any = np.float64 if piece.dtype == np.float64 else np.float32
+        values = piece if piece.dtype == kind else np.empty(piece.shape, kind)
+        generator.random(out=values, dtype=kind)
         values -= 0.5
         values *= 2 * bound
         if values is not piece:
@@ -780,7 +797,7 @@ class TransformerEncoder(_Transformer):
             x, branch, saved = layer._through(x, branch, samples, mask, scratch)
             kept.append(saved)
         if self.final_norm:
-            y, total = self._normed("norm", x, branch)
+            y, total = self._normed("norm", x, branch, total=scratch("stream", *x.shape))
             return y, (kept, total)
         return _sum(x, branch), (kept, None)
 

@@ -81,7 +81,7 @@ def forward(torch: Any, placement: str) -> dict[str, float]:
     return {name: c.seconds for name, c in contenders.items()}
 
 
-def first(rounds: int = 5) -> dict[str, float]:
+def first(rounds: int = 15) -> dict[str, float]:
     """Seconds of a process that imports the library, makes an encoder and runs it once."""
     times: dict[str, list[float]] = {name: [] for name in FIRST}
     environment = os.environ | {"OMP_NUM_THREADS": str(fn.get_num_threads())}

@@ -30,6 +30,21 @@ cdef extern from "simd.h" nogil:
     void fn_back_row_collect_double(const double*, const double*, double*, Py_ssize_t, const double*, const double*, const double*, const double*, const double*, const double*, bint, double*, double*) noexcept
     void fn_back_collect_float(const float**, const float**, float**, const float*, Py_ssize_t, int, const float*, double*, double*) noexcept
     void fn_back_collect_bf16(const uint16_t**, const uint16_t**, uint16_t**, const float*, Py_ssize_t, int, const float*, double*, double*) noexcept
+    ctypedef struct fn_back_rows:
+        const char* x
+        const char* dy
+        const char* mean
+        const char* rstd
+        char* dx
+        Py_ssize_t x_step, dy_step, mean_step, rstd_step, dx_step, n, ahead
+        const void* w
+        double* gw
+        double* gb
+        void* tile
+        bint centred
+    Py_ssize_t fn_rows_back_float(const fn_back_rows*, Py_ssize_t) noexcept
+    Py_ssize_t fn_rows_back_bf16(const fn_back_rows*, Py_ssize_t) noexcept
+    Py_ssize_t fn_rows_back_double(const fn_back_rows*, Py_ssize_t) noexcept
     void fn_back_collect_double(const double**, const double**, double**, const double*, Py_ssize_t, int, const double*, double*, double*) noexcept
 
 cdef enum:
@@ -580,6 +595,40 @@ cdef void put_owner(Back* q, Py_ssize_t owner, const double* cells) noexcept nog
 
 # ---- threads ---------------------------------------------------------------------------------
 
+cdef inline bint plain_rows_back(Back* q, real* kind) noexcept nogil:
+    """Whether items are rows at equal distances that share the weights along them, to be walked whole."""
+    return (q.inside and not q.columns and q.training and q.width == q.p == 1 and q.owners == 1 and (q.a == 1 or q.b == 1)
+            and q.length * TOGETHER * 2 * <Py_ssize_t>bytes_of(q.x.storage) <= CACHED
+            and (q.weight.data == NULL or weights_in_place(q, kind))
+            and (q.brief or (native(q.x.storage, kind) and native(q.dy.storage, kind) and native(q.dx.storage, kind))))
+
+cdef Py_ssize_t rows_back(Back* q, Py_ssize_t first, Py_ssize_t last, double* cells, char* tiles, real* kind) noexcept nogil:
+    """Rows from `first` on, up to `last` or to where they must go one by one: how many."""
+    cdef fn_back_rows r
+    cdef Item it = item_of(q, 0, first)
+    cdef bint down = q.b == 1
+    cdef Py_ssize_t i
+    cdef real* ones = <real*>(tiles + TOGETHER * CHUNK * sizeof(real))
+    r.x, r.dy, r.dx, r.rstd = at(&q.x, it.a, it.b), at(&q.dy, it.a, it.b), at(&q.dx, it.a, it.b), at(&q.rstd, it.a, it.b)
+    r.x_step, r.dy_step, r.dx_step = (q.x.a, q.dy.a, q.dx.a) if down else (q.x.b, q.dy.b, q.dx.b)
+    r.rstd_step, r.mean_step = (q.rstd.a, q.mean.a) if down else (q.rstd.b, q.mean.b)
+    r.mean = NULL
+    if q.mean.data != NULL:
+        r.mean = at(&q.mean, it.a, it.b)
+    r.w = q.weight.data
+    if r.w == NULL:
+        for i in range(q.s):
+            ones[i] = 1
+        r.w = ones
+    r.n, r.ahead, r.centred = q.s, AHEAD, q.centred
+    r.gw, r.gb = cells, cells + q.cells
+    r.tile = tiles if q.stream else NULL
+    if real is double:
+        return fn_rows_back_double(&r, last - first)
+    if q.brief:
+        return fn_rows_back_bf16(&r, last - first)
+    return fn_rows_back_float(&r, last - first)
+
 cdef int back_tasks(Back* q, Py_ssize_t first, Py_ssize_t last, double* parts, real* kind) noexcept nogil:
     """Tasks [first, last): each a part of an owner's sharers, from sums to dx while in cache."""
     cdef Workspace h
@@ -588,6 +637,7 @@ cdef int back_tasks(Back* q, Py_ssize_t first, Py_ssize_t last, double* parts, r
     cdef Py_ssize_t task, owner, part, i, end, p, t, n
     cdef double* cells
     cdef int k, count, together = 1
+    cdef bint plain = plain_rows_back(q, kind)
     if q.inside and not q.columns and q.length * TOGETHER * 2 * <Py_ssize_t>bytes_of(q.x.storage) <= CACHED:
         together = TOGETHER
     if not workspace_for(q, &h, q.cells if parts == NULL else 0):
@@ -600,6 +650,10 @@ cdef int back_tasks(Back* q, Py_ssize_t first, Py_ssize_t last, double* parts, r
         memset(cells, 0, 2 * q.cells * sizeof(double))
         i, end = q.sharers * part // q.parts, q.sharers * (part + 1) // q.parts
         while i < end:
+            if plain:
+                i += rows_back(q, i, end, cells, h.tiles, kind)
+                if i == end:
+                    break
             count = <int>min(<Py_ssize_t>together, end - i)
             for k in range(count):
                 items[k] = item_of(q, owner, i + k)

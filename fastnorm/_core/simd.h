@@ -1595,4 +1595,75 @@ static inline void fn_sum_rows_double(const double *x, ptrdiff_t x_step, const d
     else FN_SUM_ROWS(FN_G, FN_DR)
 }
 
+/* Rows of n numbers that share the weights along them, with statistics of their own: four at a time,
+ * from the sums to dx and to what they add to the gradients of the weights. */
+typedef struct {
+    const char *x, *dy, *mean, *rstd; /* of the first row, and bytes from it to the next; no mean: 0 */
+    char *dx;
+    ptrdiff_t x_step, dy_step, mean_step, rstd_step, dx_step, n, ahead;
+    const void *w;
+    double *gw, *gb;
+    void *tile; /* room for 4 FN_CHUNK numbers where dx goes past the caches, else NULL */
+    int centred;
+} fn_back_rows;
+#define FN_CHUNK 1024
+
+/* Whether floats can hold xhat: `read_statistics` in backward.pxi. */
+FN_INLINE int fn_narrow(double mean, double rstd) {
+    return rstd == 0 || (fabs(rstd) > 7.9e-31 && fabs(rstd) < 1.3e30 && fabs(mean) < 1.3e30);
+}
+#define FN_PAIR_FLOATS(name)                                                                      \
+    fn_pair_planes_of_##name(x, 0, dy, 0, 1, n, q->ahead, s, s + 1, s + 2, w, 1, lanes);
+#define FN_PAIR_DOUBLES(name) fn_sum_planes_double(x, 0, dy, 0, 1, n, q->ahead, &mean, &rstd, w, lanes);
+#define FN_ROWS_BACK(name, type, real, PAIR)                                                      \
+    /* How many rows are done: all, but for the last one to three, or those before four of which  \
+     * one is beyond floats. */                                                                   \
+    static ptrdiff_t fn_rows_back_##name(const fn_back_rows *q, ptrdiff_t rows) {                 \
+        const ptrdiff_t n = q->n;                                                                 \
+        const real *w = (const real *)q->w;                                                       \
+        ptrdiff_t i = 0;                                                                          \
+        for (; i + 4 <= rows; i += 4) {                                                           \
+            real terms[20], *s = terms;                                                           \
+            const type *xs[4], *ds[4];                                                            \
+            type *ys[4];                                                                          \
+            for (int k = 0; k < 4; k++, s += 5) {                                                 \
+                const double rstd = *(const double *)(q->rstd + (i + k) * q->rstd_step);          \
+                const double mean = q->mean ? *(const double *)(q->mean + (i + k) * q->mean_step) : 0;\
+                double lanes[2 * FN_PAIRS] = {0}, first = 0, second = 0;                          \
+                const type *x = (const type *)(q->x + (i + k) * q->x_step);                       \
+                const type *dy = (const type *)(q->dy + (i + k) * q->dy_step);                    \
+                if (sizeof(real) == 4 && !fn_narrow(mean, rstd)) return i;                        \
+                s[0] = (real)mean;                                                                \
+                s[1] = (real)rstd;                                                                \
+                s[2] = (real)(-(mean - s[0]) * rstd);                                             \
+                PAIR(name)                                                                        \
+                fn_add_lanes(lanes, 1, &first, &second);                                          \
+                s[3] = q->centred ? (real)(rstd * (first / (double)n)) : 0;                       \
+                s[4] = (real)(rstd * (second / (double)n));                                       \
+                xs[k] = x;                                                                        \
+                ds[k] = dy;                                                                       \
+                ys[k] = (type *)(q->dx + (i + k) * q->dx_step);                                   \
+            }                                                                                     \
+            if (!q->tile) {                                                                       \
+                fn_back_collect_##name(xs, ds, ys, terms, n, 4, w, q->gw, q->gb);                 \
+                continue;                                                                         \
+            }                                                                                     \
+            for (ptrdiff_t t = 0; t < n; t += FN_CHUNK) {                                         \
+                const ptrdiff_t m = n - t < FN_CHUNK ? n - t : FN_CHUNK;                          \
+                type *into[4];                                                                    \
+                for (int k = 0; k < 4; k++) into[k] = (type *)q->tile + k * FN_CHUNK;             \
+                fn_back_collect_##name(xs, ds, into, terms, m, 4, w + t, q->gw + t, q->gb + t);   \
+                for (int k = 0; k < 4; k++) {                                                     \
+                    fn_stream((char *)(ys[k] + t), (const char *)into[k], (size_t)m * sizeof(type));\
+                    xs[k] += m;                                                                   \
+                    ds[k] += m;                                                                   \
+                }                                                                                 \
+            }                                                                                     \
+        }                                                                                         \
+        return i;                                                                                 \
+    }
+FN_ROWS_BACK(float, float, float, FN_PAIR_FLOATS)
+FN_ROWS_BACK(bf16, uint16_t, float, FN_PAIR_FLOATS)
+FN_ROWS_BACK(double, double, double, FN_PAIR_DOUBLES)
+
 #endif

@@ -15,7 +15,7 @@
 cdef extern from "simd.h" nogil:
     void fn_pair_planes_float(const float*, Py_ssize_t, const float*, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, const float*, const float*, const float*, const float*, double*) noexcept
     void fn_pair_planes_bf16(const uint16_t*, Py_ssize_t, const uint16_t*, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, const float*, const float*, const float*, const float*, double*) noexcept
-    void fn_add_lanes(double*, Py_ssize_t, double*, double*) noexcept
+    void fn_add_lanes(const double*, Py_ssize_t, double*, double*) noexcept
     void fn_pair_rows(const float*, Py_ssize_t, const float*, Py_ssize_t, Py_ssize_t, Py_ssize_t, const float*, const float*, const float*, const float*, bint, double*, double*) noexcept
     void fn_sum_planes_float(const float*, Py_ssize_t, const float*, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, const double*, const double*, const float*, double*) noexcept
     void fn_sum_planes_double(const double*, Py_ssize_t, const double*, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, const double*, const double*, const double*, double*) noexcept

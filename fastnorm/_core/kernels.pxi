@@ -1591,10 +1591,9 @@ cdef int carry_out(Pass* q, int threads) noexcept:
     if q.columns and q.y.s == q.width * size:
         along *= q.s            # rows that follow one another
     # x and y go through the cache together.  From five eighths of it on y goes past it: rows of 25 MB
-    # take 0.75 of the time, planes that lie apart 0.7.  Columns are read in two sweeps, of which the second
-    # then finds less.  Of a sum and its norm four arrays go through the caches.
-    q.stream = ((total if q.total.data == NULL else 4 * total) > (stream_above if q.columns and not q.given else stream_above // 8 * 5)
-                and pays_to_stream(along, size))
+    # take 0.75 of the time, planes that lie apart 0.7, columns read in two sweeps 0.7.  Of a sum and its
+    # norm four arrays go through the caches.
+    q.stream = (total if q.total.data == NULL else 4 * total) > stream_above // 8 * 5 and pays_to_stream(along, size)
     # a weight along the run, or one for all of it, and a bias only beside a weight of its kind
     q.brief = (q.x.storage == q.y.storage == BF16 and not q.columns and not q.stream and q.activation == IDENTITY and q.user == NULL
                and q.residual.data == NULL and q.mask.data == NULL and q.total.data == NULL and q.y.data != NULL

@@ -1290,12 +1290,30 @@ static ptrdiff_t fn_norm_rows_double(const fn_rows *q, ptrdiff_t rows, ptrdiff_t
             second[j] = fn_mac64(g, D(i), second[j]);                                             \
         }                                                                                         \
     }
-static inline void fn_add_lanes(double *lanes, ptrdiff_t planes, double *first, double *second) {
+/* 16 lanes: those 8 apart first, then 4, 2 and 1. */
+FN_INLINE double fn_added_up(const double *v) {
+#if defined(__AVX512F__)
+    const __m512d w = _mm512_add_pd(_mm512_loadu_pd(v), _mm512_loadu_pd(v + 8));
+    const __m256d h = _mm256_add_pd(_mm512_castpd512_pd256(w), _mm512_extractf64x4_pd(w, 1));
+    const __m128d q = _mm_add_pd(_mm256_castpd256_pd128(h), _mm256_extractf128_pd(h, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(q, _mm_unpackhi_pd(q, q)));
+#elif defined(__AVX2__)
+    const __m256d w = _mm256_add_pd(_mm256_loadu_pd(v), _mm256_loadu_pd(v + 8));
+    const __m256d u = _mm256_add_pd(_mm256_loadu_pd(v + 4), _mm256_loadu_pd(v + 12));
+    const __m256d h = _mm256_add_pd(w, u);
+    const __m128d q = _mm_add_pd(_mm256_castpd256_pd128(h), _mm256_extractf128_pd(h, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(q, _mm_unpackhi_pd(q, q)));
+#else
+    double t[8];
+    for (int j = 0; j < 8; j++) t[j] = v[j] + v[j + 8];
+    FN_FOLD(t, 4) FN_FOLD(t, 2)
+    return t[0] + t[1];
+#endif
+}
+static inline void fn_add_lanes(const double *lanes, ptrdiff_t planes, double *first, double *second) {
     for (ptrdiff_t k = 0; k < planes; k++, lanes += 2 * FN_PAIRS) {
-        double *a = lanes, *b = lanes + FN_PAIRS;
-        FN_ADD_UP(a) FN_ADD_UP(b)
-        first[k] += FN_FOLDED(a);
-        second[k] += FN_FOLDED(b);
+        first[k] += fn_added_up(lanes);
+        second[k] += fn_added_up(lanes + FN_PAIRS);
     }
 }
 
@@ -1397,7 +1415,14 @@ FN_BACK_PLANES(float, float, float, fn_fma32, FN_AS_IT_IS, FN_AS_IT_IS)
 FN_BACK_PLANES(bf16, uint16_t, float, fn_fma32, fn_from_bf16, fn_to_bf16)
 FN_BACK_PLANES(double, double, double, fn_fma64, FN_AS_IT_IS, FN_AS_IT_IS)
 
-#define FN_BACK_ROW(k)                                                                            \
+/* Four rows of columns, asked for in advance. */
+#define FN_FETCH_ROWS                                                                             \
+    for (int k = 0; k < 4; k++)                                                                   \
+        for (ptrdiff_t c = 0; c < n; c += 64 / (ptrdiff_t)sizeof *x) {                            \
+            FN_FETCH((const char *)(x + k * x_step + c) + 4096);                                  \
+            FN_FETCH((const char *)(dy + k * dy_step + c) + 4096);                                \
+        }
+#define FN_BACK_ROW(fma, k)                                                                       \
     dx[(k) * dx_step + i] = fma(-fma(x[(k) * x_step + i] - h, v, d), e,                           \
                                 fma(dy[(k) * dy_step + i], u, -c));
 #define FN_BACK(real, fma)                                                                        \
@@ -1407,9 +1432,10 @@ FN_BACK_PLANES(double, double, double, fn_fma64, FN_AS_IT_IS, FN_AS_IT_IS)
         ptrdiff_t dx_step, ptrdiff_t rows, ptrdiff_t n, const real *hi, const real *r,            \
         const real *shift, const real *wr, const real *c1, const real *c2) {                      \
         for (; rows >= 4; rows -= 4) {                                                            \
+            FN_FETCH_ROWS                                                                         \
             FN_IVDEP for (ptrdiff_t i = 0; i < n; i++) {                                          \
                 const real h = hi[i], v = r[i], d = shift[i], u = wr[i], c = c1[i], e = c2[i];    \
-                FN_BACK_ROW(0) FN_BACK_ROW(1) FN_BACK_ROW(2) FN_BACK_ROW(3)                       \
+                FN_BACK_ROW(fma, 0) FN_BACK_ROW(fma, 1) FN_BACK_ROW(fma, 2) FN_BACK_ROW(fma, 3)   \
             }                                                                                     \
             x += 4 * x_step;                                                                      \
             dy += 4 * dy_step;                                                                    \
@@ -1418,7 +1444,7 @@ FN_BACK_PLANES(double, double, double, fn_fma64, FN_AS_IT_IS, FN_AS_IT_IS)
         for (; rows > 0; rows--, x += x_step, dy += dy_step, dx += dx_step)                       \
             FN_IVDEP for (ptrdiff_t i = 0; i < n; i++) {                                          \
                 const real h = hi[i], v = r[i], d = shift[i], u = wr[i], c = c1[i], e = c2[i];    \
-                FN_BACK_ROW(0)                                                                    \
+                FN_BACK_ROW(fma, 0)                                                               \
             }                                                                                     \
     }                                                                                             \
     /* the same where the weight is the row's (`wv` 0) or each element's own (1) */               \
@@ -1536,12 +1562,14 @@ FN_INLINE void fn_pair_rows_of(const float *FN_RESTRICT x, ptrdiff_t x_step,
                                const float *FN_RESTRICT w, int wv, double *FN_RESTRICT a,
                                double *FN_RESTRICT b) {
     const float w0 = wv == 1 ? w[0] : 1.0f;
-    for (; rows >= 4; rows -= 4, x += 4 * x_step, dy += 4 * dy_step)
+    for (; rows >= 4; rows -= 4, x += 4 * x_step, dy += 4 * dy_step) {
+        FN_FETCH_ROWS
         for (ptrdiff_t c = 0; c < n; c++) {
             FN_TERMS(0) FN_TERMS(1) FN_TERMS(2) FN_TERMS(3)
             a[c] += (double)((t0 + t1) + (t2 + t3));
             b[c] += (double)(fn_fma32(t0, h0, t1 * h1) + fn_fma32(t2, h2, t3 * h3));
         }
+    }
     for (; rows > 0; rows--, x += x_step, dy += dy_step)
         for (ptrdiff_t c = 0; c < n; c++) {
             FN_TERMS(0)

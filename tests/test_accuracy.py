@@ -306,3 +306,23 @@ def test_every_instruction_set(level: str, backend: str) -> None:
     run = run_python("-m", "pytest", "tests/test_accuracy.py", *choice, FASTNORM_CPU=level)
     assert run.returncode == 0, run.stdout[-3000:]
     assert " passed" in run.stdout
+
+
+@pytest.mark.parametrize("scale", [2.0**e for e in (0, 60, 110, -60, -70, -110)], ids=str)
+@pytest.mark.parametrize("ratio", [0.0, 3.0, 60.0])
+def test_statistics_of_bfloat16_at_any_size(scale: float, ratio: float) -> None:
+    """Four of its numbers are added up in float32, where that holds their squares."""
+    rng = np.random.default_rng(0)
+    near = rng.standard_normal((20, 768)) + ratio
+    far = near * 10.0 ** rng.uniform(-6, 0, near.shape)
+    for numbers in (near, far):
+        x = (numbers * scale).astype(BF16)
+        exact = x.astype(np.longdouble)
+        mean, square = exact.mean(1), (exact**2).mean(1)
+        deviation = exact.std(1)
+        _, mean_found, rstd = fn.layer_norm(x, 768, eps=0.0, return_stats=True)
+        # 2^-22 of the largest square of each four, which is 2^-20 of what the four deviate by
+        assert abs(rstd.ravel() * deviation - 1).max() < 2.0**-20
+        assert abs((mean_found.ravel() - mean) / deviation).max() < 2.0**-20
+        _, rstd = fn.rms_norm(x, 768, eps=0.0, return_stats=True)
+        assert abs(rstd.ravel() * square**0.5 - 1).max() < 2.0**-22

@@ -132,6 +132,22 @@ cdef bint push_array(Key* k, object v, int kind) noexcept:
 cdef inline int computing_kind(object x) noexcept:
     return cnp.NPY_FLOAT64 if cnp.PyArray_CheckExact(x) and cnp.PyArray_TYPE(<cnp.ndarray>x) == cnp.NPY_FLOAT64 else cnp.NPY_FLOAT32
 
+cdef bint push_weight(Key* k, object v, object x) noexcept:
+    """Likewise: of the type that is computed in, or of that of x, to be converted by each call."""
+    if cnp.PyArray_CheckExact(v) and cnp.PyArray_TYPE(<cnp.ndarray>v) == cnp.PyArray_TYPE(<cnp.ndarray>x):
+        return push_array(k, v, -1) and cnp.PyArray_IS_C_CONTIGUOUS(<cnp.ndarray>v)
+    return push_array(k, v, computing_kind(x))
+
+cdef object as_planned(object v, Operand* o):
+    """A weight as the numbers that the plan's description had."""
+    cdef Py_ssize_t n
+    if v is None or cnp.PyArray_ITEMSIZE(<cnp.ndarray>v) != 2 or o.storage != F32:
+        return v
+    n = cnp.PyArray_SIZE(<cnp.ndarray>v)
+    converted = cnp.PyArray_SimpleNew(1, <cnp.npy_intp*>&n, cnp.NPY_FLOAT32)
+    load(bytes_at(v), storage_of(cnp.PyArray_TYPE(<cnp.ndarray>v)), n, <float*>bytes_at(converted))
+    return converted
+
 cdef bytes key_of(Key* k):
     return PyBytes_FromStringAndSize(<char*>k.f, k.n * sizeof(int64_t))
 
@@ -291,7 +307,7 @@ def quick_forward(Py_ssize_t kind, first, second, x, weight, bias, double eps, b
     push(&k, 2 * kind + own_eps)
     if not (push_choice(&k, first) and push_choice(&k, second) and push_array(&k, x, -1) and x is not None):
         return no_plan
-    if not (push_array(&k, weight, computing_kind(x)) and push_array(&k, bias, computing_kind(x))):
+    if not (push_weight(&k, weight, x) and push_weight(&k, bias, x)):
         return no_plan
     if not (push_running(&k, running_mean, True) and push_running(&k, running_var, True)):
         return no_plan
@@ -308,6 +324,7 @@ def quick_forward(Py_ssize_t kind, first, second, x, weight, bias, double eps, b
         q.eps = eps
     n = plan.count
     y = like(x) if out is None else out
+    weight, bias = as_planned(weight, &q.weight), as_planned(bias, &q.bias)
     q.x.data, q.y.data = bytes_at(x), bytes_at(y)
     q.weight.data, q.bias.data = bytes_at(weight), bytes_at(bias)
     total = None
@@ -361,7 +378,7 @@ def quick_backward(Py_ssize_t kind, first, second, dy, x, mean, rstd, weight):
     push(&k, -1 - kind)
     if not (push_choice(&k, first) and push_choice(&k, second) and push_array(&k, x, -1) and x is not None):
         return no_plan
-    if not (push_array(&k, dy, -1) and dy is not None and push_array(&k, weight, computing_kind(x))):
+    if not (push_array(&k, dy, -1) and dy is not None and push_weight(&k, weight, x)):
         return no_plan
     for statistic in (mean, rstd):
         if not push_array(&k, statistic, cnp.NPY_FLOAT64):
@@ -380,6 +397,7 @@ def quick_backward(Py_ssize_t kind, first, second, dy, x, mean, rstd, weight):
     dbias = like(dweight) if q.centred else None
     q.x.data, q.dy.data, q.dx.data = bytes_at(x), bytes_at(dy), bytes_at(dx)
     q.mean.data, q.rstd.data = bytes_at(mean), bytes_at(rstd)
+    weight = as_planned(weight, &q.weight)
     q.weight.data, q.dweight.data, q.dbias.data = bytes_at(weight), bytes_at(dweight), bytes_at(dbias)
     if carry_back(&q, most_threads):
         raise MemoryError("fastnorm could not get the scratch memory of its kernels")

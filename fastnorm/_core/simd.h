@@ -69,6 +69,12 @@ static inline uint16_t fn_to_bf16(float x) {
     return (uint16_t)((x == x ? rounded : nan) >> 16);
 }
 
+/* The same of what arithmetic has made, whose not-a-numbers are quiet: they need only be cut short. */
+FN_INLINE uint16_t fn_made_bf16(float x) {
+    const uint32_t u = fn_bits(x);
+    return (uint16_t)((u + (x == x ? 0x7fffu + ((u >> 16) & 1u) : 0u)) >> 16);
+}
+
 /* Exponents are rebased by integer addition; subnormals by a float subtraction, which
  * normalises them. */
 static inline float fn_from_f16(uint16_t h) {
@@ -237,7 +243,7 @@ FN_INLINE fn_wide fn_wide_square(fn_wide a) { return a * a; }
 #define FN_ADD(d, t) ((t) + (d))
 static inline double fn_squares(const float *x, ptrdiff_t n, ptrdiff_t ahead)
     FN_SUM(FN_ITSELF, fn_wide_float, FN_SQUARE, FN_ADD_SQUARE, FN_SQUARES, FN_ADD_SQUARES)
-static inline double fn_squares_bf16(const uint16_t *x, ptrdiff_t n, ptrdiff_t ahead)
+static inline double fn_wide_squares_bf16(const uint16_t *x, ptrdiff_t n, ptrdiff_t ahead)
     FN_SUM(FN_BF16, fn_wide_bf16, FN_SQUARE, FN_ADD_SQUARE, FN_SQUARES, FN_ADD_SQUARES)
 static inline double fn_deviations(const double *x, ptrdiff_t n, ptrdiff_t ahead, double pivot)
     FN_SUM(FN_FROM_PIVOT, FN_WIDE_DOUBLE_FROM_PIVOT, FN_SAME, FN_ADD, FN_SAME, fn_wide_add)
@@ -389,14 +395,78 @@ static inline void fn_gather_rows_about(const float *FN_RESTRICT x, ptrdiff_t st
                                         ptrdiff_t n, const double *FN_RESTRICT pivot,
                                         double *FN_RESTRICT a, double *FN_RESTRICT b)
     FN_GATHER_ROWS(FN_FROM_PIVOTS, FN_WIDE_FROM_PIVOTS)
+/* Of floats that are added up four at a time: so many partial sums side by side. */
+#define FN_PAIRS 16
+/* Those 8 apart first, then 4, 2 and 1. */
+FN_INLINE double fn_added_up(const double *v) {
+#if defined(__AVX512F__)
+    const __m512d w = _mm512_add_pd(_mm512_loadu_pd(v), _mm512_loadu_pd(v + 8));
+    const __m256d h = _mm256_add_pd(_mm512_castpd512_pd256(w), _mm512_extractf64x4_pd(w, 1));
+    const __m128d q = _mm_add_pd(_mm256_castpd256_pd128(h), _mm256_extractf128_pd(h, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(q, _mm_unpackhi_pd(q, q)));
+#elif defined(__AVX2__)
+    const __m256d w = _mm256_add_pd(_mm256_loadu_pd(v), _mm256_loadu_pd(v + 8));
+    const __m256d u = _mm256_add_pd(_mm256_loadu_pd(v + 4), _mm256_loadu_pd(v + 12));
+    const __m256d h = _mm256_add_pd(w, u);
+    const __m128d q = _mm_add_pd(_mm256_castpd256_pd128(h), _mm256_extractf128_pd(h, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(q, _mm_unpackhi_pd(q, q)));
+#else
+    double t[8];
+    for (int j = 0; j < 8; j++) t[j] = v[j] + v[j + 8];
+    FN_FOLD(t, 4) FN_FOLD(t, 2)
+    return t[0] + t[1];
+#endif
+}
 /* bfloat16 is a float32 cut short: converted on the way, not in a pass of its own. */
 #define FN_BF16_FROM_PIVOT(v) ((double)fn_from_bf16(v) - pivot)
 #define FN_WIDE_BF16_FROM_PIVOT(p) fn_wide_sub(fn_wide_bf16(p), fn_wide_all(pivot))
-static inline void fn_sums_bf16(const uint16_t *x, ptrdiff_t n, ptrdiff_t ahead, double *first,
-                                double *second) FN_SUMS(FN_BF16, fn_wide_bf16)
+static inline void fn_wide_sums_bf16(const uint16_t *x, ptrdiff_t n, ptrdiff_t ahead,
+                                     double *first, double *second) FN_SUMS(FN_BF16, fn_wide_bf16)
 static inline void fn_sums_about_bf16(const uint16_t *x, ptrdiff_t n, ptrdiff_t ahead, double pivot,
                                       double *first, double *second) 
     FN_SUMS(FN_BF16_FROM_PIVOT, FN_WIDE_BF16_FROM_PIVOT)
+/* Four numbers, and their squares of 16 bits, are added up in float before they go into a double lane.
+ * That is exact while the largest is at most 8 times the smallest.  Where it is more, the four are
+ * spread over 7/8 of the largest, and what a float loses, 2^-22 of its square, is 2^-20 of what they add to
+ * the squared deviations, or less: a bfloat16 has 2^-9.  Two numbers of 16 bits lie in one of 32, so
+ * that half of the conversions fall away too.  Returns whether a float can hold the squares. */
+FN_INLINE int fn_four_sums_bf16(const uint16_t *x, ptrdiff_t n, ptrdiff_t ahead, int centred,
+                                double *first, double *second) {
+    double a[FN_PAIRS] = {0}, b[FN_PAIRS] = {0};
+    ptrdiff_t i = 0;
+    for (; i + 64 <= n; i += 64) {
+        uint32_t p[FN_PAIRS], q[FN_PAIRS];
+        memcpy(p, x + i, sizeof p);
+        memcpy(q, x + i + 32, sizeof q);
+        FN_FETCH((const char *)(x + i) + ahead);
+        FN_FETCH((const char *)(x + i + 32) + ahead);
+        for (int j = 0; j < FN_PAIRS; j++) {
+            const float p0 = fn_float(p[j] << 16), p1 = fn_float(p[j] & 0xffff0000u);
+            const float q0 = fn_float(q[j] << 16), q1 = fn_float(q[j] & 0xffff0000u);
+            if (centred) a[j] += (double)((p0 + p1) + (q0 + q1));
+            b[j] += (double)(fn_fma32(p0, p0, p1 * p1) + fn_fma32(q0, q0, q1 * q1));
+        }
+    }
+    for (; i < n; i += FN_PAIRS)
+        for (int j = 0; j < FN_PAIRS && i + j < n; j++) {
+            const double v = (double)fn_from_bf16(x[i + j]);
+            if (centred) a[j] += v;
+            b[j] = fn_mac64(v, v, b[j]);
+        }
+    if (centred) *first = fn_added_up(a);
+    *second = fn_added_up(b);
+    /* below, squares that vanished might be missed */
+    return *second < 1e38 && *second > 1e-30 * (double)n;
+}
+static inline void fn_sums_bf16(const uint16_t *x, ptrdiff_t n, ptrdiff_t ahead, double *first,
+                                double *second) {
+    if (!fn_four_sums_bf16(x, n, ahead, 1, first, second))
+        fn_wide_sums_bf16(x, n, ahead, first, second);
+}
+static inline double fn_squares_bf16(const uint16_t *x, ptrdiff_t n, ptrdiff_t ahead) {
+    double second;
+    return fn_four_sums_bf16(x, n, ahead, 0, NULL, &second) ? second : fn_wide_squares_bf16(x, n, ahead);
+}
 static inline double fn_fold(double *v) {
     FN_FOLD(v, 16) FN_FOLD(v, 8) FN_FOLD(v, 4) FN_FOLD(v, 2)
     return v[0] + v[1];
@@ -1004,7 +1074,7 @@ FN_INLINE void fn_step_of_bf16(const uint16_t *x, uint16_t *y, ptrdiff_t n, floa
     FN_IVDEP for (ptrdiff_t i = 0; i < n; i++) {
         float t = fn_fma32(fn_from_bf16(x[i]) - hi, r, shift);
         if (wv) t = fn_fma32(t, w[i], bv ? b[i] : 0.0f);
-        y[i] = fn_to_bf16(t);
+        y[i] = fn_made_bf16(t);
     }
 }
 static inline void fn_step_bf16(const uint16_t *x, uint16_t *y, ptrdiff_t n, float hi, float r,
@@ -1247,7 +1317,6 @@ static ptrdiff_t fn_norm_rows_double(const fn_rows *q, ptrdiff_t rows, ptrdiff_t
  * with c1 and c2 the sums of g and g xhat over the group, times r over the count.
  * FN_LANES partial sums side by side fix the order of a sum, whatever the vector's width: two sums
  * of eight AVX2 registers in all, as many as two multiply-add units of four cycles keep busy. */
-#define FN_PAIRS 16
 
 #define FN_FOLDED(v) (v[0] + v[1])
 /* Loops of a fixed length, and a rest that adds up beside the lanes: these stay in registers. */
@@ -1290,26 +1359,6 @@ static ptrdiff_t fn_norm_rows_double(const fn_rows *q, ptrdiff_t rows, ptrdiff_t
             second[j] = fn_mac64(g, D(i), second[j]);                                             \
         }                                                                                         \
     }
-/* 16 lanes: those 8 apart first, then 4, 2 and 1. */
-FN_INLINE double fn_added_up(const double *v) {
-#if defined(__AVX512F__)
-    const __m512d w = _mm512_add_pd(_mm512_loadu_pd(v), _mm512_loadu_pd(v + 8));
-    const __m256d h = _mm256_add_pd(_mm512_castpd512_pd256(w), _mm512_extractf64x4_pd(w, 1));
-    const __m128d q = _mm_add_pd(_mm256_castpd256_pd128(h), _mm256_extractf128_pd(h, 1));
-    return _mm_cvtsd_f64(_mm_add_sd(q, _mm_unpackhi_pd(q, q)));
-#elif defined(__AVX2__)
-    const __m256d w = _mm256_add_pd(_mm256_loadu_pd(v), _mm256_loadu_pd(v + 8));
-    const __m256d u = _mm256_add_pd(_mm256_loadu_pd(v + 4), _mm256_loadu_pd(v + 12));
-    const __m256d h = _mm256_add_pd(w, u);
-    const __m128d q = _mm_add_pd(_mm256_castpd256_pd128(h), _mm256_extractf128_pd(h, 1));
-    return _mm_cvtsd_f64(_mm_add_sd(q, _mm_unpackhi_pd(q, q)));
-#else
-    double t[8];
-    for (int j = 0; j < 8; j++) t[j] = v[j] + v[j + 8];
-    FN_FOLD(t, 4) FN_FOLD(t, 2)
-    return t[0] + t[1];
-#endif
-}
 static inline void fn_add_lanes(const double *lanes, ptrdiff_t planes, double *first, double *second) {
     for (ptrdiff_t k = 0; k < planes; k++, lanes += 2 * FN_PAIRS) {
         first[k] += fn_added_up(lanes);
@@ -1412,7 +1461,7 @@ static inline void fn_add_lanes(const double *lanes, ptrdiff_t planes, double *f
         }                                                                                         \
     }
 FN_BACK_PLANES(float, float, float, fn_fma32, FN_AS_IT_IS, FN_AS_IT_IS)
-FN_BACK_PLANES(bf16, uint16_t, float, fn_fma32, fn_from_bf16, fn_to_bf16)
+FN_BACK_PLANES(bf16, uint16_t, float, fn_fma32, fn_from_bf16, fn_made_bf16)
 FN_BACK_PLANES(double, double, double, fn_fma64, FN_AS_IT_IS, FN_AS_IT_IS)
 
 /* Four rows of columns, asked for in advance. */
@@ -1487,7 +1536,7 @@ FN_BACK_PLANES(double, double, double, fn_fma64, FN_AS_IT_IS, FN_AS_IT_IS)
 FN_BACK(float, fn_fma32)
 FN_BACK(double, fn_fma64)
 FN_COLLECT(float, float, float, fn_fma32, FN_AS_IT_IS, FN_AS_IT_IS)
-FN_COLLECT(bf16, uint16_t, float, fn_fma32, fn_from_bf16, fn_to_bf16)
+FN_COLLECT(bf16, uint16_t, float, fn_fma32, fn_from_bf16, fn_made_bf16)
 FN_COLLECT(double, double, double, fn_fma64, FN_AS_IT_IS, FN_AS_IT_IS)
 
 /* bfloat16 is converted 64 at a time: beside doubles, gcc would take half of the vector. */

@@ -977,6 +977,32 @@ static inline void fn_step_planes(const float *x, ptrdiff_t x_step, float *y, pt
         FN_PLANES(0) FN_PLANES(1) FN_PLANES(2) FN_PLANES(3) FN_PLANES(4) FN_PLANES(5)
     }
 }
+/* Of doubles, whose weights are applied after, one for each plane; `past` the caches, where y is whole
+ * lines. */
+static inline void fn_step_planes_double(const double *x, ptrdiff_t x_step, double *y,
+                                         ptrdiff_t y_step, ptrdiff_t planes, ptrdiff_t n,
+                                         ptrdiff_t ahead, const double *hi, const double *r,
+                                         const double *shift, const double *w, ptrdiff_t w_step,
+                                         const double *b, ptrdiff_t b_step, int past) {
+    for (ptrdiff_t k = 0; k < planes; k++, x += x_step, y += y_step) {
+        const double *wk = w ? w + k * w_step : NULL, *bk = b ? b + k * b_step : NULL;
+        if (past && ((uintptr_t)y | (uintptr_t)n * sizeof *y) % 64 == 0) {
+            for (ptrdiff_t i = 0, m; i < n; i += m) {
+                double t[64];
+                m = n - i < 64 ? n - i : 64;
+                fn_step_to_double(x + i, t, m, hi + k, r + k, shift + k, wk, bk, 0, w || b, 0, 0);
+                for (ptrdiff_t j = 0; j < m; j += 8) fn_stream_line(y + i + j, t + j);
+            }
+            continue;
+        }
+        if (ahead) {
+            fn_fetch((const char *)x + ahead, n * (ptrdiff_t)sizeof(double));
+            fn_fetch((const char *)y + ahead, n * (ptrdiff_t)sizeof(double));
+        }
+        if (w || b) fn_step_to_double(x, y, n, hi + k, r + k, shift + k, wk, bk, 0, 1, 0, 0);
+        else fn_step_to_double(x, y, n, hi + k, r + k, shift + k, NULL, NULL, 0, 0, 0, 0);
+    }
+}
 /* The same past the caches: a run, and rows of columns whose lines are whole ones of y.  x, and what is
  * added, are asked for `ahead` bytes in advance. */
 #define FN_LINES 128 /* numbers at a time: in fewer, gcc takes them one by one */

@@ -867,14 +867,15 @@ cdef inline void run_step(Pass* q, Item it, Scale* s, Py_ssize_t k, Run r, Scrat
     cdef char* residual = run_of(&q.residual, it, k, r)
     cdef Scale folding
     cdef float rw, shift
-    cdef Py_ssize_t ahead
+    cdef Py_ssize_t ahead, over
     if real is float:
         if q.brief and not s.wide[k] and brief_step(q, s, k, x, y, weight, bias, r.n):
             return
         if q.past and not s.wide[k] and fold_run(s, k, weight, bias, &rw, &shift):
             ahead = AHEAD
-            if not q.given and q.length * source.s <= AWAITED:
-                ahead = source.b    # this group lies in cache, the next one does not yet
+            over = max(q.length * source.s - AWAITED, <Py_ssize_t>0)
+            if not q.given and (r.p * q.s + r.s) * source.s >= over:
+                ahead = source.b - over     # (the end of) this group lies in cache, the next one does not yet
             fn_step_past(<const float*>x, <float*>y, <const float*>residual, r.n, (<float*>s.hi)[k], rw, shift, ahead, q.activation)
             return
         if s.folded and not s.wide[k]:

@@ -42,6 +42,19 @@ cdef extern from "simd.h" nogil:
         double* gb
         void* tile
         bint centred
+    ctypedef struct fn_back_group:
+        const char* x
+        const char* dy
+        const char* w
+        char* dx
+        Py_ssize_t x_step, dy_step, dx_step, w_step, planes, n, ahead, cell
+        double mean, rstd
+        double* gw
+        double* gb
+        bint centred
+    bint fn_group_back_float(const fn_back_group*) noexcept
+    bint fn_group_back_bf16(const fn_back_group*) noexcept
+    bint fn_group_back_double(const fn_back_group*) noexcept
     Py_ssize_t fn_rows_back_float(const fn_back_rows*, Py_ssize_t) noexcept
     Py_ssize_t fn_rows_back_bf16(const fn_back_rows*, Py_ssize_t) noexcept
     Py_ssize_t fn_rows_back_double(const fn_back_rows*, Py_ssize_t) noexcept
@@ -629,6 +642,32 @@ cdef Py_ssize_t rows_back(Back* q, Py_ssize_t first, Py_ssize_t last, double* ce
         return fn_rows_back_bf16(&r, last - first)
     return fn_rows_back_float(&r, last - first)
 
+cdef inline bint plain_groups_back(Back* q, real* kind) noexcept nogil:
+    """Whether items are groups of planes with a weight each, none longer than is summed at a time."""
+    return (q.plane_segments == 1 and not q.columns and q.training and not q.stream
+            and (q.weight.data == NULL or native(q.weight.storage, kind))
+            and (q.brief or (native(q.x.storage, kind) and native(q.dy.storage, kind) and native(q.dx.storage, kind))))
+
+cdef inline bint group_back(Back* q, Item it, double* gw, double* gb, real* kind) noexcept nogil:
+    """A group from its sums to dx, if its type can hold it."""
+    cdef fn_back_group g
+    g.x, g.dy, g.dx = at(&q.x, it.a, it.b), at(&q.dy, it.a, it.b), at(&q.dx, it.a, it.b)
+    g.x_step, g.dy_step, g.dx_step = q.x.p, q.dy.p, q.dx.p
+    g.w, g.w_step = NULL, q.weight.p
+    if q.weight.data != NULL:
+        g.w = at(&q.weight, it.a, it.b)
+    g.mean = 0.0
+    if q.mean.data != NULL:
+        g.mean = (<double*>at(&q.mean, it.a, it.b))[0]
+    g.rstd = (<double*>at(&q.rstd, it.a, it.b))[0]
+    g.planes, g.n, g.ahead, g.centred = q.p, q.s, AHEAD, q.centred
+    g.gw, g.gb, g.cell = gw, gb, q.cell_p
+    if real is double:
+        return fn_group_back_double(&g)
+    if q.brief:
+        return fn_group_back_bf16(&g)
+    return fn_group_back_float(&g)
+
 cdef int back_tasks(Back* q, Py_ssize_t first, Py_ssize_t last, double* parts, real* kind) noexcept nogil:
     """Tasks [first, last): each a part of an owner's sharers, from sums to dx while in cache."""
     cdef Workspace h
@@ -637,7 +676,7 @@ cdef int back_tasks(Back* q, Py_ssize_t first, Py_ssize_t last, double* parts, r
     cdef Py_ssize_t task, owner, part, i, end, p, t, n
     cdef double* cells
     cdef int k, count, together = 1
-    cdef bint plain = plain_rows_back(q, kind)
+    cdef bint plain = plain_rows_back(q, kind), planes = plain_groups_back(q, kind)
     if q.inside and not q.columns and q.length * TOGETHER * 2 * <Py_ssize_t>bytes_of(q.x.storage) <= CACHED:
         together = TOGETHER
     if not workspace_for(q, &h, q.cells if parts == NULL else 0):
@@ -650,6 +689,14 @@ cdef int back_tasks(Back* q, Py_ssize_t first, Py_ssize_t last, double* parts, r
         memset(cells, 0, 2 * q.cells * sizeof(double))
         i, end = q.sharers * part // q.parts, q.sharers * (part + 1) // q.parts
         while i < end:
+            if planes:
+                items[0] = item_of(q, owner, i)
+                for k in range(items[0].width):
+                    if not group_back(q, group_at(items[0], k), cells + k * q.cell_c, cells + q.cells + k * q.cell_c, kind):
+                        break
+                else:
+                    i += 1
+                    continue
             if plain:
                 i += rows_back(q, i, end, cells, h.tiles, kind)
                 if i == end:

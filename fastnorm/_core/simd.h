@@ -1769,4 +1769,55 @@ FN_ROWS_BACK(float, float, float, FN_PAIR_FLOATS)
 FN_ROWS_BACK(bf16, uint16_t, float, FN_PAIR_FLOATS)
 FN_ROWS_BACK(double, double, double, FN_PAIR_DOUBLES)
 
+/* A group of planes with a weight each, from the sums to dx; what they add to the gradients of the
+ * weights goes to gw and gb.  Returns 0, and has done nothing, where floats can not hold xhat. */
+typedef struct {
+    const char *x, *dy, *w; /* of the first plane, and bytes from it to the next; w may be NULL */
+    char *dx;
+    ptrdiff_t x_step, dy_step, dx_step, w_step, planes, n, ahead;
+    double mean, rstd, *gw, *gb;
+    ptrdiff_t cell; /* from a plane's sums to the next one's */
+    int centred;
+} fn_back_group;
+#define FN_GROUP_BACK(name, type, real, PAIR)                                                     \
+    static int fn_group_back_##name(const fn_back_group *q) {                                     \
+        const ptrdiff_t n = q->n;                                                                 \
+        const double mean = q->mean, rstd = q->rstd, count = (double)(q->planes * n);             \
+        const real s[3] = {(real)mean, (real)rstd, (real)(-(mean - (real)mean) * rstd)};          \
+        double sum_g = 0, sum_gh = 0;                                                             \
+        if (sizeof(real) == 4 && !fn_narrow(mean, rstd)) return 0;                                \
+        for (ptrdiff_t p = 0; p < q->planes; p++) {                                               \
+            const type *x = (const type *)(q->x + p * q->x_step);                                 \
+            const type *dy = (const type *)(q->dy + p * q->dy_step);                              \
+            const double weight = q->w ? *(const real *)(q->w + p * q->w_step) : 1;               \
+            double lanes[2 * FN_PAIRS] = {0}, first = 0, second = 0;                              \
+            PAIR(name)                                                                            \
+            fn_add_lanes(lanes, 1, &first, &second);                                              \
+            q->gw[p * q->cell] += second;                                                              \
+            q->gb[p * q->cell] += first;                                                              \
+            sum_g += weight * first;                                                              \
+            sum_gh += weight * second;                                                            \
+        }                                                                                         \
+        const real c1 = q->centred ? (real)(rstd * (sum_g / count)) : 0;                          \
+        const real c2 = (real)(rstd * (sum_gh / count));                                          \
+        for (ptrdiff_t p = 0; p < q->planes; p++) {                                               \
+            const double weight = q->w ? *(const real *)(q->w + p * q->w_step) : 1;               \
+            const real wr = (real)(weight * rstd);                                                \
+            fn_back_planes_##name((const type *)(q->x + p * q->x_step), 0,                        \
+                                  (const type *)(q->dy + p * q->dy_step), 0, 1, n, 0,             \
+                                  (type *)(q->dx + p * q->dx_step), 0, s, s + 1, s + 2, &wr, &c1, \
+                                  &c2);                                                           \
+        }                                                                                         \
+        return 1;                                                                                 \
+    }
+#undef FN_PAIR_FLOATS
+#undef FN_PAIR_DOUBLES
+#define FN_PAIR_FLOATS(name)                                                                      \
+    fn_pair_planes_of_##name(x, 0, dy, 0, 1, n, q->ahead, s, s + 1, s + 2, NULL, 0, lanes);
+#define FN_PAIR_DOUBLES(name)                                                                     \
+    fn_sum_planes_double(x, 0, dy, 0, 1, n, q->ahead, &mean, &rstd, NULL, lanes);
+FN_GROUP_BACK(float, float, float, FN_PAIR_FLOATS)
+FN_GROUP_BACK(bf16, uint16_t, float, FN_PAIR_FLOATS)
+FN_GROUP_BACK(double, double, double, FN_PAIR_DOUBLES)
+
 #endif

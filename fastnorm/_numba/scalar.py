@@ -2,7 +2,7 @@
 
 `cpu` and `gpu` compile these same functions, and so can anybody: inside a function of your own
 that Numba compiles they can be called once `fastnorm._numba.cpu` has been imported. They compute
-what the Cython kernels do, in the same order (`_core/simd.h` is their twin).
+what the Cython kernels do, in the same order (the headers in `_core` are their twins).
 
 A number is float32 or float64; float16 and bfloat16 come and go as their 16 bits. Moments are five
 numbers of float64: count, mean and the rest of the mean, sum of squared deviations and its rest.
@@ -152,7 +152,7 @@ def to_f16(x: Any) -> Any:
 
 # --- Activations ----------------------------------------------------------------------------------
 # float32: branch-free, so that loops over them vectorise; the polynomials are Chebyshev
-# interpolants (their errors stand in _core/simd.h). float64: the C library's functions.
+# interpolants (their errors stand in _core/activations.h). float64: the C library's functions.
 
 
 def _scaled(k: Any) -> Any:

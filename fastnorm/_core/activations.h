@@ -1,0 +1,130 @@
+/* Activations that a compiler can vectorise. */
+#ifndef FASTNORM_ACTIVATIONS_H
+#define FASTNORM_ACTIVATIONS_H
+
+#include "numbers.h"
+
+/* ---- activations ------------------------------------------------------------------------
+ * float: branch-free, so that loops over them vectorise.  The polynomials are Chebyshev
+ * interpolants; the comment beside each gives its largest relative error.
+ * double: the C library's functions, correct to about one unit in the last place. */
+
+/* x, or the number of its sign whose bits are `largest`, where that is nearer to zero; not a number
+ * becomes one.  In integers: of two comparisons of floats gcc makes masks, which take as long as all the
+ * rest of an exponential. */
+FN_INLINE float fn_within32(float x, int32_t largest) {
+    const uint32_t sign = fn_bits(x) & 0x80000000u;
+    int32_t size = (int32_t)(fn_bits(x) & 0x7fffffffu);
+    size = size > largest ? largest : size;
+    return fn_float(sign | (uint32_t)size);
+}
+
+/* e^x = 2^n e^r, |r| <= ln(2)/2; 0.19 * 2^-24.  2^n is applied in two halves, so that results
+ * below 2^-126 come out subnormal instead of vanishing and those above 2^128 infinite. */
+FN_INLINE float fn_exp32(float x) {
+    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
+    x = fn_within32(x, 0x42d00000);  /* 104 */
+    float shifted = fn_fma32(x, 1.44269504f, magic);
+    float n = shifted - magic;
+    float r = fn_fma32(n, -0.693359375f, x);   /* ln 2 in two parts: the first has 9 bits */
+    r = fn_fma32(n, 2.12194440e-4f, r);
+    float p = 1.3934545e-3f;
+    p = fn_fma32(p, r, 8.3637768e-3f);
+    p = fn_fma32(p, r, 4.1666456e-2f);
+    p = fn_fma32(p, r, 1.6666573e-1f);
+    p = fn_fma32(p, r, 0.5f);
+    p = fn_fma32(p * r, r, r) + 1.0f;
+    int32_t k = (int32_t)(fn_bits(shifted) - fn_bits(magic));
+    int32_t half = k >> 1;
+    return p * fn_float((uint32_t)(half + 127) << 23) * fn_float((uint32_t)(k - half + 127) << 23);
+}
+
+/* 1 + e^x, to half a unit of 1 at least: 2^n in one piece, infinite from n = 128 on. */
+FN_INLINE float fn_one_and_exp32(float x) {
+    const float magic = 12582912.0f;
+    x = fn_within32(x, 0x42b20000); /* 89 */
+    float shifted = fn_fma32(x, 1.44269504f, magic);
+    float n = shifted - magic;
+    float r = fn_fma32(n, -0.693359375f, x);
+    r = fn_fma32(n, 2.12194440e-4f, r);
+    float p = 1.3934545e-3f;
+    p = fn_fma32(p, r, 8.3637768e-3f);
+    p = fn_fma32(p, r, 4.1666456e-2f);
+    p = fn_fma32(p, r, 1.6666573e-1f);
+    p = fn_fma32(p, r, 0.5f);
+    p = fn_fma32(p * r, r, r) + 1.0f;
+    int32_t k = (int32_t)fn_bits(shifted), least = (int32_t)fn_bits(magic) - 126;
+    k = k < least ? least : k;
+    return fn_fma32(p, fn_float(((uint32_t)k << 23) + 0x3f800000u), 1.0f);
+}
+
+FN_INLINE float fn_silu32(float x) { return x / fn_one_and_exp32(-x); }
+
+/* x Phi(x), Phi(x) = erfc(-x/sqrt(2))/2.  erfc(t) = e^(-t^2) g(q)/(1 + 2t) with
+ * q = (t - 2)/(t + 2); 0.34 * 2^-24 up to t = 10.6, where e^(-t^2) leaves float32.  The tail keeps
+ * its relative precision: 1 + erf(x/sqrt(2)) would cancel there. */
+FN_INLINE float fn_gelu32(float x) {
+    float a = fn_within32(fn_float(fn_bits(x) & 0x7fffffffu), 0x41700000); /* 15 */
+    float t = a * 0.70710678f;
+    float q = (t - 2.0f) / (t + 2.0f);
+    float g = -0.000404705759f;
+    g = fn_fma32(g, q, -0.00123237038f);
+    g = fn_fma32(g, q, 0.00132110389f);
+    g = fn_fma32(g, q, 0.00863596704f);
+    g = fn_fma32(g, q, -0.00806384347f);
+    g = fn_fma32(g, q, -0.0542061627f);
+    g = fn_fma32(g, q, 0.164056093f);
+    g = fn_fma32(g, q, -0.166031197f);
+    g = fn_fma32(g, q, -0.09276402f);
+    g = fn_fma32(g, q, 1.27697837f);
+    float s = a * a;
+    float rest = fn_fma32(a, a, -s); /* what a*a lost, restored below */
+    float e = fn_exp32(-0.5f * s);
+    float tail = 0.5f * g * e * (1.0f - 0.5f * rest) / (1.0f + 2.0f * t);
+    return x * (x < 0.0f ? tail : 1.0f - tail);
+}
+
+/* x (1 + tanh(u))/2 = x / (1 + e^(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3) */
+FN_INLINE float fn_gelu_tanh32(float x) {
+    float u2 = x * fn_fma32(x * x, 0.0713548163f, 1.59576912f);
+    return x / fn_one_and_exp32(-u2);
+}
+
+/* Below 0.625 an odd polynomial, 0.012 * 2^-24; above, (1 - e)/(1 + e) with e = e^(-2|x|). */
+FN_INLINE float fn_tanh32(float x) {
+    float a = x < 0.0f ? -x : x;
+    float z = x * x;
+    float p = 2.27260613e-3f;
+    p = fn_fma32(p, z, -8.3262939e-3f);
+    p = fn_fma32(p, z, 2.17635911e-2f);
+    p = fn_fma32(p, z, -5.39586172e-2f);
+    p = fn_fma32(p, z, 1.33333012e-1f);
+    p = fn_fma32(p, z, -3.33333343e-1f);
+    float small = fn_fma32(x * z, p, x);
+    float e = fn_exp32(-2.0f * a);
+    float large = (1.0f - e) / (1.0f + e);
+    large = x < 0.0f ? -large : large;
+    return a >= 0.625f ? large : small; /* not a number stays so */
+}
+
+FN_INLINE float fn_relu32(float x) { return x < 0.0f ? 0.0f : x; } /* keeps NaN */
+
+static inline double fn_relu64(double x) { return x < 0.0 ? 0.0 : x; }
+static inline double fn_silu64(double x) { return x / (1.0 + exp(-x)); }
+static inline double fn_gelu64(double x) { return x * 0.5 * erfc(x * -0.70710678118654752440); }
+static inline double fn_gelu_tanh64(double x) {
+    return x / (1.0 + exp(-1.5957691216057307 * fma(0.044715 * x, x * x, x)));
+}
+static inline double fn_tanh64(double x) { return tanh(x); }
+
+#define FN_ACTIVATION(name)                                                   \
+    static inline void fn_##name##_double(double *t, ptrdiff_t n) {          \
+        for (ptrdiff_t i = 0; i < n; i++) t[i] = fn_##name##64(t[i]);        \
+    }
+FN_ACTIVATION(relu)
+FN_ACTIVATION(silu)
+FN_ACTIVATION(gelu)
+FN_ACTIVATION(gelu_tanh)
+FN_ACTIVATION(tanh)
+
+#endif

@@ -1,4 +1,4 @@
-# The backward pass, on the same five dimensions as the forward one (kernels.pxi, above).
+# The backward pass, on the same five dimensions as the forward one (forward.pxi).
 #
 #     xhat = (x - mean) rstd            g = dy weight
 #     dx = rstd (g - sum(g)/count - xhat sum(g xhat)/count)        sums over a group

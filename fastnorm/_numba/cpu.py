@@ -224,13 +224,12 @@ def _plan(
     pieces = max(1, -(-length // piece))
     beside = "mask" in steps or "residual" in steps or activation != 0 or activation_first
     nbytes = a * b * length * c * size
-    # as in _core/kernels.pxi: x and y go through the cache together, columns of x twice
-    most = streamed_above if layout.columns and not given else streamed_above // 8 * 5
+    # as in _core/forward.pxi: x and y go through the cache together
     through = nbytes * (4 if "total" in steps else 1)
     along = (width if layout.columns else s) * size
     if layout.columns and written and steps["y"][3] == width:
         along *= s  # rows that follow one another
-    streamed = written and through > most and along >= min(LONG, streamed_above)
+    streamed = written and through > streamed_above // 8 * 5 and along >= min(LONG, streamed_above)
     stats = steps["stats"]
     foldable = foldable and not activation_first
     alone = (

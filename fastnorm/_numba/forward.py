@@ -1,4 +1,4 @@
-"""The forward pass, on the five dimensions that layout.py finds: a twin of _core/kernels.pxi.
+"""The forward pass, on the five dimensions that layout.py finds: a twin of the kernels in _core.
 
     a, b   kept axes: each (a, b) has statistics of its own
     p, s   reduced axes: the elements (p, s) share a statistic

@@ -1,0 +1,129 @@
+# The step: one run, or one row of columns, from x to y.
+
+cdef struct Scratch:
+    char* memory
+    double* part                # a block's moments
+    double* columns             # moments of columns, before neighbours are merged
+    double* piece               # a piece's moments
+    double* whole               # an item's moments
+    double* sums                # three rows
+    double* lanes
+    uint8_t* again
+    char* scale
+    char* tile
+    char* extra
+    char* third
+    float* rows                 # two bundles of what was converted
+    float* ready                # the run that is to be stepped, where it was converted before
+
+cdef inline void activate(double* t, Py_ssize_t n, Activation activation) noexcept nogil:
+    if activation == RELU:
+        fn_relu_double(t, n)
+    elif activation == SILU:
+        fn_silu_double(t, n)
+    elif activation == GELU:
+        fn_gelu_double(t, n)
+    elif activation == GELU_TANH:
+        fn_gelu_tanh_double(t, n)
+    elif activation == TANH:
+        fn_tanh_double(t, n)
+
+cdef inline void step_wide(Scale* s, Py_ssize_t k, bint columns, const real* x, real* y, const real* w, bint wv,
+                           const real* b, bint bv, Py_ssize_t n) noexcept nogil:
+    """What the computing type cannot hold, in double: rare."""
+    cdef Py_ssize_t i, j
+    cdef double v
+    for i in range(n):
+        j = i if columns else k
+        if s.wide[j]:
+            v = ((<double>x[i] * s.unit[j] - s.mean[j]) - s.rest[j]) * s.rstd[j]
+            y[i] = <real>(v * (w[i if wv else 0] if w != NULL else 1.0) + (b[i if bv else 0] if b != NULL else 0.0))
+
+cdef inline void step(Pass* q, Scale* s, Py_ssize_t k, const char* x, char* y, const char* residual,
+                      const char* weight, const char* bias, Py_ssize_t n, Scratch* h, real* kind) noexcept nogil:
+    """One run of group k, or one row of columns, of at most BLOCK elements, from x to y.
+
+    Straight from memory to memory where it can be; through tiles in L1 where a format is converted
+    or y written past the caches.
+    """
+    cdef Storage storage = source_of(q).storage
+    cdef real* tile = <real*>h.tile
+    cdef real* extra = <real*>h.extra
+    cdef real* third = <real*>h.third
+    cdef const real* source = <const real*>x
+    cdef const real* e = <const real*>residual
+    cdef const real* w = <const real*>weight
+    cdef const real* b = <const real*>bias
+    cdef bint wv = weight != NULL and (q.weight.c if q.columns else q.weight.s) != 0
+    cdef bint bv = bias != NULL and (q.bias.c if q.columns else q.bias.s) != 0
+    cdef bint wide = s.any_wide if q.columns else s.wide[k]
+    cdef bint direct = native(q.y.storage, kind) and not q.stream and not wide
+    cdef real* target = <real*>y if direct else tile
+    cdef Py_ssize_t offset = 0 if q.columns else k
+    cdef const real* hi = <const real*>s.hi + offset
+    cdef const real* r = <const real*>s.r + offset
+    cdef const real* shift = <const real*>s.shift + offset
+    cdef int activation = q.activation
+    cdef Loop user = q.user
+    cdef real[3] scale
+    if h.ready != NULL:
+        source = <const real*>h.ready
+    elif not native(storage, kind):
+        load(x, storage, n, extra)
+        source = extra
+    if residual != NULL and not native(q.residual.storage, kind):
+        load(residual, q.residual.storage, n, third)
+        e = third
+    if q.activation_first:
+        w, b, wv, bv = NULL, NULL, False, False
+    if real is float:
+        if wide:
+            if s.folded:
+                fn_step_folded(source, target, n, hi, r, shift, NULL, q.columns, IDENTITY)
+            else:
+                fn_step_float(source, target, n, hi, r, shift, w, b, NULL, q.columns, wv, bv, IDENTITY)
+            step_wide(s, k, q.columns, source, target, w, wv, b, bv, n)
+            if e != NULL or activation != IDENTITY:
+                fn_step_folded(target, target, n, &NOTHING, &ONE, &MINUS_NOTHING, e, False, activation)
+        elif (user != NULL and FN_HAS_FMA and not q.columns and e == NULL and source != target
+              and (s.folded or (wv and (bv or b == NULL)))):
+            # in one loop: a division of the user's then goes on beside the next step
+            scale[0], scale[1], scale[2] = hi[0], r[0], shift[0]
+            user(source, target, n, scale, NULL if s.folded else w, NULL if s.folded else b)
+            user = NULL
+        elif s.folded:
+            fn_step_folded(source, target, n, hi, r, shift, e, q.columns, activation)
+        else:
+            fn_step_float(source, target, n, hi, r, shift, w, b, e, q.columns, wv, bv, activation)
+        if q.activation_first and (weight != NULL or bias != NULL):
+            affine_after(q, target, n, weight, bias)
+    else:
+        # in several passes over a tile: x, y and the residual may be one array
+        if e != NULL or activation != IDENTITY:
+            target = tile
+        fn_step_plain_double(source, target, n, hi, r, shift, w, b, q.columns, wv, bv)
+        if wide:
+            step_wide(s, k, q.columns, source, target, w, wv, b, bv, n)
+        if e != NULL:
+            fn_add_double(target, e, target, n)
+        activate(target, n, q.activation)
+        if q.activation_first and (weight != NULL or bias != NULL):
+            affine_after(q, target, n, weight, bias)
+    if user != NULL:
+        user(NULL, target, n, NULL, NULL, NULL)
+    if <char*>target != y:
+        deliver(target, n, y, q.y.storage, q.stream, h.extra)
+
+cdef float NOTHING = 0.0, ONE = 1.0, MINUS_NOTHING = -0.0
+
+cdef void affine_after(Pass* q, real* t, Py_ssize_t n, const char* weight, const char* bias) noexcept nogil:
+    """The affine step of a norm that squashes first."""
+    cdef real one = 1.0, zero = 0.0
+    cdef const real* w = <const real*>weight if weight != NULL else &one
+    cdef const real* b = <const real*>bias if bias != NULL else &zero
+    cdef bint wv = weight != NULL and (q.weight.c if q.columns else q.weight.s) != 0
+    cdef bint bv = bias != NULL and (q.bias.c if q.columns else q.bias.s) != 0
+    if real is float:
+        fn_affine_float(t, n, w, wv, b, bv)
+    else:
+        fn_affine_double(t, n, w, wv, b, bv)

@@ -396,11 +396,15 @@ def compact(results: dict[str, Any], link: str) -> str:
     chosen = [row for row in rows if row["case"] in shown or losing(row)]
     machine = results["machine"]
     lost = sum(map(losing, rows))
+    slower = (
+        f"Of {len(rows)} cases a peer is faster in {lost}, which are all listed here, marked ▼."
+    )
+    if not lost:
+        slower = f"In none of {len(rows)} cases a peer is faster."
     text = (
         f"{machine['processor']}, {machine['threads']} threads, {machine['instruction set']}, "
         f"{machine['date']}; `make bench` measures it. A peer's column says how many times as long "
-        f"as fastnorm it takes. Of {len(rows)} cases a peer is faster in {lost}, which are all "
-        f"listed here, marked ▼. [All of them]({link})."
+        f"as fastnorm it takes. {slower} [All of them]({link})."
     )
     return f"{compared(chosen)}\n\n{text}"
 

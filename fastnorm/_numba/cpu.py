@@ -230,6 +230,16 @@ def _plan(
     if layout.columns and written and steps["y"][3] == width:
         along *= s  # rows that follow one another
     streamed = written and through > streamed_above // 8 * 5 and along >= min(LONG, streamed_above)
+    # short planes of doubles that lie apart: y would push out what is still to be read
+    streamed |= (
+        written
+        and kind is np.float64
+        and not (layout.columns or given)
+        and p > 1
+        and s * size < forward.NEARBY
+        and s * size % 64 == 0
+        and nbytes >= streamed_above // 2
+    )
     stats = steps["stats"]
     foldable = foldable and not activation_first
     alone = (

@@ -19,11 +19,9 @@ FN_INLINE float fn_within32(float x, int32_t largest) {
     return fn_float(sign | (uint32_t)size);
 }
 
-/* e^x = 2^n e^r, |r| <= ln(2)/2; 0.19 * 2^-24.  2^n is applied in two halves, so that results
- * below 2^-126 come out subnormal instead of vanishing and those above 2^128 infinite. */
-FN_INLINE float fn_exp32(float x) {
+/* e^x = 2^n e^r, |r| <= ln(2)/2: e^r, to 0.19 * 2^-24, and a float whose bits end in those of n. */
+FN_INLINE float fn_exp_parts32(float x, uint32_t *n_bits) {
     const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
-    x = fn_within32(x, 0x42d00000);  /* 104 */
     float shifted = fn_fma32(x, 1.44269504f, magic);
     float n = shifted - magic;
     float r = fn_fma32(n, -0.693359375f, x);   /* ln 2 in two parts: the first has 9 bits */
@@ -33,27 +31,26 @@ FN_INLINE float fn_exp32(float x) {
     p = fn_fma32(p, r, 4.1666456e-2f);
     p = fn_fma32(p, r, 1.6666573e-1f);
     p = fn_fma32(p, r, 0.5f);
-    p = fn_fma32(p * r, r, r) + 1.0f;
-    int32_t k = (int32_t)(fn_bits(shifted) - fn_bits(magic));
-    int32_t half = k >> 1;
+    *n_bits = fn_bits(shifted);
+    return fn_fma32(p * r, r, r) + 1.0f;
+}
+#define FN_MAGIC_BITS 0x4b400000u /* of 1.5 * 2^23 */
+
+/* e^x.  2^n is applied in two halves, so that results below 2^-126 come out subnormal instead of
+ * vanishing and those above 2^128 infinite. */
+FN_INLINE float fn_exp32(float x) {
+    uint32_t bits;
+    const float p = fn_exp_parts32(fn_within32(x, 0x42d00000), &bits); /* 104 */
+    const int32_t k = (int32_t)(bits - FN_MAGIC_BITS), half = k >> 1;
     return p * fn_float((uint32_t)(half + 127) << 23) * fn_float((uint32_t)(k - half + 127) << 23);
 }
 
 /* 1 + e^x, to half a unit of 1 at least: 2^n in one piece, infinite from n = 128 on. */
 FN_INLINE float fn_one_and_exp32(float x) {
-    const float magic = 12582912.0f;
-    x = fn_within32(x, 0x42b20000); /* 89 */
-    float shifted = fn_fma32(x, 1.44269504f, magic);
-    float n = shifted - magic;
-    float r = fn_fma32(n, -0.693359375f, x);
-    r = fn_fma32(n, 2.12194440e-4f, r);
-    float p = 1.3934545e-3f;
-    p = fn_fma32(p, r, 8.3637768e-3f);
-    p = fn_fma32(p, r, 4.1666456e-2f);
-    p = fn_fma32(p, r, 1.6666573e-1f);
-    p = fn_fma32(p, r, 0.5f);
-    p = fn_fma32(p * r, r, r) + 1.0f;
-    int32_t k = (int32_t)fn_bits(shifted), least = (int32_t)fn_bits(magic) - 126;
+    uint32_t bits;
+    const float p = fn_exp_parts32(fn_within32(x, 0x42b20000), &bits); /* 89 */
+    const int32_t least = (int32_t)FN_MAGIC_BITS - 126;
+    int32_t k = (int32_t)bits;
     k = k < least ? least : k;
     return fn_fma32(p, fn_float(((uint32_t)k << 23) + 0x3f800000u), 1.0f);
 }

@@ -9,12 +9,8 @@
  * Two sums over dy and dy (x - mean), and the step that uses them,
  *     dx = r g - c1 - xhat c2,   g = dy weight,   xhat = (x - hi) r + shift,
  * with c1 and c2 the sums of g and g xhat over the group, times r over the count.
- * FN_LANES partial sums side by side fix the order of a sum, whatever the vector's width: two sums
+ * FN_PAIRS partial sums side by side fix the order of a sum, whatever the vector's width: two sums
  * of eight AVX2 registers in all, as many as two multiply-add units of four cycles keep busy. */
-
-#define FN_FOLDED(v) (v[0] + v[1])
-/* Loops of a fixed length, and a rest that adds up beside the lanes: these stay in registers. */
-#define FN_ADD_UP(v) FN_FOLD(v, 8) FN_FOLD(v, 4) FN_FOLD(v, 2)
 
 /* Of several neighbouring groups, steps of so many bytes apart, a plane or row of n numbers each: their
  * sums lie in `lanes`, first and second of a group side by side, from one plane to the next. */
@@ -223,9 +219,8 @@ FN_BACK_PLANES(double, double, double, fn_fma64, FN_AS_IT_IS, FN_AS_IT_IS)
             rest_a += (double)t;                                                                  \
             rest_b += (double)(t * xhat);                                                         \
         }                                                                                         \
-        FN_ADD_UP(a) FN_ADD_UP(b)                                                                 \
-        gb[0] += FN_FOLDED(a) + rest_a;                                                           \
-        gw[0] += FN_FOLDED(b) + rest_b;                                                           \
+        gb[0] += fn_added_up(a) + rest_a;                                                         \
+        gw[0] += fn_added_up(b) + rest_b;                                                         \
     }
 FN_BACK(float, fn_fma32)
 FN_BACK(double, fn_fma64)
@@ -377,15 +372,17 @@ typedef struct {
     void *tile; /* room for 4 FN_CHUNK numbers where dx goes past the caches, else NULL */
     int centred;
 } fn_back_rows;
-#define FN_CHUNK 1024
+#define FN_CHUNK 1024 /* CHUNK in backward.pxi */
 
 /* Whether floats can hold xhat: `read_statistics` in backward.pxi. */
 FN_INLINE int fn_narrow(double mean, double rstd) {
     return rstd == 0 || (fabs(rstd) > 7.9e-31 && fabs(rstd) < 1.3e30 && fabs(mean) < 1.3e30);
 }
-#define FN_PAIR_FLOATS(name)                                                                      \
-    fn_pair_planes_of_##name(x, 0, dy, 0, 1, n, q->ahead, s, s + 1, s + 2, w, 1, lanes);
-#define FN_PAIR_DOUBLES(name) fn_sum_planes_double(x, 0, dy, 0, 1, n, q->ahead, &mean, &rstd, w, lanes);
+/* The two sums of a run, with weights along it or without. */
+#define FN_PAIR_FLOATS(name, w, wv)                                                               \
+    fn_pair_planes_of_##name(x, 0, dy, 0, 1, n, q->ahead, s, s + 1, s + 2, w, wv, lanes);
+#define FN_PAIR_DOUBLES(name, w, wv)                                                              \
+    fn_sum_planes_double(x, 0, dy, 0, 1, n, q->ahead, &mean, &rstd, w, lanes);
 #define FN_ROWS_BACK(name, type, real, PAIR)                                                      \
     /* How many rows are done: all, but for the last one to three, or those before four of which  \
      * one is beyond floats. */                                                                   \
@@ -407,7 +404,7 @@ FN_INLINE int fn_narrow(double mean, double rstd) {
                 s[0] = (real)mean;                                                                \
                 s[1] = (real)rstd;                                                                \
                 s[2] = (real)(-(mean - s[0]) * rstd);                                             \
-                PAIR(name)                                                                        \
+                PAIR(name, w, 1)                                                                  \
                 fn_add_lanes(lanes, 1, &first, &second);                                          \
                 s[3] = q->centred ? (real)(rstd * (first / (double)n)) : 0;                       \
                 s[4] = (real)(rstd * (second / (double)n));                                       \
@@ -459,7 +456,7 @@ typedef struct {
             const type *dy = (const type *)(q->dy + p * q->dy_step);                              \
             const double weight = q->w ? *(const real *)(q->w + p * q->w_step) : 1;               \
             double lanes[2 * FN_PAIRS] = {0}, first = 0, second = 0;                              \
-            PAIR(name)                                                                            \
+            PAIR(name, NULL, 0)                                                                   \
             fn_add_lanes(lanes, 1, &first, &second);                                              \
             q->gw[p * q->cell] += second;                                                              \
             q->gb[p * q->cell] += first;                                                              \
@@ -478,12 +475,6 @@ typedef struct {
         }                                                                                         \
         return 1;                                                                                 \
     }
-#undef FN_PAIR_FLOATS
-#undef FN_PAIR_DOUBLES
-#define FN_PAIR_FLOATS(name)                                                                      \
-    fn_pair_planes_of_##name(x, 0, dy, 0, 1, n, q->ahead, s, s + 1, s + 2, NULL, 0, lanes);
-#define FN_PAIR_DOUBLES(name)                                                                     \
-    fn_sum_planes_double(x, 0, dy, 0, 1, n, q->ahead, &mean, &rstd, NULL, lanes);
 FN_GROUP_BACK(float, float, float, FN_PAIR_FLOATS)
 FN_GROUP_BACK(bf16, uint16_t, float, FN_PAIR_FLOATS)
 FN_GROUP_BACK(double, double, double, FN_PAIR_DOUBLES)

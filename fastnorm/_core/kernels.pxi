@@ -122,7 +122,7 @@ cdef enum:
     SQUARE = 16384              # elements of a block of columns: fits L2
     PIECE_ROWS = 1024           # rows that one thread takes: partial sums cost at most 1 % of x
     LONG = 1024                 # bytes of a run, at least, that is written past the caches
-    AWAITED = 1 << 18           # bytes of a group, at most, beside which the next one fits in L2
+    AWAITED = 1 << 18           # bytes at a group's end beside which as many of the next one fit in L2
     STREAMED = 256             # elements that go there at a time, by way of a tile in L1
     BRIEF = 1 << 15             # bytes of x below which handing over the interpreter's lock costs more
     NEAR = 1 << 20              # bytes of x for each thread up to which they share it out once and for all

@@ -199,7 +199,7 @@ cdef inline bint goes_past(Pass* q, Item it, Scale* s, Run r) noexcept nogil:
     return True
 
 cdef void runs_step(Pass* q, Item it, Scale* s, Py_ssize_t first, Py_ssize_t last, Scratch* h, real* kind) noexcept nogil:
-    cdef Py_ssize_t f = first, k, size = sizeof(float), wide = sizeof(double)
+    cdef Py_ssize_t f = first, k, size = sizeof(float), double_size = sizeof(double)
     cdef bint past, plain = q.straight and q.foldable and not s.any_wide and q.residual.data == NULL and q.activation == IDENTITY
     cdef Operand* source = source_of(q)
     cdef Run r
@@ -213,10 +213,10 @@ cdef void runs_step(Pass* q, Item it, Scale* s, Py_ssize_t first, Py_ssize_t las
             f += r.n
             continue
         if real is double and plain:
-            fn_step_planes_double(<const double*>(at(source, it.a, it.b) + r.p * source.p + r.s * source.s), source.b // wide,
-                                  <double*>(at(&q.y, it.a, it.b) + r.p * q.y.p + r.s * q.y.s), q.y.b // wide,
+            fn_step_planes_double(<const double*>(at(source, it.a, it.b) + r.p * source.p + r.s * source.s), source.b // double_size,
+                                  <double*>(at(&q.y, it.a, it.b) + r.p * q.y.p + r.s * q.y.s), q.y.b // double_size,
                                   it.width, r.n, source.p if q.p > 1 and it.width > 1 else 0, <double*>s.hi, <double*>s.r, <double*>s.shift,
-                                  <const double*>run_of(&q.weight, it, 0, r), q.weight.b // wide, <const double*>run_of(&q.bias, it, 0, r), q.bias.b // wide, q.past)
+                                  <const double*>run_of(&q.weight, it, 0, r), q.weight.b // double_size, <const double*>run_of(&q.bias, it, 0, r), q.bias.b // double_size, q.past)
             f += r.n
             continue
         past = real is float and goes_past(q, it, s, r)

@@ -342,6 +342,10 @@ def has_threads():
     """Whether these kernels were built with OpenMP."""
     return bool(FN_OPENMP)
 
+def multiply_add():
+    """How a product is added to (numbers.h): "fused", by way of "extended" precision, or "plain"."""
+    return "fused" if FN_HAS_FMA else "extended" if FN_HAS_EXTENDED else "plain"
+
 def address_of(cnp.ndarray array):
     """Where the first element of an array lies: `array.ctypes.data` in a fiftieth of the time."""
     return <size_t>cnp.PyArray_DATA(array)

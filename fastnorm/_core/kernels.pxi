@@ -16,7 +16,7 @@
 # bitwise the same for any number of threads.
 
 from cython.parallel cimport prange
-from libc.math cimport INFINITY, NAN, fabs, fma, frexp, isfinite, ldexp, rint, sqrt
+from libc.math cimport INFINITY, NAN, fabs, frexp, isfinite, ldexp, rint, sqrt
 from libc.stdint cimport int8_t, int16_t, uint8_t, uint16_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
@@ -34,7 +34,7 @@ cdef extern from "simd.h" nogil:
     #define FN_OPENMP 0
     #endif
     """
-    int FN_OPENMP, FN_HAS_FMA
+    int FN_OPENMP, FN_HAS_FMA, FN_HAS_EXTENDED
     ctypedef struct fn_rows:
         const char* x
         const char* e
@@ -52,7 +52,7 @@ cdef extern from "simd.h" nogil:
     Py_ssize_t fn_norm_rows_float(const fn_rows*, Py_ssize_t, Py_ssize_t, bint, bint) noexcept
     Py_ssize_t fn_norm_rows_bf16(const fn_rows*, Py_ssize_t, Py_ssize_t, bint, bint) noexcept
     Py_ssize_t fn_norm_rows_double(const fn_rows*, Py_ssize_t, Py_ssize_t, bint, bint) noexcept
-    double fn_mac64(double, double, double) noexcept
+    double fn_fma64(double, double, double) noexcept
     double fn_squares(const float*, Py_ssize_t, Py_ssize_t) noexcept
     double fn_deviations(const double*, Py_ssize_t, Py_ssize_t, double) noexcept
     void fn_about(const double*, Py_ssize_t, Py_ssize_t, double, double*, double*, double*) noexcept

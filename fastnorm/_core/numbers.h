@@ -2,6 +2,7 @@
 #ifndef FASTNORM_NUMBERS_H
 #define FASTNORM_NUMBERS_H
 
+#include <float.h>
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -41,11 +42,13 @@
  * Contraction is off (-ffp-contract=off): no other operation is fused, whatever the compiler. */
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__aarch64__)
 #define FN_HAS_FMA 1
+#define FN_HAS_EXTENDED 0 /* nor is it asked for */
 FN_INLINE float fn_fma32(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 FN_INLINE double fn_fma64(double a, double b, double c) { return __builtin_fma(a, b, c); }
 FN_INLINE double fn_mac64(double a, double b, double c) { return __builtin_fma(a, b, c); }
 #else
 #define FN_HAS_FMA 0
+#define FN_HAS_EXTENDED (LDBL_MANT_DIG > DBL_MANT_DIG)
 FN_INLINE float fn_fma32(float a, float b, float c) { return (float)((double)a * b + c); }
 FN_INLINE double fn_fma64(double a, double b, double c) {
     return (double)((long double)a * b + c);

@@ -282,7 +282,7 @@ cdef void finish_double(Pass* q, Item it, double* moments, Scale* s) noexcept no
             var = m2 / count
             if q.scaling == RSTD:
                 v = var + q.eps * unit * unit
-                var_rest = (fma(-var, count, m2) + m2_rest) / count + ((var - v) + q.eps * unit * unit)
+                var_rest = (fn_fma64(-var, count, m2) + m2_rest) / count + ((var - v) + q.eps * unit * unit)
                 # a constant group with eps = 0 is all bias: its scale is 0, not infinity
                 rstd = fn_inverse_root(v, var_rest) if v != 0.0 else 0.0
             else:

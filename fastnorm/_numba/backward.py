@@ -96,7 +96,9 @@ def centring_at(terms, kind):
 
 @inner
 def xhat_of(x, i, hi, r, shift, kind):
-    """One element, normalised."""
+    """One element, normalised, for a sum. The shift of doubles, which have no rest, is 0."""
+    if is_double(kind):
+        return (load(x, i, kind) - hi) * r
     return scalar.step(load(x, i, kind), hi, r, shift)
 
 
@@ -174,7 +176,7 @@ def add_run(q, a, b, p, t, n, mean, rstd, weight, lanes, kind, stored, computed)
                 g *= read(weight, i, np.float64)
             d = (read(x, i, np.float64) - mean) * rstd
             write(lanes, j, read(lanes, j, np.float64) + g)
-            write(second, j, scalar.fma(g, d, read(second, j, np.float64)))
+            write(second, j, scalar.mac(g, d, read(second, j, np.float64)))
         return
     if is_wide(mean, rstd, kind):
         one, two = wide_sums(x, dy, n, mean, weight, 1, kind, stored)
@@ -403,7 +405,7 @@ def collect(x, dy, n, terms, gw, gb, kind, stored):
             t = np.float64(load(dy, i, stored))
             write(gb, i, read(gb, i, np.float64) + t)
             d = (np.float64(load(x, i, kind)) - mean) * rstd
-            write(gw, i, scalar.fma(t, d, read(gw, i, np.float64)))
+            write(gw, i, scalar.mac(t, d, read(gw, i, np.float64)))
         return
     hi, r, shift = centring(mean, rstd, kind)
     for i in range(n):
@@ -620,12 +622,9 @@ def rows_pairs(x, x_step, dy, dy_step, n, width, into, first, second, kind, stor
             h, v, d = read_real(hi, c, kind), read_real(r, c, kind), read_real(shift, c, kind)
             t0, t1 = load(dy, c, stored), load(y1, c, stored)
             t2, t3 = load(y2, c, stored), load(y3, c, stored)
-            d0, d1 = scalar.step(load(x, c, kind), h, v, d), scalar.step(load(x1, c, kind), h, v, d)
-            d2, d3 = (
-                scalar.step(load(x2, c, kind), h, v, d),
-                scalar.step(load(x3, c, kind), h, v, d),
-            )
-            both = scalar.fma(t0, d0, t1 * d1) + scalar.fma(t2, d2, t3 * d3)
+            d0, d1 = xhat_of(x, c, h, v, d, kind), xhat_of(x1, c, h, v, d, kind)
+            d2, d3 = xhat_of(x2, c, h, v, d, kind), xhat_of(x3, c, h, v, d, kind)
+            both = scalar.mac(t0, d0, t1 * d1) + scalar.mac(t2, d2, t3 * d3)
             write(first, c, read(first, c, np.float64) + np.float64((t0 + t1) + (t2 + t3)))
             write(second, c, read(second, c, np.float64) + np.float64(both))
         x += 4 * x_step
@@ -636,9 +635,9 @@ def rows_pairs(x, x_step, dy, dy_step, n, width, into, first, second, kind, stor
             h, v, d = read_real(hi, c, kind), read_real(r, c, kind), read_real(shift, c, kind)
             t = load(dy, c, stored)
             write(first, c, read(first, c, np.float64) + np.float64(t))
-            xhat = scalar.step(load(x, c, kind), h, v, d)
+            xhat = xhat_of(x, c, h, v, d, kind)
             if is_double(kind):
-                total = scalar.fma(np.float64(t), np.float64(xhat), read(second, c, np.float64))
+                total = scalar.mac(np.float64(t), np.float64(xhat), read(second, c, np.float64))
             else:
                 total = read(second, c, np.float64) + np.float64(t * xhat)
             write(second, c, total)
@@ -676,7 +675,7 @@ def columns_sums(q, a, b, c, width, segment, into, any_wide, kind, stored, compu
                 x = at(q.x, a, b) + p * q.x.p + t * q.x.s + c * q.x.c
                 dy = at(q.dy, a, b) + p * q.dy.p + t * q.dy.s + c * q.dy.c
                 d = (np.float64(load(x, j, kind)) - mean) * rstd
-                total = scalar.fma(np.float64(load(dy, j, stored)), d, total)
+                total = scalar.mac(np.float64(load(dy, j, stored)), d, total)
             write(second, j, total)
 
 

@@ -135,7 +135,7 @@ def sums(x, n, kind):
     for i in range(n - n % LANES, n):
         d = np.float64(load(x, i, kind))
         first += d
-        second = scalar.fma(d, d, second)
+        second = scalar.mac(d, d, second)
     return first, second
 
 
@@ -148,7 +148,7 @@ def sums_about(x, n, pivot, kind):
     for i in range(n - n % LANES, n):
         d = np.float64(load(x, i, kind)) - pivot
         first += d
-        second = scalar.fma(d, d, second)
+        second = scalar.mac(d, d, second)
     return first, second
 
 
@@ -214,7 +214,7 @@ def deviations_about(x, n, mean, lanes):
         i += whole * LANES
         for j in range(end - i):
             d = read(x, i + j, np.float64) - mean
-            write(lanes, j, scalar.fma(d, d, read(lanes, j, np.float64)))
+            write(lanes, j, scalar.mac(d, d, read(lanes, j, np.float64)))
             write(first, j, read(first, j, np.float64) + d)
         i = end
         add_exactly(total, rest, lanes, LANES)
@@ -1134,8 +1134,8 @@ def rows_sums(x, step, n, width, one, two, kind):
             d2, d3 = np.float64(load(x2, c, kind)), np.float64(load(x3, c, kind))
             d4, d5 = np.float64(load(x4, c, kind)), np.float64(load(x5, c, kind))
             d6, d7 = np.float64(load(x6, c, kind)), np.float64(load(x7, c, kind))
-            even = scalar.fma(d6, d6, scalar.fma(d4, d4, scalar.fma(d2, d2, d0 * d0)))
-            odd = scalar.fma(d7, d7, scalar.fma(d5, d5, scalar.fma(d3, d3, d1 * d1)))
+            even = scalar.mac(d6, d6, scalar.mac(d4, d4, scalar.mac(d2, d2, d0 * d0)))
+            odd = scalar.mac(d7, d7, scalar.mac(d5, d5, scalar.mac(d3, d3, d1 * d1)))
             total = ((d0 + d1) + (d2 + d3)) + ((d4 + d5) + (d6 + d7))
             write(one, c, read(one, c, np.float64) + total)
             write(two, c, read(two, c, np.float64) + (even + odd))
@@ -1145,7 +1145,7 @@ def rows_sums(x, step, n, width, one, two, kind):
         for c in range(width):
             d = np.float64(load(x, c, kind))
             write(one, c, read(one, c, np.float64) + d)
-            write(two, c, scalar.fma(d, d, read(two, c, np.float64)))
+            write(two, c, scalar.mac(d, d, read(two, c, np.float64)))
         x += step
         n -= 1
 
@@ -1157,7 +1157,7 @@ def rows_sums_about(x, step, n, width, pivot, one, two, kind):
         for c in range(width):
             d = np.float64(load(x, c, kind)) - read(pivot, c, np.float64)
             write(one, c, read(one, c, np.float64) + d)
-            write(two, c, scalar.fma(d, d, read(two, c, np.float64)))
+            write(two, c, scalar.mac(d, d, read(two, c, np.float64)))
         x += step
         n -= 1
 
@@ -1289,7 +1289,7 @@ def columns_double(q, a, b, c, width, first, last, into, work):
                             v = read(pivot, j, np.float64)
                             d0, d1 = read(x, j, np.float64) - v, read(x1, j, np.float64) - v
                             d2, d3 = read(x2, j, np.float64) - v, read(x3, j, np.float64) - v
-                            squared = scalar.fma(d0, d0, d1 * d1) + scalar.fma(d2, d2, d3 * d3)
+                            squared = scalar.mac(d0, d0, d1 * d1) + scalar.mac(d2, d2, d3 * d3)
                             high, lost = scalar.two_sum(read(m2, j, np.float64), squared)
                             write(m2, j, high)
                             write(m2_rest, j, read(m2_rest, j, np.float64) + lost)

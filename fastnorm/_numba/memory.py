@@ -7,14 +7,16 @@ is computed in, `real(kind)`.
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload, register_jitable
 
+from fastnorm import _core
 from fastnorm._numba import scalar
 
 # Every function of `scalar` can be called from compiled code. Its sums are never reordered, whoever
@@ -23,15 +25,28 @@ AHEAD = 4096  # bytes that are asked for in advance
 LANES, PAIRS = 32, 16  # sums of doubles side by side, forward and backward
 STRICT = {"fastmath": False, "error_model": "numpy"}
 for _name, _function in list(vars(scalar).items()):
-    if getattr(_function, "__module__", "") == scalar.__name__ and _name != "fma":
+    if getattr(_function, "__module__", "") == scalar.__name__ and _name not in ("fma", "mac"):
         register_jitable(**STRICT)(_function)
 
 
+def _multiply_add() -> str:
+    """How the Cython kernels add to a product; without them, how they would on this processor."""
+    if _core.kernels is not None:
+        return str(_core.kernels.multiply_add())
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return "fused"
+    return "fused" if binding.get_host_cpu_features().get("fma", False) else "extended"
+
+
+MULTIPLY_ADD = _multiply_add()
+
+
 def _sources() -> int:
-    """A number that changes with the files a kernel is compiled from: Numba itself looks at one."""
+    """A number that changes with what a kernel is compiled from: Numba itself looks at one file."""
     folder = Path(__file__).parent
     files = (folder / f"{name}.py" for name in ("scalar", "memory", "forward", "backward"))
-    return hash(tuple((s.st_mtime_ns, s.st_size) for s in (f.stat() for f in files))) | 1
+    times = tuple((s.st_mtime_ns, s.st_size) for s in (f.stat() for f in files))
+    return hash((*times, *MULTIPLY_ADD.encode())) | 1
 
 
 SOURCES = _sources()
@@ -42,21 +57,62 @@ SOURCES = _sources()
 _ADDRESS, _WORD = ir.IntType(64), ir.IntType(32)
 
 
-@intrinsic
-def _fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
-    kind = a
-    if not (isinstance(a, types.Float) and b == a and c == a):
-        return None
+class _Extended(ir.Type):
+    """The 80 bits of x87, 64 of them digits, for which llvmlite has no name."""
 
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.fma(*arguments)
+    def _to_string(self) -> str:
+        return "x86_fp80"
 
-    return kind(a, b, c), codegen
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Extended)
+
+    def __hash__(self) -> int:
+        return hash(_Extended)
+
+
+def _multiplied_and_added(builder: Any, a: Any, b: Any, c: Any, summed: bool = False) -> Any:
+    """a * b + c of numbers, or of as many side by side, as _core/numbers.h has it (fma or mac)."""
+    n = a.type.count if isinstance(a.type, ir.VectorType) else 0
+    kind = a.type.element if n else a.type
+    if MULTIPLY_ADD == "fused":
+        name = f"llvm.fma.v{n}{kind.intrinsic_name}" if n else f"llvm.fma.{kind.intrinsic_name}"
+        whole = ir.FunctionType(a.type, [a.type] * 3)
+        return builder.call(cgutils.get_or_insert_function(builder.module, whole, name), [a, b, c])
+    if summed or (kind == ir.DoubleType() and MULTIPLY_ADD == "plain"):
+        return builder.fadd(builder.fmul(a, b), c)
+    wider: Any = _Extended() if kind == ir.DoubleType() else ir.DoubleType()
+    wider = ir.VectorType(wider, n) if n else wider
+    a, b, c = (builder.fpext(v, wider) for v in (a, b, c))
+    wide = builder.fadd(builder.fmul(a, b), c)
+    return builder.fptrunc(wide, ir.VectorType(kind, n) if n else kind)
+
+
+def _in_numba(summed: bool) -> Any:
+    @intrinsic
+    def multiplied_and_added(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
+        if not (isinstance(a, types.Float) and b == a and c == a):
+            return None
+
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            a, b, c = arguments
+            return _multiplied_and_added(builder, a, b, c, summed)
+
+        return a(a, b, c), codegen
+
+    return multiplied_and_added
+
+
+_fma, _mac = _in_numba(False), _in_numba(True)
 
 
 @overload(scalar.fma, jit_options=STRICT, strict=False)
 def _overload_fma(a: Any, b: Any, c: Any) -> Any:
     return lambda a, b, c: _fma(a, b, c)
+
+
+@overload(scalar.mac, jit_options=STRICT, strict=False)
+def _overload_mac(a: Any, b: Any, c: Any) -> Any:
+    return lambda a, b, c: _mac(a, b, c)
 
 
 def _pointer(context: Any, builder: Any, kind: Any, address: Any, index: Any) -> Any:
@@ -203,13 +259,6 @@ def _repeated(builder: Any, n: int, value: Any) -> Any:
     return builder.shuffle_vector(one, unknown, ir.Constant(ir.VectorType(_WORD, n), None))
 
 
-def _lanes_fma(builder: Any, n: int, *arguments: Any) -> Any:
-    lanes = ir.VectorType(ir.DoubleType(), n)
-    kind = ir.FunctionType(lanes, [lanes] * 3)
-    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{n}f64")
-    return builder.call(function, arguments)
-
-
 def _folded(builder: Any, v: Any, add: Any) -> Any:
     """One number of many side by side: the upper half of each array of `v` goes to the lower."""
     n = v[0].type.count
@@ -262,7 +311,9 @@ def sums_in_lanes(typingctx: Any, x: Any, blocks: Any, pivot: Any, ahead: Any, k
             d = _doubles_at(builder, kind, x, loop.index)
             d = d if about is None else builder.fsub(d, about)
             builder.store(builder.fadd(builder.load(sums[0]), d), sums[0])
-            builder.store(_lanes_fma(builder, LANES, d, d, builder.load(sums[1])), sums[1])
+            builder.store(
+                _multiplied_and_added(builder, d, d, builder.load(sums[1]), True), sums[1]
+            )
         v = [builder.load(total) for total in sums]
         v = _folded(builder, v, lambda a, b: [builder.fadd(*pair) for pair in zip(a, b)])
         return context.make_tuple(builder, pair, v)
@@ -306,7 +357,9 @@ def exact_squares(typingctx: Any, x: Any, blocks: Any, chain: Any, mean: Any) ->
             with cgutils.for_range(builder, n) as loop:
                 block = builder.add(begin, loop.index)
                 d = builder.fsub(_lanes_at(builder, LANES, x, block, _ADDRESS(AHEAD)), mean)
-                builder.store(_lanes_fma(builder, LANES, d, d, builder.load(short)), short)
+                builder.store(
+                    _multiplied_and_added(builder, d, d, builder.load(short), True), short
+                )
                 builder.store(builder.fadd(builder.load(first), d), first)
             high, lost = two_sum(builder.load(total), builder.load(short))
             builder.store(high, total)
@@ -334,7 +387,7 @@ def add_to_lanes(
 
         def terms(block: Any, *sums: Any) -> Any:
             d = builder.fsub(_lanes_at(builder, LANES, x, block, ahead), pivot)
-            squares = [_lanes_fma(builder, LANES, d, d, total) for total in sums[1:]]
+            squares = [_multiplied_and_added(builder, d, d, total, True) for total in sums[1:]]
             return [builder.fadd(sums[0], d), *squares]
 
         _in_lanes(builder, LANES, arguments[4 : 5 + squared], blocks, terms)
@@ -365,7 +418,7 @@ def add_pairs_to_lanes(
                 g = builder.fmul(g, _lanes_at(builder, PAIRS, weight, block))
             d = builder.fsub(_lanes_at(builder, PAIRS, x, block, ahead), mean)
             d = builder.fmul(d, rstd)
-            return builder.fadd(first, g), _lanes_fma(builder, PAIRS, g, d, second)
+            return builder.fadd(first, g), _multiplied_and_added(builder, g, d, second, True)
 
         places = arguments[6], builder.add(arguments[6], _ADDRESS(8 * PAIRS))
         _in_lanes(builder, PAIRS, places, blocks, terms)
@@ -393,10 +446,6 @@ def step_lines(
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         number = context.get_value_type(kind)
         lanes = ir.VectorType(number, n)
-        fma_kind = ir.FunctionType(lanes, [lanes] * 3)
-        fma = cgutils.get_or_insert_function(
-            builder.module, fma_kind, f"llvm.fma.v{n}f{kind.bitwidth}"
-        )
         there = [argument != types.none for argument in signature.args]
 
         with cgutils.for_range(builder, builder.udiv(arguments[2], _ADDRESS(64))) as loop:
@@ -414,9 +463,9 @@ def step_lines(
             if there[10]:
                 for i in (0, 8) if there[8] else (0,):
                     _prefetch(builder, builder.add(place(i), arguments[10]))
-            t = builder.call(fma, [builder.fsub(line(0), line(3)), line(4), line(5)])
+            t = _multiplied_and_added(builder, builder.fsub(line(0), line(3)), line(4), line(5))
             if there[6]:
-                t = builder.call(fma, [t, line(6), line(7)])
+                t = _multiplied_and_added(builder, t, line(6), line(7))
             if there[8]:
                 t = builder.fadd(t, line(8))
             if there[9]:

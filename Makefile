@@ -29,7 +29,7 @@ BUILT_FROM := pyproject.toml setup.py \
 help:
 	@echo 'make demo      build fastnorm, run the demonstration'
 	@echo 'make test      build fastnorm, run the tests (PyTorch tests skip where it is absent)'
-	@echo 'make lint      ruff check, ruff format --check, mypy'
+	@echo 'make lint      ruff check, ruff format --check, mypy, lint-imports'
 	@echo 'make format    let ruff sort imports and format'
 	@echo 'make docs      build the documentation in docs/_build/html, run its examples'
 	@echo 'make bench     run the benchmarks, write benchmarks/results and the table in README.md'
@@ -68,6 +68,7 @@ lint: $(STAMPS)/dev
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 
 format: $(STAMPS)/dev
 	$(PY) -m ruff check --fix

@@ -24,7 +24,7 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Case:
-    """One call: `make(torch, gpu)` gives what fastnorm runs, what PyTorch runs, and the input."""
+    """One call: `make(torch, fn)` gives what fastnorm runs, what PyTorch runs, and the input."""
 
     label: str
     shape: tuple[int, ...]
@@ -34,66 +34,66 @@ class Case:
     channels_last: bool = False
 
 
-def layer(torch: Any, gpu: Any, x: Any) -> Any:
+def layer(torch: Any, fn: Any, x: Any) -> Any:
     w, b = (torch.ones(x.shape[-1], dtype=x.dtype, device=x.device) for _ in range(2))
     peer = torch.nn.functional.layer_norm
-    return lambda: gpu.layer_norm(x, x.shape[-1], w, b), lambda: peer(x, x.shape[-1:], w, b)
+    return lambda: fn.layer_norm(x, x.shape[-1], w, b), lambda: peer(x, x.shape[-1:], w, b)
 
 
-def rms(torch: Any, gpu: Any, x: Any) -> Any:
+def rms(torch: Any, fn: Any, x: Any) -> Any:
     w = torch.ones(x.shape[-1], dtype=x.dtype, device=x.device)
     peer = torch.nn.functional.rms_norm
-    return lambda: gpu.rms_norm(x, x.shape[-1], w), lambda: peer(x, x.shape[-1:], w)
+    return lambda: fn.rms_norm(x, x.shape[-1], w), lambda: peer(x, x.shape[-1:], w)
 
 
-def add_rms(torch: Any, gpu: Any, x: Any) -> Any:
+def add_rms(torch: Any, fn: Any, x: Any) -> Any:
     w, r = torch.ones(x.shape[-1], dtype=x.dtype, device=x.device), x.clone()
 
     def peer() -> Any:
         total = x + r
         return torch.nn.functional.rms_norm(total, x.shape[-1:], w), total
 
-    return lambda: gpu.add_rms_norm(x, r, x.shape[-1], w), peer
+    return lambda: fn.add_rms_norm(x, r, x.shape[-1], w), peer
 
 
-def group(torch: Any, gpu: Any, x: Any) -> Any:
+def group(torch: Any, fn: Any, x: Any) -> Any:
     w, b = (torch.ones(x.shape[1], dtype=x.dtype, device=x.device) for _ in range(2))
     peer = torch.nn.functional.group_norm
-    return lambda: gpu.group_norm(x, 32, w, b), lambda: peer(x, 32, w, b)
+    return lambda: fn.group_norm(x, 32, w, b), lambda: peer(x, 32, w, b)
 
 
-def group_silu(torch: Any, gpu: Any, x: Any) -> Any:
+def group_silu(torch: Any, fn: Any, x: Any) -> Any:
     w, b = (torch.ones(x.shape[1], dtype=x.dtype, device=x.device) for _ in range(2))
     norm, silu = torch.nn.functional.group_norm, torch.nn.functional.silu
-    ours = lambda: gpu.group_norm(x, 32, w, b, activation="silu")  # noqa: E731
+    ours = lambda: fn.group_norm(x, 32, w, b, activation="silu")  # noqa: E731
     return ours, lambda: silu(norm(x, 32, w, b))
 
 
-def batch(torch: Any, gpu: Any, x: Any) -> Any:
+def batch(torch: Any, fn: Any, x: Any) -> Any:
     w, b = (torch.ones(x.shape[1], dtype=torch.float32, device=x.device) for _ in range(2))
     m, v = torch.zeros_like(w), torch.ones_like(w)
     peer = torch.nn.functional.batch_norm
-    ours = lambda: gpu.batch_norm(x, m.clone(), v.clone(), w, b, True)  # noqa: E731
+    ours = lambda: fn.batch_norm(x, m.clone(), v.clone(), w, b, True)  # noqa: E731
     return ours, lambda: peer(x, m.clone(), v.clone(), w, b, True)
 
 
-def inference(torch: Any, gpu: Any, x: Any) -> Any:
+def inference(torch: Any, fn: Any, x: Any) -> Any:
     m, v = (f(x.shape[1], device=x.device) for f in (torch.zeros, torch.ones))
     peer = torch.nn.functional.batch_norm
-    return lambda: gpu.batch_norm(x, m, v), lambda: peer(x, m, v)
+    return lambda: fn.batch_norm(x, m, v), lambda: peer(x, m, v)
 
 
-def instance(torch: Any, gpu: Any, x: Any) -> Any:
-    return lambda: gpu.instance_norm(x), lambda: torch.nn.functional.instance_norm(x)
+def instance(torch: Any, fn: Any, x: Any) -> Any:
+    return lambda: fn.instance_norm(x), lambda: torch.nn.functional.instance_norm(x)
 
 
-def layer_backward(torch: Any, gpu: Any, x: Any) -> Any:
+def layer_backward(torch: Any, fn: Any, x: Any) -> Any:
     size = x.shape[-1]
     w, dy = torch.ones(size, dtype=x.dtype, device=x.device), torch.randn_like(x)
-    _, mean, rstd = gpu.layer_norm(x, size, w, return_stats=True)
+    _, mean, rstd = fn.layer_norm(x, size, w, return_stats=True)
     _, m, r = torch.ops.aten.native_layer_norm(x, [size], w, w, 1e-5)
     peer = torch.ops.aten.native_layer_norm_backward
-    ours = lambda: gpu.layer_norm_backward(dy, x, mean, rstd, size, w)  # noqa: E731
+    ours = lambda: fn.layer_norm_backward(dy, x, mean, rstd, size, w)  # noqa: E731
     return ours, lambda: peer(dy, x, [size], m, r, w, w, [True, True, True])
 
 
@@ -141,14 +141,14 @@ def times(torch: Any, calls: list[Callable[[], Any]]) -> list[float]:
     return [statistics.median(column) for column in zip(*turns, strict=True)]
 
 
-def measure(torch: Any, gpu: Any, case: Case) -> dict[str, Any]:
+def measure(torch: Any, fn: Any, case: Case) -> dict[str, Any]:
     """A row of the table."""
     dtype = getattr(torch, case.dtype)
     x = torch.randn(case.shape, device="cuda", dtype=torch.float32).to(dtype)
     if case.channels_last:
         x = x.to(memory_format=torch.channels_last)
     target = torch.empty_like(x)
-    ours, peer = case.make(torch, gpu, x)
+    ours, peer = case.make(torch, fn, x)
     got, right = ours(), peer()
     first = [r[0] if isinstance(r, tuple) else r for r in (got, right)]
     torch.testing.assert_close(first[0].float(), first[1].float(), rtol=0.02, atol=0.02)
@@ -207,11 +207,11 @@ def main() -> int:
         return 2
     import numba
 
-    from fastnorm._numba import gpu
+    import fastnorm as fn
 
     rows = []
     for case in CASES:
-        rows.append(measure(torch, gpu, case))
+        rows.append(measure(torch, fn, case))
         print(json.dumps(rows[-1]), file=sys.stderr)
         torch.cuda.empty_cache()
     name = torch.cuda.get_device_name()

@@ -21,18 +21,20 @@ from fastnorm.functional import (
     add_layer_norm,
     add_rms_norm,
     batch_norm,
-    dynamic_tanh,
-    global_response_norm,
     group_norm,
     instance_norm,
-    l2_normalize,
     layer_norm,
-    local_response_norm,
     rms_norm,
+)
+from fastnorm.moments import Moments, moments, standardize
+from fastnorm.related import (
+    dynamic_tanh,
+    global_response_norm,
+    l2_normalize,
+    local_response_norm,
     weight_norm,
     weight_standardize,
 )
-from fastnorm.moments import Moments, moments, standardize
 
 __version__ = "0.1.0"
 

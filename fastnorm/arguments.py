@@ -13,6 +13,8 @@ from typing import Any, Literal, TypeAlias, cast
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fastnorm.elsewhere import as_numpy, is_elsewhere
+
 Array: TypeAlias = NDArray[Any]
 Axes: TypeAlias = int | Sequence[int]
 Activation: TypeAlias = Literal["relu", "silu", "gelu", "gelu_tanh"] | Callable[[Any], Any] | None
@@ -27,7 +29,7 @@ def is_float(dtype: np.dtype[Any]) -> bool:
 
 def as_array(value: ArrayLike, name: str) -> Array:
     """`value` as a float array the kernels can read: its own memory wherever that is possible."""
-    array = np.asarray(value)
+    array = as_numpy(value)
     dtype = array.dtype
     if not is_float(dtype):
         if dtype.kind not in "biu":
@@ -59,6 +61,11 @@ def _readable(array: Array) -> Array:
 def computing_type(dtype: np.dtype[Any]) -> type[np.floating[Any]]:
     """The type that arithmetic on this dtype runs in: float32, or float64 for float64."""
     return np.float64 if dtype.itemsize == 8 else np.float32
+
+
+def machine_epsilon(dtype: np.dtype[Any]) -> float:
+    """The distance from 1 to the next number of a float dtype."""
+    return 2.0**-7 if dtype.name == "bfloat16" else float(np.finfo(dtype).eps)
 
 
 def parameter(value: ArrayLike, name: str, x: Array) -> Array:
@@ -125,9 +132,9 @@ def along_channels(p: Array, name: str, x: Array, axis: int) -> Array:
     return np.moveaxis(spread(p, x.shape, name, expected), axis, 1)
 
 
-def channel_parameter(value: ArrayLike, name: str, x: Array, axis: int) -> Array:
-    """`along_channels` of what came in, in the type that is computed in."""
-    return along_channels(parameter(value, name, x), name, x, axis)
+def channel_parameter(value: ArrayLike | None, name: str, x: Array, axis: int) -> Array | None:
+    """`along_channels` of what came in, if anything did, in the type that is computed in."""
+    return None if value is None else along_channels(parameter(value, name, x), name, x, axis)
 
 
 def along_axes(p: Array, name: str, x: Array, axes: tuple[int, ...]) -> Array:
@@ -146,20 +153,22 @@ def along_axes(p: Array, name: str, x: Array, axes: tuple[int, ...]) -> Array:
     return spread(p, x.shape, name, expected)
 
 
-def axis_parameter(value: ArrayLike, name: str, x: Array, axes: tuple[int, ...]) -> Array:
-    """`along_axes` of what came in, in the type that is computed in."""
-    return along_axes(parameter(value, name, x), name, x, axes)
+def axis_parameter(
+    value: ArrayLike | None, name: str, x: Array, axes: tuple[int, ...]
+) -> Array | None:
+    """`along_axes` of what came in, if anything did, in the type that is computed in."""
+    return None if value is None else along_axes(parameter(value, name, x), name, x, axes)
 
 
 def mask_of(where: ArrayLike | None, x: Array) -> Array | None:
     """Return `where` as booleans of the shape of x."""
     if where is None:
         return None
-    mask = np.asarray(where)
+    mask = as_numpy(where)
     if mask.dtype != np.bool_:
         raise TypeError(f"where has dtype {mask.dtype}, expected bool; write where.astype(bool)")
     try:
-        return np.broadcast_to(mask, x.shape)
+        return np.broadcast_to(mask, x.shape, subok=True)  # an `Elsewhere` stays one
     except ValueError:
         raise ValueError(
             f"where has shape {mask.shape}, expected one that broadcasts to x of shape {x.shape}; "
@@ -192,10 +201,16 @@ def check_activation(activation: Activation) -> Activation:
     )
 
 
-def check_out(out: Array | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-    """Refuse an `out` of another type, dtype or shape than the result, or a read-only one."""
+def check_out(out: Array | None, x: Array) -> None:
+    """Refuse an `out` of another type, memory, dtype or shape than x, or a read-only one."""
     if out is None:
         return
+    shape, dtype = x.shape, x.dtype
+    if is_elsewhere(x) and not is_elsewhere(out):
+        raise TypeError(
+            f"out is a {type(out).__name__}, expected an array where x is; write an empty array "
+            "like x of the library that made it"
+        )
     if not isinstance(out, np.ndarray):
         raise TypeError(
             f"out is a {type(out).__name__}, expected a NumPy array; write np.empty_like(x)"
@@ -224,7 +239,7 @@ def check_running(
                 f"{name} is a {type(value).__name__}, expected a NumPy array: it is updated in "
                 f"place; write np.{'zeros' if name == 'running_mean' else 'ones'}({channels})"
             )
-        array = np.asarray(value)
+        array = as_numpy(value)
         if array.shape != (channels,):
             raise ValueError(
                 f"{name} has shape {array.shape}, expected ({channels},): one for each channel"
@@ -243,7 +258,7 @@ def statistic(value: ArrayLike, name: str, shape: tuple[int, ...], of: str) -> A
             f"{name} has shape {array.shape}, expected {shape}; give {of} what the forward "
             "function returned with return_stats=True"
         )
-    return np.ascontiguousarray(array, np.float64)
+    return array.astype(np.float64, order="C", copy=False)
 
 
 def require_two(counts: Array, of: str, what: str) -> None:

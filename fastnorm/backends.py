@@ -12,8 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from enum import IntEnum
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -21,81 +20,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastnorm import _core, _reference
-from fastnorm.layout import Layout, describe
+from fastnorm.description import BackwardPass, Pass, Scaling
+from fastnorm.elsewhere import Elsewhere
+from fastnorm.layout import Layout, ascending, describe, steps_of
 
 Array = NDArray[Any]
 
 # In the order of `enum Activation` in _core/kernels.pxi.
 ACTIVATIONS = (None, "relu", "silu", "gelu", "gelu_tanh", "tanh")
 
-
 # What `quick_forward` and `quick_backward` are asked for.
 BATCH, INFERENCE, INSTANCE, GROUP, LAYER, RMS, ADD_LAYER, ADD_RMS = range(8)
-
-
-class Scaling(IntEnum):
-    """How a group's statistics become its scale: `enum Scaling` in _core/kernels.pxi."""
-
-    RSTD = 0  # 1 / sqrt(var + eps)
-    NORM = 1  # 1 / max(sqrt(sum of squares), eps)
-    FACTOR = 2  # given: var holds the scale itself
-
-
-@dataclass(slots=True, eq=False, repr=False)  # arrays; each method takes 0.1 ms to make
-class Pass:
-    """One pass over x: statistics over its reduced axes, then the step, into y.
-
-    Every array is native and aligned and has as many axes as x. `y`, `residual`, `mask`, `addend`
-    and `total` have its shape, the others broadcast against it. `mean`, `var` and `rstd` are
-    float64; they are filled, or where `given` the first two are read. With `total`, x + addend is
-    written there and is what the pass is of. `y` may be None (statistics alone).
-    """
-
-    x: Array
-    y: Array | None
-    reduced: tuple[bool, ...]
-    mean: Array
-    var: Array
-    rstd: Array
-    weight: Array | None = None
-    bias: Array | None = None
-    mask: Array | None = None
-    residual: Array | None = None
-    addend: Array | None = None
-    total: Array | None = None
-    eps: float = 0.0
-    centred: bool = True
-    given: bool = False
-    scaling: Scaling = Scaling.RSTD
-    activation: Any = None  # a name, or a function that Numba has compiled
-    activation_first: bool = False  # activation before the affine step instead of after it
-    key: bytes | None = None  # what a backend may keep the pass under, from `quick_forward`
-    statistics: tuple[int, ...] = ()  # with a key: the shape in which mean and rstd are returned
-
-
-@dataclass(slots=True, eq=False, repr=False)
-class BackwardPass:
-    """From dy to dx, dweight and dbias; the reduced axes are those of the forward pass.
-
-    Every array is native and aligned and has as many axes as x. `dx`, `dweight` and `dbias` are
-    filled; the axes along which `dweight` has length 1 are those its sums run over, and `weight`
-    (None: 1 everywhere) and `dbias` have its shape. `mean` (None: 0) and `rstd` are float64 and lie
-    alike, and so do `dweight` and `dbias`.
-    """
-
-    x: Array
-    dy: Array
-    dx: Array
-    reduced: tuple[bool, ...]
-    mean: Array | None
-    rstd: Array
-    weight: Array | None
-    dweight: Array
-    dbias: Array | None
-    training: bool = True  # False: the statistics were given, and x did not move them
-    key: bytes | None = None  # what a backend may keep the pass under, from `quick_backward`
-    own: tuple[int, ...] = ()  # with a key: the shape of dweight without a weight
-
 
 # --- Compiled kernels: Cython's and Numba's -------------------------------------------------------
 
@@ -103,28 +38,10 @@ class BackwardPass:
 _OPERANDS = ("x", "y", "residual", "addend", "total", "mask", "weight", "bias")
 
 
-def _steps(array: Array, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides in elements; 0 where the array is broadcast."""
-    size = array.itemsize
-    return tuple(
-        0 if length == 1 != whole else stride // size
-        for stride, length, whole in zip(array.strides, array.shape, shape, strict=True)
-    )
-
-
-def _forward(operands: dict[str, Array]) -> dict[str, Array]:
-    """The same walk with every stride of x positive."""
-    negative = [stride < 0 for stride in operands["x"].strides]
-    if not any(negative):
-        return operands
-    turn = tuple(slice(None, None, -1) if n else slice(None) for n in negative)
-    return {name: array[turn] for name, array in operands.items()}
-
-
 def _layout_of(operands: dict[str, Array], reduced: tuple[bool, ...]) -> Layout | None:
     shape = operands["x"].shape
     steps = {
-        "stats" if name == "rstd" else name: _steps(array, shape)
+        "stats" if name == "rstd" else name: steps_of(array, shape)
         for name, array in operands.items()
         if name not in ("mean", "var")
     }
@@ -134,7 +51,7 @@ def _layout_of(operands: dict[str, Array], reduced: tuple[bool, ...]) -> Layout 
 def _compiled(p: Pass, kernels: Any) -> None:
     given = {n: array for n in _OPERANDS if (array := getattr(p, n)) is not None}
     given |= {"mean": p.mean, "var": p.var, "rstd": p.rstd}
-    operands = _forward(given)
+    operands = ascending(given)
     layout = _layout_of(operands, p.reduced)
     if p.total is not None and p.addend is not None and (layout is None or layout.columns):
         # the kernels add on the way only along runs
@@ -209,7 +126,7 @@ def _compiled_backward(p: BackwardPass, kernels: Any) -> None:
         operands["mean"] = p.mean
     beside = {"factor": p.weight, "dbias": p.dbias}
     operands |= {name: array for name, array in beside.items() if array is not None}
-    operands = _forward(operands)
+    operands = ascending(operands)
     described = {name: array for name, array in operands.items() if name != "dbias"}
     layout = _layout_of(described, p.reduced)
     if layout is None and p.dy.strides != _strides_like(p.x, p.dy):
@@ -443,13 +360,19 @@ _current = ""
 
 
 def compute(p: Pass) -> None:
-    """Carry out a pass on the backend in use."""
-    _AVAILABLE[_current][0](p)
+    """Carry out a pass on the backend in use, or where x is."""
+    if isinstance(p.x, Elsewhere):
+        p.x.compute(p)
+    else:
+        _AVAILABLE[_current][0](p)
 
 
 def compute_backward(p: BackwardPass) -> None:
-    """Carry out a backward pass on the backend in use."""
-    _AVAILABLE[_current][1](p)
+    """Carry out a backward pass on the backend in use, or where x is."""
+    if isinstance(p.x, Elsewhere):
+        p.x.compute_backward(p)
+    else:
+        _AVAILABLE[_current][1](p)
 
 
 # Elements that moments are taken of at once where they are converted first: a few megabytes.

@@ -32,13 +32,14 @@ from fastnorm.backends import (
     INSTANCE,
     LAYER,
     RMS,
-    BackwardPass,
     Unplanned,
     compute_backward,
     quick_backward,
 )
-from fastnorm.functional import channels_second, delivered, split_groups
-from fastnorm.routing import door_of
+from fastnorm.description import BackwardPass
+from fastnorm.elsewhere import Elsewhere, beside, plus
+from fastnorm.passes import channels_second, delivered, new_like, split_groups
+from fastnorm.routing import door_of, send
 
 Gradients = tuple[Array, Array, Array]
 
@@ -47,7 +48,9 @@ SMALL = 256
 
 
 def _ordered(shape: tuple[int, ...], dtype: np.dtype[Any], x: Array, axes: Sequence[int]) -> Array:
-    """An array whose axes lie in memory in the order in which these axes of x do."""
+    """An array whose axes lie in memory in the order in which these axes of x do; or beside x."""
+    if isinstance(x, Elsewhere):
+        return x.new(shape, dtype)
     order = sorted(range(len(shape)), key=lambda i: -abs(x.strides[axes[i]]))
     return np.empty([shape[i] for i in order], dtype).transpose(np.argsort(order))
 
@@ -75,22 +78,26 @@ def _run(
     `view` shows an array of the shape of x along the axes that the norm works on, `place` does so
     for a parameter; `own` is the shape of a weight that is not there, along these `axes` of x.
     """
-    slope = same_shape(dy, "dy", array)
-    dx = np.empty_like(array, subok=False)
-    placed = None
-    shape, dtype, usual = own, array.dtype, np.empty(own, array.dtype)
+    mean, rstd = beside(array, mean), beside(array, rstd)
+    slope = beside(array, same_shape(dy, "dy", array))
+    dx = new_like(array)
+    placed = like = None
+    shape, dtype = own, array.dtype
     if weight is not None:
-        given = as_array(weight, "weight")
-        shape, dtype, usual = given.shape, given.dtype, np.empty_like(given)
+        like = given = beside(array, as_array(weight, "weight"))
+        shape, dtype = given.shape, given.dtype
         if weight_offset:
-            given = given.astype(np.float64) + weight_offset
-        if given.size <= array.size // SMALL:
+            given = plus(given, weight_offset)
+        if given.size <= array.size // SMALL or isinstance(array, Elsewhere):
             given = given.astype(computing_type(array.dtype), copy=False)
         placed = place(given)
-    dweight = _ordered(shape, dtype, array, axes if shape == own else range(-len(shape), 0))
-    dbias = np.empty_like(dweight) if bias else np.empty(0)
-    if usual.strides != dweight.strides:
-        key = None  # a plan makes the usual ones
+    along = axes if shape == own else range(-len(shape), 0)
+    dweight = _ordered(shape, dtype, array, along)
+    dbias = _ordered(shape, dtype, array, along) if bias else np.empty(0)
+    if key is not None:
+        usual = np.empty(own, dtype) if like is None else np.empty_like(like)
+        if usual.strides != dweight.strides:
+            key = None  # a plan makes the usual ones
     into = place(dweight)
     if array.size:
         compute_backward(
@@ -110,8 +117,7 @@ def _run(
             )
         )
     else:
-        dweight[...] = 0
-        dbias[...] = 0
+        dweight, dbias = (beside(array, np.zeros(part.shape, dtype)) for part in (dweight, dbias))
     return delivered(dx, x), dweight, dbias
 
 
@@ -122,13 +128,14 @@ def _channels(
     rstd: ArrayLike,
     weight: ArrayLike | None,
     channel_axis: int,
-    of: str,
+    function: Callable[..., Any],
     *,
     batch: bool = False,
     num_groups: int | None = None,
     training: bool = True,
 ) -> Gradients:
     """The channel norms. Statistics are one for each channel, or for each sample and group."""
+    of = function.__name__
     norm = GROUP if num_groups is not None else INSTANCE
     if batch:
         norm = BATCH if training else INFERENCE
@@ -136,10 +143,8 @@ def _channels(
     if type(found) is not Unplanned:
         return found
     if (door := door_of(x)) is not None:
-        options: dict[str, Any] = {"training": training} if batch else {}
-        options |= {"num_groups": num_groups} if num_groups is not None else {}
-        function = getattr(door, of)
-        return function(dy, x, mean, rstd, weight=weight, channel_axis=channel_axis, **options)
+        gradients: Gradients = send(door, function, locals())
+        return gradients
     array = as_array(x, "x")
     check_ndim(array, 2, of, "(N, C, ...)")
     axis = channel_axis_of(array, channel_axis, of, samples=not batch)
@@ -238,8 +243,9 @@ def batch_norm_backward(
     >>> dx.ravel(), dbias  # all results moved by the same: no input does that
     (array([0., 0., 0.]), array([3.]))
     """
-    of = "batch_norm_backward"
-    return _channels(dy, x, mean, rstd, weight, channel_axis, of, batch=True, training=training)
+    return _channels(
+        dy, x, mean, rstd, weight, channel_axis, batch_norm_backward, batch=True, training=training
+    )
 
 
 def instance_norm_backward(
@@ -303,7 +309,7 @@ def instance_norm_backward(
     >>> dx.ravel(), dbias
     (array([0., 0., 0.]), array([3.]))
     """
-    return _channels(dy, x, mean, rstd, weight, channel_axis, "instance_norm_backward")
+    return _channels(dy, x, mean, rstd, weight, channel_axis, instance_norm_backward)
 
 
 def group_norm_backward(
@@ -366,8 +372,9 @@ def group_norm_backward(
     >>> dx.ravel(), dbias
     (array([0., 0., 0.]), array([1., 1., 1.]))
     """
-    of = "group_norm_backward"
-    return _channels(dy, x, mean, rstd, weight, channel_axis, of, num_groups=num_groups)
+    return _channels(
+        dy, x, mean, rstd, weight, channel_axis, group_norm_backward, num_groups=num_groups
+    )
 
 
 def _rows(
@@ -378,11 +385,11 @@ def _rows(
     normalized_shape: Axes | None,
     weight: ArrayLike | None,
     axis: Axes | None,
-    of: str,
+    function: Callable[..., Any],
     *,
     weight_offset: float = 0.0,
 ) -> Any:
-    key = None
+    of, key = function.__name__, None
     if weight_offset == 0.0:
         norm = RMS if mean is None else LAYER
         found = quick_backward(norm, normalized_shape, axis, dy, x, mean, rstd, weight)
@@ -390,9 +397,7 @@ def _rows(
             return found
         key = found.key
     if (door := door_of(x)) is not None:
-        statistics = (rstd,) if mean is None else (mean, rstd)
-        options = {"weight_offset": weight_offset} if mean is None else {}
-        return getattr(door, of)(dy, x, *statistics, normalized_shape, weight, axis=axis, **options)
+        return send(door, function, locals())
     array = as_array(x, "x")
     check_ndim(array, 1, of, "(..., D)")
     axes = layer_axes(array, normalized_shape, axis, of)
@@ -476,8 +481,9 @@ def layer_norm_backward(
     """
     if mean is None:
         raise ValueError("layer_norm_backward got mean=None; use rms_norm_backward without one")
-    of = "layer_norm_backward"
-    gradients: Gradients = _rows(dy, x, mean, rstd, normalized_shape, weight, axis, of)
+    gradients: Gradients = _rows(
+        dy, x, mean, rstd, normalized_shape, weight, axis, layer_norm_backward
+    )
     return gradients
 
 
@@ -540,8 +546,8 @@ def rms_norm_backward(
     >>> np.allclose(dx, 0)
     True
     """
-    of, offset = "rms_norm_backward", weight_offset
     gradients: tuple[Array, Array] = _rows(
-        dy, x, None, rstd, normalized_shape, weight, axis, of, weight_offset=offset
-    )
+        dy, x, None, rstd, normalized_shape, weight, axis, rms_norm_backward,
+        weight_offset=weight_offset,
+    )  # fmt: skip
     return gradients

@@ -24,7 +24,7 @@ from dask.base import tokenize
 from dask.graph_manipulation import bind
 from numpy.typing import ArrayLike
 
-from fastnorm import arguments, backward, functional
+from fastnorm import arguments, backward, functional, passes, related
 from fastnorm.arguments import Activation, Axes, check_eps, computing_type, is_float
 from fastnorm.moments import check_ddof, mean_of, merge, var_of
 from fastnorm.moments import fields_of as fields_of_chunk
@@ -255,11 +255,11 @@ def _step(
     axes = [a for a in range(array.ndim) if mean.shape[a] == 1]
     given = np.array(mean, np.float64, order="C"), np.array(var, np.float64, order="C")
     options: dict[str, Any] = {"residual": residual, "activation": activation}
-    return functional._run(x, array, axes, weight, bias, given=given, eps=eps, **options)[0]
+    return passes.run(x, array, axes, weight, bias, given=given, eps=eps, **options)[0]
 
 
 def _rstd(var: Any, eps: float) -> Any:
-    return functional._rstd(var, eps)
+    return passes.rstd_of(var, eps)
 
 
 def _whole(x: Any, axes: tuple[int, ...], group: tuple[int, int] | None = None) -> bool:
@@ -621,7 +621,7 @@ def rms_norm(
     if weight is not None and weight_offset:
         weight = (weight if isinstance(weight, da.Array) else np.asarray(weight)).astype("f8")
         weight = weight + weight_offset
-    eps = functional._machine_epsilon(_dtype(x)) if eps is None else check_eps(eps)
+    eps = arguments.machine_epsilon(_dtype(x)) if eps is None else check_eps(eps)
     y, _, rstd = _normalised(
         x,
         axes,
@@ -701,7 +701,7 @@ def l2_normalize(x: Any, axis: Axes | None = -1, *, eps: float = 1e-12, out: Any
         axes,
         eps,
         None,
-        lambda: _each(functional.l2_normalize, x, {}, _dtype(x), axis=axes, eps=eps),
+        lambda: _each(related.l2_normalize, x, {}, _dtype(x), axis=axes, eps=eps),
     )
 
 
@@ -726,7 +726,7 @@ def weight_norm(v: Any, g: Any, *, axis: Axes | None = 0) -> Any:
         axes,
         0.0,
         scale,
-        lambda: _each(functional.weight_norm, v, {"g": scale}, _dtype(v), axis=kept or None),
+        lambda: _each(related.weight_norm, v, {"g": scale}, _dtype(v), axis=kept or None),
     )
 
 
@@ -749,11 +749,11 @@ def local_response_norm(
     axis = _channels_axis(x, channel_axis, "local_response_norm")
     options: dict[str, Any] = {"size": size, "alpha": alpha, "beta": beta, "k": k}
     options["channel_axis"] = axis
-    functional.local_response_norm(np.empty((0,) * x.ndim, x.dtype), **options)  # checks
+    related.local_response_norm(np.empty((0,) * x.ndim, x.dtype), **options)  # checks
     if x.numblocks[axis] == 1:
-        return _each(functional.local_response_norm, x, {}, _dtype(x), **options)
+        return _each(related.local_response_norm, x, {}, _dtype(x), **options)
     return x.map_overlap(
-        functional.local_response_norm,
+        related.local_response_norm,
         depth={axis: (size // 2, (size - 1) // 2)},
         boundary="none",
         dtype=_dtype(x),
@@ -765,7 +765,7 @@ def local_response_norm(
 def _scaled(x: Any, factor: Any, bias: Any) -> Any:
     array = arguments.as_array(x, "x")
     factor = factor.astype(computing_type(array.dtype))
-    return functional._scaled(x, array, 1.0, factor, bias)
+    return passes.scaled(x, array, 1.0, factor, bias)
 
 
 def global_response_norm(
@@ -800,7 +800,7 @@ def dynamic_tanh(x: Any, alpha: ArrayLike, weight: Any = None, bias: Any = None)
     affine = _given(
         weight=_parameter(weight, "weight", x, place), bias=_parameter(bias, "bias", x, place)
     )
-    return _each(functional.dynamic_tanh, x, affine, _dtype(x), alpha=alpha)
+    return _each(related.dynamic_tanh, x, affine, _dtype(x), alpha=alpha)
 
 
 # --- Gradients ------------------------------------------------------------------------------------

@@ -11,6 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
+
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
 
 # A group of fewer neighbours than this is too short to walk along: columns are taken side by side
 # and merged instead. 32 lanes of a vector register file are filled twice.
@@ -46,6 +51,24 @@ class _Axis:
     def continues(self, inner: _Axis) -> bool:
         """Whether a step along this axis is `inner.size` steps along `inner`, for every operand."""
         return all(s == inner.strides[name] * inner.size for name, s in self.strides.items())
+
+
+def steps_of(array: Array, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides in elements; 0 where the array is broadcast."""
+    size = array.itemsize
+    return tuple(
+        0 if length == 1 != whole else stride // size
+        for stride, length, whole in zip(array.strides, array.shape, shape, strict=True)
+    )
+
+
+def ascending(operands: dict[str, Array]) -> dict[str, Array]:
+    """The same walk with every stride of x positive."""
+    negative = [stride < 0 for stride in operands["x"].strides]
+    if not any(negative):
+        return operands
+    turn = tuple(slice(None, None, -1) if n else slice(None) for n in negative)
+    return {name: array[turn] for name, array in operands.items()}
 
 
 @lru_cache(maxsize=4096)

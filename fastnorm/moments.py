@@ -27,7 +27,7 @@ from fastnorm.arguments import (
     reduced_axes,
 )
 from fastnorm.backends import compute_moments, moments_at_once
-from fastnorm.functional import _run
+from fastnorm.passes import run
 from fastnorm.routing import door_of, function_of, send
 
 # The five fields that moments are kept as: the first axis of every array of them.
@@ -252,16 +252,16 @@ def standardize(
     if not array.ndim:
         raise ValueError(f"standardize got one number, {array}, expected an array to compare it in")
     if ddof == 0:
-        return _run(x, array, axes, eps=eps, where=where, **shared)[0]
+        return run(x, array, axes, eps=eps, where=where, **shared)[0]
     if where is None:
         # sqrt(n / (n - ddof) var + eps) in terms of a variance with ddof = 0
         count = math.prod(array.shape[axis] for axis in axes)
         left = (count - ddof) / count if count > ddof else np.nan
         scale = np.full([1] * array.ndim, math.sqrt(left), computing_type(array.dtype))
-        return _run(x, array, axes, scale, eps=eps * left if left == left else eps, **shared)[0]
+        return run(x, array, axes, scale, eps=eps * left if left == left else eps, **shared)[0]
     fields = fields_of(array, axes, mask_of(where, array))
     given = np.ascontiguousarray(mean_of(fields)), np.ascontiguousarray(var_of(fields, ddof))
-    return _run(x, array, axes, eps=eps, given=given, **shared)[0]
+    return run(x, array, axes, eps=eps, given=given, **shared)[0]
 
 
 # --- The accumulator ------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Arrays that are not NumPy's, and the door that takes them.
 
 A library is recognised through ``sys.modules``: nothing optional is imported to look at a type. A
-door is a module that has functions of the same names and arguments as the public ones; it is
-imported with the first array that needs it.
+door is a module that has functions of the same names and arguments as the public ones, or names
+those whose own code it has carried out on its arrays; it is imported with the first that needs it.
 """
 
 from __future__ import annotations
@@ -56,8 +56,10 @@ def function_of(door: ModuleType, name: str, of: str) -> Callable[..., Any]:
 
 
 def send(door: ModuleType, function: Callable[..., Any], given: dict[str, Any]) -> Any:
-    """Call the door's function of this name; `given` are the locals of `function`."""
+    """Have a door carry out a public function; `given` are the locals of `function`."""
     code = function.__code__
     names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    name = function.__name__
-    return function_of(door, name, name)(**{name: given[name] for name in names})
+    name, named = function.__name__, {name: given[name] for name in names}
+    if name in getattr(door, "OURS", ()):
+        return door.carry_out(function, named)
+    return function_of(door, name, name)(**named)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numba
@@ -19,6 +20,7 @@ import pytest
 
 import fastnorm as fn
 from fastnorm import _reference as reference
+from fastnorm import routing
 from fastnorm._numba import gpu
 from fastnorm._numba import gpu_kernels as kernels
 from fastnorm._numba.gpu_arrays import Library, handles
@@ -180,13 +182,13 @@ def back(value: Any) -> Any:
         return tuple(back(part) for part in value)
     shown = gpu.on_device(value)
     host = np.empty_like(shown, subok=False)
-    host[...] = gpu._to_host(shown)
+    host[...] = shown.host()
     return host
 
 
 def there_and_back(name: str) -> Any:
     """The function of this name, on copies; what it writes into is written here too."""
-    function = getattr(gpu, name)
+    function = getattr(ours, name)
 
     def call(*given: Any, **named: Any) -> Any:
         on = [on_gpu(value) for value in given]
@@ -197,7 +199,7 @@ def there_and_back(name: str) -> Any:
                 if key == "out" and other is value and copy is not on_named[key]:
                     on_named[key] = copy
         if not any(handles(value) for value in (*on, *on_named.values())):
-            return getattr(_ON_CPU, name)(*given, **named)
+            return function(*given, **named)
         result = function(*on, **on_named)
         for part in result if isinstance(result, tuple) else (result,):
             assert handles(part), "a result in the host's memory"
@@ -214,20 +216,14 @@ def there_and_back(name: str) -> Any:
     return call
 
 
-class _OnCpu:
-    pass
-
-
-_ON_CPU: Any = _OnCpu()
-PUBLIC = (*gpu.FORWARD, *gpu.BACKWARD)
-for _name in PUBLIC:
-    setattr(_ON_CPU, _name, getattr(fn, _name))
+# The public functions themselves, which `backend` replaces.
+ours = SimpleNamespace(**{name: getattr(fn, name) for name in gpu.OURS})
 
 
 @pytest.fixture(autouse=True)
 def backend(monkeypatch: pytest.MonkeyPatch) -> str:
     """The public functions, on the GPU."""
-    for name in PUBLIC:
+    for name in gpu.OURS:
         monkeypatch.setattr(fn, name, there_and_back(name))
     monkeypatch.setattr(features, "SHAPE", SHAPE)
     return "cuda"
@@ -409,7 +405,7 @@ def test_out_and_overlap(label: str) -> None:
     source.address = Library().memory(memory).address
     target.address = source.address + 28
     memory[: x.size].copy_to_device(x.ravel())
-    y = getattr(gpu, op.name)(source, **p, out=target, **shared)
+    y = getattr(ours, op.name)(source, **p, out=target, **shared)
     assert y is target
     assert_same_bits(back(y), right)
 
@@ -426,7 +422,7 @@ def test_nothing_is_written_beyond_the_end(dtype: Any) -> None:
         memory = cuda.to_device(whole)
         out = OnGpu(x)
         out.address = Library().memory(memory).address
-        getattr(gpu, name)(OnGpu(x), **given, out=out)
+        getattr(ours, name)(OnGpu(x), **given, out=out)
         assert_close(back(out), getattr(reference, name)(x, **given), 16)
         assert (memory.copy_to_host()[13:] == 7).all()
 
@@ -571,10 +567,10 @@ def test_loads_of_16_bytes_and_of_one_number_give_the_same_bits(dtype: Any) -> N
     x, w = data((3, 48), dtype, 3.0), data((48,), F32)
     for axis in (1, 0):
         own = w[: x.shape[axis]]
-        right = back(gpu.layer_norm(OnGpu(x), weight=OnGpu(own), axis=axis))
+        right = back(ours.layer_norm(OnGpu(x), weight=OnGpu(own), axis=axis))
         gap = np.dtype(dtype).itemsize
-        assert_same_bits(back(gpu.layer_norm(OnGpu(x, gap), weight=OnGpu(own), axis=axis)), right)
-        shifted = gpu.layer_norm(OnGpu(x), weight=OnGpu(own, 4), axis=axis)
+        assert_same_bits(back(ours.layer_norm(OnGpu(x, gap), weight=OnGpu(own), axis=axis)), right)
+        shifted = ours.layer_norm(OnGpu(x), weight=OnGpu(own, 4), axis=axis)
         assert_same_bits(back(shifted), right)
 
 
@@ -611,22 +607,22 @@ def test_numba_arrays() -> None:
     x = data((4, 16), F32)
     given = cuda.to_device(x)
     assert handles(given)
-    y, mean, rstd = gpu.layer_norm(given, 16, np.ones(16, F32), return_stats=True)
+    y, mean, rstd = ours.layer_norm(given, 16, np.ones(16, F32), return_stats=True)
     assert type(y) is type(mean) is type(rstd) is type(given)
     assert tuple(mean.shape) == (4, 1)
     assert mean.dtype == np.float64
     assert_same_bits(y.copy_to_host(), fn.layer_norm(x, 16, np.ones(16, F32)))
-    assert gpu.layer_norm(given, 16, out=given) is given
+    assert ours.layer_norm(given, 16, out=given) is given
 
 
 def test_parameters_and_running_statistics_in_the_hosts_memory() -> None:
     x, w = data((4, 3, 5), F32), np.linspace(1, 2, 3)
-    ours, exact = np.ones((2, 3)), np.ones((2, 3))
-    y = gpu.batch_norm(OnGpu(x), ours[0], ours[1], w, list(w), training=True)
+    running, exact = np.ones((2, 3)), np.ones((2, 3))
+    y = ours.batch_norm(OnGpu(x), *running, w, list(w), training=True)
     right = reference.batch_norm(x, exact[0], exact[1], w, w, training=True)
     assert_close(back(y), right, 16)
-    np.testing.assert_allclose(ours, exact, rtol=1e-12)
-    y = gpu.batch_norm(OnGpu(x), ours[0], ours[1])
+    np.testing.assert_allclose(running, exact, rtol=1e-12)
+    y = ours.batch_norm(OnGpu(x), *running)
     assert_close(back(y), reference.batch_norm(x, exact[0], exact[1]), 16)
 
 
@@ -635,7 +631,8 @@ def tensors(torch: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """PyTorch, its tensors being on the GPU; the simulator's GPU is the host's memory."""
     if SIMULATED:
         on = lambda value: isinstance(value, torch.Tensor) or handles(value)  # noqa: E731
-        monkeypatch.setattr(gpu, "handles", on)
+        for module in (gpu, routing):
+            monkeypatch.setattr(module, "handles", on)
     elif not torch.cuda.is_available():
         pytest.skip("this PyTorch has no GPU")
     return torch
@@ -649,35 +646,32 @@ def test_torch_tensors(name: str, tensors: Any) -> None:
     x = torch.randn(2, 8, 3, 4, dtype=torch.float64).to(place, dtype)
     w = torch.ones(8, dtype=dtype, device=place)
     for given in (x, x.to(memory_format=torch.channels_last)):
-        y, mean, rstd = gpu.group_norm(given, 2, w, return_stats=True)
+        y, mean, rstd = ours.group_norm(given, 2, w, return_stats=True)
         assert type(y) is torch.Tensor
         assert (y.dtype, y.device, y.stride()) == (x.dtype, x.device, given.stride())
         assert mean.dtype is rstd.dtype is torch.float64
         exact = torch.nn.functional.group_norm(x.double(), 2)
         allowed = torch.finfo(dtype).eps
         torch.testing.assert_close(y.double(), exact, rtol=4 * allowed, atol=4 * allowed)
-        dx, dw, db = gpu.group_norm_backward(y, given, mean, rstd, 2, w)
+        dx, dw, db = ours.group_norm_backward(y, given, mean, rstd, 2, w)
         assert (dx.dtype, dw.dtype, db.shape) == (x.dtype, w.dtype, w.shape)
 
 
 def test_a_tensor_that_requires_a_gradient_is_refused(tensors: Any) -> None:
     x = tensors.ones(2, 8, device="cpu" if SIMULATED else "cuda", requires_grad=True)
     with pytest.raises(ValueError, match=r"requires a gradient.*x\.detach\(\)"):
-        gpu.layer_norm(x, 8)
+        ours.layer_norm(x, 8)
 
 
 def test_out_must_be_on_the_gpu() -> None:
     x = data((2, 8), F32)
-    with pytest.raises(TypeError, match=r"out is a ndarray.*on the GPU"):
-        gpu.layer_norm(OnGpu(x), 8, out=x)
+    with pytest.raises(TypeError, match=r"out is a ndarray.*where x is"):
+        ours.layer_norm(OnGpu(x), 8, out=x)
 
 
-def test_x_must_be_on_the_gpu() -> None:
-    x, w = data((2, 8), F32), np.ones(8, F32)
-    with pytest.raises(TypeError, match=r"x is a ndarray.*write fastnorm\.layer_norm"):
-        gpu.layer_norm(x, 8, OnGpu(w))
-    with pytest.raises(TypeError, match=r"v is a ndarray"):
-        gpu.weight_norm(x, w[:2])
+def test_an_operand_on_the_gpu_where_x_is_not() -> None:
+    with pytest.raises(TypeError, match="weight has dtype object"):
+        ours.layer_norm(data((2, 8), F32), 8, OnGpu(np.ones(8, F32)))
 
 
 def test_what_is_no_array_on_a_gpu() -> None:

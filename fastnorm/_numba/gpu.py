@@ -1,45 +1,52 @@
-"""The front door for arrays on a GPU: functional.py's and backward.py's own code on other memory.
+"""The door for arrays on a GPU: the public functions' own code on other memory, and its passes.
 
 An array on a GPU is shown to that code as an `OnDevice`: a NumPy array in shape, strides, dtype and
 address, whose numbers are never read. The code checks it, views it and describes a pass, as it does
-for NumPy's arrays; what allocates, converts or computes is put in its place here.
+for NumPy's arrays; what allocates, converts or computes is asked of the array (elsewhere.py).
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from fastnorm import arguments, backward, functional
 from fastnorm._numba import gpu_kernels as kernels
 from fastnorm._numba.gpu_arrays import Library, dense_strides, handles, library_of
 from fastnorm._numba.gpu_kernels import BLOCK, CHUNK
 from fastnorm._numba.gpu_package import SIMULATED, cuda, is_scalar_function, launch
-from fastnorm.backends import BackwardPass, Pass, _forward, _steps
-from fastnorm.layout import Layout, describe
+from fastnorm.description import BackwardPass, Pass
+from fastnorm.elsewhere import Elsewhere
+from fastnorm.layout import Layout, ascending, describe, steps_of
 
 Array = np.ndarray[Any, Any]
 
-__all__ = ["handles"]  # and the functions, at the end of this file
+# The public functions whose own code is carried out on arrays on a GPU.
+OURS = (
+    "batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm", "add_layer_norm",
+    "add_rms_norm", "l2_normalize", "local_response_norm", "weight_norm", "weight_standardize",
+    "global_response_norm", "dynamic_tanh", "batch_norm_backward", "instance_norm_backward",
+    "group_norm_backward", "layer_norm_backward", "rms_norm_backward",
+)  # fmt: skip
+
+
+def carry_out(function: Callable[..., Any], given: dict[str, Any]) -> Any:
+    """Call one of them with arguments of which some are on a GPU: x is."""
+    placed = {name: on_device(v) if handles(v) else v for name, v in given.items()}
+    _meet([v for v in placed.values() if isinstance(v, OnDevice)])
+    return _delivered(function(**placed))
 
 
 # --- Arrays on a device ---------------------------------------------------------------------------
 
 
-class OnDevice(np.ndarray[Any, Any]):
-    """A NumPy array in all but its numbers, which lie on a device and are not read here.
+class OnDevice(Elsewhere):
+    """An array on a GPU. `owner` is the array of the library's that has the memory."""
 
-    `owner` is the array of the library's that has the memory.
-    """
-
-    __array_ufunc__: Any = None  # no arithmetic
     owner: Any = None
 
     def __array_finalize__(self, other: Any) -> None:
@@ -48,13 +55,77 @@ class OnDevice(np.ndarray[Any, Any]):
     def astype(  # type: ignore[override]
         self, dtype: Any, order: Any = "K", copy: bool = True, **options: Any
     ) -> Any:
-        """A copy on the device in another dtype."""
+        """A copy on the device in another dtype, in C order or in its own."""
         dtype = np.dtype(dtype)
-        return self if not copy and dtype == self.dtype else _converted(self, dtype)
+        right = dtype == self.dtype and (order != "C" or self.flags.c_contiguous)
+        return self if right and not copy else _converted(self, dtype, order)
 
     def copy(self, order: Any = "C") -> Any:
         """A copy on the device."""
         return _converted(self, self.dtype, order="C")
+
+    def new(self, shape: Sequence[int], dtype: Any, strides: Any = None) -> OnDevice:
+        dtype, shape = np.dtype(dtype), tuple(int(n) for n in shape)
+        dense = dense_strides(shape, strides or (0,) * len(shape), dtype.itemsize)
+        return on_device(library_of(self.owner).empty(self.owner, shape, dtype, dense))
+
+    def placed(self, array: Array) -> OnDevice:
+        if isinstance(array, OnDevice):
+            return array
+        made = library_of(self.owner).from_host(self.owner, np.ascontiguousarray(array))
+        return on_device(made).reshape(array.shape)
+
+    def host(self) -> Array:
+        library = library_of(self.owner)
+        other = library.name == "Numba" and not hasattr(self.owner, "copy_to_host")
+        # into memory that can be copied as a whole
+        whole = self.copy() if other or not self.flags.c_contiguous else self
+        return library_of(whole.owner).to_host(whole.owner).reshape(self.shape)
+
+    def fill_from(self, source: Any) -> None:
+        _converted(source, self.dtype, into=self)
+
+    def plus(self, offset: float) -> OnDevice:
+        return _converted(self, np.float64, offset=offset)
+
+    def takes(self, activation: Any) -> bool:
+        return is_scalar_function(activation)
+
+    def average(self, parts: Array, counts: Array, momentum: float, unbiased: bool) -> None:
+        counts = self.placed(np.ascontiguousarray(counts, np.float64))
+        kernel = kernels.running_average(self.dtype.name)
+        n, channels = parts.shape
+        with _device(self):
+            _launch(
+                kernel, _blocks(channels), self, channels, n, _address(self),
+                self.strides[0] // self.itemsize, _address(parts), _address(counts), int(unbiased),
+                float(momentum),
+            )  # fmt: skip
+
+    def compute(self, p: Pass) -> None:
+        compute(p)
+
+    def compute_backward(self, p: BackwardPass) -> None:
+        compute_backward(p)
+
+    def respond(self, y: Any, axis: int, size: int, alpha: float, beta: float, k: float) -> None:
+        last = np.moveaxis(self, axis, -1)
+        moved = last if last.flags.c_contiguous else np.moveaxis(self, axis, 1)
+        source, target = moved, y
+        if not moved.flags.c_contiguous:
+            source = moved.copy()
+            target = self.new(moved.shape, self.dtype)
+        if self.size:
+            channels = self.shape[axis]
+            inner = 1 if moved is last else math.prod(moved.shape[2:])
+            with _device(self):
+                _launch(
+                    kernels.response(self.dtype.name), _blocks(self.size), self, self.size,
+                    channels, inner, _address(source), _address(target), size, float(alpha),
+                    float(beta), float(k),
+                )  # fmt: skip
+        if target is not y:
+            y.fill_from(np.moveaxis(target, 1, axis))
 
 
 class _Placed:
@@ -97,32 +168,6 @@ def on_device(x: Any) -> OnDevice:
 
 def _address(array: Array | None) -> int:
     return 0 if array is None else array.__array_interface__["data"][0]
-
-
-def _empty(like: OnDevice, shape: Sequence[int], dtype: Any, strides: Any = None) -> OnDevice:
-    """New memory beside `like`, contiguous, or in the order of these strides."""
-    dtype, shape = np.dtype(dtype), tuple(int(n) for n in shape)
-    strides = (0,) * len(shape) if strides is None else strides
-    dense = dense_strides(shape, strides, dtype.itemsize)
-    return on_device(library_of(like.owner).empty(like.owner, shape, dtype, dense))
-
-
-def _uploaded(like: OnDevice, array: Array) -> OnDevice:
-    """A copy of an array beside `like`, if it is not on a device already."""
-    if isinstance(array, OnDevice):
-        return array
-    made = library_of(like.owner).from_host(like.owner, np.ascontiguousarray(array))
-    return on_device(made).reshape(array.shape)
-
-
-def _to_host(array: Any) -> Array:
-    """The numbers of an array."""
-    if not isinstance(array, OnDevice):
-        return np.asarray(array)
-    other = library_of(array.owner).name == "Numba" and not hasattr(array.owner, "copy_to_host")
-    if other or not array.flags.c_contiguous:
-        array = array.copy()  # into memory that can be copied as a whole
-    return library_of(array.owner).to_host(array.owner).reshape(array.shape)
 
 
 def _delivered(result: Any) -> Any:
@@ -200,7 +245,7 @@ def _converted(
 ) -> OnDevice:  # fmt: skip
     """A copy of `source` (or source + other) in another dtype, plus `offset`."""
     if into is None:
-        into = _empty(source, source.shape, dtype, source.strides if order == "K" else None)
+        into = source.new(source.shape, dtype, source.strides if order == "K" else None)
     if source.size:
         operands = [into, source, *([] if other is None else [other])]
         numbers = [source.ndim, *source.shape]
@@ -223,7 +268,7 @@ def _converted(
 def _layout(operands: dict[str, Any], reduced: tuple[bool, ...]) -> Layout | None:
     """The walk, if there is one. Statistics lie alike: "stats" stands for all of them."""
     shape = operands["x"].shape
-    steps = {n: _steps(array, shape) for n, array in operands.items() if n not in _ALIKE}
+    steps = {n: steps_of(array, shape) for n, array in operands.items() if n not in _ALIKE}
     return describe(shape, reduced, tuple(steps.items()))
 
 
@@ -268,7 +313,7 @@ def _described(
     An order of axes that the kernels cannot walk is put into another, kept axes first, in copies of
     all operands but those `kept` as they are.
     """
-    operands = _forward(operands)
+    operands = ascending(operands)
     layout = _layout(operands, reduced)
     if layout is not None:
         return layout, operands, lambda: None
@@ -331,7 +376,7 @@ def _scale_from_parts(
 ) -> OnDevice:
     """Merge the moments of parts, or take the statistics given; the scale of each group."""
     x: Any = p.x
-    scale = _empty(x, (groups * kernels.SCALE,), np.float64)
+    scale = x.new((groups * kernels.SCALE,), np.float64)
     at = _address(scale)
     if p.given:
         _launch(
@@ -374,7 +419,7 @@ def _runs(p: Pass, layout: Layout, operands: dict[str, Any]) -> None:
         return _launch(kernel, blocks, x, *given, 0, 0, *statistics)
     partial = None
     if not p.given:
-        partial = _empty(x, (groups * parts * kernels.PARTIAL,), np.float64)
+        partial = x.new((groups * parts * kernels.PARTIAL,), np.float64)
         kernel = kernels.runs(*choice, kernels.SUMS, None, False)
         _launch(kernel, blocks, x, *given, _address(partial), 0, *statistics)
     scale = _scale_from_parts(p, layout, plan, groups, parts, partial, statistics)
@@ -406,7 +451,7 @@ def _columns(p: Pass, layout: Layout, operands: dict[str, Any]) -> None:
     statistics = [_address(operands[name]) for name in ("mean", "var", "stats")]
     partial = None
     if not p.given:
-        partial = _empty(x, (a * b * parts * columns * kernels.PARTIAL,), np.float64)
+        partial = x.new((a * b * parts * columns * kernels.PARTIAL,), np.float64)
         _launch(
             kernels.column_moments(kind), blocks, x, plan, aligned, parts, per, _address(x),
             _address(operands.get("mask")), int(p.centred), _address(partial),
@@ -476,7 +521,7 @@ def _gradient_sums(
     """
     like: Any = p.x
     order = None if same else like.strides
-    sums = (_empty(like, shape, np.float64, order), _empty(like, shape, np.float64, order))
+    sums = (like.new(shape, np.float64, order), like.new(shape, np.float64, order))
     operands: dict[str, Any] = {"x": p.x, "dy": p.dy, "stats": sums[0], "seconds": sums[1]}
     rstd = "rstd" if same else "each"
     operands[rstd] = p.rstd
@@ -489,7 +534,7 @@ def _gradient_sums(
     x: Any = operands["x"]
     plan, aligned, groups, parts, per, blocks, team = _geometry(operands, layout)
     a, b, *_, columns = layout.dims
-    partial = _empty(x, (a * b * parts * columns * 2,), np.float64)
+    partial = x.new((a * b * parts * columns * 2,), np.float64)
     at = _address(partial)
     data = [_address(operands[n]) for n in ("x", "dy")]
     others = [_address(operands.get(n)) for n in ("weight", "mean", rstd)]
@@ -539,363 +584,3 @@ def _slopes(p: BackwardPass, sums: Sums | None) -> None:
         cut = (plan, aligned, groups, parts, per)
         _launch(kernel, blocks, x, *cut, *data, *others, 0, *totals, *last)
     finish()
-
-
-# --- functional.py and backward.py on these passes ------------------------------------------------
-
-
-def _as_array(value: Any, name: str) -> Array:
-    """`arguments.as_array`, for arrays on a device too."""
-    if not isinstance(value, OnDevice):
-        return arguments.as_array(value, name)
-    dtype = value.dtype
-    if not arguments.is_float(dtype):
-        arguments.as_array(np.empty(0, dtype), name)  # refuses what is no number
-        return _converted(value, np.dtype(np.float64))
-    if any(step == 0 and n > 1 for step, n in zip(value.strides, value.shape, strict=True)):
-        return _converted(value, dtype)
-    return value
-
-
-def _offset_weight(weight: Any, offset: float, x: Any) -> Any:
-    if weight is None or offset == 0.0:
-        return weight
-    return _converted(_uploaded(x, _as_array(weight, "weight")), np.float64, offset=offset)
-
-
-def _counted(where: Any, array: Array, axes: tuple[int, ...]) -> Array:
-    """How many elements enter each statistic. A mask is copied to the host for that."""
-    host = None if where is None else _to_host(where)
-    return _count(host, np.broadcast_to(np.float64(0), array.shape), axes)
-
-
-def _update(
-    running_mean: Any, running_var: Any, mean: Any, var: Any, counts: Array, momentum: float
-) -> None:
-    """`functional._update`, on the device for what lies there."""
-    both = (running_mean, running_var)
-    if any(r is not None and not isinstance(r, OnDevice) for r in both):
-        ours = [None if isinstance(r, OnDevice) else r for r in both]
-        _update_host(ours[0], ours[1], _to_host(mean), _to_host(var), counts, momentum)
-    if not any(isinstance(r, OnDevice) for r in both):
-        return
-    parts, channels = mean.shape
-    wide = _uploaded(mean, np.broadcast_to(counts, mean.shape).astype(np.float64))
-    for running, numbers, unbiased in ((running_mean, mean, 0), (running_var, var, 1)):
-        if isinstance(running, OnDevice):
-            kernel = kernels.running_average(running.dtype.name)
-            step = running.strides[0] // running.itemsize
-            with _device(running):
-                _launch(
-                    kernel, _blocks(channels), mean, channels, parts, _address(running), step,
-                    _address(numbers), _address(wide), unbiased, float(momentum),
-                )  # fmt: skip
-
-
-def _run(
-    x: Any,
-    array: Any,
-    axes: Sequence[int],
-    weight: Any = None,
-    bias: Any = None,
-    *,
-    view: Callable[[Any], Any] = lambda array: array,
-    where: Any = None,
-    residual: Any = None,
-    activation: Any = None,
-    out: Any = None,
-    given: Any = None,
-    squash: bool = False,
-    **options: Any,
-) -> tuple[Any, Any, Any, Any]:
-    """What `functional._run` does, with statistics that lie on the device."""
-    if not is_scalar_function(activation):
-        activation = arguments.check_activation(activation)
-    mask = _functional["mask_of"](where, array)
-    added = None if residual is None else _functional["same_shape"](residual, "residual", array)
-    _check_out(out, array)
-    weight, bias, added, mask = (
-        None if a is None else _uploaded(array, a) for a in (weight, bias, added, mask)
-    )
-    options = {n: v for n, v in options.items() if n not in ("key", "statistics")}
-    if options.get("addend") is not None:
-        options["addend"] = _uploaded(array, options["addend"])
-    seen = view(array)
-    reduced = tuple(axis in axes for axis in range(seen.ndim))
-    kept = [1 if r else n for n, r in zip(seen.shape, reduced, strict=True)]
-    if not array.size:
-        mean, var, rstd = (_uploaded(array, np.full(kept, np.nan)) for _ in range(3))
-    elif given is None:
-        mean, var, rstd = (_empty(array, kept, np.float64) for _ in range(3))
-    else:
-        mean, var = (_uploaded(array, part) for part in given)
-        rstd = _empty(array, mean.shape, np.float64)
-    y = _functional["_result"](array, out, array, added, mask, weight, bias)
-    if array.size:
-        compute(
-            Pass(
-                seen,
-                view(y),
-                reduced,
-                mean,
-                var,
-                rstd,
-                weight,
-                bias,
-                mask=None if mask is None else view(mask),
-                residual=None if added is None else view(added),
-                activation="tanh" if squash else activation,
-                activation_first=squash,
-                given=given is not None,
-                **options,
-            )
-        )
-    if out is not None and y is not out:
-        y = _converted(y, out.dtype, into=out)
-    return y, mean, var, rstd
-
-
-def _check_out(out: Any, array: Any) -> None:
-    if out is not None and not isinstance(out, OnDevice):
-        raise TypeError(
-            f"out is a {type(out).__name__}, expected an array on the GPU as x is; write "
-            "an empty array like x of the library that made it"
-        )
-    arguments.check_out(out, array.shape, array.dtype)
-
-
-def _run_backward(
-    dy: Any,
-    x: Any,
-    array: Any,
-    reduced: tuple[bool, ...],
-    mean: Any,
-    rstd: Any,
-    weight: Any,
-    own: tuple[int, ...],
-    axes: tuple[int, ...],
-    place: Callable[[Any], Any],
-    *,
-    view: Callable[[Any], Any] = lambda array: array,
-    bias: bool = True,
-    weight_offset: float = 0.0,
-    training: bool = True,
-    key: Any = None,
-) -> tuple[Any, Any, Any]:
-    """What `backward._run` does, on the device."""
-    slope = _uploaded(array, _functional["same_shape"](dy, "dy", array))
-    dx = _empty(array, array.shape, array.dtype, array.strides)
-    placed, shape, dtype = None, own, array.dtype
-    if weight is not None:
-        given = _uploaded(array, _as_array(weight, "weight"))
-        shape, dtype = given.shape, given.dtype
-        real = np.dtype(kernels.computing(array.dtype.name))
-        if dtype != real or weight_offset:
-            given = _converted(given, real, offset=weight_offset)
-        placed = place(given)
-    gradients = [_empty(array, shape, dtype) for _ in range(2 if bias else 1)]
-    into = [place(gradient) for gradient in gradients]
-    mean, rstd = (None if a is None else _uploaded(array, a) for a in (mean, rstd))
-    if array.size:
-        compute_backward(
-            BackwardPass(
-                view(array),
-                view(slope),
-                view(dx),
-                reduced,
-                mean,
-                rstd,
-                placed,
-                into[0],
-                into[1] if bias else None,
-                training,
-            )
-        )
-    else:
-        gradients = [_uploaded(array, np.zeros(shape, dtype)) for _ in gradients]
-    return dx, gradients[0], gradients[-1]
-
-
-def _compute(p: Pass) -> None:
-    """A pass whose statistics are wanted in the host's memory."""
-    hosts, x = (p.mean, p.var, p.rstd), p.x
-    p.mean, p.var, p.rstd = (_uploaded(x, array) for array in hosts)  # type: ignore[arg-type]
-    compute(p)
-    for host, array in zip(hosts, (p.mean, p.var, p.rstd), strict=True):
-        host[...] = _to_host(array)
-
-
-# What these modules ask of NumPy that would read numbers, or make an array in the host's memory.
-
-
-def _array(value: Any, dtype: Any = None, **options: Any) -> Any:
-    if isinstance(value, OnDevice):
-        return _converted(value, dtype, order="C")
-    return np.array(value, dtype, **options)
-
-
-def _ascontiguousarray(value: Any, dtype: Any = None) -> Any:
-    if not isinstance(value, OnDevice):
-        return np.ascontiguousarray(value, dtype)
-    right = value.flags.c_contiguous and value.dtype == np.dtype(dtype)
-    return value if right else _converted(value, dtype, order="C")
-
-
-def _asarray(value: Any, *given: Any) -> Any:
-    return value if isinstance(value, OnDevice) else np.asarray(value, *given)
-
-
-def _empty_like(value: Any, dtype: Any = None, **options: Any) -> Any:
-    if isinstance(value, OnDevice):
-        return _empty(value, value.shape, dtype or value.dtype, value.strides)
-    return np.empty_like(value, dtype, **options)
-
-
-def _broadcast_to(value: Any, shape: Any) -> Any:
-    return np.broadcast_to(value, shape, subok=True)
-
-
-_NUMPY = SimpleNamespace(
-    **vars(np)
-    | {
-        "array": _array,
-        "asarray": _asarray,
-        "ascontiguousarray": _ascontiguousarray,
-        "empty_like": _empty_like,
-        "broadcast_to": _broadcast_to,
-    }
-)
-
-
-class _NoPlan:
-    key = None
-
-
-def _no_plan(*call: Any) -> Any:
-    return _NoPlan()
-
-
-def _rebased(module: ModuleType, shared: dict[str, Any], **own: Any) -> dict[str, Any]:
-    """The functions of a module once more, with others beneath them.
-
-    `own` names must be there: what was left to NumPy would read the device's memory as the host's.
-    """
-    missing = own.keys() - vars(module).keys()
-    assert not missing, f"{module.__name__} has no {', '.join(missing)}"
-    space = dict(vars(module))
-    for name, value in vars(module).items():
-        if isinstance(value, FunctionType) and value.__module__ == module.__name__:
-            clone = FunctionType(value.__code__, space, name, value.__defaults__, value.__closure__)
-            clone.__kwdefaults__ = value.__kwdefaults__
-            space[name] = clone
-    space.update({name: value for name, value in shared.items() if name in space}, **own)
-    return space
-
-
-_count, _update_host = functional._counted, functional._update
-_PLAIN = {"Unplanned": _NoPlan, "delivered": lambda y, x, out=None: y}
-_arguments = _rebased(arguments, {}, np=_NUMPY, as_array=_as_array)
-_BENEATH = {n: f for n, f in _arguments.items() if isinstance(f, FunctionType)} | _PLAIN
-_functional = _rebased(
-    functional,
-    _BENEATH,
-    np=_NUMPY,
-    empty_like=_empty_like,
-    quick_forward=_no_plan,
-    compute=_compute,
-    _offset_weight=_offset_weight,
-    _counted=_counted,
-    _update=_update,
-    _run=_run,
-)
-_backward = _rebased(backward, _BENEATH, np=_NUMPY, quick_backward=_no_plan, _run=_run_backward)
-
-
-# --- The public functions -------------------------------------------------------------------------
-
-
-# Small ones that enter a computation by NumPy.
-_ON_HOST = {"global_response_norm": ("weight", "bias"), "dynamic_tanh": ("alpha",)}
-
-
-def _door(name: str, space: dict[str, Any], module: ModuleType) -> Callable[..., Any]:
-    """A function of functional.py or backward.py, for arrays on a device."""
-    original, function = getattr(module, name), space[name]
-    order = tuple(inspect.signature(original).parameters)
-    on_host = _ON_HOST.get(name, ())
-    whose = next(parameter for parameter in order if parameter in ("x", "v", "w"))
-
-    def shown(parameter: str, value: Any) -> Any:
-        if not handles(value):
-            return value
-        placed = on_device(value)
-        return _to_host(placed) if parameter in on_host else placed
-
-    @functools.wraps(original)
-    def door(*given: Any, **named: Any) -> Any:
-        # too many of them are refused by the function itself
-        names = (*order, *[""] * len(given))
-        placed = [shown(n, v) for n, v in zip(names, given, strict=False)]
-        named = {n: shown(n, v) for n, v in named.items()}
-        x = {**dict(zip(names, placed, strict=False)), **named}.get(whose)
-        if x is not None and not isinstance(x, OnDevice):
-            raise TypeError(
-                f"{whose} is a {type(x).__name__}, expected an array on a GPU: one with "
-                f"__cuda_array_interface__; for others write fastnorm.{name}"
-            )
-        _meet([v for v in (*placed, *named.values()) if isinstance(v, OnDevice)])
-        return _delivered(function(*placed, **named))
-
-    return door
-
-
-FORWARD = (
-    "batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm", "add_layer_norm",
-    "add_rms_norm", "l2_normalize", "weight_norm", "weight_standardize", "global_response_norm",
-    "dynamic_tanh",
-)  # fmt: skip
-BACKWARD = (
-    "batch_norm_backward", "instance_norm_backward", "group_norm_backward", "layer_norm_backward",
-    "rms_norm_backward",
-)  # fmt: skip
-for _name in FORWARD:
-    globals()[_name] = _door(_name, _functional, functional)
-for _name in BACKWARD:
-    globals()[_name] = _door(_name, _backward, backward)
-
-
-@functools.wraps(functional.local_response_norm)
-def local_response_norm(
-    x: Any,
-    size: int,
-    alpha: float = 1e-4,
-    beta: float = 0.75,
-    k: float = 1.0,
-    *,
-    channel_axis: int = 1,
-) -> Any:
-    of = "local_response_norm"
-    array: Any = _as_array(on_device(x), "x")
-    arguments.check_ndim(array, 2, of, "(N, C, ...)")
-    axis = arguments.channel_axis_of(array, channel_axis, of)
-    # refuses what is no size, by the same words
-    functional.local_response_norm(np.empty((0, 1)), size)
-    y = _empty(array, array.shape, array.dtype, array.strides)
-    last = np.moveaxis(array, axis, -1)
-    moved = last if last.flags.c_contiguous else np.moveaxis(array, axis, 1)
-    source, target = moved, y
-    if not moved.flags.c_contiguous:
-        source = moved.copy()
-        target = _empty(array, moved.shape, array.dtype)
-    if array.size:
-        channels = array.shape[axis]
-        inner = 1 if moved is last else math.prod(moved.shape[2:])
-        with _device(array):
-            _launch(
-                kernels.response(array.dtype.name), _blocks(array.size), array, array.size,
-                channels, inner, _address(source), _address(target), int(size), float(alpha),
-                float(beta), float(k),
-            )  # fmt: skip
-    if target is not y:
-        _converted(np.moveaxis(target, 1, axis), y.dtype, into=y)
-    return _delivered(y)

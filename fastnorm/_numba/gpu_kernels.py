@@ -73,7 +73,7 @@ SCALE = 4  # numbers of a group: mean, its rest, rstd, unit
 LARGE, SMALL = 2.0**400, 2.0**-400
 SHRINK, GROW = 2.0**-600, 2.0**600
 
-# How a group's statistics become its scale: `backends.Scaling`.
+# How a group's statistics become its scale: `description.Scaling`.
 NORM, FACTOR = 1, 2
 
 read_word, read_byte, read_double = reader(np.int64), reader(np.uint8), reader(np.float64)

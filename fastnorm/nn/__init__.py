@@ -1,6 +1,5 @@
 """Modules that keep their parameters and gradients, for training in NumPy: norms, transformers."""
 
-from fastnorm.functional import activate
 from fastnorm.nn.functional import (
     activation_backward,
     attention,
@@ -27,6 +26,7 @@ from fastnorm.nn.norms import (
 from fastnorm.nn.optimizer import Adam
 from fastnorm.nn.recalibration import recalibrate
 from fastnorm.nn.transformer import TransformerBlock, TransformerEncoder
+from fastnorm.related import activate
 
 __all__ = [
     "Adam",

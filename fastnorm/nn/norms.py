@@ -22,6 +22,7 @@ from fastnorm.arguments import (
 )
 from fastnorm.moments import Moments
 from fastnorm.nn.module import Module, parameter_type
+from fastnorm.passes import update
 
 Saved = tuple[Any, ...]
 Gradients = tuple[Array, dict[str, Array]]
@@ -33,7 +34,8 @@ def _named(gradients: tuple[Array, ...]) -> Gradients:
     return dx, dict(zip(("weight", "bias"), others))
 
 
-def _count(value: int, name: str) -> int:
+def count_of(value: int, name: str) -> int:
+    """Return a number of features, channels or layers; refuse what is no such number."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise ValueError(f"{name} is {value!r}, expected a whole number, 1 or more")
     return int(value)
@@ -84,7 +86,7 @@ class _ChannelNorm(_Norm):
         channel_axis: int,
         dtype: DTypeLike,
     ) -> None:
-        self.num_features = _count(num_features, "num_features")
+        self.num_features = count_of(num_features, "num_features")
         super().__init__((self.num_features,), eps, affine, affine, dtype)
         self.momentum = momentum
         self.affine = bool(affine)
@@ -237,7 +239,7 @@ class BatchNorm(_ChannelNorm):
         found = self._applied(x, total.mean, total.var())
         if total.count.all():
             mean, var, counts = (s[np.newaxis] for s in (total.mean, total.var(), total.count))
-            functional._update(*running, mean, var, counts, momentum)
+            update(*running, mean, var, counts, momentum)
         return *found, total.count
 
     def _applied(self, x: ArrayLike, mean: Array, var: Array) -> Any:
@@ -423,7 +425,7 @@ class GroupNorm(_Norm):
         channel_axis: int = 1,
         dtype: DTypeLike = np.float32,
     ) -> None:
-        self.num_channels = _count(num_channels, "num_channels")
+        self.num_channels = count_of(num_channels, "num_channels")
         self.num_groups = groups_of(num_groups, self.num_channels)
         super().__init__((self.num_channels,), eps, affine, affine, dtype)
         self.affine = bool(affine)
@@ -468,7 +470,7 @@ def _shape(normalized_shape: Axes) -> tuple[int, ...]:
     shape = (sizes,) if isinstance(sizes, int | np.integer) else tuple(sizes)
     if not shape:
         raise ValueError("normalized_shape is empty, expected one size or more")
-    return tuple(_count(n, "normalized_shape") for n in shape)
+    return tuple(count_of(n, "normalized_shape") for n in shape)
 
 
 class LayerNorm(_Norm):

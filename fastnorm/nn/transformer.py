@@ -24,7 +24,8 @@ from fastnorm.arguments import ACTIVATIONS, Array, as_array, check_eps, computin
 from fastnorm.backends import get_num_threads, serial
 from fastnorm.nn.functional import activation_backward, attention, attention_backward, linear
 from fastnorm.nn.module import Module, parameter_type
-from fastnorm.nn.norms import _count
+from fastnorm.nn.norms import count_of
+from fastnorm.related import activate
 
 Placement: TypeAlias = Literal["pre", "post", "peri", "deepnorm"]
 Norm: TypeAlias = Literal["layer", "rms"]
@@ -460,20 +461,20 @@ class TransformerBlock(_Transformer):
         dtype: DTypeLike = np.float32,
     ) -> None:
         super().__init__()
-        self.d_model = d = _count(d_model, "d_model")
-        self.num_heads = _count(num_heads, "num_heads")
+        self.d_model = d = count_of(d_model, "d_model")
+        self.num_heads = count_of(num_heads, "num_heads")
         if d % self.num_heads:
             raise ValueError(
                 f"num_heads is {num_heads}, expected a divisor of d_model, which is {d_model}"
             )
         hidden = 4 * d if dim_feedforward is None else dim_feedforward
-        self.dim_feedforward = _count(hidden, "dim_feedforward")
+        self.dim_feedforward = count_of(hidden, "dim_feedforward")
         self.placement = _choice(placement, "placement", PLACEMENTS)
         self.norm = _choice(norm, "norm", NORMS)
         self.activation: Any = _choice(activation, "activation", ACTIVATIONS)
         self.causal = bool(causal)
         self.eps = check_eps(eps)
-        self.num_layers = _count(num_layers, "num_layers")
+        self.num_layers = count_of(num_layers, "num_layers")
         self.bias = bool(bias)
         self._alpha = (2 * self.num_layers) ** 0.25 if placement == "deepnorm" else 1.0
         self._first = placement in ("pre", "peri")  # norms before attention and network
@@ -609,7 +610,7 @@ class TransformerBlock(_Transformer):
         # kept for the way back, the result goes elsewhere
         out = scratch("active", *hidden.shape) if scratch.keep else hidden
         bias = self._of("linear1.bias", h)
-        active = functional.activate(hidden, self.activation, bias, out=out)
+        active = activate(hidden, self.activation, bias, out=out)
         branch = self._linear("linear2.", active, scratch("branch", *h.shape))
         return branch, (hidden, active)
 
@@ -723,7 +724,7 @@ class TransformerEncoder(_Transformer):
         dtype: DTypeLike = np.float32,
     ) -> None:
         super().__init__()
-        self.num_layers = _count(num_layers, "num_layers")
+        self.num_layers = count_of(num_layers, "num_layers")
         self.layers = [
             TransformerBlock(
                 d_model,

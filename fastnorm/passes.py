@@ -1,0 +1,217 @@
+"""From checked arrays to a pass, and from that to what is returned: what the norms share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fastnorm.arguments import (
+    Activation,
+    Array,
+    check_activation,
+    check_out,
+    is_float,
+    mask_of,
+    same_shape,
+)
+from fastnorm.backends import compute, empty_like
+from fastnorm.description import Pass, Scaling
+from fastnorm.elsewhere import Elsewhere, beside, host
+
+# --- Results --------------------------------------------------------------------------------------
+
+
+def new_like(x: Array) -> Array:
+    """Memory for a result, where x is and in its order."""
+    return x.new(x.shape, x.dtype, x.strides) if isinstance(x, Elsewhere) else empty_like(x)
+
+
+def destination(array: Array, out: Array | None, *inputs: Array | None) -> Array:
+    """The array to compute into: `out` where the kernels can write there without harm."""
+    if out is None:
+        return new_like(array)
+    usable = out.dtype.isnative and out.flags.aligned
+    usable = usable and not any(s % out.itemsize for s in out.strides)
+    for other in inputs:
+        if usable and other is not None and np.may_share_memory(out, other):
+            # in place is fine: each element is read before it is written
+            usable = (
+                out.strides == other.strides
+                and out.shape == other.shape
+                and out.dtype == other.dtype
+                and out.ctypes.data == other.ctypes.data
+            )
+    return out if usable else new_like(array)
+
+
+def delivered(y: Array, x: ArrayLike, out: Array | None = None) -> Array:
+    """`y` where and in the byte order the caller expects it."""
+    if out is not None:
+        if isinstance(out, Elsewhere):
+            if y is not out:
+                out.fill_from(y)
+        elif y is not out:
+            np.copyto(out, y)
+        return out
+    dtype = getattr(x, "dtype", y.dtype)
+    if isinstance(dtype, np.dtype) and not dtype.isnative and is_float(dtype):
+        return y.astype(dtype)
+    return y
+
+
+# --- The pass -------------------------------------------------------------------------------------
+
+
+def rstd_of(var: Array, eps: float) -> Array:
+    """1 / sqrt(var + eps), and 0 where that is 1 / 0: such a group is constant."""
+    shifted = var + eps
+    with np.errstate(all="ignore"):
+        return np.where(shifted == 0, 0.0, 1.0 / np.sqrt(shifted))
+
+
+def _unknown(array: Array, shape: Sequence[int]) -> tuple[Array, ...]:
+    """Room for mean, var and rstd; not a number where there is nothing to take them of."""
+    if isinstance(array, Elsewhere) and array.size:
+        return tuple(array.new(shape, np.float64) for _ in range(3))
+    return tuple(beside(array, part) for part in np.full([3, *shape], np.nan))
+
+
+def _as_it_is(array: Array) -> Array:
+    return array
+
+
+def run(
+    x: ArrayLike,
+    array: Array,
+    axes: Sequence[int],
+    weight: Array | None = None,
+    bias: Array | None = None,
+    *,
+    view: Callable[[Array], Array] = _as_it_is,
+    where: ArrayLike | None = None,
+    residual: ArrayLike | None = None,
+    addend: Array | None = None,
+    activation: Activation = None,
+    out: Array | None = None,
+    given: tuple[Array, Array] | None = None,
+    squash: bool = False,
+    **options: Any,
+) -> tuple[Array, Array, Array, Array]:
+    """Check the shared arguments and compute: (y, mean, var, rstd).
+
+    `view` shows an array of the shape of x along the axes that the norm works on; `axes` are the
+    reduced ones among those. The statistics keep the view's axes, the reduced ones as 1. `squash`
+    applies tanh before the affine step.
+    """
+    if not (isinstance(array, Elsewhere) and array.takes(activation)):
+        activation = check_activation(activation)
+    mask = mask_of(where, array)
+    added = None if residual is None else same_shape(residual, "residual", array)
+    check_out(out, array)
+    weight, bias, added, addend, mask = (
+        beside(array, operand) for operand in (weight, bias, added, addend, mask)
+    )
+    seen = view(array)
+    reduced = tuple(axis in axes for axis in range(seen.ndim))
+    kept = [1 if r else n for n, r in zip(seen.shape, reduced, strict=True)]
+    mean, var, rstd = _unknown(array, kept if given is None else given[0].shape)
+    if given is not None:
+        mean, var = (beside(array, part) for part in given)
+        if not isinstance(array, Elsewhere):
+            rstd = rstd_of(var, options.get("eps", 0.0))
+    y = destination(array, out, array, added, mask, weight, bias)
+    if array.size:
+        compute(
+            Pass(
+                seen,
+                view(y),
+                reduced,
+                mean,
+                var,
+                rstd,
+                weight,
+                bias,
+                mask=None if mask is None else view(mask),
+                residual=None if added is None else view(added),
+                addend=addend,
+                activation="tanh" if squash else activation,
+                activation_first=squash,
+                given=given is not None,
+                **options,
+            )
+        )
+    return delivered(y, x, out), mean, var, rstd
+
+
+def scaled(
+    x: ArrayLike, array: Array, factor: float, weight: Array | None, bias: Array | None,
+    **options: Any,
+) -> Array:  # fmt: skip
+    """x * factor, then what `run` does after a norm."""
+    one = (1,) * array.ndim
+    given = np.zeros(one), np.full(one, factor)
+    return run(
+        x, array, range(array.ndim), weight, bias, given=given, scaling=Scaling.FACTOR, **options
+    )[0]
+
+
+# --- Views ----------------------------------------------------------------------------------------
+
+
+def channels_second(axis: int) -> Callable[[Array], Array]:
+    """Show an array of the shape of x with the channels, on `axis`, moved to axis 1."""
+    return _as_it_is if axis == 1 else lambda array: np.moveaxis(array, axis, 1)
+
+
+def split_groups(axis: int, channels: int, groups: int) -> Callable[[Array], Array]:
+    """Show an array of the shape of x as (N, groups, channels of a group, ...)."""
+    second = channels_second(axis)
+
+    def split(array: Array) -> Array:
+        moved = second(array)
+        size = moved.shape[1]  # 1 where a parameter is broadcast along the channels
+        both = (groups, channels // groups) if size == channels else (1, 1)
+        return moved.reshape(moved.shape[:1] + both + moved.shape[2:])
+
+    return split
+
+
+# --- Running statistics ---------------------------------------------------------------------------
+
+
+def counted(where: ArrayLike | None, array: Array, axes: tuple[int, ...]) -> Array:
+    """How many elements enter each statistic."""
+    if where is None:
+        return np.array(math.prod(array.shape[a] for a in axes))
+    mask: Any = mask_of(host(where), array)
+    return np.asarray(np.count_nonzero(mask, axis=axes))
+
+
+def update(
+    running_mean: Any, running_var: Any, mean: Array, var: Array, counts: Array, momentum: float
+) -> None:
+    """running = (1 - momentum) * running + momentum * average over axis 0, in float64.
+
+    `mean`, `var` and `counts` are (parts, C). A part in which nothing was counted is left out, and
+    so is a channel in which that holds for all parts.
+    """
+    counts = np.broadcast_to(counts, mean.shape)
+    for running, parts, unbiased in ((running_mean, mean, False), (running_var, var, True)):
+        if isinstance(running, Elsewhere):
+            running.average(parts, counts, momentum, unbiased)
+        elif running is not None:
+            _average(running, host(parts), counts, momentum, unbiased)
+
+
+def _average(running: Array, parts: Array, counts: Array, momentum: float, unbiased: bool) -> None:
+    seen = counts > 0
+    with np.errstate(all="ignore"):
+        if unbiased:
+            parts = parts * (counts / (counts - 1))
+        average = np.sum(parts, axis=0, where=seen) / np.count_nonzero(seen, axis=0)
+        moved = (1 - momentum) * running.astype(np.float64) + momentum * average
+        np.copyto(running, moved, where=seen.any(axis=0), casting="same_kind")

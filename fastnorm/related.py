@@ -1,0 +1,424 @@
+"""Norms beside the five: of lengths, weights and responses, and what takes a norm's place."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fastnorm.arguments import (
+    Activation,
+    Array,
+    Axes,
+    along_channels,
+    as_array,
+    axis_parameter,
+    channel_axis_of,
+    check_eps,
+    check_ndim,
+    computing_type,
+    layer_axes,
+    parameter,
+    spread,
+)
+from fastnorm.backends import compute
+from fastnorm.description import Pass, Scaling
+from fastnorm.elsewhere import Elsewhere, beside, host
+from fastnorm.passes import channels_second, delivered, new_like, run, scaled
+from fastnorm.routing import door_of, send
+
+
+def l2_normalize(
+    x: ArrayLike, axis: Axes | None = -1, *, eps: float = 1e-12, out: Array | None = None
+) -> Array:
+    r"""Divide by the Euclidean norm along an axis.
+
+    .. math:: y = \frac{x}{\max(\lVert x \rVert_2, \epsilon)}
+
+    Parameters
+    ----------
+    x
+        Any shape of at least 1 dimension.
+    axis
+        The axis or axes the norm is taken over; None for all.
+    eps
+        The least norm divided by, in the units of x.
+    out
+        The array to write into; may be `x` itself.
+
+    Returns
+    -------
+    y
+        The shape, dtype and memory order of `x`.
+
+    Raises
+    ------
+    ValueError
+        For an axis that `x` does not have, or an `out` that does not fit.
+    TypeError
+        For dtypes other than real numbers.
+
+    References
+    ----------
+    ``torch.nn.functional.normalize``.
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm as fn
+    >>> fn.l2_normalize(np.array([3.0, 4.0]))
+    array([0.6, 0.8])
+    """
+    if (door := door_of(x)) is not None:
+        return send(door, l2_normalize, locals())
+    array = as_array(x, "x")
+    check_ndim(array, 1, "l2_normalize", "(..., D)")
+    axes = layer_axes(array, None, range(array.ndim) if axis is None else axis, "l2_normalize")
+    eps = check_eps(eps)
+    return run(x, array, axes, centred=False, scaling=Scaling.NORM, eps=eps, out=out)[0]
+
+
+def local_response_norm(
+    x: ArrayLike,
+    size: int,
+    alpha: float = 1e-4,
+    beta: float = 0.75,
+    k: float = 1.0,
+    *,
+    channel_axis: int = 1,
+) -> Array:
+    r"""Divide each value by a power of the mean square of its neighbouring channels.
+
+    .. math:: y_c = x_c \Big(k + \frac{\alpha}{n} \sum_{c'} x_{c'}^2\Big)^{-\beta}
+
+    The sum runs over the n = `size` channels from ``c - size // 2`` to ``c + (size - 1) // 2``,
+    of which those outside `x` count as 0.
+
+    Parameters
+    ----------
+    x
+        (N, C, ...), or with the channels on `channel_axis`; at least 2 dimensions.
+    size
+        How many neighbouring channels, 1 or more.
+    alpha, beta, k
+        The scale of the mean square, the exponent, and what is added.
+    channel_axis
+        The axis of the channels: 1, or -1 for channels-last.
+
+    Returns
+    -------
+    y
+        The shape, dtype and memory order of `x`.
+
+    Raises
+    ------
+    ValueError
+        For shapes or a `size` that do not fit.
+    TypeError
+        For dtypes other than real numbers.
+
+    References
+    ----------
+    Krizhevsky, Sutskever and Hinton, "ImageNet Classification with Deep Convolutional Neural
+    Networks", 2012; scaled by `size` as ``torch.nn.functional.local_response_norm`` is.
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm as fn
+    >>> fn.local_response_norm(np.array([[1.0, 2.0]]), 1, alpha=3.0, beta=0.5)
+    array([[0.5      , 0.5547002]])
+    """
+    if (door := door_of(x)) is not None:
+        return send(door, local_response_norm, locals())
+    array = as_array(x, "x")
+    check_ndim(array, 2, "local_response_norm", "(N, C, ...)")
+    axis = channel_axis_of(array, channel_axis, "local_response_norm")
+    if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
+        raise ValueError(f"size is {size!r}, expected a whole number of channels, 1 or more")
+    y = new_like(array)
+    if isinstance(array, Elsewhere):
+        array.respond(y, axis, int(size), alpha, beta, k)
+        return delivered(y, x)
+    moved, result = (np.moveaxis(a, axis, 1) for a in (array, y))
+    channels = moved.shape[1]
+    with np.errstate(all="ignore"):
+        # sample by sample, in float64: what is beside x and y is the size of one sample
+        for sample, target in zip(moved, result, strict=True):
+            wide = sample.astype(np.float64)
+            squares = wide * wide
+            near = np.zeros_like(wide)
+            for shift in range(-(size // 2), (size - 1) // 2 + 1):
+                low, high = max(0, -shift), min(channels, channels - shift)
+                if low < high:
+                    near[low:high] += squares[low + shift : high + shift]
+            target[...] = wide * (k + alpha / size * near) ** -beta
+    return delivered(y, x)
+
+
+def weight_norm(v: ArrayLike, g: ArrayLike, *, axis: Axes | None = 0) -> Array:
+    r"""Give each slice of a weight the length `g`.
+
+    .. math:: w = g \frac{v}{\lVert v \rVert_2}
+
+    Parameters
+    ----------
+    v
+        The direction, any shape of at least 1 dimension.
+    g
+        The lengths: the shape of `v` with all axes but `axis` kept as 1, or (v.shape[axis],).
+    axis
+        The axis, or axes, each of whose slices has a length; None for one length in all.
+
+    Returns
+    -------
+    w
+        The shape, dtype and memory order of `v`. A slice of zeros stays zero.
+
+    Raises
+    ------
+    ValueError
+        For shapes that do not fit.
+    TypeError
+        For dtypes other than real numbers.
+
+    References
+    ----------
+    Salimans and Kingma, "Weight Normalization", 2016, arXiv:1602.07868.
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm as fn
+    >>> fn.weight_norm(np.array([[3.0, 4.0]]), np.array([10.0]))
+    array([[6., 8.]])
+    """
+    if (door := door_of(v)) is not None:
+        return send(door, weight_norm, locals())
+    array = as_array(v, "v")
+    check_ndim(array, 1, "weight_norm", "(C, ...)")
+    kept = () if axis is None else layer_axes(array, None, axis, "weight_norm")
+    lengths = parameter(g, "g", array)
+    keepdims = tuple(n if a in kept else 1 for a, n in enumerate(array.shape))
+    if lengths.shape == tuple(array.shape[a] for a in kept) and len(kept) <= 1:
+        lengths = lengths.reshape(keepdims)
+    if lengths.shape != keepdims:
+        raise ValueError(
+            f"g has shape {lengths.shape} for v of shape {array.shape}, expected {keepdims}: one "
+            f"length for each slice along axis {axis}"
+        )
+    axes = tuple(a for a in range(array.ndim) if a not in kept)
+    return run(v, array, axes, lengths, centred=False, scaling=Scaling.NORM)[0]
+
+
+def weight_standardize(w: ArrayLike, *, eps: float = 1e-5) -> Array:
+    r"""Give each output channel of a weight mean 0 and variance 1.
+
+    .. math:: y = \frac{w - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}}
+
+    Parameters
+    ----------
+    w
+        (C_out, ...), at least 2 dimensions; statistics are over all axes but the first.
+    eps
+        Added to the variance, in the units of w squared.
+
+    Returns
+    -------
+    y
+        The shape, dtype and memory order of `w`.
+
+    Raises
+    ------
+    ValueError
+        For fewer than 2 dimensions.
+    TypeError
+        For dtypes other than real numbers.
+
+    References
+    ----------
+    Qiao, Wang, Liu, Shen and Yuille, "Micro-Batch Training with Batch-Channel Normalization and
+    Weight Standardization", 2019, arXiv:1903.10520.
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm as fn
+    >>> fn.weight_standardize(np.array([[1.0, 3.0], [10.0, 30.0]]), eps=0.0)
+    array([[-1.,  1.],
+           [-1.,  1.]])
+    """
+    if (door := door_of(w)) is not None:
+        return send(door, weight_standardize, locals())
+    array = as_array(w, "w")
+    check_ndim(array, 2, "weight_standardize", "(C_out, ...)")
+    return run(w, array, range(1, array.ndim), eps=check_eps(eps))[0]
+
+
+def global_response_norm(
+    x: ArrayLike, weight: ArrayLike, bias: ArrayLike, *, eps: float = 1e-6, channel_axis: int = 1
+) -> Array:
+    r"""Scale each channel by its length relative to that of the other channels.
+
+    .. math:: y = w \cdot x \cdot \frac{\lVert x_{n,c} \rVert_2}
+              {\mathrm{mean}_{c'} \lVert x_{n,c'} \rVert_2 + \epsilon} + b + x
+
+    Parameters
+    ----------
+    x
+        (N, C, ...), or with the channels on `channel_axis`; at least 2 dimensions. The norms are
+        over the positions.
+    weight, bias
+        (C,), or (N, C) or any shape that broadcasts against `x`.
+    eps
+        Added to the mean norm, in the units of x.
+    channel_axis
+        The axis of the channels: 1, or -1 for channels-last.
+
+    Returns
+    -------
+    y
+        The shape, dtype and memory order of `x`.
+
+    Raises
+    ------
+    ValueError
+        For shapes that do not fit.
+    TypeError
+        For dtypes other than real numbers.
+
+    References
+    ----------
+    Woo et al., "ConvNeXt V2", 2023, arXiv:2301.00808.
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm as fn
+    >>> x = np.array([[[1.0], [3.0]]])
+    >>> fn.global_response_norm(x, np.ones(2), np.zeros(2), eps=0.0).ravel()
+    array([1.5, 7.5])
+    """
+    if (door := door_of(x)) is not None:
+        return send(door, global_response_norm, locals())
+    array = as_array(x, "x")
+    check_ndim(array, 2, "global_response_norm", "(N, C, ...)")
+    axis = channel_axis_of(array, channel_axis, "global_response_norm")
+    w, b = (
+        along_channels(parameter(host(value), name, array), name, array, axis)
+        for value, name in ((weight, "weight"), (bias, "bias"))
+    )
+    eps = check_eps(eps)
+    moved = np.moveaxis(array, axis, 1)
+    if not array.size:
+        return delivered(new_like(array), x)
+    places = moved.shape[:2] + (1,) * (array.ndim - 2)
+    mean, var, rstd = (beside(array, part) for part in np.zeros((3, *places)))
+    reduced = tuple(a >= 2 for a in range(array.ndim))
+    compute(Pass(moved, None, reduced, mean, var, rstd, centred=False))
+    length = np.sqrt(host(var) * math.prod(moved.shape[2:]))
+    with np.errstate(all="ignore"):
+        relative = length / (length.mean(axis=1, keepdims=True) + eps)
+    factor = (1.0 + w.astype(np.float64) * relative).astype(computing_type(array.dtype))
+    return scaled(x, array, 1.0, factor, b, view=channels_second(axis))
+
+
+def dynamic_tanh(
+    x: ArrayLike,
+    alpha: ArrayLike,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+) -> Array:
+    r"""Squash each value: a layer without statistics that stands in for a norm.
+
+    .. math:: y = w \tanh(\alpha x) + b
+
+    Parameters
+    ----------
+    x
+        Any shape of at least 1 dimension.
+    alpha
+        One number.
+    weight, bias
+        Any shape that broadcasts against `x`: (D,) along the last axis, (C, 1, 1) for NCHW.
+
+    Returns
+    -------
+    y
+        The shape, dtype and memory order of `x`.
+
+    Raises
+    ------
+    ValueError
+        For shapes that do not fit.
+    TypeError
+        For dtypes other than real numbers.
+
+    References
+    ----------
+    Zhu, Chen, He, LeCun and Liu, "Transformers without Normalization", 2025, arXiv:2503.10622.
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm as fn
+    >>> fn.dynamic_tanh(np.array([0.0, 100.0]), 0.5, np.array([1.0, 2.0]))
+    array([0., 2.])
+    """
+    if (door := door_of(x)) is not None:
+        return send(door, dynamic_tanh, locals())
+    array = as_array(x, "x")
+    check_ndim(array, 1, "dynamic_tanh", "(..., D)")
+    factor = as_array(host(alpha), "alpha")
+    if factor.size != 1:
+        raise ValueError(f"alpha has shape {factor.shape}, expected one number")
+    expected = f"expected ({array.shape[-1]},) or a shape that broadcasts against x"
+
+    def placed(value: ArrayLike | None, name: str) -> Array | None:
+        if value is None:
+            return None
+        return spread(parameter(value, name, array), array.shape, name, expected)
+
+    w, b = placed(weight, "weight"), placed(bias, "bias")
+    return scaled(x, array, float(factor.reshape(())), w, b, squash=True)
+
+
+def activate(
+    x: ArrayLike,
+    activation: Activation,
+    bias: ArrayLike | None = None,
+    *,
+    out: Array | None = None,
+) -> Array:
+    r"""Add a bias and apply an activation, in one pass over memory.
+
+    .. math:: y = f(x + b)
+
+    Parameters
+    ----------
+    x
+        Any shape of at least 1 dimension.
+    activation
+        ``"relu"``, ``"silu"``, ``"gelu"`` (of the error function), ``"gelu_tanh"`` or None.
+    bias
+        (D,), the last axis of `x`.
+    out
+        The array to write into, of the shape and dtype of `x`; may be `x` itself.
+
+    Returns
+    -------
+    y
+        The shape, dtype and memory order of `x`.
+
+    Raises
+    ------
+    ValueError
+        For another activation, or shapes that do not fit.
+    TypeError
+        For dtypes other than real numbers.
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm as fn
+    >>> fn.nn.activate(np.array([1.0, -2.0]), "relu", np.array([1.0, 1.0]))
+    array([2., 0.])
+    """
+    array = as_array(x, "x")
+    check_ndim(array, 1, "activate", "(..., D)")
+    added = axis_parameter(bias, "bias", array, (array.ndim - 1,))
+    return scaled(x, array, 1.0, None, added, activation=activation, out=out)

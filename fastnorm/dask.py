@@ -765,7 +765,8 @@ def local_response_norm(
 def _scaled(x: Any, factor: Any, bias: Any) -> Any:
     array = arguments.as_array(x, "x")
     factor = factor.astype(computing_type(array.dtype))
-    return passes.scaled(x, array, 1.0, factor, bias)
+    axes = [a for a, n in enumerate(factor.shape) if n == 1]
+    return passes.scaled(x, array, axes, 1.0, factor, bias)
 
 
 def global_response_norm(

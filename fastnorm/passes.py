@@ -148,15 +148,16 @@ def run(
 
 
 def scaled(
-    x: ArrayLike, array: Array, factor: float, weight: Array | None, bias: Array | None,
-    **options: Any,
+    x: ArrayLike, array: Array, axes: Sequence[int], factor: float, weight: Array | None,
+    bias: Array | None, **options: Any,
 ) -> Array:  # fmt: skip
-    """x * factor, then what `run` does after a norm."""
-    one = (1,) * array.ndim
+    """x * factor, then what `run` does after a norm; it goes along the `axes` at a time.
+
+    Of those along which a weight differs, only the last in memory should be among them.
+    """
+    one = (1,) * options.get("view", _as_it_is)(array).ndim
     given = np.zeros(one), np.full(one, factor)
-    return run(
-        x, array, range(array.ndim), weight, bias, given=given, scaling=Scaling.FACTOR, **options
-    )[0]
+    return run(x, array, axes, weight, bias, given=given, scaling=Scaling.FACTOR, **options)[0]
 
 
 # --- Views ----------------------------------------------------------------------------------------

@@ -316,7 +316,8 @@ def global_response_norm(
     with np.errstate(all="ignore"):
         relative = length / (length.mean(axis=1, keepdims=True) + eps)
     factor = (1.0 + w.astype(np.float64) * relative).astype(computing_type(array.dtype))
-    return scaled(x, array, 1.0, factor, b, view=channels_second(axis))
+    axes = range(2, array.ndim)
+    return scaled(x, array, axes, 1.0, factor, b, view=channels_second(axis))
 
 
 def dynamic_tanh(
@@ -375,7 +376,8 @@ def dynamic_tanh(
         return spread(parameter(value, name, array), array.shape, name, expected)
 
     w, b = placed(weight, "weight"), placed(bias, "bias")
-    return scaled(x, array, float(factor.reshape(())), w, b, squash=True)
+    axes = range(array.ndim)
+    return scaled(x, array, axes, float(factor.reshape(())), w, b, squash=True)
 
 
 def activate(
@@ -421,4 +423,4 @@ def activate(
     array = as_array(x, "x")
     check_ndim(array, 1, "activate", "(..., D)")
     added = axis_parameter(bias, "bias", array, (array.ndim - 1,))
-    return scaled(x, array, 1.0, None, added, activation=activation, out=out)
+    return scaled(x, array, range(array.ndim), 1.0, None, added, activation=activation, out=out)

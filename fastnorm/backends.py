@@ -31,6 +31,7 @@ ACTIVATIONS = (None, "relu", "silu", "gelu", "gelu_tanh", "tanh")
 
 # What `quick_forward` and `quick_backward` are asked for.
 BATCH, INFERENCE, INSTANCE, GROUP, LAYER, RMS, ADD_LAYER, ADD_RMS = range(8)
+LENGTH, WEIGHT, STANDARD, RESPONSE, TANH, ACTIVATION = range(8, 14)  # those of related.py
 
 # --- Compiled kernels: Cython's and Numba's -------------------------------------------------------
 

@@ -18,7 +18,7 @@ from fastnorm.arguments import (
     mask_of,
     same_shape,
 )
-from fastnorm.backends import compute, empty_like
+from fastnorm.backends import compute, empty_like, quick_forward
 from fastnorm.description import Pass, Scaling
 from fastnorm.elsewhere import Elsewhere, beside, host
 
@@ -147,6 +147,21 @@ def run(
     return delivered(y, x, out), mean, var, rstd
 
 
+# What `quick_scaled` gives for the mean of what has none.
+_NO_MEAN = np.zeros(1)
+
+
+def quick_scaled(
+    norm: int, second: Any, x: Any, factor: float, weight: Any, bias: Any,
+    activation: Any = None, out: Array | None = None,
+) -> Any:  # fmt: skip
+    """What is known of such a call: the result of `scaled`, or `Unplanned` with the key for it."""
+    return quick_forward(
+        norm, None, second, x, weight, bias, 0.0, False, None, None, activation, out, False,
+        _NO_MEAN, np.array([factor]),
+    )  # fmt: skip
+
+
 def scaled(
     x: ArrayLike, array: Array, axes: Sequence[int], factor: float, weight: Array | None,
     bias: Array | None, **options: Any,
@@ -155,9 +170,9 @@ def scaled(
 
     Of those along which a weight differs, only the last in memory should be among them.
     """
-    one = (1,) * options.get("view", _as_it_is)(array).ndim
-    given = np.zeros(one), np.full(one, factor)
-    return run(x, array, axes, weight, bias, given=given, scaling=Scaling.FACTOR, **options)[0]
+    one = (1,) * array.ndim
+    options |= {"given": (np.zeros(one), np.full(one, factor)), "scaling": Scaling.FACTOR}
+    return run(x, array, axes, weight, bias, statistics=(1,), **options)[0]
 
 
 # --- Views ----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -22,10 +23,20 @@ from fastnorm.arguments import (
     parameter,
     spread,
 )
-from fastnorm.backends import compute
+from fastnorm.backends import (
+    ACTIVATION,
+    LENGTH,
+    RESPONSE,
+    STANDARD,
+    TANH,
+    WEIGHT,
+    Unplanned,
+    compute,
+    quick_forward,
+)
 from fastnorm.description import Pass, Scaling
 from fastnorm.elsewhere import Elsewhere, beside, host
-from fastnorm.passes import channels_second, delivered, new_like, run, scaled
+from fastnorm.passes import channels_second, delivered, new_like, quick_scaled, run, scaled
 from fastnorm.routing import door_of, send
 
 
@@ -69,13 +80,19 @@ def l2_normalize(
     >>> fn.l2_normalize(np.array([3.0, 4.0]))
     array([0.6, 0.8])
     """
+    found = quick_forward(
+        LENGTH, None, axis, x, None, None, eps, False, None, None, None, out
+    )  # fmt: skip
+    if type(found) is not Unplanned:
+        return found
     if (door := door_of(x)) is not None:
         return send(door, l2_normalize, locals())
     array = as_array(x, "x")
     check_ndim(array, 1, "l2_normalize", "(..., D)")
     axes = layer_axes(array, None, range(array.ndim) if axis is None else axis, "l2_normalize")
     eps = check_eps(eps)
-    return run(x, array, axes, centred=False, scaling=Scaling.NORM, eps=eps, out=out)[0]
+    options: dict[str, Any] = {"out": out, "key": found.key}
+    return run(x, array, axes, centred=False, scaling=Scaling.NORM, eps=eps, **options)[0]
 
 
 def local_response_norm(
@@ -191,6 +208,9 @@ def weight_norm(v: ArrayLike, g: ArrayLike, *, axis: Axes | None = 0) -> Array:
     >>> fn.weight_norm(np.array([[3.0, 4.0]]), np.array([10.0]))
     array([[6., 8.]])
     """
+    found = quick_forward(WEIGHT, None, axis, v, g, None, 0.0, False)
+    if type(found) is not Unplanned:
+        return found
     if (door := door_of(v)) is not None:
         return send(door, weight_norm, locals())
     array = as_array(v, "v")
@@ -206,7 +226,8 @@ def weight_norm(v: ArrayLike, g: ArrayLike, *, axis: Axes | None = 0) -> Array:
             f"length for each slice along axis {axis}"
         )
     axes = tuple(a for a in range(array.ndim) if a not in kept)
-    return run(v, array, axes, lengths, centred=False, scaling=Scaling.NORM)[0]
+    options: dict[str, Any] = {"scaling": Scaling.NORM, "key": found.key}
+    return run(v, array, axes, lengths, centred=False, **options)[0]
 
 
 def weight_standardize(w: ArrayLike, *, eps: float = 1e-5) -> Array:
@@ -245,11 +266,14 @@ def weight_standardize(w: ArrayLike, *, eps: float = 1e-5) -> Array:
     array([[-1.,  1.],
            [-1.,  1.]])
     """
+    found = quick_forward(STANDARD, None, None, w, None, None, eps, False)
+    if type(found) is not Unplanned:
+        return found
     if (door := door_of(w)) is not None:
         return send(door, weight_standardize, locals())
     array = as_array(w, "w")
     check_ndim(array, 2, "weight_standardize", "(C_out, ...)")
-    return run(w, array, range(1, array.ndim), eps=check_eps(eps))[0]
+    return run(w, array, range(1, array.ndim), eps=check_eps(eps), key=found.key)[0]
 
 
 def global_response_norm(
@@ -316,8 +340,11 @@ def global_response_norm(
     with np.errstate(all="ignore"):
         relative = length / (length.mean(axis=1, keepdims=True) + eps)
     factor = (1.0 + w.astype(np.float64) * relative).astype(computing_type(array.dtype))
-    axes = range(2, array.ndim)
-    return scaled(x, array, axes, 1.0, factor, b, view=channels_second(axis))
+    found = quick_scaled(RESPONSE, axis, x, 1.0, factor, b)
+    if type(found) is not Unplanned:
+        return found
+    options: dict[str, Any] = {"view": channels_second(axis), "key": found.key}
+    return scaled(x, array, range(2, array.ndim), 1.0, factor, b, **options)
 
 
 def dynamic_tanh(
@@ -361,6 +388,13 @@ def dynamic_tanh(
     >>> fn.dynamic_tanh(np.array([0.0, 100.0]), 0.5, np.array([1.0, 2.0]))
     array([0., 2.])
     """
+    key = None
+    number = alpha.item() if type(alpha) is np.ndarray and alpha.size == 1 else alpha
+    if type(number) is float:
+        found = quick_scaled(TANH, None, x, number, weight, bias)
+        if type(found) is not Unplanned:
+            return found
+        key = found.key
     if (door := door_of(x)) is not None:
         return send(door, dynamic_tanh, locals())
     array = as_array(x, "x")
@@ -376,8 +410,8 @@ def dynamic_tanh(
         return spread(parameter(value, name, array), array.shape, name, expected)
 
     w, b = placed(weight, "weight"), placed(bias, "bias")
-    axes = range(array.ndim)
-    return scaled(x, array, axes, float(factor.reshape(())), w, b, squash=True)
+    one = float(factor.reshape(()))
+    return scaled(x, array, range(array.ndim), one, w, b, squash=True, key=key)
 
 
 def activate(
@@ -420,7 +454,11 @@ def activate(
     >>> fn.nn.activate(np.array([1.0, -2.0]), "relu", np.array([1.0, 1.0]))
     array([2., 0.])
     """
+    found = quick_scaled(ACTIVATION, None, x, 1.0, None, bias, activation, out)
+    if type(found) is not Unplanned:
+        return found
     array = as_array(x, "x")
     check_ndim(array, 1, "activate", "(..., D)")
     added = axis_parameter(bias, "bias", array, (array.ndim - 1,))
-    return scaled(x, array, range(array.ndim), 1.0, None, added, activation=activation, out=out)
+    options: dict[str, Any] = {"activation": activation, "out": out, "key": found.key}
+    return scaled(x, array, range(array.ndim), 1.0, None, added, **options)

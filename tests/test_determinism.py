@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import fastnorm as fn
-from fastnorm import _core, backends, backward, functional
+from fastnorm import _core, backends, backward, functional, passes, related
 
 from .helpers import (
     BACKENDS,
@@ -191,15 +191,20 @@ def kinds_of_call(op: Operation) -> Iterator[tuple[Any, dict[str, Any]]]:
                     yield x, p | {"num_groups": 6 if shape[1] % 6 == 0 else 1}
 
 
+def describe_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on no call is answered from a plan."""
+    for module in (functional, related, passes, backward):
+        for name in ("quick_forward", "quick_backward"):
+            monkeypatch.setattr(module, name, lambda *_: backends.Unplanned(), raising=False)
+
+
 @pytest.mark.parametrize("op", [op for op in OPERATIONS if op.backward], ids=named)
 def test_a_plan_gives_the_same_bits(op: Operation, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second call of a kind takes a shorter way to the kernels: the numbers are the same."""
     calls = list(kinds_of_call(op))
     first_time = [everything(op, x, p) for x, p in calls]
     second_time = [everything(op, x, p) for x, p in calls]
-    for module in (functional, backward):
-        for name in ("quick_forward", "quick_backward"):
-            monkeypatch.setattr(module, name, lambda *_: backends.Unplanned(), raising=False)
+    describe_all(monkeypatch)
     for (x, p), *others in zip(calls, first_time, second_time, strict=True):
         described = everything(op, x, p)
         for other in others:
@@ -224,6 +229,25 @@ def test_half_precision_weights_have_plans(dtype: Any, monkeypatch: pytest.Monke
     calls()
     with pytest.raises(TypeError):
         fn.group_norm(x, 3, w[::-1])
+
+
+def test_norms_beside_the_five_have_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w = data((4, 6, 8), F32, 1.0), np.ones(8, F32)
+
+    def calls() -> None:
+        fn.l2_normalize(x, 1)
+        fn.weight_norm(x, w[:4].reshape(4, 1, 1))
+        fn.weight_standardize(x)
+        fn.dynamic_tanh(x, 0.5, w, w)
+        fn.dynamic_tanh(x, np.ones(1, F32), w)
+        fn.nn.activate(x, "gelu", w)
+
+    calls()
+    for name in ("run", "scaled"):
+        monkeypatch.setattr(related, name, None)
+    calls()
+    with pytest.raises(TypeError):
+        fn.l2_normalize(x, 2)
 
 
 @pytest.mark.parametrize("dtype", [F16, F32, F64], ids=named)
@@ -252,7 +276,7 @@ def test_options_of_a_plan_give_the_same_bits(
                 yield inplace
 
     results = [list(calls()) for _ in range(2)]
-    monkeypatch.setattr(functional, "quick_forward", lambda *_: backends.Unplanned())
+    describe_all(monkeypatch)
     for described, *others in zip(calls(), *results, strict=True):
         for other in others:
             pairs = zip(described, other) if op.outputs > 1 else [(described, other)]

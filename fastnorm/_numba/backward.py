@@ -16,30 +16,17 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import cfunc, njit
+from numba import cfunc
 
 from fastnorm._numba import scalar
-from fastnorm._numba.forward import (
-    BUNDLE,
-    FINISH,
-    INNER,
-    MOMENTS,
-    OPERAND,
-    STEPS,
-    WHOLE,
-    at,
-    deliver,
-    fold,
-    inner,
-)
+from fastnorm._numba.lanes import PAIRS, add_pairs_to_lanes
 from fastnorm._numba.memory import (
     COUNTERS,
     KERNEL,
-    PAIRS,
     STRICT,
-    add_pairs_to_lanes,
     fence,
     fetch,
+    inner,
     is_double,
     load,
     read,
@@ -48,9 +35,13 @@ from fastnorm._numba.memory import (
     record_at,
     size_of,
     store,
+    summing,
     take,
     write,
 )
+from fastnorm._numba.moments import fold
+from fastnorm._numba.passes import BUNDLE, FINISH, MOMENTS, OPERAND, STEPS, WHOLE, at
+from fastnorm._numba.steps import deliver
 
 SPAN = 65536  # elements of a run summed at a time
 SPAN_ROWS = 512  # rows of columns, likewise: their sums cost at most 2 % of x
@@ -74,8 +65,6 @@ BACK = np.dtype(
     + [(name, OPERAND) for name in OPERANDS]
     + [(name, np.int64) for name in NUMBERS]
 )
-
-summing = njit(fastmath={"reassoc", "nsz", "contract"}, **INNER)
 
 
 # --- The sums of a run ----------------------------------------------------------------------------

@@ -17,9 +17,9 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from fastnorm import _core
-from fastnorm._numba import activations, backward, forward
-from fastnorm._numba.forward import FINISH, MOMENTS, OPERANDS, PASS, STEPS, WHOLE
+from fastnorm._numba import activations, backward, forward, passes
 from fastnorm._numba.memory import COUNTERS, SOURCES, alone, together
+from fastnorm._numba.passes import FINISH, MOMENTS, OPERANDS, PASS, STEPS, WHOLE
 from fastnorm.layout import Layout
 
 Array = NDArray[Any]
@@ -162,7 +162,7 @@ def _are_alone(layout: Layout, kind: type, foldable: bool) -> bool:
     """Whether groups are rows that are taken one by one: not too short to be."""
     steps = layout.strides
     length = layout.dims[3]
-    if layout.columns or layout.dims[2] != 1 or not forward.ALONE <= length <= forward.BLOCK:
+    if layout.columns or layout.dims[2] != 1 or not passes.ALONE <= length <= passes.BLOCK:
         return False
     if "total" in steps and kind is not np.float32:
         return False
@@ -198,27 +198,27 @@ def _plan(
         k = layout.neighbours
         groups = c // k
         chunks = 1
-        if c > forward.ABREAST:
-            chunks = max(1, min(groups, -(-c // forward.COLUMNS)))
+        if c > passes.ABREAST:
+            chunks = max(1, min(groups, -(-c // passes.COLUMNS)))
         width = -(-groups // chunks) * k
         chunks = -(-c // width)
         items = a * b * chunks
-        block = min(max(forward.SQUARE // width, 16), forward.PIECE_ROWS)
+        block = min(max(passes.SQUARE // width, 16), passes.PIECE_ROWS)
         foldable = not any(w[2] or w[3] for w in weights)
-        piece = max(block, forward.PIECE_ROWS - forward.PIECE_ROWS % block)
+        piece = max(block, passes.PIECE_ROWS - passes.PIECE_ROWS % block)
         kernel = _kernel(forward.compile_columns, kind, computing)
         room = forward.columns_room(width)
     else:
         # one group after the other, or several that lie side by side
-        width = forward.BESIDE // max(length, 1)
-        if p > 1 and s * size < forward.NEARBY:
-            width = max(width, forward.PIECE * forward.BLOCK // max(length, 1))
-        width = max(1, min(width, b, forward.BUNDLE))
+        width = passes.BESIDE // max(length, 1)
+        if p > 1 and s * size < passes.NEARBY:
+            width = max(width, passes.PIECE * passes.BLOCK // max(length, 1))
+        width = max(1, min(width, b, passes.BUNDLE))
         chunks = -(-b // width)
         items = a * chunks
-        block = forward.BLOCK
+        block = passes.BLOCK
         foldable = not any(w[3] for w in weights)
-        piece = forward.BLOCK * forward.PIECE
+        piece = passes.BLOCK * passes.PIECE
         kernel = _kernel(forward.compile_runs, kind, computing)
         room = forward.runs_room(width)
     pieces = max(1, -(-length // piece))
@@ -236,7 +236,7 @@ def _plan(
         and kind is np.float64
         and not (layout.columns or given)
         and p > 1
-        and s * size < forward.NEARBY
+        and s * size < passes.NEARBY
         and s * size % 64 == 0
         and nbytes >= streamed_above // 2
     )
@@ -290,7 +290,7 @@ def _plan(
 ARRAYS = OPERANDS[:8]
 # Places in a record, counted in whole numbers: slices are set in a third of the time.
 _DATA = slice(len(COUNTERS), len(COUNTERS) + 6 * len(OPERANDS), 6)
-_AT = {name: int(PASS.fields[name][1]) // 8 for name in forward.NUMBERS}  # type: ignore[index]
+_AT = {name: int(PASS.fields[name][1]) // 8 for name in passes.NUMBERS}  # type: ignore[index]
 
 
 def run_pass(
@@ -358,7 +358,7 @@ def run_pass(
     threads = threads if plan.nbytes >= SERIAL else 1
     if plan.tabulated:
         chunks = int(record[_AT["chunks"]])
-        table = np.empty(chunks * forward.SCALE * plan.width)
+        table = np.empty(chunks * passes.SCALE * plan.width)
         record[_AT["scales"]], record[_AT["items"]] = _address(table), chunks
         _share(plan.kernel, where, chunks, 1, FINISH, plan.room)
         record[_AT["items"]] = plan.items
@@ -375,8 +375,8 @@ def _carry_out(
         _share(kernel, where, items, threads, WHOLE, room, plan.nbytes < threads * NEAR)
         return
     # few large groups: all threads take pieces of each; the merge is in the pieces' order
-    parts = np.empty(items * pieces * forward.FIELDS * plan.width)
-    scales = np.empty(items * forward.SCALE * plan.width)
+    parts = np.empty(items * pieces * passes.FIELDS * plan.width)
+    scales = np.empty(items * passes.SCALE * plan.width)
     record[_AT["parts"]], record[_AT["scales"]] = _address(parts), _address(scales)
     if not given:
         _share(kernel, where, items * pieces, threads, MOMENTS, room)
@@ -471,7 +471,7 @@ def _back_plan(
     terms = a * b * backward.TERMS
     if layout.columns:
         k = layout.neighbours
-        chunks = 1 if c <= forward.ABREAST else max(1, min(c // k, -(-c // forward.COLUMNS)))
+        chunks = 1 if c <= passes.ABREAST else max(1, min(c // k, -(-c // passes.COLUMNS)))
         width = -(-(c // k) // chunks) * k
         chunks = -(-c // width)
         items = a * b * chunks
@@ -479,8 +479,8 @@ def _back_plan(
         sums = (a, b, segments, 2 * c)
         terms = items * backward.OF_COLUMN * width
     elif not inside:
-        if p > 1 and s * size < forward.NEARBY:
-            width = max(1, min(forward.PIECE * forward.BLOCK // (p * s), b, forward.BUNDLE))
+        if p > 1 and s * size < passes.NEARBY:
+            width = max(1, min(passes.PIECE * passes.BLOCK // (p * s), b, passes.BUNDLE))
         chunks = -(-b // width)
         items = a * chunks
         compiler, room = backward.compile_planes, backward.runs_room()

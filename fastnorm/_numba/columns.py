@@ -1,0 +1,478 @@
+"""Columns side by side, or neighbours that share a statistic: their moments and their steps."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from fastnorm._numba import scalar
+from fastnorm._numba.lanes import step_lines
+from fastnorm._numba.memory import (
+    AHEAD,
+    call,
+    inner,
+    is_double,
+    load,
+    read,
+    read_real,
+    real,
+    size_of,
+    store,
+    write,
+)
+from fastnorm._numba.moments import merge_into
+from fastnorm._numba.passes import FIELDS, PIECE_ROWS, at, chosen
+from fastnorm._numba.steps import add, affine, deliver, steps_wide
+
+
+@inner
+def rows_sums(x, step, n, width, one, two, kind):
+    """Add x and its square over n rows to the sums of each column, eight rows at a time."""
+    while n >= 8:
+        x1, x2, x3, x4 = x + step, x + 2 * step, x + 3 * step, x + 4 * step
+        x5, x6, x7 = x + 5 * step, x + 6 * step, x + 7 * step
+        for c in range(width):
+            d0, d1 = np.float64(load(x, c, kind)), np.float64(load(x1, c, kind))
+            d2, d3 = np.float64(load(x2, c, kind)), np.float64(load(x3, c, kind))
+            d4, d5 = np.float64(load(x4, c, kind)), np.float64(load(x5, c, kind))
+            d6, d7 = np.float64(load(x6, c, kind)), np.float64(load(x7, c, kind))
+            even = scalar.mac(d6, d6, scalar.mac(d4, d4, scalar.mac(d2, d2, d0 * d0)))
+            odd = scalar.mac(d7, d7, scalar.mac(d5, d5, scalar.mac(d3, d3, d1 * d1)))
+            total = ((d0 + d1) + (d2 + d3)) + ((d4 + d5) + (d6 + d7))
+            write(one, c, read(one, c, np.float64) + total)
+            write(two, c, read(two, c, np.float64) + (even + odd))
+        x += 8 * step
+        n -= 8
+    while n > 0:
+        for c in range(width):
+            d = np.float64(load(x, c, kind))
+            write(one, c, read(one, c, np.float64) + d)
+            write(two, c, scalar.mac(d, d, read(two, c, np.float64)))
+        x += step
+        n -= 1
+
+
+@inner
+def rows_sums_about(x, step, n, width, pivot, one, two, kind):
+    """The same of x - pivot: a sum about zero costs a third less."""
+    while n > 0:
+        for c in range(width):
+            d = np.float64(load(x, c, kind)) - read(pivot, c, np.float64)
+            write(one, c, read(one, c, np.float64) + d)
+            write(two, c, scalar.mac(d, d, read(two, c, np.float64)))
+        x += step
+        n -= 1
+
+
+@inner
+def columns_sums(q, base, first, last, width, pivot, one, two, kind):
+    """Sums of x, or of x - pivot, and of its square over rows [first, last), for each column."""
+    for c in range(width):
+        write(one, c, 0.0)
+        write(two, c, 0.0)
+    f = first
+    while f < last:
+        p = f // q.s
+        t = f - p * q.s
+        n = min(last - f, q.s - t)
+        x = base + p * q.x.p + t * q.x.s
+        if pivot == 0:
+            rows_sums(x, q.x.s, n, width, one, two, kind)
+        else:
+            rows_sums_about(x, q.x.s, n, width, pivot, one, two, kind)
+        f += n
+
+
+@inner
+def add_neighbours(groups, k, v):
+    """Sums of k columns beside one another."""
+    for g in range(groups):
+        total = read(v, g * k, np.float64)
+        for j in range(1, k):
+            total += read(v, g * k + j, np.float64)
+        write(v, g, total)
+
+
+@inner
+def columns_block(q, a, b, c, width, first, last, into, work, kind):
+    """Moments over rows [first, last) of each group of floats."""
+    k = q.neighbours
+    groups = width // k
+    base = at(q.x, a, b) + c * q.x.c
+    one = work
+    two = one + 8 * width
+    pivot = two + 8 * width
+    for j in range(width):
+        write(pivot, j, 0.0)
+    columns_sums(q, base, first, last, width, 0, one, two, kind)
+    if k > 1:
+        add_neighbours(groups, k, one)
+        add_neighbours(groups, k, two)
+    count = np.float64((last - first) * k)
+    any_again = False
+    for g in range(groups):
+        mean = rest = 0.0
+        m2 = read(two, g, np.float64)
+        if q.centred:
+            mean, rest, m2, again = scalar.moments_of_sums(count, read(one, g, np.float64), m2, 0.0)
+            if again and math.isfinite(mean):
+                any_again = True
+                for j in range(k):
+                    write(pivot, g * k + j, np.float64(np.float32(mean)))
+        write(into, g, count)
+        write(into, groups + g, mean)
+        write(into, 2 * groups + g, rest)
+        write(into, 3 * groups + g, m2)
+        write(into, 4 * groups + g, 0.0)
+    if not any_again:
+        return
+    # about the means, for the columns from the first to the last that need it
+    low = 0
+    while read(pivot, low * k, np.float64) == 0.0:
+        low += 1
+    high = groups
+    while read(pivot, (high - 1) * k, np.float64) == 0.0:
+        high -= 1
+    some = (high - low) * k
+    columns_sums(q, base + low * k * q.x.c, first, last, some, pivot + 8 * low * k, one, two, kind)
+    if k > 1:
+        add_neighbours(high - low, k, one)
+        add_neighbours(high - low, k, two)
+    for g in range(low, high):
+        about = read(pivot, g * k, np.float64)
+        if about != 0.0:
+            d, d2 = read(one, g - low, np.float64), read(two, g - low, np.float64)
+            mean, rest, m2, again = scalar.moments_of_sums(count, d, d2, about)
+            write(into, groups + g, mean)
+            write(into, 2 * groups + g, rest)
+            write(into, 3 * groups + g, m2)
+
+
+@inner
+def columns_double(q, a, b, c, width, first, last, into, work):
+    """Moments over rows [first, last) for each column of doubles, four rows at a time.
+
+    Twice: about the first row, then about those means, the sum of squares kept as two numbers.
+    """
+    base = at(q.x, a, b) + c * q.x.c
+    pivot = work
+    total = pivot + 8 * width
+    m2 = into + 24 * width
+    m2_rest = into + 32 * width
+    step = q.x.s
+    count = np.float64(last - first)
+    for j in range(FIELDS * width):
+        write(into, j, 0.0)
+    for j in range(width):
+        p = first // q.s
+        x = base + p * q.x.p + (first - p * q.s) * step
+        write(pivot, j, read(x, j, np.float64) if q.centred else 0.0)
+    for turn in range(0 if q.centred else 1, 2):
+        for j in range(width):
+            write(total, j, 0.0)
+        f = first
+        while f < last:
+            p = f // q.s
+            t = f - p * q.s
+            n = min(last - f, q.s - t)
+            x = base + p * q.x.p + t * step
+            f += n
+            while n > 0:
+                if n >= 4:
+                    x1, x2, x3 = x + step, x + 2 * step, x + 3 * step
+                    if turn == 0:
+                        for j in range(width):
+                            v = read(pivot, j, np.float64)
+                            d0, d1 = read(x, j, np.float64) - v, read(x1, j, np.float64) - v
+                            d2, d3 = read(x2, j, np.float64) - v, read(x3, j, np.float64) - v
+                            write(total, j, read(total, j, np.float64) + ((d0 + d1) + (d2 + d3)))
+                    else:
+                        for j in range(width):
+                            v = read(pivot, j, np.float64)
+                            d0, d1 = read(x, j, np.float64) - v, read(x1, j, np.float64) - v
+                            d2, d3 = read(x2, j, np.float64) - v, read(x3, j, np.float64) - v
+                            squared = scalar.mac(d0, d0, d1 * d1) + scalar.mac(d2, d2, d3 * d3)
+                            high, lost = scalar.two_sum(read(m2, j, np.float64), squared)
+                            write(m2, j, high)
+                            write(m2_rest, j, read(m2_rest, j, np.float64) + lost)
+                            write(total, j, read(total, j, np.float64) + ((d0 + d1) + (d2 + d3)))
+                    x += 4 * step
+                    n -= 4
+                    continue
+                for j in range(width):
+                    d = read(x, j, np.float64) - read(pivot, j, np.float64)
+                    write(total, j, read(total, j, np.float64) + d)
+                    if turn == 1:
+                        high, lost = scalar.two_sum(read(m2, j, np.float64), d * d)
+                        write(m2, j, high)
+                        write(m2_rest, j, read(m2_rest, j, np.float64) + lost)
+                x += step
+                n -= 1
+        for j in range(width):
+            d = read(total, j, np.float64)
+            write(into, j, count)
+            if turn == 0:
+                write(pivot, j, read(pivot, j, np.float64) + d / count)
+            elif q.centred:
+                write(into, width + j, read(pivot, j, np.float64))
+                write(into, 2 * width + j, d / count)
+                write(m2_rest, j, read(m2_rest, j, np.float64) - d * (d / count))
+
+
+@inner
+def columns_chosen(q, a, b, c, width, first, last, into, work, kind):
+    """Moments over the chosen of rows [first, last) for each column.
+
+    Twice: about the first of them, then about that mean, each square added exactly.
+    """
+    base = at(q.x, a, b) + c * q.x.c
+    mask = at(q.mask, a, b) + c * q.mask.c
+    pivot = work
+    total = pivot + 8 * width
+    for j in range(FIELDS * width):
+        write(into, j, 0.0)
+    for turn in range(2):
+        for j in range(width):
+            write(total, j, 0.0)
+        for i in range(first, last):
+            p = i // q.s
+            t = i - p * q.s
+            x = base + p * q.x.p + t * q.x.s
+            for j in range(width):
+                if not chosen(q, mask, p, t, j):
+                    continue
+                v = np.float64(load(x, j, kind))
+                if turn == 0:
+                    if read(into, j, np.float64) == 0.0:
+                        write(pivot, j, v)
+                    write(into, j, read(into, j, np.float64) + 1.0)
+                    write(total, j, read(total, j, np.float64) + (v - read(pivot, j, np.float64)))
+                else:
+                    d = v - read(into, width + j, np.float64)
+                    m2, lost = scalar.two_sum(read(into, 3 * width + j, np.float64), d * d)
+                    write(into, 3 * width + j, m2)
+                    write(into, 4 * width + j, read(into, 4 * width + j, np.float64) + lost)
+                    write(total, j, read(total, j, np.float64) + d)
+        for j in range(width):
+            count = read(into, j, np.float64)
+            if q.centred and count > 0.0:
+                d = read(total, j, np.float64)
+                if turn == 0:
+                    write(into, width + j, read(pivot, j, np.float64) + d / count)
+                else:
+                    write(into, 2 * width + j, d / count)
+                    write(
+                        into, 4 * width + j, read(into, 4 * width + j, np.float64) - d * (d / count)
+                    )
+
+
+@inner
+def columns_moments(q, a, b, c, width, piece, into, part, every, work, kind):
+    """Moments of a piece of each group: those of its blocks merged in order, then neighbours."""
+    k = q.neighbours
+    groups = width // k
+    span = max(q.block, PIECE_ROWS - PIECE_ROWS % q.block)
+    first = piece * span
+    last = min(first + span, q.length)
+    if not is_double(kind) and q.mask.data == 0:
+        columns_block(q, a, b, c, width, first, last, into, work, kind)
+        return
+    whole = into if k == 1 else every
+    f = first
+    while True:
+        end = min(f + q.block, last)
+        into_here = whole if f == first else part
+        if q.mask.data != 0:
+            columns_chosen(q, a, b, c, width, f, end, into_here, work, kind)
+        else:
+            columns_double(q, a, b, c, width, f, end, into_here, work)
+        if f > first:
+            merge_into(whole, part, width, width)
+        f = end
+        if f >= last:
+            break
+    if k > 1:
+        for g in range(groups):
+            for j in range(1, k):
+                merge_into(whole + 8 * g * k, whole + 8 * (g * k + j), 1, width)
+            for field in range(FIELDS):
+                write(into, field * groups + g, read(whole, field * width + g * k, np.float64))
+
+
+@inner
+def spread(q, a, b, c, width, scale, along, kind):
+    """From scales of groups to hi, r and shift of columns, the affine step in them where it can be.
+
+    `along` has room for four numbers for each column: the last tells whether it is wide, which is
+    also what a product of rstd and weight is that a float32 cannot hold. Returns whether any is.
+    """
+    k = q.neighbours
+    groups = width // k
+    hi = along
+    r = hi + 8 * width
+    shift = r + 8 * width
+    wide = shift + 8 * width
+    folded = q.foldable != 0 and not is_double(kind)
+    weight = 0
+    bias = 0
+    if folded and q.weight.data != 0:
+        weight = at(q.weight, a, b) + c * q.weight.c
+    if folded and q.bias.data != 0:
+        bias = at(q.bias, a, b) + c * q.bias.c
+    any_wide = False
+    for g in range(groups):
+        mean = read(scale, g, np.float64)
+        rstd = read(scale, 2 * groups + g, np.float64)
+        lo = (mean - np.float64(real(mean, kind))) + read(scale, groups + g, np.float64)
+        for j in range(g * k, g * k + k):
+            w = np.float64(read_real(weight + j * q.weight.c, 0, kind)) if weight != 0 else 1.0
+            v = np.float64(read_real(bias + j * q.bias.c, 0, kind)) if bias != 0 else 0.0
+            write(hi, j, real(mean, kind))
+            write(r, j, real(rstd * w, kind))
+            write(shift, j, real(v - lo * (rstd * w), kind))
+            apart = read(scale, 4 * groups + g, np.float64) != 0.0 or (
+                folded and not scalar.holds(rstd * w)
+            )
+            write(wide, j, 1.0 if apart else 0.0)
+            any_wide = any_wide or apart
+    return any_wide
+
+
+@inner
+def column_of_row(x, i, along, width, kind):
+    """One element of a row, with the scale of its column."""
+    hi, r = read_real(along, i, kind), read_real(along + 8 * width, i, kind)
+    return scalar.step(load(x, i, kind), hi, r, read_real(along + 16 * width, i, kind))
+
+
+@inner
+def step_row(x, y, n, along, width, weight, bias, wv, bv, kind, to):
+    """The step of a row, one scale for each column."""
+    if weight == 0 and bias == 0:
+        for i in range(n):
+            store(y, i, column_of_row(x, i, along, width, kind), to)
+        return
+    w = read_real(weight, 0, kind) if weight != 0 else real(1.0, kind)
+    b = read_real(bias, 0, kind) if bias != 0 else real(0.0, kind)
+    if wv and bv:
+        for i in range(n):
+            v = column_of_row(x, i, along, width, kind)
+            store(y, i, scalar.fma(v, read_real(weight, i, kind), read_real(bias, i, kind)), to)
+    elif wv:
+        for i in range(n):
+            v = column_of_row(x, i, along, width, kind)
+            store(y, i, scalar.fma(v, read_real(weight, i, kind), b), to)
+    elif bv:
+        for i in range(n):
+            v = column_of_row(x, i, along, width, kind)
+            store(y, i, scalar.fma(v, w, read_real(bias, i, kind)), to)
+    else:
+        for i in range(n):
+            store(y, i, scalar.fma(column_of_row(x, i, along, width, kind), w, b), to)
+
+
+@inner
+def row_folded(q, x, y, e, along, width, past, kind):
+    """The folded step of a row of floats, and what is beside it."""
+    size = size_of(kind)
+    n = width * size // 64 * 64
+    hi, r, shift = along, along + 8 * width, along + 16 * width
+    if past:
+        if e != 0 and q.relu:
+            step_lines(x, y, n, hi, r, shift, None, None, e, 1, AHEAD, 1)
+        elif e != 0:
+            step_lines(x, y, n, hi, r, shift, None, None, e, None, AHEAD, 1)
+        elif q.relu:
+            step_lines(x, y, n, hi, r, shift, None, None, None, 1, AHEAD, 1)
+        else:
+            step_lines(x, y, n, hi, r, shift, None, None, None, None, AHEAD, 1)
+        return
+    if e != 0 and q.relu:
+        step_lines(x, y, n, hi, r, shift, None, None, e, 1, None, None)
+    elif e != 0:
+        step_lines(x, y, n, hi, r, shift, None, None, e, None, None, None)
+    elif q.relu:
+        step_lines(x, y, n, hi, r, shift, None, None, None, 1, None, None)
+    else:
+        step_lines(x, y, n, hi, r, shift, None, None, None, None, None, None)
+    for i in range(n // size, width):
+        t = column_of_row(x, i, along, width, kind)
+        if e != 0:
+            t = real(t + load(e, i, kind), kind)
+        if q.relu:
+            t = real(scalar.relu(t), kind)
+        store(y, i, t, kind)
+
+
+@inner
+def columns_step(q, a, b, c, width, piece, scale, along, any_wide, tile, spare, kind, tiled):
+    """The step of a piece of each group of an item."""
+    k = q.neighbours
+    groups = width // k
+    source = q.total if q.total.data != 0 else q.x
+    span = max(q.block, PIECE_ROWS - PIECE_ROWS % q.block)
+    first = piece * span
+    last = min(first + span, q.length)
+    affined = (q.foldable == 0 or is_double(kind)) and not q.activation_first
+    wv = 1 if q.weight.c != 0 else 0
+    bv = 1 if q.bias.c != 0 else 0
+    folded = q.foldable != 0 and size_of(kind) == 4 and not any_wide
+    folded = folded and (q.activation == 0 or q.relu != 0)
+    p = first // q.s
+    t = first - p * q.s
+    for _ in range(first, last):
+        if t == q.s:
+            p, t = p + 1, 0
+        x = at(source, a, b) + c * source.c + p * source.p + t * source.s
+        y = at(q.y, a, b) + c * q.y.c + p * q.y.p + t * q.y.s
+        weight = 0
+        bias = 0
+        if q.weight.data != 0:
+            weight = at(q.weight, a, b) + c * q.weight.c + p * q.weight.p + t * q.weight.s
+        if q.bias.data != 0:
+            bias = at(q.bias, a, b) + c * q.bias.c + p * q.bias.p + t * q.bias.s
+        w = weight if affined else 0
+        v = bias if affined else 0
+        if q.plain and not any_wide:
+            step_row(x, y, width, along, width, w, v, wv, bv, kind, kind)
+            t += 1
+            continue
+        residual = 0
+        if q.residual.data != 0:
+            residual = at(q.residual, a, b) + c * q.residual.c + p * q.residual.p + t * q.residual.s
+        t += 1
+        if folded and (q.stream == 0 or (y | (width * size_of(kind))) % 64 == 0):
+            row_folded(q, x, y, residual, along, width, q.stream != 0, kind)
+            continue
+        target = y if q.direct else tile
+        step_row(x, target, width, along, width, w, v, wv, bv, kind, tiled)
+        if any_wide:
+            w = 0 if q.activation_first else weight
+            v = 0 if q.activation_first else bias
+            for j in range(width):
+                s = scale + 8 * (j // k)
+                if read(along + 24 * width, j, np.float64) != 0.0:
+                    steps_wide(
+                        x + j * source.c,
+                        target + j * (8 if is_double(kind) else 4),
+                        1,
+                        read(s, 0, np.float64),
+                        read(s, groups, np.float64),
+                        read(s, 2 * groups, np.float64),
+                        read(s, 3 * groups, np.float64),
+                        0 if w == 0 else w + j * q.weight.c,
+                        0 if v == 0 else v + j * q.bias.c,
+                        0,
+                        0,
+                        kind,
+                        tiled,
+                    )
+        if q.residual.data != 0:
+            add(target, residual, width, q.residual_real != 0, kind)
+        if q.activation != 0:
+            call(q.activation, target, width)
+        if q.activation_first:
+            affine(target, weight, bias, wv, bv, width, kind)
+        if not q.direct:
+            deliver(tile, spare, y, width, q.stream != 0, kind)

@@ -1,0 +1,266 @@
+"""The step of a run from x to y, and what is beside it: residual, activation, affine step."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastnorm._numba import scalar
+from fastnorm._numba.lanes import step_lines
+from fastnorm._numba.memory import (
+    AHEAD,
+    call,
+    inner,
+    is_double,
+    load,
+    read,
+    read_real,
+    real,
+    size_of,
+    store,
+    stream_line,
+    write,
+)
+from fastnorm._numba.passes import AWAITED, CHUNK, PAST, at
+
+# --- Beside the affine step -----------------------------------------------------------------------
+
+
+@inner
+def add(t, residual, n, is_real, kind):
+    """t += residual."""
+    if is_real:
+        for i in range(n):
+            write(t, i, real(read_real(t, i, kind) + read_real(residual, i, kind), kind))
+    else:
+        for i in range(n):
+            write(t, i, real(read_real(t, i, kind) + load(residual, i, kind), kind))
+
+
+@inner
+def affine(t, weight, bias, wv, bv, n, kind):
+    """t = t weight + bias, of a norm that squashes first; addresses of 0 for what is not there."""
+    for i in range(n):
+        w = read_real(weight, i * wv, kind) if weight != 0 else real(1.0, kind)
+        b = read_real(bias, i * bv, kind) if bias != 0 else real(0.0, kind)
+        write(t, i, scalar.fma(read_real(t, i, kind), w, b))
+
+
+@inner
+def stream(to, source, size):
+    """Copy `size` bytes past the caches."""
+    head = min((-to) % 64, size)
+    i = 0
+    while i < head:
+        write(to, i, read(source, i, np.uint8))
+        i += 1
+    while i + 64 <= size:
+        stream_line(to + i, source + i)
+        i += 64
+    while i < size:
+        write(to, i, read(source, i, np.uint8))
+        i += 1
+
+
+@inner
+def convert(t, y, n, kind):
+    """Round n numbers to their kind in memory."""
+    for i in range(n):
+        store(y, i, read_real(t, i, kind), kind)
+
+
+@inner
+def deliver(t, spare, y, n, past, kind):
+    """n numbers of a tile to y; `spare` has room for them."""
+    if not past:
+        convert(t, y, n, kind)
+    elif size_of(kind) == 2:
+        convert(t, spare, n, kind)
+        stream(y, spare, 2 * n)
+    else:
+        stream(y, t, size_of(kind) * n)
+
+
+# --- The step of a run ----------------------------------------------------------------------------
+
+
+@inner
+def steps_wide(x, y, n, mean, rest, rstd, unit, weight, bias, wv, bv, kind, to):
+    """What float32 cannot hold, in float64."""
+    for i in range(n):
+        t = ((np.float64(load(x, i, kind)) * unit - mean) - rest) * rstd
+        w = np.float64(read_real(weight, i * wv, kind)) if weight != 0 else 1.0
+        b = np.float64(read_real(bias, i * bv, kind)) if bias != 0 else 0.0
+        store(y, i, real(t * w + b, kind), to)
+
+
+@inner
+def steps_plain(x, y, n, hi, r, shift, kind, to):
+    """The step where the affine one is in the scale."""
+    for i in range(n):
+        store(y, i, scalar.step(load(x, i, kind), hi, r, shift), to)
+
+
+@inner
+def steps_affine(x, y, n, hi, r, shift, weight, bias, wv, bv, kind, to):
+    """The step and then the affine one; addresses of 0 for what is not there."""
+    w = real(1.0, kind)
+    b = real(0.0, kind)
+    if weight != 0 and not wv:
+        w = read_real(weight, 0, kind)
+    if bias != 0 and not bv:
+        b = read_real(bias, 0, kind)
+    if wv and bv:
+        for i in range(n):
+            t = scalar.step(load(x, i, kind), hi, r, shift)
+            store(y, i, scalar.fma(t, read_real(weight, i, kind), read_real(bias, i, kind)), to)
+    elif wv:
+        for i in range(n):
+            t = scalar.step(load(x, i, kind), hi, r, shift)
+            store(y, i, scalar.fma(t, read_real(weight, i, kind), b), to)
+    elif bv:
+        for i in range(n):
+            t = scalar.step(load(x, i, kind), hi, r, shift)
+            store(y, i, scalar.fma(t, w, read_real(bias, i, kind)), to)
+    else:
+        for i in range(n):
+            store(y, i, scalar.fma(scalar.step(load(x, i, kind), hi, r, shift), w, b), to)
+
+
+@inner
+def scale_of_run(s, apart, weight, bias, kind):
+    """hi, r, shift of a run, the affine step in them, and whether a float32 can hold them."""
+    mean = read(s, 0, np.float64)
+    hi = real(mean, kind)
+    if read(s, 5 * apart, np.float64) != 0.0:
+        r = real(read(s, 6 * apart, np.float64), kind)
+        return hi, r, real(read(s, 7 * apart, np.float64), kind), True
+    lo = (mean - np.float64(hi)) + read(s, apart, np.float64)
+    rw = read(s, 2 * apart, np.float64)
+    b = 0.0
+    if weight != 0:
+        rw *= np.float64(read_real(weight, 0, kind))
+    if bias != 0:
+        b = np.float64(read_real(bias, 0, kind))
+    holds = scalar.holds(rw) and read(s, 4 * apart, np.float64) == 0.0
+    return hi, real(rw, kind), real(b - lo * rw, kind), holds
+
+
+@inner
+def steps(x, y, n, s, apart, weight, bias, wv, bv, foldable, kind, to):
+    """The step of a run whose scale is at `s`, its numbers `apart`; written as numbers of `to`."""
+    if foldable and not is_double(kind):
+        hi, r, shift, holds = scale_of_run(s, apart, weight, bias, kind)
+        if holds:
+            steps_plain(x, y, n, hi, r, shift, kind, to)
+            return
+    mean = read(s, 0, np.float64)
+    rest = read(s, apart, np.float64)
+    rstd = read(s, 2 * apart, np.float64)
+    if read(s, 4 * apart, np.float64) != 0.0:
+        unit = read(s, 3 * apart, np.float64)
+        steps_wide(x, y, n, mean, rest, rstd, unit, weight, bias, wv, bv, kind, to)
+        return
+    hi = real(mean, kind)
+    lo = (mean - np.float64(hi)) + rest
+    r = real(rstd, kind)
+    steps_affine(x, y, n, hi, r, real(-lo * rstd, kind), weight, bias, wv, bv, kind, to)
+
+
+@inner
+def steps_beside(x, y, residual, n, hi, r, shift, kind):
+    """The step of some floats and, unless it is None, a residual."""
+    for i in range(n):
+        t = scalar.step(load(x, i, kind), hi, r, shift)
+        if residual is not None:
+            t = real(t + load(residual, i, kind), kind)
+        write(y, i, t)
+
+
+@inner
+def steps_past(q, x, y, residual, n, hi, r, shift, ahead, tile, kind):
+    """The step of a run of floats, and what is beside it, past the caches."""
+    size = size_of(kind)
+    straight = q.relu != 0 or q.activation == 0
+    i = 0
+    while i < n:
+        m = min((-(y + size * i)) % 64 // size, n - i)
+        lines = m == 0 and n - i >= 64 // size
+        if lines:
+            m = (n - i if straight else min(n - i, PAST)) // (64 // size) * (64 // size)
+        elif m == 0:
+            m = n - i
+        at_x, at_y = x + size * i, y + size * i
+        beside = residual + size * i
+        if lines and straight:
+            if residual != 0 and q.relu:
+                step_lines(at_x, at_y, size * m, hi, r, shift, None, None, beside, 1, ahead, 1)
+            elif residual != 0:
+                step_lines(at_x, at_y, size * m, hi, r, shift, None, None, beside, None, ahead, 1)
+            elif q.relu:
+                step_lines(at_x, at_y, size * m, hi, r, shift, None, None, None, 1, ahead, 1)
+            else:
+                step_lines(at_x, at_y, size * m, hi, r, shift, None, None, None, None, ahead, 1)
+        else:
+            if residual != 0:
+                steps_beside(at_x, tile, beside, m, hi, r, shift, kind)
+            else:
+                steps_beside(at_x, tile, None, m, hi, r, shift, kind)
+            if q.activation != 0:
+                call(q.activation, tile, m)
+            stream(at_y, tile, size * m)
+        i += m
+
+
+@inner
+def step_run(q, a, b, p, t, n, s, apart, tile, spare, kind, tiled):
+    """Elements [t, t + n) of plane p of group (a, b), from x to y."""
+    source = q.total if q.total.data != 0 else q.x
+    x = at(source, a, b) + p * source.p + t * source.s
+    y = at(q.y, a, b) + p * q.y.p + t * q.y.s
+    weight = 0
+    bias = 0
+    if q.weight.data != 0 and not q.activation_first:
+        weight = at(q.weight, a, b) + p * q.weight.p + t * q.weight.s
+    if q.bias.data != 0 and not q.activation_first:
+        bias = at(q.bias, a, b) + p * q.bias.p + t * q.bias.s
+    wv = 1 if weight != 0 and q.weight.s != 0 else 0
+    bv = 1 if bias != 0 and q.bias.s != 0 else 0
+    if q.plain:
+        steps(x, y, n, s, apart, weight, bias, wv, bv, q.foldable != 0, kind, kind)
+        return
+    if q.past:
+        hi, r, shift, holds = scale_of_run(s, apart, weight, bias, kind)
+        if holds:
+            residual = 0
+            if q.residual.data != 0:
+                residual = at(q.residual, a, b) + p * q.residual.p + t * q.residual.s
+            ahead = AHEAD
+            if not q.given and q.length * source.s <= AWAITED:
+                ahead = source.b  # this group lies in cache, the next one does not yet
+            steps_past(q, x, y, residual, n, hi, r, shift, ahead, tile, kind)
+            return
+    i = 0
+    while i < n:
+        # through a tile in L1 where x, y and the residual may be one array
+        m = min(n - i, CHUNK)
+        size = size_of(kind)
+        target = y + i * size if q.direct else tile
+        w = weight + i * q.weight.s if weight != 0 else 0
+        v = bias + i * q.bias.s if bias != 0 else 0
+        steps(x + i * size, target, m, s, apart, w, v, wv, bv, q.foldable != 0, kind, tiled)
+        if q.residual.data != 0:
+            residual = at(q.residual, a, b) + p * q.residual.p + (t + i) * q.residual.s
+            add(target, residual, m, q.residual_real != 0, kind)
+        if q.activation != 0:
+            call(q.activation, target, m)
+        if q.activation_first:
+            w = 0
+            v = 0
+            if q.weight.data != 0:
+                w = at(q.weight, a, b) + p * q.weight.p + (t + i) * q.weight.s
+            if q.bias.data != 0:
+                v = at(q.bias, a, b) + p * q.bias.p + (t + i) * q.bias.s
+            affine(target, w, v, 1 if q.weight.s != 0 else 0, 1 if q.bias.s != 0 else 0, m, kind)
+        if not q.direct:
+            deliver(tile, spare, y + i * size, m, q.stream != 0, kind)
+        i += m

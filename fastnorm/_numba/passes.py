@@ -28,7 +28,7 @@ PIECE_ROWS = 1024  # rows that one thread takes
 FIELDS = 5  # numbers of moments
 SCALE = 8  # numbers of the scale of a group
 
-RSTD, NORM, FACTOR = 0, 1, 2  # backends.Scaling
+RSTD, NORM, FACTOR = 0, 1, 2  # description.Scaling
 WHOLE, MOMENTS, FINISH, STEPS = range(4)  # what a kernel is asked to do
 
 OPERAND = np.dtype([(name, np.int64) for name in ("data", "a", "b", "p", "s", "c")])

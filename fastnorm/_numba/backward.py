@@ -19,7 +19,7 @@ import numpy as np
 from numba import cfunc
 
 from fastnorm._numba import scalar
-from fastnorm._numba.lanes import PAIRS, add_pairs_to_lanes
+from fastnorm._numba.lanes import PAIRS, add_pairs_to_lanes, added_up, step_back_rows
 from fastnorm._numba.memory import (
     COUNTERS,
     KERNEL,
@@ -39,14 +39,14 @@ from fastnorm._numba.memory import (
     take,
     write,
 )
-from fastnorm._numba.moments import fold
 from fastnorm._numba.passes import BUNDLE, FINISH, MOMENTS, OPERAND, STEPS, WHOLE, at
-from fastnorm._numba.steps import deliver
+from fastnorm._numba.steps import deliver, stream
 
 SPAN = 65536  # elements of a run summed at a time
 SPAN_ROWS = 512  # rows of columns, likewise: their sums cost at most 2 % of x
 CHUNK = 1024  # elements of a run whose weights' gradients are collected at once
 TOGETHER = 4  # runs that share the trip to those gradients
+CACHED = 1 << 18  # bytes of their x and dy that stay in L2 from the sums to the step
 PARTS = 64  # parallel parts, at most and where there is work for them
 PART = 16384  # elements that make a part worth its sums
 ALLOWED = 2 << 20  # bytes that the parts' sums may take, besides 1 % of x
@@ -78,12 +78,6 @@ def centring(mean, rstd, kind):
 
 
 @inner
-def centring_at(terms, kind):
-    """The same of a group whose terms are at an address."""
-    return centring(read(terms, 0, np.float64), read(terms, 1, np.float64), kind)
-
-
-@inner
 def xhat_of(x, i, hi, r, shift, kind):
     """One element, normalised, for a sum. The shift of doubles, which have no rest, is 0."""
     if is_double(kind):
@@ -92,38 +86,14 @@ def xhat_of(x, i, hi, r, shift, kind):
 
 
 @summing
-def pair_sums(x, dy, n, hi, r, shift, kind, stored):
-    """Of dy and of dy xhat."""
-    first = 0.0
-    second = 0.0
-    for i in range(n):
-        t = np.float64(load(dy, i, stored))
-        first += t
-        second += t * np.float64(xhat_of(x, i, hi, r, shift, kind))
-    return first, second
-
-
-@summing
-def weighted_sums(x, dy, n, hi, r, shift, weight, kind, stored):
-    """Of dy weight and of dy weight xhat."""
-    first = 0.0
-    second = 0.0
-    for i in range(n):
-        t = np.float64(load(dy, i, stored)) * np.float64(read_real(weight, i, kind))
-        first += t
-        second += t * np.float64(xhat_of(x, i, hi, r, shift, kind))
-    return first, second
-
-
-@summing
-def wide_sums(x, dy, n, mean, weight, along, kind, stored):
+def wide_sums(x, dy, n, mean, weight, kind, stored):
     """Of dy weight and of dy weight (x - mean), where float32 cannot hold xhat."""
     first = 0.0
     second = 0.0
     for i in range(n):
         t = np.float64(load(dy, i, stored))
         if weight != 0:
-            t *= np.float64(read_real(weight, i * along, kind))
+            t *= np.float64(read_real(weight, i, kind))
         first += t
         second += t * deviation(load(x, i, kind), mean)
     return first, second
@@ -144,40 +114,20 @@ def is_wide(mean, rstd, kind):
 
 
 @inner
-def add_run(q, a, b, p, t, n, mean, rstd, weight, lanes, kind, stored, computed):
-    """Add the two sums of n elements of a run, weighted unless the address of its weights is 0.
-
-    Of doubles in the order of the Cython kernels, to PAIRS lanes each; else to the first of them.
-    """
+def add_run(q, a, b, p, t, n, mean, rstd, weight, lanes, kind, stored):
+    """Add the two sums of n elements of a run to PAIRS lanes each; no weight (0) is 1."""
     x = at(q.x, a, b) + p * q.x.p + t * q.x.s
     dy = at(q.dy, a, b) + p * q.dy.p + t * q.dy.s
-    second = lanes + 8 * PAIRS
-    if is_double(kind):
-        whole = n // PAIRS
-        if weight == 0:
-            add_pairs_to_lanes(x, dy, None, whole, mean, rstd, lanes)
-        else:
-            add_pairs_to_lanes(x, dy, weight, whole, mean, rstd, lanes)
-        for j in range(n - whole * PAIRS):
-            i = whole * PAIRS + j
-            g = read(dy, i, np.float64)
-            if weight != 0:
-                g *= read(weight, i, np.float64)
-            d = (read(x, i, np.float64) - mean) * rstd
-            write(lanes, j, read(lanes, j, np.float64) + g)
-            write(second, j, scalar.mac(g, d, read(second, j, np.float64)))
-        return
     if is_wide(mean, rstd, kind):
-        one, two = wide_sums(x, dy, n, mean, weight, 1, kind, stored)
-        two *= rstd
+        one, two = wide_sums(x, dy, n, mean, weight, kind, stored)
+        write(lanes, 0, read(lanes, 0, np.float64) + one)
+        write(lanes, PAIRS, read(lanes, PAIRS, np.float64) + two * rstd)
+        return
+    hi, r, shift = centring(mean, rstd, kind)
+    if weight == 0:
+        add_pairs_to_lanes(x, dy, None, n, hi, r, shift, lanes, kind, stored)
     else:
-        hi, r, shift = centring(mean, rstd, kind)
-        if weight == 0:
-            one, two = pair_sums(x, dy, n, hi, r, shift, kind, stored)
-        else:
-            one, two = weighted_sums(x, dy, n, hi, r, shift, weight, kind, stored)
-    write(lanes, 0, read(lanes, 0, np.float64) + one)
-    write(second, 0, read(second, 0, np.float64) + two)
+        add_pairs_to_lanes(x, dy, weight, n, hi, r, shift, lanes, kind, stored)
 
 
 @inner
@@ -202,7 +152,7 @@ def segment_at(q, segment):
 
 
 @inner
-def segment_sums(q, a, b, width, segment, weighted, lanes, kind, stored, computed):
+def segment_sums(q, a, b, width, segment, weighted, lanes, kind, stored):
     """The two sums of a segment of `width` groups side by side, of g where it is `weighted`."""
     f, last = segment_at(q, segment)
     for j in range(2 * PAIRS * width):
@@ -220,19 +170,13 @@ def segment_sums(q, a, b, width, segment, weighted, lanes, kind, stored, compute
                 fetch_plane(q.x, a, b + k, p, t, n, kind)
                 fetch_plane(q.dy, a, b + k, p, t, n, stored)
             own = lanes + 16 * PAIRS * k
-            add_run(q, a, b + k, p, t, n, mean, rstd, weight, own, kind, stored, computed)
+            add_run(q, a, b + k, p, t, n, mean, rstd, weight, own, kind, stored)
         f += n
     for k in range(width):
         own = lanes + 16 * PAIRS * k
         into = q.sums + 16 * ((a * q.b + b + k) * q.segments + segment)
         for of in range(2):
-            if is_double(kind):
-                fold(own, 8)
-                fold(own, 4)
-                fold(own, 2)
-                fold(own, 1)
-            write(into, of, read(own, 0, np.float64))
-            own += 8 * PAIRS
+            write(into, of, added_up(own + 8 * PAIRS * of))
 
 
 @inner
@@ -277,29 +221,41 @@ def finish(q, mean, rstd, first, second, count, into, kind):
 
 
 @inner
-def step_run(x, dy, dx, n, terms, w, kind, stored, to):
-    """dx of n elements of a run that share a weight."""
-    mean = read(terms, 0, np.float64)
-    rstd = read(terms, 1, np.float64)
-    if read(terms, 4, np.float64) != 0.0:
-        first = read(terms, 2, np.float64)
-        second = read(terms, 3, np.float64)
-        for i in range(n):
-            xhat = (np.float64(load(x, i, kind)) - mean) * rstd
-            v = rstd * np.float64(load(dy, i, stored)) * w - first - xhat * second
-            store(dx, i, real(v, kind), to)
-        return
-    hi, r, shift = centring(mean, rstd, kind)
-    wr = real(w * rstd, kind)
-    c1 = real(read(terms, 2, np.float64), kind)
-    c2 = real(read(terms, 3, np.float64), kind)
-    for i in range(n):
-        v = scalar.step_back(load(x, i, kind), load(dy, i, stored), hi, r, shift, wr, c1, c2)
-        store(dx, i, v, to)
+def scale_at(terms, kind):
+    """hi, r, shift, c1 and c2 of a group whose terms are at an address."""
+    hi, r, shift = centring(read(terms, 0, np.float64), read(terms, 1, np.float64), kind)
+    c1, c2 = real(read(terms, 2, np.float64), kind), real(read(terms, 3, np.float64), kind)
+    return hi, r, shift, c1, c2
 
 
 @inner
-def segment_step(q, a, b, width, segment, tile, spare, kind, stored, computed):
+def step_wide(x, dy, dx, n, terms, weight, along, kind, stored):
+    """dx of n elements of a run in float64; no weight (0) is 1."""
+    mean = read(terms, 0, np.float64)
+    rstd = read(terms, 1, np.float64)
+    first = read(terms, 2, np.float64)
+    second = read(terms, 3, np.float64)
+    for i in range(n):
+        xhat = (np.float64(load(x, i, kind)) - mean) * rstd
+        w = np.float64(read_real(weight, i * along, kind)) if weight != 0 else 1.0
+        v = rstd * np.float64(load(dy, i, stored)) * w - first - xhat * second
+        store(dx, i, real(v, kind), kind)
+
+
+@inner
+def step_run(x, dy, dx, n, terms, weight, kind, stored):
+    """dx of n elements of a run that share a weight."""
+    if read(terms, 4, np.float64) != 0.0:
+        step_wide(x, dy, dx, n, terms, weight, 0, kind, stored)
+        return
+    w = np.float64(read_real(weight, 0, kind)) if weight != 0 else 1.0
+    wr = real(w * read(terms, 1, np.float64), kind)
+    scales = (scale_at(terms, kind),)
+    step_back_rows(x, dy, dx, (0, 0, 0), n, scales, wr, None, None, kind, stored)
+
+
+@inner
+def segment_step(q, a, b, width, segment, tile, kind, stored):
     """dx of a segment of `width` groups side by side."""
     f, last = segment_at(q, segment)
     while f < last:
@@ -308,9 +264,7 @@ def segment_step(q, a, b, width, segment, tile, spare, kind, stored, computed):
         end = min(q.s, start + last - f)
         for k in range(width):
             terms = q.terms + 8 * TERMS * (a * q.b + b + k)
-            w = 1.0
-            if q.weight.data != 0:
-                w = np.float64(read_real(at(q.weight, a, b + k) + p * q.weight.p, 0, kind))
+            weight = at(q.weight, a, b + k) + p * q.weight.p if q.weight.data != 0 else 0
             if width > 1 and q.p > 1:
                 fetch_plane(q.x, a, b + k, p, start, end - start, kind)
                 fetch_plane(q.dy, a, b + k, p, start, end - start, stored)
@@ -321,29 +275,26 @@ def segment_step(q, a, b, width, segment, tile, spare, kind, stored, computed):
                 x = at(q.x, a, b + k) + p * q.x.p + t * q.x.s
                 dy = at(q.dy, a, b + k) + p * q.dy.p + t * q.dy.s
                 dx = at(q.dx, a, b + k) + p * q.dx.p + t * q.dx.s
+                step_run(x, dy, dx if q.direct else tile, n, terms, weight, kind, stored)
                 if not q.direct:
-                    step_run(x, dy, tile, n, terms, w, kind, stored, computed)
-                    deliver(tile, spare, dx, n, q.stream != 0, kind)
-                else:
-                    step_run(x, dy, dx, n, terms, w, kind, stored, kind)
+                    stream(dx, tile, n * size_of(kind))
                 t += n
         f += end - start
 
 
 def runs_room():
     """Bytes that a thread needs."""
-    return 8 * (2 * CHUNK + 2 * PAIRS * BUNDLE + 8)
+    return 8 * (TOGETHER * CHUNK + 2 * PAIRS * BUNDLE + 8)
 
 
 @inner
-def planes(record, memory, turn, turns, task, kind, stored, computed):
+def planes(record, memory, turn, turns, task, kind, stored):
     """What `task` asks for, of all items or planes of items; each turn is taken by one thread."""
     q = record_at(record, BACK)
     width = q.width
     tile = memory
     tile += -tile % 64
-    spare = tile + 8 * CHUNK
-    lanes = spare + 8 * CHUNK
+    lanes = tile + 8 * TOGETHER * CHUNK
     total = q.items if task == WHOLE or task == FINISH else q.items * q.segments
     while turn < turns:
         for i in range(total * turn // turns, total * (turn + 1) // turns):
@@ -355,13 +306,13 @@ def planes(record, memory, turn, turns, task, kind, stored, computed):
             last = q.segments if task == WHOLE else first + 1
             if task == WHOLE or task == MOMENTS:
                 for segment in range(first, last):
-                    segment_sums(q, a, b, n, segment, False, lanes, kind, stored, computed)
+                    segment_sums(q, a, b, n, segment, False, lanes, kind, stored)
             if task == WHOLE or task == FINISH:
                 for k in range(n):
                     group_terms(q, a, b + k, False, kind)
             if task != MOMENTS and task != FINISH:
                 for segment in range(first, last):
-                    segment_step(q, a, b, n, segment, tile, spare, kind, stored, computed)
+                    segment_step(q, a, b, n, segment, tile, kind, stored)
         turn = take(record)
     if q.stream:
         fence()
@@ -385,90 +336,46 @@ def group_of(q, owner, sharer):
 
 
 @inner
-def collect(x, dy, n, terms, gw, gb, kind, stored):
-    """Add what a run has for the gradients of its weights and biases."""
+def collect_wide(x, dy, n, terms, gw, gb, kind, stored):
+    """Add what a run has for the gradients of its weights and biases, in float64."""
     mean = read(terms, 0, np.float64)
     rstd = read(terms, 1, np.float64)
-    if read(terms, 4, np.float64) != 0.0:
-        for i in range(n):
-            t = np.float64(load(dy, i, stored))
-            write(gb, i, read(gb, i, np.float64) + t)
-            d = (np.float64(load(x, i, kind)) - mean) * rstd
-            write(gw, i, scalar.mac(t, d, read(gw, i, np.float64)))
-        return
-    hi, r, shift = centring(mean, rstd, kind)
     for i in range(n):
-        t = load(dy, i, stored)
-        write(gb, i, read(gb, i, np.float64) + np.float64(t))
-        write(
-            gw,
-            i,
-            read(gw, i, np.float64) + np.float64(t * scalar.step(load(x, i, kind), hi, r, shift)),
-        )
+        t = np.float64(load(dy, i, stored))
+        write(gb, i, read(gb, i, np.float64) + t)
+        d = (np.float64(load(x, i, kind)) - mean) * rstd
+        write(gw, i, scalar.mac(t, d, read(gw, i, np.float64)))
 
 
 @inner
-def collect_four(x, dy, x_step, dy_step, n, terms, gw, gb, kind, stored):
-    """The same of four runs, none of them wide, a step apart: one trip to the gradients."""
+def step_along(x, dy, dx, steps, n, terms, count, weight, gw, gb, kind, stored):
+    """dx of n elements of one run or four, and what they add to the gradients of their weights."""
     size = 8 * TERMS
-    h0, r0, s0 = centring_at(terms, kind)
-    h1, r1, s1 = centring_at(terms + size, kind)
-    h2, r2, s2 = centring_at(terms + 2 * size, kind)
-    h3, r3, s3 = centring_at(terms + 3 * size, kind)
-    x1, x2, x3 = x + x_step, x + 2 * x_step, x + 3 * x_step
-    y1, y2, y3 = dy + dy_step, dy + 2 * dy_step, dy + 3 * dy_step
-    for i in range(n):
-        t0, t1 = load(dy, i, stored), load(y1, i, stored)
-        t2, t3 = load(y2, i, stored), load(y3, i, stored)
-        d0, d1 = (
-            scalar.step(load(x, i, kind), h0, r0, s0),
-            scalar.step(load(x1, i, kind), h1, r1, s1),
-        )
-        d2, d3 = (
-            scalar.step(load(x2, i, kind), h2, r2, s2),
-            scalar.step(load(x3, i, kind), h3, r3, s3),
-        )
-        both = scalar.fma(t0, d0, t1 * d1) + scalar.fma(t2, d2, t3 * d3)
-        write(gw, i, read(gw, i, np.float64) + np.float64(both))
-        write(gb, i, read(gb, i, np.float64) + np.float64((t0 + t1) + (t2 + t3)))
+    own = scale_at(terms, kind)
+    if count == TOGETHER:
+        second, third = scale_at(terms + size, kind), scale_at(terms + 2 * size, kind)
+        scales = own, second, third, scale_at(terms + 3 * size, kind)
+        if weight != 0:
+            step_back_rows(x, dy, dx, steps, n, scales, weight, gw, gb, kind, stored)
+        else:
+            step_back_rows(x, dy, dx, steps, n, scales, None, gw, gb, kind, stored)
+    elif read(terms, 4, np.float64) != 0.0:
+        collect_wide(x, dy, n, terms, gw, gb, kind, stored)
+        step_wide(x, dy, dx, n, terms, weight, 1, kind, stored)
+    elif weight != 0:
+        step_back_rows(x, dy, dx, steps, n, (own,), weight, gw, gb, kind, stored)
+    else:
+        step_back_rows(x, dy, dx, steps, n, (own,), None, gw, gb, kind, stored)
 
 
 @inner
-def step_along(x, dy, dx, weight, n, terms, kind, stored, to):
-    """dx of n elements of a run whose weights lie at an address (0: all 1)."""
-    mean = read(terms, 0, np.float64)
-    rstd = read(terms, 1, np.float64)
-    first = read(terms, 2, np.float64)
-    second = read(terms, 3, np.float64)
-    if weight == 0:
-        step_run(x, dy, dx, n, terms, 1.0, kind, stored, to)
-        return
-    if read(terms, 4, np.float64) != 0.0:
-        for i in range(n):
-            xhat = (np.float64(load(x, i, kind)) - mean) * rstd
-            w = np.float64(read_real(weight, i, kind))
-            v = rstd * np.float64(load(dy, i, stored)) * w - first - xhat * second
-            store(dx, i, real(v, kind), to)
-        return
-    hi, r, shift = centring(mean, rstd, kind)
-    c1 = real(first, kind)
-    c2 = real(second, kind)
-    for i in range(n):
-        wr = read_real(weight, i, kind) * r
-        v = scalar.step_back(load(x, i, kind), load(dy, i, stored), hi, r, shift, wr, c1, c2)
-        store(dx, i, v, to)
-
-
-@inner
-def step_sharers(q, owner, first, last, p, t, n, gw, gb, tile, spare, kind, stored, computed):
+def step_sharers(q, owner, first, last, p, t, n, gw, gb, tile, kind, stored):
     """dx of n elements of a plane of sharers [first, last), and what these add to the gradients."""
     size = 8 * TERMS
     i = first
     while i < last:
         a, b = group_of(q, owner, i)
         count = 1
-        x_step = q.x.b if not q.own_b else q.x.a
-        dy_step = q.dy.b if not q.own_b else q.dy.a
         # four neighbours in b, or in a where b is the owners'
         near = q.b - b if not q.own_b else q.a - a
         if q.own_b:
@@ -481,36 +388,31 @@ def step_sharers(q, owner, first, last, p, t, n, gw, gb, tile, spare, kind, stor
                 count = 1
         x = at(q.x, a, b) + p * q.x.p + t * q.x.s
         dy = at(q.dy, a, b) + p * q.dy.p + t * q.dy.s
-        if count == TOGETHER:
-            collect_four(x, dy, x_step, dy_step, n, terms, gw, gb, kind, stored)
+        dx = at(q.dx, a, b) + p * q.dx.p + t * q.dx.s
+        steps = (q.x.a, q.dy.a, q.dx.a) if q.own_b else (q.x.b, q.dy.b, q.dx.b)
+        weight = 0
+        if q.weight.data != 0:
+            weight = at(q.weight, a, b) + p * q.weight.p + t * q.weight.s
+        if q.direct:
+            step_along(x, dy, dx, steps, n, terms, count, weight, gw, gb, kind, stored)
         else:
-            collect(x, dy, n, terms, gw, gb, kind, stored)
-        for k in range(count):
-            a, b = group_of(q, owner, i + k)
-            x = at(q.x, a, b) + p * q.x.p + t * q.x.s
-            dy = at(q.dy, a, b) + p * q.dy.p + t * q.dy.s
-            dx = at(q.dx, a, b) + p * q.dx.p + t * q.dx.s
-            weight = 0
-            if q.weight.data != 0:
-                weight = at(q.weight, a, b) + p * q.weight.p + t * q.weight.s
-            of = terms + k * size
-            if not q.direct:
-                step_along(x, dy, tile, weight, n, of, kind, stored, computed)
-                deliver(tile, spare, dx, n, q.stream != 0, kind)
-            else:
-                step_along(x, dy, dx, weight, n, of, kind, stored, kind)
+            beside = n * size_of(kind)
+            into = steps[0], steps[1], beside
+            step_along(x, dy, tile, into, n, terms, count, weight, gw, gb, kind, stored)
+            for k in range(count):
+                stream(dx + k * steps[2], tile + k * beside, beside)
         i += count
 
 
 @inner
-def rows(record, memory, turn, turns, task, kind, stored, computed):
+def rows(record, memory, turn, turns, task, kind, stored):
     """What `task` asks for, of all parts of owners, segments of groups, or chunks of owners."""
     q = record_at(record, BACK)
     tile = memory
     tile += -tile % 64
-    spare = tile + 8 * CHUNK
-    lanes = spare + 8 * CHUNK
+    lanes = tile + 8 * TOGETHER * CHUNK
     chunks = (q.s + CHUNK - 1) // CHUNK
+    together = TOGETHER if 2 * TOGETHER * q.p * q.s * size_of(kind) <= CACHED else 1
     total = q.items * q.parts  # owners times parts
     if task == MOMENTS:
         total = q.a * q.b * q.segments
@@ -526,7 +428,7 @@ def rows(record, memory, turn, turns, task, kind, stored, computed):
                 b = group - a * q.b
                 if task == MOMENTS:
                     segment = i - group * q.segments
-                    segment_sums(q, a, b, 1, segment, True, lanes, kind, stored, computed)
+                    segment_sums(q, a, b, 1, segment, True, lanes, kind, stored)
                 else:
                     group_terms(q, a, b, True, kind)
             elif task == WHOLE:
@@ -539,14 +441,12 @@ def rows(record, memory, turn, turns, task, kind, stored, computed):
                 first = q.sharers * part // q.parts
                 last = q.sharers * (part + 1) // q.parts
                 while first < last:
-                    end = min(first + TOGETHER, last)
+                    end = min(first + together, last)
                     for j in range(first, end):
                         a, b = group_of(q, owner, j)
                         if q.training:
                             for segment in range(q.segments):
-                                segment_sums(
-                                    q, a, b, 1, segment, True, lanes, kind, stored, computed
-                                )
+                                segment_sums(q, a, b, 1, segment, True, lanes, kind, stored)
                         group_terms(q, a, b, True, kind)
                     for p in range(q.p):
                         cell = p * q.s if q.along_p else 0
@@ -555,7 +455,7 @@ def rows(record, memory, turn, turns, task, kind, stored, computed):
                             n = min(CHUNK, q.s - t)
                             step_sharers(
                                 q, owner, first, end, p, t, n, gw + 8 * (cell + t),
-                                gb + 8 * (cell + t), tile, spare, kind, stored, computed,
+                                gb + 8 * (cell + t), tile, kind, stored,
                             )  # fmt: skip
                             t += CHUNK
                     first = end
@@ -572,9 +472,7 @@ def rows(record, memory, turn, turns, task, kind, stored, computed):
                     write(gb, j, 0.0)
                 first = plane - owner * q.p if q.along_p else 0
                 for p in range(first, first + 1 if q.along_p else q.p):
-                    step_sharers(
-                        q, owner, 0, q.sharers, p, t, n, gw, gb, tile, spare, kind, stored, computed
-                    )
+                    step_sharers(q, owner, 0, q.sharers, p, t, n, gw, gb, tile, kind, stored)
         turn = take(record)
     if q.stream:
         fence()
@@ -636,7 +534,7 @@ def rows_pairs(x, x_step, dy, dy_step, n, width, into, first, second, kind, stor
 
 
 @inner
-def columns_sums(q, a, b, c, width, segment, into, any_wide, kind, stored, computed):
+def columns_sums(q, a, b, c, width, segment, into, any_wide, kind, stored):
     """Sums of a segment of rows, for each column, into `sums`."""
     first = q.sums + 16 * (((a * q.b + b) * q.segments + segment) * q.c + c)
     second = first + 8 * width
@@ -779,7 +677,7 @@ def columns(record, memory, turn, turns, task, kind, stored, computed):
             last = q.segments if task == WHOLE else first + 1
             if task == WHOLE or task == MOMENTS:
                 for segment in range(first, last):
-                    columns_sums(q, a, b, c, n, segment, into, any_wide, kind, stored, computed)
+                    columns_sums(q, a, b, c, n, segment, into, any_wide, kind, stored)
             if task == WHOLE or task == FINISH:
                 columns_finish(q, a, b, c, n, into, kind)
             if task == WHOLE or task == STEPS:
@@ -801,7 +699,7 @@ def compile_planes(kind: type, stored: type, computed: type, sources: int) -> An
     @cfunc(KERNEL, cache=True, **STRICT)
     def kernel_of_planes(record, memory, turn, turns, task):
         if sources != 0:
-            planes(record, memory, turn, turns, task, kind, stored, computed)
+            planes(record, memory, turn, turns, task, kind, stored)
 
     return kernel_of_planes
 
@@ -812,7 +710,7 @@ def compile_rows(kind: type, stored: type, computed: type, sources: int) -> Any:
     @cfunc(KERNEL, cache=True, **STRICT)
     def kernel_of_rows(record, memory, turn, turns, task):
         if sources != 0:
-            rows(record, memory, turn, turns, task, kind, stored, computed)
+            rows(record, memory, turn, turns, task, kind, stored)
 
     return kernel_of_rows
 

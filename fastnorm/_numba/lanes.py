@@ -70,19 +70,100 @@ def _folded(builder: Any, v: Any, add: Any) -> Any:
     return [builder.extract_element(a, _WORD(0)) for a in v]
 
 
-def _doubles_at(builder: Any, kind: Any, x: Any, block: Any) -> Any:
-    """LANES numbers of float32, bfloat16 or float64 as doubles."""
-    stored = {"float32": ir.FloatType(), "float64": ir.DoubleType()}.get(
-        _stored(kind), ir.IntType(16)
+def _words(n: int, value: int) -> Any:
+    """A number of 32 bits side by side n times."""
+    return ir.Constant(ir.VectorType(_WORD, n), [value] * n)
+
+
+def _from_bf16(builder: Any, h: Any) -> Any:
+    """`scalar.from_bf16` of numbers side by side."""
+    n = h.type.count
+    u = builder.shl(builder.zext(h, ir.VectorType(_WORD, n)), _words(n, 16))
+    return builder.bitcast(u, ir.VectorType(ir.FloatType(), n))
+
+
+def _to_bf16(builder: Any, v: Any) -> Any:
+    """`scalar.to_bf16` of what arithmetic has made, whose not-a-numbers are quiet (made_bf16)."""
+    n = v.type.count
+    u = builder.bitcast(v, ir.VectorType(_WORD, n))
+    odd = builder.and_(builder.lshr(u, _words(n, 16)), _words(n, 1))
+    up = builder.select(
+        builder.fcmp_ordered("ord", v, v), builder.add(odd, _words(n, 0x7FFF)), _words(n, 0)
     )
-    place = builder.inttoptr(x, ir.VectorType(stored, LANES).as_pointer())
-    align = 2 if isinstance(stored, ir.IntType) else kind.instance_type.bitwidth // 8
-    v = builder.load(builder.gep(place, [block]), align=align)
-    if isinstance(stored, ir.IntType):
-        words = ir.VectorType(_WORD, LANES)
-        v = builder.shl(builder.zext(v, words), ir.Constant(words, [16] * LANES))
-        v = builder.bitcast(v, ir.VectorType(ir.FloatType(), LANES))
-    doubles = ir.VectorType(ir.DoubleType(), LANES)
+    cut = builder.lshr(builder.add(u, up), _words(n, 16))
+    return builder.trunc(cut, ir.VectorType(ir.IntType(16), n))
+
+
+def _from_f16(builder: Any, h: Any) -> Any:
+    """`scalar.from_f16` of numbers side by side."""
+    n = h.type.count
+    words, floats = ir.VectorType(_WORD, n), ir.VectorType(ir.FloatType(), n)
+    u = builder.zext(h, words)
+    magnitude = builder.shl(builder.and_(u, _words(n, 0x7FFF)), _words(n, 13))
+    exponent = builder.and_(magnitude, _words(n, 0x0F800000))
+    normal = builder.add(magnitude, _words(n, 112 << 23))
+    shifted = builder.bitcast(builder.add(magnitude, _words(n, 113 << 23)), floats)
+    least = builder.bitcast(_words(n, 113 << 23), floats)
+    subnormal = builder.bitcast(builder.fsub(shifted, least), words)
+    small = builder.icmp_unsigned("==", exponent, _words(n, 0))
+    special = builder.icmp_unsigned("==", exponent, _words(n, 0x0F800000))
+    v = builder.select(small, subnormal, normal)
+    v = builder.select(special, builder.add(normal, _words(n, 112 << 23)), v)
+    sign = builder.shl(builder.and_(u, _words(n, 0x8000)), _words(n, 16))
+    return builder.bitcast(builder.or_(v, sign), floats)
+
+
+def _to_f16(builder: Any, v: Any) -> Any:
+    """`scalar.to_f16` of numbers side by side."""
+    n = v.type.count
+    words, floats = ir.VectorType(_WORD, n), ir.VectorType(ir.FloatType(), n)
+    u = builder.bitcast(v, words)
+    magnitude = builder.and_(u, _words(n, 0x7FFFFFFF))
+    half = builder.fadd(
+        builder.bitcast(magnitude, floats), builder.bitcast(_words(n, 0x3F000000), floats)
+    )
+    subnormal = builder.sub(builder.bitcast(half, words), _words(n, 0x3F000000))
+    odd = builder.and_(builder.lshr(magnitude, _words(n, 13)), _words(n, 1))
+    rounded = builder.add(builder.add(magnitude, odd), _words(n, 0xFFF - (112 << 23)))
+    nan = builder.icmp_unsigned(">", magnitude, _words(n, 0x7F800000))
+    special = builder.select(nan, _words(n, 0x7E00), _words(n, 0x7C00))
+    large = builder.icmp_unsigned(">=", magnitude, _words(n, 0x47800000))
+    small = builder.icmp_unsigned("<", magnitude, _words(n, 0x38800000))
+    h = builder.select(small, subnormal, builder.lshr(rounded, _words(n, 13)))
+    h = builder.select(large, special, h)
+    sign = builder.and_(builder.lshr(u, _words(n, 16)), _words(n, 0x8000))
+    return builder.trunc(builder.or_(h, sign), ir.VectorType(ir.IntType(16), n))
+
+
+_TYPES = {"float32": ir.FloatType(), "float64": ir.DoubleType()}  # others by their 16 bits
+_FROM = {"uint16": _from_bf16, "int16": _from_f16}
+_TO = {"uint16": _to_bf16, "int16": _to_f16}
+_DOUBLE = types.NumberClass(types.float64)
+
+
+def _size(kind: Any) -> int:
+    """Bytes of a stored number."""
+    return int(kind.instance_type.bitwidth // 8)
+
+
+def _numbers_at(builder: Any, kind: Any, n: int, array: Any, i: Any) -> Any:
+    """Elements i, i + 1 ... of an array that begins at an address, as they are computed with."""
+    stored = _TYPES.get(_stored(kind), ir.IntType(16))
+    place = builder.add(array, builder.mul(i, _ADDRESS(_size(kind))))
+    place = builder.inttoptr(place, ir.VectorType(stored, n).as_pointer())
+    v = builder.load(place, align=_size(kind))
+    return _FROM[_stored(kind)](builder, v) if _stored(kind) in _FROM else v
+
+
+def _put_numbers(builder: Any, kind: Any, array: Any, i: Any, v: Any) -> None:
+    """Write them, rounded to their kind."""
+    v = _TO[_stored(kind)](builder, v) if _stored(kind) in _TO else v
+    place = builder.add(array, builder.mul(i, _ADDRESS(_size(kind))))
+    builder.store(v, builder.inttoptr(place, v.type.as_pointer()), align=_size(kind))
+
+
+def _as_doubles(builder: Any, v: Any) -> Any:
+    doubles = ir.VectorType(ir.DoubleType(), v.type.count)
     return v if v.type == doubles else builder.fpext(v, doubles)
 
 
@@ -106,7 +187,8 @@ def sums_in_lanes(typingctx: Any, x: Any, blocks: Any, pivot: Any, ahead: Any, k
             at = builder.add(builder.add(x, ahead), builder.mul(loop.index, _ADDRESS(size)))
             for line in range(0, size, 64):
                 _prefetch(builder, builder.add(at, _ADDRESS(line)))
-            d = _doubles_at(builder, kind, x, loop.index)
+            first = builder.mul(loop.index, _ADDRESS(LANES))
+            d = _as_doubles(builder, _numbers_at(builder, kind, LANES, x, first))
             d = d if about is None else builder.fsub(d, about)
             builder.store(builder.fadd(builder.load(sums[0]), d), sums[0])
             builder.store(
@@ -197,34 +279,190 @@ def add_to_lanes(
 
 @intrinsic
 def add_pairs_to_lanes(
-    typingctx: Any, x: Any, dy: Any, weight: Any, blocks: Any, mean: Any, rstd: Any, sums: Any
-) -> Any:
-    """Add g = dy weight and g (x - mean) rstd, of `blocks` times PAIRS doubles, likewise.
+    typingctx: Any, x: Any, dy: Any, weight: Any, n: Any, hi: Any, r: Any, shift: Any, sums: Any,
+    kind: Any, stored: Any,
+) -> Any:  # fmt: skip
+    """Add g = dy weight and g xhat, xhat = (x - hi) r + shift, of n numbers, likewise.
 
     `sums` is the address of PAIRS sums of the former and then of the latter. No weight (None) is 1.
+    In the order of the Cython kernels (fn_pair_planes, fn_sum_planes): of floats four terms are
+    added up before they go into a double; of doubles, which have no bits to spare, none.
     """
-    weighted = weight != types.none
+    double = hi == types.float64
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        x, dy, weight, blocks = arguments[:4]
-        mean, rstd = (_repeated(builder, PAIRS, value) for value in arguments[4:6])
-        ahead = _ADDRESS(AHEAD)
+        n, first, own = arguments[3], arguments[7], types.NumberClass(hi)
+        second = builder.add(first, _ADDRESS(8 * PAIRS))
 
-        def terms(block: Any, first: Any, second: Any) -> Any:
-            g = _lanes_at(builder, PAIRS, dy, block, ahead)
-            if weighted:
-                g = builder.fmul(g, _lanes_at(builder, PAIRS, weight, block))
-            d = builder.fsub(_lanes_at(builder, PAIRS, x, block, ahead), mean)
-            d = builder.fmul(d, rstd)
-            return builder.fadd(first, g), _multiplied_and_added(builder, g, d, second, True)
+        def terms(i: Any, k: int) -> Any:
+            hi, r, shift = (_repeated(builder, k, v) for v in arguments[4:7])
+            g = _numbers_at(builder, stored, k, arguments[1], i)
+            if signature.args[2] != types.none:
+                g = builder.fmul(g, _numbers_at(builder, own, k, arguments[2], i))
+            d = builder.fsub(_numbers_at(builder, kind, k, arguments[0], i), hi)
+            return g, builder.fmul(d, r) if double else _multiplied_and_added(builder, d, r, shift)
 
-        places = arguments[6], builder.add(arguments[6], _ADDRESS(8 * PAIRS))
-        _in_lanes(builder, PAIRS, places, blocks, terms)
+        def add(g: Any, h: Any, a: Any, b: Any) -> Any:
+            if double:
+                return builder.fadd(a, g), _multiplied_and_added(builder, g, h, b, True)
+            return add_floats(g, builder.fmul(g, h), a, b)
+
+        def add_floats(one: Any, two: Any, a: Any, b: Any) -> Any:
+            one, two = _as_doubles(builder, one), _as_doubles(builder, two)
+            return builder.fadd(a, one), builder.fadd(b, two)
+
+        def fetch(i: Any, k: int) -> None:
+            _fetch_numbers(builder, kind, arguments[0], i, k)
+            _fetch_numbers(builder, stored, arguments[1], i, k)
+
+        def four_blocks(block: Any, a: Any, b: Any) -> Any:
+            i = builder.mul(block, _ADDRESS(4 * PAIRS))
+            fetch(i, 4 * PAIRS)
+            parts = [builder.add(i, _ADDRESS(PAIRS * k)) for k in range(4)]
+            one, two = _four_terms(builder, [terms(part, PAIRS) for part in parts])
+            return add_floats(one, two, a, b)
+
+        def one_block(block: Any, a: Any, b: Any) -> Any:
+            i = builder.add(four, builder.mul(block, _ADDRESS(PAIRS)))
+            if double:
+                fetch(i, PAIRS)
+            g, h = terms(i, PAIRS)
+            return add(g, h, a, b)
+
+        four = _ADDRESS(0)
+        if not double:
+            blocks = builder.udiv(n, _ADDRESS(4 * PAIRS))
+            _in_lanes(builder, PAIRS, (first, second), blocks, four_blocks)
+            four = builder.mul(blocks, _ADDRESS(4 * PAIRS))
+        blocks = builder.udiv(builder.sub(n, four), _ADDRESS(PAIRS))
+        _in_lanes(builder, PAIRS, (first, second), blocks, one_block)
+        whole = builder.add(four, builder.mul(blocks, _ADDRESS(PAIRS)))
+        with cgutils.for_range_slice(builder, whole, n, _ADDRESS(1)) as (i, _):
+            lane = builder.sub(i, whole)
+            a, b = (_numbers_at(builder, _DOUBLE, 1, sums, lane) for sums in (first, second))
+            g, h = terms(i, 1)
+            a, b = add(g, h, a, b)
+            _put_numbers(builder, _DOUBLE, first, lane, a)
+            _put_numbers(builder, _DOUBLE, second, lane, b)
         return context.get_dummy_value()
 
-    word, number = types.intp, types.float64
-    third = word if weighted else types.none
-    return types.none(word, word, third, word, number, number, word), codegen
+    word = types.intp
+    third = weight if weight == types.none else word
+    return types.none(word, word, third, word, hi, hi, hi, word, kind, stored), codegen
+
+
+@intrinsic
+def added_up(typingctx: Any, lanes: Any) -> Any:
+    """The sum of PAIRS doubles: those 8 apart first, then 4, 2 and 1."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        v = [_numbers_at(builder, _DOUBLE, PAIRS, arguments[0], _ADDRESS(0))]
+        return _folded(builder, v, lambda a, b: [builder.fadd(a[0], b[0])])[0]
+
+    return types.float64(types.intp), codegen
+
+
+def _four_terms(builder: Any, terms: Any) -> Any:
+    """The sum of four g, and of four g xhat."""
+    (t0, h0), (t1, h1), (t2, h2), (t3, h3) = terms
+    first = builder.fadd(builder.fadd(t0, t1), builder.fadd(t2, t3))
+    one = _multiplied_and_added(builder, t0, h0, builder.fmul(t1, h1))
+    two = _multiplied_and_added(builder, t2, h2, builder.fmul(t3, h3))
+    return first, builder.fadd(one, two)
+
+
+def _fetch_numbers(builder: Any, kind: Any, array: Any, i: Any, n: int, ahead: Any = None) -> None:
+    """Ask for n numbers that lie `ahead` bytes further."""
+    ahead = _ADDRESS(AHEAD) if ahead is None else ahead
+    at = builder.add(builder.add(array, ahead), builder.mul(i, _ADDRESS(_size(kind))))
+    for line in range(0, n * _size(kind), 64):
+        _prefetch(builder, builder.add(at, _ADDRESS(line)))
+
+
+@intrinsic
+def step_back_rows(
+    typingctx: Any, x: Any, dy: Any, dx: Any, steps: Any, n: Any, scales: Any, weight: Any,
+    gw: Any, gb: Any, kind: Any, stored: Any,
+) -> Any:  # fmt: skip
+    """dx of n elements of one row or of four, and what they add to the weights' gradients.
+
+    `steps` are the bytes from a row of x, dy and dx to the next; `scales` hi, r, shift, c1 and c2
+    of each. A weight is an address, or one number times r; None is 1. The sums gw and gb are
+    addresses of doubles, or None. Of four rows the next four are asked for in the meantime; of one
+    where dx goes (group norm 8x256x32x32 860 to 740 us, on one thread and out of L2).
+    """
+    rows = scales.count
+    number = scales.dtype.dtype
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        n, weight, gw, gb = (arguments[i] for i in (4, 6, 7, 8))
+        steps = cgutils.unpack_tuple(builder, arguments[3], 3)
+        scales = [
+            cgutils.unpack_tuple(builder, row, 5)
+            for row in cgutils.unpack_tuple(builder, arguments[5], rows)
+        ]
+        xs, dys, dxs = (
+            [builder.add(array, builder.mul(step, _ADDRESS(k))) for k in range(rows)]
+            for array, step in zip(arguments[:3], steps, strict=True)
+        )
+        given, collecting = signature.args[6], signature.args[7] != types.none
+
+        def slope(i: Any, k: int, r: Any) -> Any:
+            if given == types.none:
+                return r
+            if isinstance(given, types.Float):
+                return _repeated(builder, k, weight)
+            return builder.fmul(_numbers_at(builder, own, k, weight, i), r)
+
+        def some(i: Any, k: int) -> None:
+            terms, results = [], []
+            for x, dy, row in zip(xs, dys, scales, strict=True):
+                hi, r, shift, c1, c2 = (_repeated(builder, k, v) for v in row)
+                t = _numbers_at(builder, stored, k, dy, i)
+                d = builder.fsub(_numbers_at(builder, kind, k, x, i), hi)
+                h = _multiplied_and_added(builder, d, r, shift)
+                v = _multiplied_and_added(builder, t, slope(i, k, r), builder.fneg(c1))
+                results.append(_multiplied_and_added(builder, builder.fneg(h), c2, v))
+                terms.append((t, h))
+            for dx, v in zip(dxs, results, strict=True):
+                _put_numbers(builder, kind, dx, i, v)
+            if collecting:
+                t, h = terms[0]
+                added = _four_terms(builder, terms) if rows == 4 else (t, builder.fmul(t, h))
+                for array, v in zip((gb, gw), added, strict=True):
+                    total = _numbers_at(builder, _DOUBLE, k, array, i)
+                    total = builder.fadd(total, _as_doubles(builder, v))
+                    _put_numbers(builder, _DOUBLE, array, i, total)
+
+        def fetch(i: Any) -> None:
+            if rows == 1:
+                _fetch_numbers(builder, kind, dxs[0], i, line)
+                return
+            ahead = [builder.mul(step, _ADDRESS(4)) for step in steps]
+            for x, dy, dx in zip(xs, dys, dxs, strict=True):
+                _fetch_numbers(builder, kind, x, i, line, ahead[0])
+                _fetch_numbers(builder, stored, dy, i, line, ahead[1])
+                if _size(kind) == 2:  # floats of any size go past the caches
+                    _fetch_numbers(builder, kind, dx, i, line, ahead[2])
+
+        own = types.NumberClass(number)
+        block, line = 512 // number.bitwidth, 64 // _size(kind)
+        begin = _ADDRESS(0)
+        for count in sorted({line, block, 1}, reverse=True):
+            end = builder.and_(n, _ADDRESS(-count))
+            with cgutils.for_range_slice(builder, begin, end, _ADDRESS(count)) as (i, _):
+                if count == line:
+                    fetch(i)
+                for part in range(0, count, block):
+                    some(builder.add(i, _ADDRESS(part)), min(block, count))
+            begin = end
+        return context.get_dummy_value()
+
+    word = types.intp
+    third = weight if isinstance(weight, (types.Float, types.NoneType)) else word
+    sums = types.none if gw == types.none else word
+    arguments = (word, word, word, types.UniTuple(word, 3), word, scales, third, sums, sums)
+    return types.none(*arguments, kind, stored), codegen
 
 
 @intrinsic

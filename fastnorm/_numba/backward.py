@@ -21,6 +21,7 @@ from numba import cfunc
 from fastnorm._numba import scalar
 from fastnorm._numba.lanes import PAIRS, add_pairs_to_lanes, added_up, step_back_rows
 from fastnorm._numba.memory import (
+    AHEAD,
     COUNTERS,
     KERNEL,
     STRICT,
@@ -243,21 +244,23 @@ def step_wide(x, dy, dx, n, terms, weight, along, kind, stored):
 
 
 @inner
-def step_run(x, dy, dx, n, terms, weight, kind, stored):
-    """dx of n elements of a run that share a weight."""
+def step_run(x, dy, dx, n, terms, weight, ahead, kind, stored):
+    """dx of n elements of a run that share a weight; asked for so many bytes ahead."""
     if read(terms, 4, np.float64) != 0.0:
         step_wide(x, dy, dx, n, terms, weight, 0, kind, stored)
         return
     w = np.float64(read_real(weight, 0, kind)) if weight != 0 else 1.0
     wr = real(w * read(terms, 1, np.float64), kind)
     scales = (scale_at(terms, kind),)
-    step_back_rows(x, dy, dx, (0, 0, 0), n, scales, wr, None, None, kind, stored)
+    step_back_rows(x, dy, dx, (0, 0, ahead), n, scales, wr, None, None, kind, stored)
 
 
 @inner
 def segment_step(q, a, b, width, segment, tile, kind, stored):
     """dx of a segment of `width` groups side by side."""
     f, last = segment_at(q, segment)
+    # where dx goes in one piece (group norm 8x256x32x32 860 to 740 us, one thread, out of L2)
+    ahead = AHEAD if q.direct and (width == 1 or q.p == 1) else 0
     while f < last:
         p = f // q.s
         start = f - p * q.s
@@ -275,7 +278,8 @@ def segment_step(q, a, b, width, segment, tile, kind, stored):
                 x = at(q.x, a, b + k) + p * q.x.p + t * q.x.s
                 dy = at(q.dy, a, b + k) + p * q.dy.p + t * q.dy.s
                 dx = at(q.dx, a, b + k) + p * q.dx.p + t * q.dx.s
-                step_run(x, dy, dx if q.direct else tile, n, terms, weight, kind, stored)
+                to = dx if q.direct else tile
+                step_run(x, dy, to, n, terms, weight, ahead, kind, stored)
                 if not q.direct:
                     stream(dx, tile, n * size_of(kind))
                 t += n

@@ -390,8 +390,8 @@ def step_back_rows(
 
     `steps` are the bytes from a row of x, dy and dx to the next; `scales` hi, r, shift, c1 and c2
     of each. A weight is an address, or one number times r; None is 1. The sums gw and gb are
-    addresses of doubles, or None. Of four rows the next four are asked for in the meantime; of one
-    where dx goes (group norm 8x256x32x32 860 to 740 us, on one thread and out of L2).
+    addresses of doubles, or None. The next four rows are asked for in the meantime; of one row
+    where dx goes a step further.
     """
     rows = scales.count
     number = scales.dtype.dtype
@@ -438,14 +438,12 @@ def step_back_rows(
                     _put_numbers(builder, _DOUBLE, array, i, total)
 
         def fetch(i: Any) -> None:
-            if rows == 1:
-                _fetch_numbers(builder, kind, dxs[0], i, line)
-                return
-            ahead = [builder.mul(step, _ADDRESS(4)) for step in steps]
             for x, dy, dx in zip(xs, dys, dxs, strict=True):
-                _fetch_numbers(builder, kind, x, i, line, ahead[0])
-                _fetch_numbers(builder, stored, dy, i, line, ahead[1])
-                if _size(kind) == 2:  # floats of any size go past the caches
+                ahead = [builder.mul(step, _ADDRESS(rows)) for step in steps]
+                if rows == 4:
+                    _fetch_numbers(builder, kind, x, i, line, ahead[0])
+                    _fetch_numbers(builder, stored, dy, i, line, ahead[1])
+                if rows == 1 or _size(kind) == 2:  # four rows of floats go past the caches
                     _fetch_numbers(builder, kind, dx, i, line, ahead[2])
 
         own = types.NumberClass(number)

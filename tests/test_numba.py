@@ -204,6 +204,21 @@ def test_gradients_of_doubles_to_the_bit(shape: tuple[int, ...], layout: str) ->
             assert_same_bits(ours, right)
 
 
+@with_cython
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(64, 8192), (9, 20000), (4, 4097), (4, 70001)], ids=str)
+def test_gradients_of_long_rows_to_the_bit(shape: tuple[int, int], threads: int) -> None:
+    """How many rows share a trip to the weights' gradients is told by the shape alone."""
+    x, dy, w = data(shape, F64, 3.0), data(shape, F64, 0, seed=1), data(shape[-1:], F64, 1.0)
+    stats = fn.layer_norm(x, shape[-1], return_stats=True)[1:]
+    results = []
+    for name, count in (("cython", 1), ("numba", threads)):
+        with fn.backend(name), fn.threads(count):
+            results.append(fn.layer_norm_backward(dy, x, *stats, shape[-1], w))
+    for right, ours in zip(*results, strict=True):
+        assert_same_bits(ours, right)
+
+
 @by_layout
 @pytest.mark.parametrize("shape", [(16, 64, 24, 24), (3, 4, 320, 321), (1, 4, 400, 401)], ids=str)
 @pytest.mark.parametrize("op", [op for op in OPERATIONS if op.backward], ids=named)

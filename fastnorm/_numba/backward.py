@@ -50,6 +50,8 @@ TOGETHER = 4  # runs that share the trip to those gradients
 CACHED = 1 << 18  # bytes of their x and dy that stay in L2 from the sums to the step
 PARTS = 64  # parallel parts, at most and where there is work for them
 PART = 16384  # elements that make a part worth its sums
+FEW = 8  # tasks below which large groups are taken in two sweeps, each shared out
+OWN_CELLS = 8192  # cells that a task may keep to itself
 ALLOWED = 2 << 20  # bytes that the parts' sums may take, besides 1 % of x
 TERMS = (
     5  # numbers that the step needs to know of a group: mean, rstd, c1, c2, and whether it is wide
@@ -59,7 +61,7 @@ OPERANDS = ("x", "dy", "dx", "weight", "mean", "rstd")
 NUMBERS = (
     "a", "b", "p", "s", "c", "neighbours", "centred", "training", "stream", "direct",
     "own_a", "own_b", "along_p", "sharers", "parts", "segments", "chunks", "width", "items",
-    "cells", "joined", "sums", "terms", "collected",
+    "cells", "joined", "together", "sums", "terms", "collected",
 )  # fmt: skip
 BACK = np.dtype(
     [(name, np.int64) for name in COUNTERS]
@@ -384,7 +386,7 @@ def step_sharers(q, owner, first, last, p, t, n, gw, gb, tile, kind, stored):
         near = q.b - b if not q.own_b else q.a - a
         if q.own_b:
             near = near if q.b == 1 else 1  # their terms lie apart
-        if last - i >= TOGETHER and near >= TOGETHER and not (q.own_a and q.own_b):
+        if min(last - i, near, q.together) == TOGETHER and not (q.own_a and q.own_b):
             count = TOGETHER
         terms = q.terms + size * (a * q.b + b)
         for k in range(count):
@@ -416,7 +418,6 @@ def rows(record, memory, turn, turns, task, kind, stored):
     tile += -tile % 64
     lanes = tile + 8 * TOGETHER * CHUNK
     chunks = (q.s + CHUNK - 1) // CHUNK
-    together = TOGETHER if 2 * TOGETHER * q.p * q.s * size_of(kind) <= CACHED else 1
     total = q.items * q.parts  # owners times parts
     if task == MOMENTS:
         total = q.a * q.b * q.segments
@@ -445,7 +446,7 @@ def rows(record, memory, turn, turns, task, kind, stored):
                 first = q.sharers * part // q.parts
                 last = q.sharers * (part + 1) // q.parts
                 while first < last:
-                    end = min(first + together, last)
+                    end = min(first + q.together, last)
                     for j in range(first, end):
                         a, b = group_of(q, owner, j)
                         if q.training:

@@ -464,7 +464,7 @@ def _back_plan(
     # across planes, unless these have weights of their own
     joined = layout.columns or inside or shared[2] == 0 or p == 1
     segments = -(-(p * s) // span) if joined else p * -(-s // span)
-    sharers = parts = chunks = width = turns = 1
+    sharers = parts = chunks = width = turns = together = 1
     cells = 0
     owners: tuple[int, ...] = ()
     sums: tuple[int, ...] = (a, b, 1, segments, 2) if joined else (a, b, p, segments // p, 2)
@@ -497,6 +497,13 @@ def _back_plan(
             sharers, max(backward.PARTS // items, 1), a * b * p * s // backward.PART, allowed
         )
         parts = max(parts, 1)
+        # as in _core/backward.pxi, of the shape alone: few large groups in two sweeps, in one part,
+        # and four at a time even where they do not stay in L2
+        few = items * parts < backward.FEW and a * b * p * s >= 8 * backward.PART
+        parts = 1 if few else parts
+        few |= parts == 1 and cells > backward.OWN_CELLS
+        if few or 2 * backward.TOGETHER * p * s * size <= backward.CACHED:
+            together = backward.TOGETHER
         turns = items * owners[2] * -(-s // backward.CHUNK)
         compiler, room = backward.compile_rows, backward.runs_room()
     # those who share a weight, and their segments, at once: in the order of memory, as Cython does
@@ -515,7 +522,7 @@ def _back_plan(
         _operand(stats, 8),
         a, b, p, s, c, layout.neighbours, centred, training, streamed, not streamed,
         shared[0] != 0, shared[1] != 0, shared[2] != 0, sharers, parts, segments, chunks, width,
-        items, cells, joined, 0, 0, 0,
+        items, cells, joined, together, 0, 0, 0,
     )  # fmt: skip
     return _BackPlan(
         record.view(np.int64),

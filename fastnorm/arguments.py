@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias, cast
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastnorm.elsewhere import as_numpy, is_elsewhere
+from fastnorm.elsewhere import Elsewhere, as_numpy
 
 Array: TypeAlias = NDArray[Any]
 Axes: TypeAlias = int | Sequence[int]
@@ -206,7 +206,7 @@ def check_out(out: Array | None, x: Array) -> None:
     if out is None:
         return
     shape, dtype = x.shape, x.dtype
-    if is_elsewhere(x) and not is_elsewhere(out):
+    if isinstance(x, Elsewhere) and not isinstance(out, Elsewhere):
         raise TypeError(
             f"out is a {type(out).__name__}, expected an array where x is; write an empty array "
             "like x of the library that made it"

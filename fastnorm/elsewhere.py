@@ -6,6 +6,7 @@ array in other memory is shown to it as an `Elsewhere`, and the few things that 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -21,55 +22,51 @@ Operand = TypeVar("Operand", Array, Array | None)
 class Elsewhere(np.ndarray[Any, Any]):
     """A NumPy array in all but its numbers, which are in other memory and are never read here.
 
-    A subclass knows that memory.
+    A subclass knows that memory. This is no ABC: it would ask for the methods where a class is
+    called, and NumPy makes views without that. A test asks instead.
     """
 
     __array_ufunc__: Any = None  # no arithmetic
 
+    @abstractmethod
     def new(self, shape: Sequence[int], dtype: Any, strides: Sequence[int] | None = None) -> Array:
         """Memory beside this array's, dense: in C order, or in that of these strides."""
-        raise NotImplementedError
 
+    @abstractmethod
     def placed(self, array: Array) -> Array:
         """A copy of an array beside this one, if it is not there already."""
-        raise NotImplementedError
 
+    @abstractmethod
     def host(self) -> Array:
         """The numbers, in NumPy's memory."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fill_from(self, source: Array) -> None:
         """Fill this array with the numbers of another one there."""
-        raise NotImplementedError
 
+    @abstractmethod
     def plus(self, offset: float) -> Array:
         """A copy in float64, with a number added."""
-        raise NotImplementedError
 
+    @abstractmethod
     def average(self, parts: Array, counts: Array, momentum: float, unbiased: bool) -> None:
         """`passes.update` of this running statistic."""
-        raise NotImplementedError
 
+    @abstractmethod
     def takes(self, activation: Any) -> bool:
         """Whether this activation, which NumPy's arrays may not have, can be compiled there."""
-        raise NotImplementedError
 
+    @abstractmethod
     def compute(self, p: Pass) -> None:
         """Carry out a `Pass` over this array."""
-        raise NotImplementedError
 
+    @abstractmethod
     def compute_backward(self, p: BackwardPass) -> None:
         """Carry out a `BackwardPass` over this array."""
-        raise NotImplementedError
 
+    @abstractmethod
     def respond(self, y: Array, axis: int, size: int, alpha: float, beta: float, k: float) -> None:
         """Fill y with `local_response_norm` of this array."""
-        raise NotImplementedError
-
-
-def is_elsewhere(array: Any) -> bool:
-    """Whether an array is in other memory than NumPy's."""
-    return isinstance(array, Elsewhere)
 
 
 def as_numpy(value: Any) -> Array:

@@ -51,9 +51,8 @@ def destination(array: Array, out: Array | None, *inputs: Array | None) -> Array
 def delivered(y: Array, x: ArrayLike, out: Array | None = None) -> Array:
     """`y` where and in the byte order the caller expects it."""
     if out is not None:
-        if isinstance(out, Elsewhere):
-            if y is not out:
-                out.fill_from(y)
+        if y is not out and isinstance(out, Elsewhere):
+            out.fill_from(y)
         elif y is not out:
             np.copyto(out, y)
         return out
@@ -73,11 +72,11 @@ def rstd_of(var: Array, eps: float) -> Array:
         return np.where(shifted == 0, 0.0, 1.0 / np.sqrt(shifted))
 
 
-def _unknown(array: Array, shape: Sequence[int]) -> tuple[Array, ...]:
+def unknown(array: Array, shape: Sequence[int], count: int = 3) -> tuple[Array, ...]:
     """Room for mean, var and rstd; not a number where there is nothing to take them of."""
     if isinstance(array, Elsewhere) and array.size:
-        return tuple(array.new(shape, np.float64) for _ in range(3))
-    return tuple(beside(array, part) for part in np.full([3, *shape], np.nan))
+        return tuple(array.new(shape, np.float64) for _ in range(count))
+    return tuple(beside(array, part) for part in np.full([count, *shape], np.nan))
 
 
 def _as_it_is(array: Array) -> Array:
@@ -117,11 +116,14 @@ def run(
     )
     seen = view(array)
     reduced = tuple(axis in axes for axis in range(seen.ndim))
-    kept = [1 if r else n for n, r in zip(seen.shape, reduced, strict=True)]
-    mean, var, rstd = _unknown(array, kept if given is None else given[0].shape)
-    if given is not None:
+    if given is None:
+        kept = [1 if r else n for n, r in zip(seen.shape, reduced, strict=True)]
+        mean, var, rstd = unknown(array, kept)
+    else:
         mean, var = (beside(array, part) for part in given)
-        if not isinstance(array, Elsewhere):
+        if isinstance(array, Elsewhere):
+            (rstd,) = unknown(array, mean.shape, 1)
+        else:
             rstd = rstd_of(var, options.get("eps", 0.0))
     y = destination(array, out, array, added, mask, weight, bias)
     if array.size:
@@ -216,9 +218,12 @@ def update(
     so is a channel in which that holds for all parts.
     """
     counts = np.broadcast_to(counts, mean.shape)
+    there = None
     for running, parts, unbiased in ((running_mean, mean, False), (running_var, var, True)):
         if isinstance(running, Elsewhere):
-            running.average(parts, counts, momentum, unbiased)
+            if there is None:
+                there = beside(mean, counts.astype(np.float64, order="C"))
+            running.average(parts, there, momentum, unbiased)
         elif running is not None:
             _average(running, host(parts), counts, momentum, unbiased)
 

@@ -35,8 +35,16 @@ from fastnorm.backends import (
     quick_forward,
 )
 from fastnorm.description import Pass, Scaling
-from fastnorm.elsewhere import Elsewhere, beside, host
-from fastnorm.passes import channels_second, delivered, new_like, quick_scaled, run, scaled
+from fastnorm.elsewhere import Elsewhere, host
+from fastnorm.passes import (
+    channels_second,
+    delivered,
+    new_like,
+    quick_scaled,
+    run,
+    scaled,
+    unknown,
+)
 from fastnorm.routing import door_of, send
 
 
@@ -333,7 +341,7 @@ def global_response_norm(
     if not array.size:
         return delivered(new_like(array), x)
     places = moved.shape[:2] + (1,) * (array.ndim - 2)
-    mean, var, rstd = (beside(array, part) for part in np.zeros((3, *places)))
+    mean, var, rstd = unknown(array, places)
     reduced = tuple(a >= 2 for a in range(array.ndim))
     compute(Pass(moved, None, reduced, mean, var, rstd, centred=False))
     length = np.sqrt(host(var) * math.prod(moved.shape[2:]))

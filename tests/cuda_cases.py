@@ -25,6 +25,7 @@ from fastnorm._numba import gpu
 from fastnorm._numba import gpu_kernels as kernels
 from fastnorm._numba.gpu_arrays import Library, handles
 from fastnorm._numba.gpu_package import SIMULATED, cuda
+from fastnorm.elsewhere import Elsewhere
 
 from . import test_features as features
 from .helpers import (
@@ -672,6 +673,13 @@ def test_out_must_be_on_the_gpu() -> None:
 def test_an_operand_on_the_gpu_where_x_is_not() -> None:
     with pytest.raises(TypeError, match="weight has dtype object"):
         ours.layer_norm(data((2, 8), F32), 8, OnGpu(np.ones(8, F32)))
+
+
+def test_an_array_on_a_gpu_answers_for_its_memory() -> None:
+    asked = [name for name, of in vars(Elsewhere).items() if hasattr(of, "__isabstractmethod__")]
+    assert asked
+    for name in asked:
+        assert not hasattr(getattr(gpu.OnDevice, name), "__isabstractmethod__"), name
 
 
 def test_what_is_no_array_on_a_gpu() -> None:

@@ -40,15 +40,14 @@
  * would be a hundred times slower.
  * mac: the same in sums, where a rounding more is nothing: never slower than * and +.
  * Contraction is off (-ffp-contract=off): no other operation is fused, whatever the compiler. */
+#define FN_HAS_EXTENDED (LDBL_MANT_DIG > DBL_MANT_DIG)
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__aarch64__)
 #define FN_HAS_FMA 1
-#define FN_HAS_EXTENDED 0 /* nor is it asked for */
 FN_INLINE float fn_fma32(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 FN_INLINE double fn_fma64(double a, double b, double c) { return __builtin_fma(a, b, c); }
 FN_INLINE double fn_mac64(double a, double b, double c) { return __builtin_fma(a, b, c); }
 #else
 #define FN_HAS_FMA 0
-#define FN_HAS_EXTENDED (LDBL_MANT_DIG > DBL_MANT_DIG)
 FN_INLINE float fn_fma32(float a, float b, float c) { return (float)((double)a * b + c); }
 FN_INLINE double fn_fma64(double a, double b, double c) {
     return (double)((long double)a * b + c);

@@ -92,7 +92,6 @@ class OnDevice(Elsewhere):
         return is_scalar_function(activation)
 
     def average(self, parts: Array, counts: Array, momentum: float, unbiased: bool) -> None:
-        counts = self.placed(np.ascontiguousarray(counts, np.float64))
         kernel = kernels.running_average(self.dtype.name)
         n, channels = parts.shape
         with _device(self):

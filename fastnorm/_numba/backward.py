@@ -19,6 +19,7 @@ import numpy as np
 from numba import cfunc
 
 from fastnorm._numba import scalar
+from fastnorm._numba.blocking import BUNDLE, FINISH, MOMENTS, OPERAND, STEPS, WHOLE, at
 from fastnorm._numba.lanes import PAIRS, add_pairs_to_lanes, added_up, step_back_rows
 from fastnorm._numba.memory import (
     AHEAD,
@@ -40,7 +41,6 @@ from fastnorm._numba.memory import (
     take,
     write,
 )
-from fastnorm._numba.passes import BUNDLE, FINISH, MOMENTS, OPERAND, STEPS, WHOLE, at
 from fastnorm._numba.steps import deliver, stream
 
 SPAN = 65536  # elements of a run summed at a time

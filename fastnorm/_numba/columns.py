@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from fastnorm._numba import scalar
+from fastnorm._numba.blocking import FIELDS, PIECE_ROWS, at, chosen
 from fastnorm._numba.lanes import step_lines
 from fastnorm._numba.memory import (
     AHEAD,
@@ -22,7 +23,6 @@ from fastnorm._numba.memory import (
     write,
 )
 from fastnorm._numba.moments import merge_into
-from fastnorm._numba.passes import FIELDS, PIECE_ROWS, at, chosen
 from fastnorm._numba.steps import add, affine, deliver, steps_wide
 
 

@@ -17,9 +17,9 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from fastnorm import _core
-from fastnorm._numba import activations, backward, forward, passes
+from fastnorm._numba import activations, backward, blocking, forward
+from fastnorm._numba.blocking import FINISH, MOMENTS, OPERANDS, PASS, STEPS, WHOLE
 from fastnorm._numba.memory import COUNTERS, SOURCES, alone, together
-from fastnorm._numba.passes import FINISH, MOMENTS, OPERANDS, PASS, STEPS, WHOLE
 from fastnorm.layout import Layout
 
 Array = NDArray[Any]
@@ -162,7 +162,7 @@ def _are_alone(layout: Layout, kind: type, foldable: bool) -> bool:
     """Whether groups are rows that are taken one by one: not too short to be."""
     steps = layout.strides
     length = layout.dims[3]
-    if layout.columns or layout.dims[2] != 1 or not passes.ALONE <= length <= passes.BLOCK:
+    if layout.columns or layout.dims[2] != 1 or not blocking.ALONE <= length <= blocking.BLOCK:
         return False
     if "total" in steps and kind is not np.float32:
         return False
@@ -198,27 +198,27 @@ def _plan(
         k = layout.neighbours
         groups = c // k
         chunks = 1
-        if c > passes.ABREAST:
-            chunks = max(1, min(groups, -(-c // passes.COLUMNS)))
+        if c > blocking.ABREAST:
+            chunks = max(1, min(groups, -(-c // blocking.COLUMNS)))
         width = -(-groups // chunks) * k
         chunks = -(-c // width)
         items = a * b * chunks
-        block = min(max(passes.SQUARE // width, 16), passes.PIECE_ROWS)
+        block = min(max(blocking.SQUARE // width, 16), blocking.PIECE_ROWS)
         foldable = not any(w[2] or w[3] for w in weights)
-        piece = max(block, passes.PIECE_ROWS - passes.PIECE_ROWS % block)
+        piece = max(block, blocking.PIECE_ROWS - blocking.PIECE_ROWS % block)
         kernel = _kernel(forward.compile_columns, kind, computing)
         room = forward.columns_room(width)
     else:
         # one group after the other, or several that lie side by side
-        width = passes.BESIDE // max(length, 1)
-        if p > 1 and s * size < passes.NEARBY:
-            width = max(width, passes.PIECE * passes.BLOCK // max(length, 1))
-        width = max(1, min(width, b, passes.BUNDLE))
+        width = blocking.BESIDE // max(length, 1)
+        if p > 1 and s * size < blocking.NEARBY:
+            width = max(width, blocking.PIECE * blocking.BLOCK // max(length, 1))
+        width = max(1, min(width, b, blocking.BUNDLE))
         chunks = -(-b // width)
         items = a * chunks
-        block = passes.BLOCK
+        block = blocking.BLOCK
         foldable = not any(w[3] for w in weights)
-        piece = passes.BLOCK * passes.PIECE
+        piece = blocking.BLOCK * blocking.PIECE
         kernel = _kernel(forward.compile_runs, kind, computing)
         room = forward.runs_room(width)
     pieces = max(1, -(-length // piece))
@@ -236,7 +236,7 @@ def _plan(
         and kind is np.float64
         and not (layout.columns or given)
         and p > 1
-        and s * size < passes.NEARBY
+        and s * size < blocking.NEARBY
         and s * size % 64 == 0
         and nbytes >= streamed_above // 2
     )
@@ -290,7 +290,7 @@ def _plan(
 ARRAYS = OPERANDS[:8]
 # Places in a record, counted in whole numbers: slices are set in a third of the time.
 _DATA = slice(len(COUNTERS), len(COUNTERS) + 6 * len(OPERANDS), 6)
-_AT = {name: int(PASS.fields[name][1]) // 8 for name in passes.NUMBERS}  # type: ignore[index]
+_AT = {name: int(PASS.fields[name][1]) // 8 for name in blocking.NUMBERS}  # type: ignore[index]
 
 
 def run_pass(
@@ -358,7 +358,7 @@ def run_pass(
     threads = threads if plan.nbytes >= SERIAL else 1
     if plan.tabulated:
         chunks = int(record[_AT["chunks"]])
-        table = np.empty(chunks * passes.SCALE * plan.width)
+        table = np.empty(chunks * blocking.SCALE * plan.width)
         record[_AT["scales"]], record[_AT["items"]] = _address(table), chunks
         _share(plan.kernel, where, chunks, 1, FINISH, plan.room)
         record[_AT["items"]] = plan.items
@@ -375,8 +375,8 @@ def _carry_out(
         _share(kernel, where, items, threads, WHOLE, room, plan.nbytes < threads * NEAR)
         return
     # few large groups: all threads take pieces of each; the merge is in the pieces' order
-    parts = np.empty(items * pieces * passes.FIELDS * plan.width)
-    scales = np.empty(items * passes.SCALE * plan.width)
+    parts = np.empty(items * pieces * blocking.FIELDS * plan.width)
+    scales = np.empty(items * blocking.SCALE * plan.width)
     record[_AT["parts"]], record[_AT["scales"]] = _address(parts), _address(scales)
     if not given:
         _share(kernel, where, items * pieces, threads, MOMENTS, room)
@@ -471,7 +471,7 @@ def _back_plan(
     terms = a * b * backward.TERMS
     if layout.columns:
         k = layout.neighbours
-        chunks = 1 if c <= passes.ABREAST else max(1, min(c // k, -(-c // passes.COLUMNS)))
+        chunks = 1 if c <= blocking.ABREAST else max(1, min(c // k, -(-c // blocking.COLUMNS)))
         width = -(-(c // k) // chunks) * k
         chunks = -(-c // width)
         items = a * b * chunks
@@ -479,11 +479,11 @@ def _back_plan(
         sums = (a, b, segments, 2 * c)
         terms = items * backward.OF_COLUMN * width
     elif not inside:
-        if p > 1 and s * size < passes.NEARBY:
+        if p > 1 and s * size < blocking.NEARBY:
             # planes of a group that follow one another are walked as they lie, unless they are few
             # numbers (group norm 8x256x32x32 bfloat16 490 to 390 us)
-            most = passes.BESIDE if steps["x"][2] == s else passes.PIECE * passes.BLOCK
-            width = max(1, min(most // (p * s), b, passes.BUNDLE))
+            most = blocking.BESIDE if steps["x"][2] == s else blocking.PIECE * blocking.BLOCK
+            width = max(1, min(most // (p * s), b, blocking.BUNDLE))
         chunks = -(-b // width)
         items = a * chunks
         compiler, room = backward.compile_planes, backward.runs_room()

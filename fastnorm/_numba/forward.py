@@ -18,11 +18,21 @@ from typing import Any
 
 from numba import cfunc
 
+from fastnorm._numba.blocking import (
+    BLOCK,
+    CHUNK,
+    FIELDS,
+    FINISH,
+    MOMENTS,
+    PASS,
+    SCALE,
+    STEPS,
+    WHOLE,
+)
 from fastnorm._numba.columns import columns_moments, columns_step, spread
 from fastnorm._numba.lanes import LANES
 from fastnorm._numba.memory import KERNEL, STRICT, fence, inner, record_at, take
 from fastnorm._numba.moments import merge_into
-from fastnorm._numba.passes import BLOCK, CHUNK, FIELDS, FINISH, MOMENTS, PASS, SCALE, STEPS, WHOLE
 from fastnorm._numba.rows import rows
 from fastnorm._numba.runs import runs_moments, runs_step
 from fastnorm._numba.scales import finish

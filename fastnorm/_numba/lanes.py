@@ -14,13 +14,13 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fastnorm._numba.memory import (
-    _ADDRESS,
-    _WORD,
+    ADDRESS,
     AHEAD,
     MULTIPLY_ADD,
-    _multiplied_and_added,
-    _prefetch,
-    _stored,
+    WORD,
+    build_multiply_add,
+    build_prefetch,
+    stored_name,
 )
 
 LANES, PAIRS = 32, 16  # sums of doubles side by side, forward and backward
@@ -46,17 +46,17 @@ def _lanes_at(builder: Any, n: int, address: Any, block: Any, ahead: Any = None)
     lanes = ir.VectorType(ir.DoubleType(), n)
     place = builder.gep(builder.inttoptr(address, lanes.as_pointer()), [block])
     if ahead is not None:
-        after = builder.add(builder.ptrtoint(place, _ADDRESS), ahead)
+        after = builder.add(builder.ptrtoint(place, ADDRESS), ahead)
         for line in range(0, 8 * n, 64):
-            _prefetch(builder, builder.add(after, _ADDRESS(line)))
+            build_prefetch(builder, builder.add(after, ADDRESS(line)))
     return builder.load(place, align=8)
 
 
 def _repeated(builder: Any, n: int, value: Any) -> Any:
     """A number side by side n times."""
     unknown = ir.Constant(ir.VectorType(value.type, n), ir.Undefined)
-    one = builder.insert_element(unknown, value, _WORD(0))
-    return builder.shuffle_vector(one, unknown, ir.Constant(ir.VectorType(_WORD, n), None))
+    one = builder.insert_element(unknown, value, WORD(0))
+    return builder.shuffle_vector(one, unknown, ir.Constant(ir.VectorType(WORD, n), None))
 
 
 def _folded(builder: Any, v: Any, add: Any) -> Any:
@@ -64,30 +64,33 @@ def _folded(builder: Any, v: Any, add: Any) -> Any:
     n = v[0].type.count
     while n > 1:
         n //= 2
-        halves = [[_WORD(i) for i in range(k, k + n)] for k in (0, n)]
-        kind = ir.VectorType(_WORD, n)
+        halves = [[WORD(i) for i in range(k, k + n)] for k in (0, n)]
+        kind = ir.VectorType(WORD, n)
         v = add(
             *([builder.shuffle_vector(a, a, ir.Constant(kind, half)) for a in v] for half in halves)
         )
-    return [builder.extract_element(a, _WORD(0)) for a in v]
+    return [builder.extract_element(a, WORD(0)) for a in v]
 
 
 def _words(n: int, value: int) -> Any:
     """A number of 32 bits side by side n times."""
-    return ir.Constant(ir.VectorType(_WORD, n), [value] * n)
+    return ir.Constant(ir.VectorType(WORD, n), [value] * n)
+
+
+# `scalar` has these for one number. Loops over them LLVM would vectorise; here there is no loop.
 
 
 def _from_bf16(builder: Any, h: Any) -> Any:
     """`scalar.from_bf16` of numbers side by side."""
     n = h.type.count
-    u = builder.shl(builder.zext(h, ir.VectorType(_WORD, n)), _words(n, 16))
+    u = builder.shl(builder.zext(h, ir.VectorType(WORD, n)), _words(n, 16))
     return builder.bitcast(u, ir.VectorType(ir.FloatType(), n))
 
 
 def _to_bf16(builder: Any, v: Any) -> Any:
     """`scalar.to_bf16` of what arithmetic has made, whose not-a-numbers are quiet (made_bf16)."""
     n = v.type.count
-    u = builder.bitcast(v, ir.VectorType(_WORD, n))
+    u = builder.bitcast(v, ir.VectorType(WORD, n))
     odd = builder.and_(builder.lshr(u, _words(n, 16)), _words(n, 1))
     up = builder.select(
         builder.fcmp_ordered("ord", v, v), builder.add(odd, _words(n, 0x7FFF)), _words(n, 0)
@@ -99,7 +102,7 @@ def _to_bf16(builder: Any, v: Any) -> Any:
 def _from_f16(builder: Any, h: Any) -> Any:
     """`scalar.from_f16` of numbers side by side."""
     n = h.type.count
-    words, floats = ir.VectorType(_WORD, n), ir.VectorType(ir.FloatType(), n)
+    words, floats = ir.VectorType(WORD, n), ir.VectorType(ir.FloatType(), n)
     u = builder.zext(h, words)
     magnitude = builder.shl(builder.and_(u, _words(n, 0x7FFF)), _words(n, 13))
     exponent = builder.and_(magnitude, _words(n, 0x0F800000))
@@ -118,7 +121,7 @@ def _from_f16(builder: Any, h: Any) -> Any:
 def _to_f16(builder: Any, v: Any) -> Any:
     """`scalar.to_f16` of numbers side by side."""
     n = v.type.count
-    words, floats = ir.VectorType(_WORD, n), ir.VectorType(ir.FloatType(), n)
+    words, floats = ir.VectorType(WORD, n), ir.VectorType(ir.FloatType(), n)
     u = builder.bitcast(v, words)
     magnitude = builder.and_(u, _words(n, 0x7FFFFFFF))
     half = builder.fadd(
@@ -150,17 +153,17 @@ def _size(kind: Any) -> int:
 
 def _numbers_at(builder: Any, kind: Any, n: int, array: Any, i: Any) -> Any:
     """Elements i, i + 1 ... of an array that begins at an address, as they are computed with."""
-    stored = _TYPES.get(_stored(kind), ir.IntType(16))
-    place = builder.add(array, builder.mul(i, _ADDRESS(_size(kind))))
+    stored = _TYPES.get(stored_name(kind), ir.IntType(16))
+    place = builder.add(array, builder.mul(i, ADDRESS(_size(kind))))
     place = builder.inttoptr(place, ir.VectorType(stored, n).as_pointer())
     v = builder.load(place, align=_size(kind))
-    return _FROM[_stored(kind)](builder, v) if _stored(kind) in _FROM else v
+    return _FROM[stored_name(kind)](builder, v) if stored_name(kind) in _FROM else v
 
 
 def _put_numbers(builder: Any, kind: Any, array: Any, i: Any, v: Any) -> None:
     """Write them, rounded to their kind."""
-    v = _TO[_stored(kind)](builder, v) if _stored(kind) in _TO else v
-    place = builder.add(array, builder.mul(i, _ADDRESS(_size(kind))))
+    v = _TO[stored_name(kind)](builder, v) if stored_name(kind) in _TO else v
+    place = builder.add(array, builder.mul(i, ADDRESS(_size(kind))))
     builder.store(v, builder.inttoptr(place, v.type.as_pointer()), align=_size(kind))
 
 
@@ -186,16 +189,14 @@ def sums_in_lanes(typingctx: Any, x: Any, blocks: Any, pivot: Any, ahead: Any, k
             builder.store(ir.Constant(lanes, [0.0] * LANES), total)
         about = None if signature.args[2] == types.none else _repeated(builder, LANES, pivot)
         with cgutils.for_range(builder, blocks) as loop:
-            at = builder.add(builder.add(x, ahead), builder.mul(loop.index, _ADDRESS(size)))
+            at = builder.add(builder.add(x, ahead), builder.mul(loop.index, ADDRESS(size)))
             for line in range(0, size, 64):
-                _prefetch(builder, builder.add(at, _ADDRESS(line)))
-            first = builder.mul(loop.index, _ADDRESS(LANES))
+                build_prefetch(builder, builder.add(at, ADDRESS(line)))
+            first = builder.mul(loop.index, ADDRESS(LANES))
             d = _as_doubles(builder, _numbers_at(builder, kind, LANES, x, first))
             d = d if about is None else builder.fsub(d, about)
             builder.store(builder.fadd(builder.load(sums[0]), d), sums[0])
-            builder.store(
-                _multiplied_and_added(builder, d, d, builder.load(sums[1]), True), sums[1]
-            )
+            builder.store(build_multiply_add(builder, d, d, builder.load(sums[1]), True), sums[1])
         v = [builder.load(total) for total in sums]
         v = _folded(builder, v, lambda a, b: [builder.fadd(*pair) for pair in zip(a, b)])
         return context.make_tuple(builder, pair, v)
@@ -232,16 +233,14 @@ def exact_squares(typingctx: Any, x: Any, blocks: Any, chain: Any, mean: Any) ->
             low = builder.fadd(builder.fadd(a[1], lost), b[1])
             return [high, low, builder.fadd(a[2], b[2])]
 
-        with cgutils.for_range_slice(builder, _ADDRESS(0), blocks, chain) as (begin, _):
+        with cgutils.for_range_slice(builder, ADDRESS(0), blocks, chain) as (begin, _):
             builder.store(zero, short)
             left = builder.sub(blocks, begin)
             n = builder.select(builder.icmp_signed("<", left, chain), left, chain)
             with cgutils.for_range(builder, n) as loop:
                 block = builder.add(begin, loop.index)
-                d = builder.fsub(_lanes_at(builder, LANES, x, block, _ADDRESS(AHEAD)), mean)
-                builder.store(
-                    _multiplied_and_added(builder, d, d, builder.load(short), True), short
-                )
+                d = builder.fsub(_lanes_at(builder, LANES, x, block, ADDRESS(AHEAD)), mean)
+                builder.store(build_multiply_add(builder, d, d, builder.load(short), True), short)
                 builder.store(builder.fadd(builder.load(first), d), first)
             high, lost = two_sum(builder.load(total), builder.load(short))
             builder.store(high, total)
@@ -269,7 +268,7 @@ def add_to_lanes(
 
         def terms(block: Any, *sums: Any) -> Any:
             d = builder.fsub(_lanes_at(builder, LANES, x, block, ahead), pivot)
-            squares = [_multiplied_and_added(builder, d, d, total, True) for total in sums[1:]]
+            squares = [build_multiply_add(builder, d, d, total, True) for total in sums[1:]]
             return [builder.fadd(sums[0], d), *squares]
 
         _in_lanes(builder, LANES, arguments[4 : 5 + squared], blocks, terms)
@@ -294,7 +293,7 @@ def add_pairs_to_lanes(
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         n, first, own = arguments[3], arguments[7], types.NumberClass(hi)
-        second = builder.add(first, _ADDRESS(8 * PAIRS))
+        second = builder.add(first, ADDRESS(8 * PAIRS))
 
         def terms(i: Any, k: int) -> Any:
             hi, r, shift = (_repeated(builder, k, v) for v in arguments[4:7])
@@ -302,11 +301,11 @@ def add_pairs_to_lanes(
             if signature.args[2] != types.none:
                 g = builder.fmul(g, _numbers_at(builder, own, k, arguments[2], i))
             d = builder.fsub(_numbers_at(builder, kind, k, arguments[0], i), hi)
-            return g, builder.fmul(d, r) if double else _multiplied_and_added(builder, d, r, shift)
+            return g, builder.fmul(d, r) if double else build_multiply_add(builder, d, r, shift)
 
         def add(g: Any, h: Any, a: Any, b: Any) -> Any:
             if double:
-                return builder.fadd(a, g), _multiplied_and_added(builder, g, h, b, True)
+                return builder.fadd(a, g), build_multiply_add(builder, g, h, b, True)
             return add_floats(g, builder.fmul(g, h), a, b)
 
         def add_floats(one: Any, two: Any, a: Any, b: Any) -> Any:
@@ -318,28 +317,28 @@ def add_pairs_to_lanes(
             _fetch_numbers(builder, stored, arguments[1], i, k)
 
         def four_blocks(block: Any, a: Any, b: Any) -> Any:
-            i = builder.mul(block, _ADDRESS(4 * PAIRS))
+            i = builder.mul(block, ADDRESS(4 * PAIRS))
             fetch(i, 4 * PAIRS)
-            parts = [builder.add(i, _ADDRESS(PAIRS * k)) for k in range(4)]
+            parts = [builder.add(i, ADDRESS(PAIRS * k)) for k in range(4)]
             one, two = _four_terms(builder, [terms(part, PAIRS) for part in parts])
             return add_floats(one, two, a, b)
 
         def one_block(block: Any, a: Any, b: Any) -> Any:
-            i = builder.add(four, builder.mul(block, _ADDRESS(PAIRS)))
+            i = builder.add(four, builder.mul(block, ADDRESS(PAIRS)))
             if double:
                 fetch(i, PAIRS)
             g, h = terms(i, PAIRS)
             return add(g, h, a, b)
 
-        four = _ADDRESS(0)
+        four = ADDRESS(0)
         if not double:
-            blocks = builder.udiv(n, _ADDRESS(4 * PAIRS))
+            blocks = builder.udiv(n, ADDRESS(4 * PAIRS))
             _in_lanes(builder, PAIRS, (first, second), blocks, four_blocks)
-            four = builder.mul(blocks, _ADDRESS(4 * PAIRS))
-        blocks = builder.udiv(builder.sub(n, four), _ADDRESS(PAIRS))
+            four = builder.mul(blocks, ADDRESS(4 * PAIRS))
+        blocks = builder.udiv(builder.sub(n, four), ADDRESS(PAIRS))
         _in_lanes(builder, PAIRS, (first, second), blocks, one_block)
-        whole = builder.add(four, builder.mul(blocks, _ADDRESS(PAIRS)))
-        with cgutils.for_range_slice(builder, whole, n, _ADDRESS(1)) as (i, _):
+        whole = builder.add(four, builder.mul(blocks, ADDRESS(PAIRS)))
+        with cgutils.for_range_slice(builder, whole, n, ADDRESS(1)) as (i, _):
             lane = builder.sub(i, whole)
             a, b = (_numbers_at(builder, _DOUBLE, 1, sums, lane) for sums in (first, second))
             g, h = terms(i, 1)
@@ -358,7 +357,7 @@ def added_up(typingctx: Any, lanes: Any) -> Any:
     """The sum of PAIRS doubles: those 8 apart first, then 4, 2 and 1."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        v = [_numbers_at(builder, _DOUBLE, PAIRS, arguments[0], _ADDRESS(0))]
+        v = [_numbers_at(builder, _DOUBLE, PAIRS, arguments[0], ADDRESS(0))]
         return _folded(builder, v, lambda a, b: [builder.fadd(a[0], b[0])])[0]
 
     return types.float64(types.intp), codegen
@@ -368,17 +367,17 @@ def _four_terms(builder: Any, terms: Any) -> Any:
     """The sum of four g, and of four g xhat."""
     (t0, h0), (t1, h1), (t2, h2), (t3, h3) = terms
     first = builder.fadd(builder.fadd(t0, t1), builder.fadd(t2, t3))
-    one = _multiplied_and_added(builder, t0, h0, builder.fmul(t1, h1))
-    two = _multiplied_and_added(builder, t2, h2, builder.fmul(t3, h3))
+    one = build_multiply_add(builder, t0, h0, builder.fmul(t1, h1))
+    two = build_multiply_add(builder, t2, h2, builder.fmul(t3, h3))
     return first, builder.fadd(one, two)
 
 
 def _fetch_numbers(builder: Any, kind: Any, array: Any, i: Any, n: int, ahead: Any = None) -> None:
     """Ask for n numbers that lie `ahead` bytes further."""
-    ahead = _ADDRESS(AHEAD) if ahead is None else ahead
-    at = builder.add(builder.add(array, ahead), builder.mul(i, _ADDRESS(_size(kind))))
+    ahead = ADDRESS(AHEAD) if ahead is None else ahead
+    at = builder.add(builder.add(array, ahead), builder.mul(i, ADDRESS(_size(kind))))
     for line in range(0, n * _size(kind), 64):
-        _prefetch(builder, builder.add(at, _ADDRESS(line)))
+        build_prefetch(builder, builder.add(at, ADDRESS(line)))
 
 
 @intrinsic
@@ -404,7 +403,7 @@ def step_back_rows(
             for row in cgutils.unpack_tuple(builder, arguments[5], rows)
         ]
         xs, dys, dxs = (
-            [builder.add(array, builder.mul(step, _ADDRESS(k))) for k in range(rows)]
+            [builder.add(array, builder.mul(step, ADDRESS(k))) for k in range(rows)]
             for array, step in zip(arguments[:3], steps, strict=True)
         )
         given, collecting = signature.args[6], signature.args[7] != types.none
@@ -422,11 +421,11 @@ def step_back_rows(
                 hi, r, shift, c1, c2 = (_repeated(builder, k, v) for v in scales[row])
                 t = _numbers_at(builder, stored, k, dys[row], i)
                 d = builder.fsub(_numbers_at(builder, kind, k, xs[row], i), hi)
-                h = _multiplied_and_added(builder, d, r, shift)
+                h = build_multiply_add(builder, d, r, shift)
                 terms.append((t, h))
                 if row in stepped:
-                    v = _multiplied_and_added(builder, t, slope(i, k, r), builder.fneg(c1))
-                    results.append(_multiplied_and_added(builder, builder.fneg(h), c2, v))
+                    v = build_multiply_add(builder, t, slope(i, k, r), builder.fneg(c1))
+                    results.append(build_multiply_add(builder, builder.fneg(h), c2, v))
             for row, v in zip(stepped, results, strict=True):
                 _put_numbers(builder, kind, dxs[row], i, v)
             if collecting:
@@ -439,7 +438,7 @@ def step_back_rows(
 
         def fetch(i: Any) -> None:
             for x, dy, dx in zip(xs, dys, dxs, strict=True):
-                ahead = [builder.mul(step, _ADDRESS(rows)) for step in steps]
+                ahead = [builder.mul(step, ADDRESS(rows)) for step in steps]
                 if rows == 4:
                     _fetch_numbers(builder, kind, x, i, line, ahead[0])
                     _fetch_numbers(builder, stored, dy, i, line, ahead[1])
@@ -455,14 +454,14 @@ def step_back_rows(
             gradients: list[tuple[Sequence[int], bool, set[int]]] = [((), True, {1})]
             loops = [*gradients * collecting, *(((row,), False, {1}) for row in range(rows))]
         for stepped, collected, counts in loops:
-            begin = _ADDRESS(0)
+            begin = ADDRESS(0)
             for count in sorted(counts, reverse=True):
-                end = builder.and_(n, _ADDRESS(-count))
-                with cgutils.for_range_slice(builder, begin, end, _ADDRESS(count)) as (i, _):
+                end = builder.and_(n, ADDRESS(-count))
+                with cgutils.for_range_slice(builder, begin, end, ADDRESS(count)) as (i, _):
                     if count == line:
                         fetch(i)
                     for part in range(0, count, block):
-                        some(builder.add(i, _ADDRESS(part)), min(block, count), stepped, collected)
+                        some(builder.add(i, ADDRESS(part)), min(block, count), stepped, collected)
                 begin = end
         return context.get_dummy_value()
 
@@ -492,8 +491,8 @@ def step_lines(
         lanes = ir.VectorType(number, n)
         there = [argument != types.none for argument in signature.args]
 
-        with cgutils.for_range(builder, builder.udiv(arguments[2], _ADDRESS(64))) as loop:
-            at = builder.mul(loop.index, _ADDRESS(64))
+        with cgutils.for_range(builder, builder.udiv(arguments[2], ADDRESS(64))) as loop:
+            at = builder.mul(loop.index, ADDRESS(64))
 
             def place(i: int) -> Any:
                 return builder.add(arguments[i], at)
@@ -506,10 +505,10 @@ def step_lines(
 
             if there[10]:
                 for i in (0, 8) if there[8] else (0,):
-                    _prefetch(builder, builder.add(place(i), arguments[10]))
-            t = _multiplied_and_added(builder, builder.fsub(line(0), line(3)), line(4), line(5))
+                    build_prefetch(builder, builder.add(place(i), arguments[10]))
+            t = build_multiply_add(builder, builder.fsub(line(0), line(3)), line(4), line(5))
             if there[6]:
-                t = _multiplied_and_added(builder, t, line(6), line(7))
+                t = build_multiply_add(builder, t, line(6), line(7))
             if there[8]:
                 t = builder.fadd(t, line(8))
             if there[9]:
@@ -518,7 +517,7 @@ def step_lines(
             align = 64 if there[11] else kind.bitwidth // 8
             stored = builder.store(t, builder.inttoptr(place(1), lanes.as_pointer()), align=align)
             if there[11]:
-                stored.set_metadata("nontemporal", builder.module.add_metadata([_WORD(1)]))
+                stored.set_metadata("nontemporal", builder.module.add_metadata([WORD(1)]))
         return context.get_dummy_value()
 
     return types.none(x, y, size, hi, r, shift, w, b, e, relu, ahead, past), codegen

@@ -62,7 +62,7 @@ SOURCES = _sources()
 
 # --- Instructions ---------------------------------------------------------------------------------
 
-_ADDRESS, _WORD = ir.IntType(64), ir.IntType(32)
+ADDRESS, WORD = ir.IntType(64), ir.IntType(32)
 
 
 class _Extended(ir.Type):
@@ -78,7 +78,7 @@ class _Extended(ir.Type):
         return hash(_Extended)
 
 
-def _multiplied_and_added(builder: Any, a: Any, b: Any, c: Any, summed: bool = False) -> Any:
+def build_multiply_add(builder: Any, a: Any, b: Any, c: Any, summed: bool = False) -> Any:
     """a * b + c of numbers, or of as many side by side, as _core/numbers.h has it (fma or mac)."""
     n = a.type.count if isinstance(a.type, ir.VectorType) else 0
     kind = a.type.element if n else a.type
@@ -103,7 +103,7 @@ def _in_numba(summed: bool) -> Any:
 
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             a, b, c = arguments
-            return _multiplied_and_added(builder, a, b, c, summed)
+            return build_multiply_add(builder, a, b, c, summed)
 
         return a(a, b, c), codegen
 
@@ -178,12 +178,12 @@ def fence(typingctx: Any) -> Any:
     return types.none(), codegen
 
 
-def _prefetch(builder: Any, address: Any) -> None:
+def build_prefetch(builder: Any, address: Any) -> None:
     byte = ir.IntType(8).as_pointer()
     function = builder.module.declare_intrinsic(
-        "llvm.prefetch", [byte], ir.FunctionType(ir.VoidType(), [byte, _WORD, _WORD, _WORD])
+        "llvm.prefetch", [byte], ir.FunctionType(ir.VoidType(), [byte, WORD, WORD, WORD])
     )
-    builder.call(function, [builder.inttoptr(address, byte), _WORD(0), _WORD(3), _WORD(1)])
+    builder.call(function, [builder.inttoptr(address, byte), WORD(0), WORD(3), WORD(1)])
 
 
 @intrinsic
@@ -191,7 +191,7 @@ def fetch(typingctx: Any, address: Any) -> Any:
     """Ask for the cache line at an address that will be read soon."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _prefetch(builder, arguments[0])
+        build_prefetch(builder, arguments[0])
         return context.get_dummy_value()
 
     return types.none(types.intp), codegen
@@ -271,14 +271,14 @@ def together(kernel, record, memory, room, turns, task, threads):
 # Intrinsics too: as functions they would be compiled a hundred times.
 
 
-def _stored(kind: Any) -> str:
+def stored_name(kind: Any) -> str:
     """The kind that a Numba type argument stands for."""
     return str(kind.instance_type)
 
 
 def _computed(kind: Any) -> Any:
     """The Numba type that numbers of a kind are computed in."""
-    return types.float64 if _stored(kind) == "float64" else types.float32
+    return types.float64 if stored_name(kind) == "float64" else types.float32
 
 
 def _bits(kind: Any) -> Any:
@@ -290,7 +290,7 @@ def _bits(kind: Any) -> Any:
 def load(typingctx: Any, address: Any, index: Any, kind: Any) -> Any:
     """Element `index` at `address`, as a number that is computed in."""
     stored, computed = _bits(kind), _computed(kind)
-    convert = {"uint16": scalar.from_bf16, "int16": scalar.from_f16}.get(_stored(kind))
+    convert = {"uint16": scalar.from_bf16, "int16": scalar.from_f16}.get(stored_name(kind))
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer = _pointer(context, builder, stored, arguments[0], arguments[1])
@@ -306,7 +306,7 @@ def load(typingctx: Any, address: Any, index: Any, kind: Any) -> Any:
 def store(typingctx: Any, address: Any, index: Any, value: Any, kind: Any) -> Any:
     """Write element `index` at `address`, rounded to its kind."""
     stored, computed = _bits(kind), _computed(kind)
-    convert = {"uint16": scalar.to_bf16, "int16": scalar.to_f16}.get(_stored(kind))
+    convert = {"uint16": scalar.to_bf16, "int16": scalar.to_f16}.get(stored_name(kind))
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         value = arguments[2]
@@ -345,7 +345,7 @@ def real(typingctx: Any, value: Any, kind: Any) -> Any:
 @intrinsic
 def is_double(typingctx: Any, kind: Any) -> Any:
     """Whether numbers of this kind are computed with in float64."""
-    answer = _stored(kind) == "float64"
+    answer = stored_name(kind) == "float64"
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return context.get_constant(types.boolean, answer)
@@ -356,7 +356,7 @@ def is_double(typingctx: Any, kind: Any) -> Any:
 @intrinsic
 def is_half(typingctx: Any, kind: Any) -> Any:
     """Whether numbers of this kind are float16."""
-    answer = _stored(kind) == "int16"
+    answer = stored_name(kind) == "int16"
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return context.get_constant(types.boolean, answer)

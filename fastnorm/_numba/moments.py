@@ -11,6 +11,7 @@ import math
 import numpy as np
 
 from fastnorm._numba import scalar
+from fastnorm._numba.blocking import CHAIN
 from fastnorm._numba.lanes import LANES, add_to_lanes, exact_squares, sums_in_lanes
 from fastnorm._numba.memory import (
     AHEAD,
@@ -23,7 +24,6 @@ from fastnorm._numba.memory import (
     summing,
     write,
 )
-from fastnorm._numba.passes import CHAIN
 
 
 @inner

@@ -7,10 +7,10 @@ import math
 import numpy as np
 
 from fastnorm._numba import scalar
+from fastnorm._numba.blocking import CHUNK, PAST, RSTD, SHORT, at
 from fastnorm._numba.lanes import step_lines
 from fastnorm._numba.memory import inner, is_double, load, read_real, real, size_of, store, write
 from fastnorm._numba.moments import double_moments, fetch_ahead, squares, sums, sums_about
-from fastnorm._numba.passes import CHUNK, PAST, RSTD, SHORT, at
 from fastnorm._numba.runs import runs_step
 from fastnorm._numba.scales import finish, rstd_of
 from fastnorm._numba.steps import convert, steps_affine, steps_plain, stream

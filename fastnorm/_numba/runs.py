@@ -7,9 +7,9 @@ import math
 import numpy as np
 
 from fastnorm._numba import scalar
+from fastnorm._numba.blocking import BLOCK, PIECE, at
 from fastnorm._numba.memory import inner, is_double, load, read, read_real, real, store, write
 from fastnorm._numba.moments import merge_into, moments, squares, sums, sums_about
-from fastnorm._numba.passes import BLOCK, PIECE, at
 from fastnorm._numba.steps import step_run, steps_plain
 
 

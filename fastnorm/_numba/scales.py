@@ -7,8 +7,8 @@ import math
 import numpy as np
 
 from fastnorm._numba import scalar
+from fastnorm._numba.blocking import FACTOR, FIELDS, RSTD, at, chosen
 from fastnorm._numba.memory import inner, is_double, read, read_real, real, write
-from fastnorm._numba.passes import FACTOR, FIELDS, RSTD, at, chosen
 
 
 @inner

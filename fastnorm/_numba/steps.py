@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastnorm._numba import scalar
+from fastnorm._numba.blocking import AWAITED, CHUNK, PAST, at
 from fastnorm._numba.lanes import step_lines
 from fastnorm._numba.memory import (
     AHEAD,
@@ -20,7 +21,6 @@ from fastnorm._numba.memory import (
     stream_line,
     write,
 )
-from fastnorm._numba.passes import AWAITED, CHUNK, PAST, at
 
 # --- Beside the affine step -----------------------------------------------------------------------
 

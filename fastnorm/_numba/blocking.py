@@ -1,4 +1,4 @@
-"""What a kernel is told of a forward pass, and how much it takes at a time.
+"""How much a kernel takes at a time, and what it is told of a forward pass.
 
 Everything it needs to know is in one record, `PASS`; an operand of it is known by the address of
 its first element and the bytes to the next along each of the five dimensions (`forward`).

@@ -23,8 +23,10 @@ import fastnorm as fn
 
 from .helpers import (
     BACKENDS,
+    BF16,
     COMPILED,
     DTYPES,
+    F16,
     F32,
     F64,
     Array,
@@ -236,6 +238,24 @@ def test_gradients_for_any_number_of_threads(
             shared = getattr(fn, str(op.backward))(dy, x, *stats, **keywords)
     for a, b in zip(serial, shared, strict=True):
         assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=named)
+def test_every_number_of_16_bits_comes_and_goes(dtype: Any) -> None:
+    """With statistics that are given, 0 and 1, dx is dy: rounded, where that is of float32."""
+    every = np.arange(1 << 16, dtype=np.uint16).view(dtype).reshape(1, 1, -1)
+    bits = np.random.default_rng(0).integers(0, 1 << 32, 1 << 18, np.uint32)
+    with np.errstate(invalid="ignore"):
+        halves = every.astype(F32).view(np.uint32).ravel()
+    between = np.concatenate([halves + k for k in (0xFFF, 0x1000, 0x1001, 0x7FFF, 0x8000, 0x8001)])
+    single = np.concatenate([bits, between]).astype(np.uint32).view(F32)
+    single = single[~np.isnan(single)].reshape(1, 1, -1)
+    for dy in (every, single):
+        x = np.zeros(dy.shape, dtype)
+        with fn.backend("numba"):
+            dx, *_ = fn.batch_norm_backward(dy, x, np.zeros(1), np.ones(1), training=False)
+        with np.errstate(over="ignore", invalid="ignore"):  # NumPy's casts
+            np.testing.assert_array_equal(dx.astype(F64), dy.astype(dtype).astype(F64))
 
 
 @with_cython

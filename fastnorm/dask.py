@@ -258,10 +258,6 @@ def _step(
     return passes.run(x, array, axes, weight, bias, given=given, eps=eps, **options)[0]
 
 
-def _rstd(var: Any, eps: float) -> Any:
-    return passes.rstd_of(var, eps)
-
-
 def _whole(x: Any, axes: tuple[int, ...], group: tuple[int, int] | None = None) -> bool:
     """Whether each chunk holds its groups whole."""
     if any(x.numblocks[a] > 1 for a in axes):
@@ -310,7 +306,7 @@ def _normalised(
     source = _again(x, fields, axes)
     operands = {"mean": mean, "var": var} | affine | beside
     y = _each(_step, source, operands, dtype, activation=activation, eps=eps)
-    return y, mean, var.map_blocks(_rstd, eps, dtype=np.float64)
+    return y, mean, var.map_blocks(passes.rstd_of, eps, dtype=np.float64)
 
 
 # --- The norms ------------------------------------------------------------------------------------
@@ -404,7 +400,7 @@ def batch_norm(
         var = _parameter(running_var, "running_var", x, place, wide=True)
         operands = {"mean": mean, "var": var} | affine | _beside(x, None, residual)
         y = _each(_step, x, operands, _dtype(x), activation=activation, eps=eps)
-        rstd = var.map_blocks(_rstd, eps, dtype=np.float64)
+        rstd = var.map_blocks(passes.rstd_of, eps, dtype=np.float64)
     else:
         axes = tuple(a for a in range(x.ndim) if a != axis)
         if where is None:

@@ -19,11 +19,10 @@ import numpy as np
 from numba import cfunc
 
 from fastnorm._numba import scalar
-from fastnorm._numba.blocking import BUNDLE, FINISH, MOMENTS, OPERAND, STEPS, WHOLE, at
+from fastnorm._numba.blocking import BUNDLE, FINISH, MOMENTS, STEPS, WHOLE, at, record_of
 from fastnorm._numba.lanes import PAIRS, add_pairs_to_lanes, added_up, step_back_rows
 from fastnorm._numba.memory import (
     AHEAD,
-    COUNTERS,
     KERNEL,
     STRICT,
     fence,
@@ -63,11 +62,7 @@ NUMBERS = (
     "own_a", "own_b", "along_p", "sharers", "parts", "segments", "chunks", "width", "items",
     "cells", "joined", "together", "sums", "terms", "collected",
 )  # fmt: skip
-BACK = np.dtype(
-    [(name, np.int64) for name in COUNTERS]
-    + [(name, OPERAND) for name in OPERANDS]
-    + [(name, np.int64) for name in NUMBERS]
-)
+BACK = record_of(OPERANDS, NUMBERS)
 
 
 # --- The sums of a run ----------------------------------------------------------------------------

@@ -6,6 +6,9 @@ its first element and the bytes to the next along each of the five dimensions (`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
 import numpy as np
 
 from fastnorm._numba.memory import COUNTERS, inner, read
@@ -31,6 +34,7 @@ SCALE = 8  # numbers of the scale of a group
 RSTD, NORM, FACTOR = 0, 1, 2  # description.Scaling
 WHOLE, MOMENTS, FINISH, STEPS = range(4)  # what a kernel is asked to do
 
+Field: TypeAlias = tuple[str, Any]
 OPERAND = np.dtype([(name, np.int64) for name in ("data", "a", "b", "p", "s", "c")])
 OPERANDS = (
     "x", "y", "mask", "weight", "bias", "residual", "addend", "total", "mean", "var", "rstd",
@@ -41,12 +45,16 @@ NUMBERS = (
     "whole_planes", "length", "width", "chunks", "items", "block", "pieces", "parts", "scales",
     "plain", "direct", "fields", "alone", "past", "relu",
 )  # fmt: skip
-PASS = np.dtype(
-    [(name, np.int64) for name in COUNTERS]
-    + [(name, OPERAND) for name in OPERANDS]
-    + [(name, np.int64) for name in NUMBERS]
-    + [("eps", np.float64)]
-)
+
+
+def record_of(operands: Sequence[str], numbers: Sequence[str], *more: Field) -> np.dtype[Any]:
+    """The dtype of a record: counters, then operands, whole numbers, and what else there is."""
+    fields: list[Field] = [(name, np.int64) for name in COUNTERS]
+    fields += [(name, OPERAND) for name in operands]
+    return np.dtype([*fields, *((name, np.int64) for name in numbers), *more])
+
+
+PASS = record_of(OPERANDS, NUMBERS, ("eps", np.float64))
 
 
 @inner

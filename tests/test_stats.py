@@ -367,8 +367,17 @@ def test_progress_on_a_terminal_alone(
     assert "30" in terminal.getvalue()
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Processes started meanwhile take Ctrl-C, which a shell has those behind its `&` ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="Ctrl-C is sent to a process group")
 @pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_prints_what_was_done(tmp_path: Path, workers: int) -> None:
     """So many files that no machine is done with them before the interrupt; some it is."""
     pytest.importorskip("PIL")

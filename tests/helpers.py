@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
+import mmap
 import os
 import subprocess
 import sys
@@ -174,6 +177,71 @@ def layouts(x: Array) -> Iterator[tuple[str, Array]]:
     locked = x.copy()
     locked.flags.writeable = False
     yield "read-only", locked
+
+
+# --- Memory with a fence around it ----------------------------------------------------------------
+
+PAGE = mmap.PAGESIZE
+REMAINDER = 0xA5  # what the rest of an array's pages is filled with
+
+
+def _forbid(address: int, size: int) -> None:
+    """Let every access to these pages end the process."""
+    if os.name == "nt":
+        before = ctypes.c_ulong()
+        protect = getattr(ctypes, "windll").kernel32.VirtualProtect  # noqa: B009
+        done = protect(ctypes.c_void_p(address), ctypes.c_size_t(size), 1, ctypes.byref(before))
+        assert done, "VirtualProtect failed"
+        return
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    if protect(address, size, 0):
+        raise OSError(ctypes.get_errno(), "mprotect failed")
+
+
+def guarded(shape: tuple[int, ...], dtype: Any, side: str = "after") -> Array:
+    """Zeros in C order, whose last byte is before a page that may not be touched; or the first.
+
+    On the other side such a page follows as well, behind fewer than a page of bytes of
+    `REMAINDER`, which `assert_fence` looks at.
+    """
+    assert side in ("before", "after"), side
+    dtype = np.dtype(dtype)
+    nbytes = math.prod(shape) * dtype.itemsize
+    inside = max(-(-nbytes // PAGE), 1) * PAGE
+    memory = mmap.mmap(-1, inside + 2 * PAGE)
+    whole = np.frombuffer(memory, np.uint8)
+    whole[PAGE : PAGE + inside] = REMAINDER
+    start = PAGE if side == "before" else PAGE + inside - nbytes
+    for guard in (whole[:PAGE], whole[PAGE + inside :]):
+        _forbid(guard.ctypes.data, PAGE)
+    array = np.ndarray(shape, dtype, memory, start)
+    array[...] = np.zeros((), dtype)
+    return array
+
+
+def guarded_copy(array: Array, side: str = "after") -> Array:
+    """The same numbers, with the same strides, in memory with a fence around it."""
+    low, high = np.lib.array_utils.byte_bounds(array)
+    nbytes = max(high - low, 0) if array.size else 0
+    memory = guarded((nbytes,), np.uint8, side)
+    copy = np.ndarray(
+        array.shape, array.dtype, memory, array.ctypes.data - low if nbytes else 0, array.strides
+    )
+    if nbytes:
+        copy[...] = array
+    return copy
+
+
+def assert_fence(array: Array) -> None:
+    """Assert that the rest of the pages of a guarded array is as it was."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    assert isinstance(array.base, mmap.mmap), "not from `guarded`"
+    whole = np.frombuffer(array.base, np.uint8)
+    start = array.ctypes.data - whole.ctypes.data
+    for rest in (whole[PAGE:start], whole[start + array.nbytes : -PAGE]):
+        assert (rest == REMAINDER).all(), "bytes beside an array were overwritten"
 
 
 # --- Other processes ------------------------------------------------------------------------------

@@ -95,12 +95,12 @@ $(STAMPS)/build: $(BUILT_FROM) | $(STAMPS)/venv
 # The packages of one extra. pip reads its list from the installed fastnorm, which is therefore not
 # built a second time; `pip show` fails where it is not installed, before pip looks for it elsewhere.
 $(STAMPS)/demo $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/docs $(STAMPS)/dev: $(STAMPS)/build
-	@$(PIP) show --quiet fastnorm
-	$(PIP) install $(PIP_ARGS) 'fastnorm[$(@F)]'
+	@$(PIP) show --quiet fastnorm-kernels
+	$(PIP) install $(PIP_ARGS) 'fastnorm-kernels[$(@F)]'
 	@touch '$@'
 
 clean:
-	rm -rf build dist wheelhouse fastnorm.egg-info docs/_build docs/reference/generated
+	rm -rf build dist wheelhouse fastnorm.egg-info fastnorm_kernels.egg-info docs/_build docs/reference/generated
 	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	rm -f fastnorm/_core/*.so fastnorm/_core/*.pyd fastnorm/_core/*.c
 	find fastnorm tests benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

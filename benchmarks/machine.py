@@ -14,7 +14,7 @@ import fastnorm as fn
 
 from . import native
 
-LIBRARIES = ("fastnorm", "numpy", "torch", "onnxruntime", "jax")
+LIBRARIES = ("numpy", "torch", "onnxruntime", "jax")
 
 
 def facts() -> dict[str, Any]:
@@ -28,7 +28,7 @@ def facts() -> dict[str, Any]:
         "instruction set": config["cpu"]["instruction set used"],
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in LIBRARIES},
+        "versions": {"fastnorm": fn.__version__} | {name: _version(name) for name in LIBRARIES},
         "compiler": compiler(),
         "date": date.today().isoformat(),
     }

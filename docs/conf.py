@@ -1,7 +1,6 @@
 """Sphinx configuration. It documents the installed fastnorm and fetches nothing."""
 
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 from sphinx.util.docutils import SphinxDirective
@@ -18,7 +17,7 @@ from tests.operations import OPERATIONS
 project = "fastnorm"
 author = "The fastnorm developers"
 copyright = "2026, the fastnorm developers"
-release = version("fastnorm")
+release = fastnorm.__version__
 version = ".".join(release.split(".")[:2])
 
 extensions = [

@@ -687,9 +687,9 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {"python": platform.python_version(), "numpy": np.__version__}
-    for name in ("fastnorm", "numba"):
+    for name, distribution in (("fastnorm", "fastnorm-kernels"), ("numba", "numba")):
         try:
-            versions[name] = version(name)
+            versions[name] = version(distribution)
         except PackageNotFoundError:
             versions[name] = "not installed"
     config: dict[str, Any] = {

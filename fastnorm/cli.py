@@ -207,7 +207,7 @@ def _lacks(extra: str, *modules: str) -> bool:
     missing = [name for module, name in wanted.items() if find_spec(module) is None]
     if missing:
         names = " and ".join(missing)
-        _warn(f"this needs {names}: install with pip install 'fastnorm[{extra}]'")
+        _warn(f"this needs {names}: install with pip install 'fastnorm-kernels[{extra}]'")
     return bool(missing)
 
 

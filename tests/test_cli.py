@@ -19,7 +19,7 @@ from fastnorm import cli, demo
 Array = np.ndarray[Any, Any]
 
 needs_demo = pytest.mark.skipif(
-    None in map(find_spec, ("matplotlib", "PIL", "sklearn")), reason="needs fastnorm[demo]"
+    None in map(find_spec, ("matplotlib", "PIL", "sklearn")), reason="needs fastnorm-kernels[demo]"
 )
 
 NO_KERNELS = "fastnorm: no compiled kernels in use: these are NumPy's times; see 'fastnorm info'\n"
@@ -99,7 +99,7 @@ def test_missing_library(
     assert out == ""
     assert err == (
         "fastnorm: this needs matplotlib and scikit-learn: "
-        "install with pip install 'fastnorm[demo]'\n"
+        "install with pip install 'fastnorm-kernels[demo]'\n"
     )
     assert not list(tmp_path.iterdir())
 

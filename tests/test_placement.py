@@ -21,7 +21,7 @@ from fastnorm import cli, placement
 Array = np.ndarray[Any, Any]
 
 needs_matplotlib = pytest.mark.skipif(
-    find_spec("matplotlib") is None, reason="needs fastnorm[demo]"
+    find_spec("matplotlib") is None, reason="needs fastnorm-kernels[demo]"
 )
 PLACEMENTS = ("pre", "post", "peri", "deepnorm")
 
@@ -301,5 +301,5 @@ def test_pictures_that_cannot_be(
     assert cli.main([*SHORT, "--plot", str(tmp_path / "a.png")]) == 2
     assert capsys.readouterr() == (
         "",
-        "fastnorm: this needs matplotlib: install with pip install 'fastnorm[demo]'\n",
+        "fastnorm: this needs matplotlib: install with pip install 'fastnorm-kernels[demo]'\n",
     )

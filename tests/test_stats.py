@@ -340,7 +340,7 @@ def test_missing_library(
     assert run(capsys, folder) == (
         2,
         "",
-        "fastnorm: this needs pillow: install with pip install 'fastnorm[stats]'\n",
+        "fastnorm: this needs pillow: install with pip install 'fastnorm-kernels[stats]'\n",
     )
 
 

@@ -4,7 +4,7 @@ A folder is what `save_pretrained` of the transformers package writes, and what 
 the Hugging Face Hub: config.json and model.safetensors. safetensors reads the latter into NumPy,
 ml_dtypes gives NumPy bfloat16, and tokenizers is needed for text.
 
-    pip install 'fastnorm[models]'
+    pip install 'fastnorm-kernels[models]'
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ try:
     from numba import cuda
 except ImportError as error:  # a Numba that no longer comes with it
     raise ImportError(
-        "arrays on a GPU need numba-cuda, which is not installed; write pip install fastnorm[cuda]"
+        "arrays on a GPU need numba-cuda, which is not installed: "
+        "install with pip install 'fastnorm-kernels[cuda]'"
     ) from error
 
 Function = Callable[..., Any]

@@ -39,6 +39,8 @@ GNU_FLAGS = [
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",
+    # Else a function that the headers do not declare is found missing only at import.
+    "-Werror=implicit-function-declaration",
 ]
 MSVC_FLAGS = ["/O2", "/fp:precise"]
 
@@ -175,7 +177,12 @@ def extension(name):
         f"fastnorm._core.{name}",
         [f"{CORE}/{name}.pyx"],
         depends=sorted(path.as_posix() for path in shared),
-        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
+        # The oldest NumPy that pyproject.toml allows: by itself NumPy would declare only what NumPy
+        # 1.19 had, or, from newer headers, allow what NumPy 2.0 lacks.
+        define_macros=[
+            ("NPY_TARGET_VERSION", "NPY_2_0_API_VERSION"),
+            ("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"),
+        ],
     )
 
 

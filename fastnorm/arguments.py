@@ -176,6 +176,19 @@ def mask_of(where: ArrayLike | None, x: Array) -> Array | None:
         ) from None
 
 
+def unmask(value: Any, where: ArrayLike | None) -> tuple[Any, Any]:
+    """The numbers of an `np.ma` array, and its mask as one more `where`; all else as it came."""
+    ma = sys.modules.get("numpy.ma")
+    if ma is None or not isinstance(value, ma.MaskedArray):
+        return value, where
+    numbers = ma.getdata(value, subok=False)
+    if ma.getmask(value) is ma.nomask:
+        return numbers, where
+    kept = ~ma.getmaskarray(value)
+    mask = mask_of(where, numbers)
+    return numbers, kept if mask is None else kept & mask
+
+
 def same_shape(value: ArrayLike, name: str, x: Array) -> Array:
     """Return `value` as an array of the shape of x."""
     array = as_array(value, name)

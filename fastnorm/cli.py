@@ -1,35 +1,28 @@
 """The command line: ``python -m fastnorm``, and the script ``fastnorm``.
 
 Results go to stdout, progress and warnings to stderr. Every command is a function of the parsed
-arguments that returns an exit status: 0, or 2 for what cannot be used. What a command needs beyond
-NumPy is imported in that function.
+arguments that returns an exit status: 0, 1 for what went wrong on the way, or 2 for what cannot be
+used. What a command needs beyond NumPy is imported in that function.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import fastnorm as fn
+from fastnorm._files.images import MODES
+from fastnorm._files.names import in_json, say, shown
+from fastnorm._files.parts import MAX_PIXELS
+from fastnorm.terminal import Progress, Rate, lacks, say_json, warn
 
-# The extra in pyproject.toml, and what it brings: {import: distribution}.
-_EXTRAS = {
-    "demo": {"matplotlib": "matplotlib", "PIL": "pillow", "sklearn": "scikit-learn"},
-    "stats": {
-        "PIL": "pillow",
-        "h5py": "h5py",
-        "matplotlib": "matplotlib",
-        "tqdm": "tqdm",
-        "zarr": "zarr",
-    },
-    "dask": {"dask": "dask", "distributed": "distributed"},
-}
+# More processes than any machine has use for.
+MOST_WORKERS = 1024
+PICTURES = (".png", ".svg", ".pdf")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,17 +39,51 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status. argparse raises SystemExit by itself for ``--help``, ``--version`` and
         arguments it cannot read.
     """
-    arguments = _parser().parse_args(argv)
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # who read the results has seen enough
+        _drop_output()
+        return 141  # as of a program that ends by SIGPIPE
+    except OSError as error:
+        _drop_output()
+        warn(f"cannot write the results: {error.strerror or error}")
+        return 1
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return 0
     status: int = arguments.command(arguments)
     return status
 
 
+def _drop_output() -> None:
+    """Send what waits to be written to stdout nowhere, or the interpreter tries it once more."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):  # no file
+        return
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Name what cannot be used, in a form that is safe to print."""
+        super().error(shown(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fastnorm", description="Normalization for NumPy arrays on the CPU."
-    )
+    parser = _Parser(prog="fastnorm", description="Normalization for NumPy arrays on the CPU.")
     parser.add_argument("--version", action="version", version=f"fastnorm {fn.__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    parser.set_defaults(command=None)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     about = "normalise feature maps of photographs: times, errors and a picture"
     demo = commands.add_parser("demo", help=about, description=f"{about.capitalize()}.")
@@ -103,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="networks of each kind (default: %(default)s)",
     )
-    placement.add_argument("--plot", type=_new_file, metavar="FILE", help="draw what was found")
+    placement.add_argument("--plot", type=_picture, metavar="FILE", help="draw what was found")
     placement.add_argument("--json", action="store_true", help="print the numbers as JSON")
     # for tests: of each training
     placement.add_argument("--steps", type=_positive, help=argparse.SUPPRESS)
@@ -125,7 +152,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     stats.add_argument("--key", default="", help="which array, in files of several")
     stats.add_argument(
-        "--mode", help="convert images to this mode of Pillow first, such as RGB or L"
+        "--mode",
+        choices=MODES,
+        metavar="MODE",
+        help=f"convert images of 8 bits first, to one of {', '.join(MODES)}",
     )
     stats.add_argument(
         "--scale",
@@ -134,10 +164,24 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="divide everything by S: 255 for statistics of images from 0 to 1",
     )
+    stats.add_argument(
+        "--nodata",
+        type=_number,
+        metavar="V",
+        help="numbers equal to V are none; so are those that a file says are",
+    )
+    stats.add_argument("--ignore-nan", action="store_true", help="NaN is no number")
+    stats.add_argument(
+        "--max-pixels",
+        type=_positive,
+        default=MAX_PIXELS,
+        metavar="N",
+        help="refuse images of more pixels (default: %(default)s)",
+    )
     stats.add_argument("--by", choices=["folder"], help="statistics of each folder, too")
     stats.add_argument("--skip-bad", action="store_true", help="list unreadable files, and go on")
     stats.add_argument(
-        "--workers", type=_positive, default=1, metavar="N", help="processes (default: %(default)s)"
+        "--workers", type=_workers, default=1, metavar="N", help="processes (default: %(default)s)"
     )
     stats.add_argument(
         "--scheduler", metavar="ADDRESS", help="of a Dask cluster that does the work"
@@ -145,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     stats.add_argument("--json", action="store_true", help="print the numbers as JSON")
     stats.add_argument(
         "--plot",
-        type=_new_file,
+        type=_picture,
         metavar="FILE",
         help="draw the histogram of each channel: .png, .svg or .pdf",
     )
@@ -156,9 +200,22 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
+    if not text.isdecimal() or len(text) > 18 or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 1 or more")
     return int(text)
+
+
+def _workers(text: str) -> int:
+    if _positive(text) > MOST_WORKERS:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than {MOST_WORKERS} processes")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
 
 def _depths(text: str) -> list[int]:
@@ -190,91 +247,58 @@ def _new_file(text: str) -> Path:
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is a directory: name a file in it")
     if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no directory '{path.parent}' for {path.name!r}")
+        raise argparse.ArgumentTypeError(
+            f"there is no directory {str(path.parent)!r} for {path.name!r}"
+        )
+    if path.exists() and not path.is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} is no file")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written")
     return path
 
 
-# --- What is told on stderr -----------------------------------------------------------------------
-
-
-def _warn(text: str) -> None:
-    print(f"fastnorm: {text}", file=sys.stderr)
-
-
-def _lacks(extra: str, *modules: str) -> bool:
-    """Whether a library of `extra`, or of it one of `modules`, is missing; say what to install."""
-    wanted = {m: name for m, name in _EXTRAS[extra].items() if m in modules or not modules}
-    missing = [name for module, name in wanted.items() if find_spec(module) is None]
-    if missing:
-        names = " and ".join(missing)
-        _warn(f"this needs {names}: install with pip install 'fastnorm-kernels[{extra}]'")
-    return bool(missing)
-
-
-class _Progress:
-    """A bar on stderr while the ``with`` block runs; nothing where stderr is no terminal."""
-
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
-        self._done = 0
-        self._visible = sys.stderr.isatty()
-
-    def __call__(self, step: str) -> None:
-        """Show that `step` begins."""
-        width = 24
-        bar = "#" * (width * self._done // self._steps)
-        self._write(f"[{bar:-<{width}}] {step}")
-        self._done += 1
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._write("")
-
-    def _write(self, line: str) -> None:
-        if self._visible:
-            # to the start of the line, and delete to its end
-            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+def _picture(text: str) -> Path:
+    path = _new_file(text)
+    if path.suffix.lower() not in PICTURES:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no name of a picture, expected one that ends in {', '.join(PICTURES)}"
+        )
+    return path
 
 
 # --- The commands ---------------------------------------------------------------------------------
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    if _lacks("demo"):
+    if lacks("demo"):
         return 2
     from fastnorm import demo
 
     if fn.get_backend() == "numpy":
-        _warn("no compiled kernels in use: these are NumPy's times; see 'fastnorm info'")
-    with _Progress(demo.STEPS) as progress:
+        warn("no compiled kernels in use: these are NumPy's times; see 'fastnorm info'")
+    with Progress(demo.STEPS) as progress:
         result, picture = demo.run(arguments.size, arguments.threads, progress)
     try:
         arguments.output.write_bytes(picture)
     except OSError as error:
-        _warn(f"cannot write the picture: {error}")
+        warn(f"cannot write the picture: {error}")
         return 2
+    picture_at = str(arguments.output)
     if arguments.json:
-        print(json.dumps(result.to_dict() | {"picture": str(arguments.output)}, indent=2))
+        say_json(result.to_dict() | {"picture": in_json(picture_at)})
     else:
-        print(f"{result.to_text()}\n\nThe picture is in {arguments.output}")
+        say(f"{result.to_text()}\n\nThe picture is in {shown(picture_at)}", sys.stdout)
     return 0
 
 
 def _placement(arguments: argparse.Namespace) -> int:
-    if arguments.plot and _lacks("demo", "matplotlib"):
+    if arguments.plot and lacks("demo", "matplotlib"):
         return 2
     from fastnorm import placement
 
     parts = [arguments.part] if arguments.part else placement.PARTS
     depths = arguments.depths or placement.DEPTHS
-    with _Progress(placement.steps(parts, depths, arguments.seeds)) as progress:
+    with Progress(placement.steps(parts, depths, arguments.seeds)) as progress:
         results = placement.run(
             parts, depths, arguments.seeds, progress, training_steps=arguments.steps
         )
@@ -282,16 +306,18 @@ def _placement(arguments: argparse.Namespace) -> int:
         try:
             placement.draw(results, arguments.plot)
         except (OSError, ValueError) as error:  # ValueError: a format that is not known
-            _warn(f"cannot write the picture: {error}")
+            warn(f"cannot write the picture: {error}")
             return 2
-    print(json.dumps(results, indent=1) if arguments.json else placement.to_text(results))
+    if arguments.json:
+        say_json(results)
+    else:
+        say(placement.to_text(results), sys.stdout)
     return 0
 
 
 def _info(arguments: argparse.Namespace) -> int:
     if arguments.json:
-        config: dict[str, Any] | None = fn.show_config("dicts")
-        print(json.dumps(config, indent=2))
+        say_json(fn.show_config("dicts"))
     else:
         fn.show_config()
     return 0
@@ -299,20 +325,27 @@ def _info(arguments: argparse.Namespace) -> int:
 
 def _stats(arguments: argparse.Namespace) -> int:
     from fastnorm import stats
+    from fastnorm._files import names, parts, reading, report
 
-    options = stats.Options(arguments.axis, arguments.mode, arguments.plot is not None)
+    options = parts.Options(
+        axis=arguments.axis,
+        mode=arguments.mode,
+        histogram=arguments.plot is not None,
+        nodata=arguments.nodata,
+        ignore_nan=arguments.ignore_nan,
+        max_pixels=arguments.max_pixels,
+    )
     try:
-        files = stats.files_of(arguments.paths)
-        kinds = {kind for _, kind in files}
-        needed = [stats.NEEDS[kind][0] for kind in sorted(kinds & stats.NEEDS.keys())]
+        files, bad = stats.files_of(arguments.paths, arguments.skip_bad)
+        needed = sorted(reading.needs_of(files.found))
         needed += ["matplotlib"] if arguments.plot else []
-        if needed and _lacks("stats", *needed):
+        if needed and lacks("stats", *needed):
             return 2
-        if arguments.scheduler is not None and _lacks("dask"):
+        if arguments.scheduler is not None and lacks("dask"):
             return 2
-        with _Rate() as rate:
+        with Rate() as rate:
             found, complete = stats.collect(
-                files,
+                files.found,
                 options,
                 key=arguments.key,
                 by_folder=arguments.by == "folder",
@@ -322,77 +355,63 @@ def _stats(arguments: argparse.Namespace) -> int:
                 begin=rate.begin,
                 advance=rate.advance,
             )
-    except stats.CannotUse as error:
-        _warn(str(error))
+    except names.CannotUse as error:
+        warn(str(error))
         return 2
-    except stats.CannotRead as error:
-        _warn(f"{error}; --skip-bad lists such files and goes on")
+    except names.CannotRead as error:
+        warn(f"{error}; --skip-bad lists such files and goes on")
         return 1
+    found.bad[:0] = bad
     for path, reason in found.bad:
-        _warn(f"left out {path}: {reason}")
-    if not complete:
-        _warn(
-            f"interrupted: these are the statistics of {found.parts} of {rate.total} {rate.unit}s"
+        warn(f"left out {path}: {reason}")
+    if files.passed:
+        count = files.passed.total()
+        warn(
+            f"passed over {count} file{'s' if count > 1 else ''} of kinds that are not read: "
+            f"{', '.join(sorted(files.passed))}"
         )
+    if not complete:
+        warn(f"interrupted: these are the statistics of {found.parts} of {rate.total} {rate.unit}s")
     status = 0 if complete else 130
     if not found.moments:
-        _warn("nothing could be read" if complete else "nothing had been read yet")
+        warn("nothing could be read" if complete else "nothing had been read yet")
         return status or 1
     total, scale = found.total, arguments.scale
+    odd = report.odd_channels(total, scale)
+    for channel in odd:
+        warn(f"{channel}{_advice(found.odd, options.ignore_nan) if found.odd else ''}")
+    status = status or (1 if odd else 0)
     if arguments.plot is not None and found.histogram is not None:
-        kind = arguments.plot.suffix[1:] or "png"
+        kind = arguments.plot.suffix[1:].lower()
         try:
-            arguments.plot.write_bytes(stats.plot(found.histogram, total, scale, kind))
-        except (OSError, ValueError) as error:  # ValueError: matplotlib knows no such format
-            _warn(f"cannot write the picture: {error}")
-            status = 2
-    line = stats.normalize_line(total, scale)
+            arguments.plot.write_bytes(report.plot(found.histogram, total, scale, kind))
+        except OSError as error:
+            warn(f"cannot write the picture: {error}")
+            status = status or 1
+    line = None if odd else report.normalize_line(total, scale)
     if arguments.json:
-        result: dict[str, Any] = stats.summary(total, scale) | {
+        result: dict[str, Any] = report.summary(total, scale) | {
             "scale": scale,
             f"{rate.unit}s": found.parts,
             "complete": complete,
-            "left out": [{"path": path, "reason": reason} for path, reason in found.bad],
+            "left out": [
+                {"path": in_json(path), "reason": in_json(reason)} for path, reason in found.bad
+            ],
             "normalize": line,
-            "moments": total.to_dict(),
+            "moments": None if odd else total.to_dict(),
         }
         if arguments.by:
             each = sorted(found.moments.items())
-            result["folders"] = {name: stats.summary(m, scale) for name, m in each}
-        print(json.dumps(result, indent=2))
+            result["folders"] = {in_json(name): report.summary(m, scale) for name, m in each}
+        say_json(result)
     else:
-        print(f"{stats.table(found, scale)}\n\n{line}")
+        table = report.table(found.moments, total, scale)
+        say(table if line is None else f"{table}\n\n{line}", sys.stdout)
     return status
 
 
-class _Rate:
-    """A bar on stderr with the rate and the time left; nothing where stderr is no terminal."""
-
-    def __init__(self) -> None:
-        self.total, self.unit = 0, "part"
-        self._bar: Any = None
-
-    def begin(self, total: int, unit: str) -> None:
-        """Show a bar for so many parts."""
-        self.total, self.unit = total, unit
-        if sys.stderr.isatty() and find_spec("tqdm") is not None:
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, unit=unit, leave=False, dynamic_ncols=True)
-
-    def advance(self, parts: int) -> None:
-        """Show that so many more are done."""
-        if self._bar is not None:
-            self._bar.update(parts)
-
-    def __enter__(self) -> _Rate:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
-            self._bar.close()
+def _advice(path: str, ignored: bool) -> str:
+    """Where the first number is that is none, and what to do about it."""
+    if ignored:
+        return f"; {path} has an infinity"
+    return f"; {path} has NaN or an infinity; --ignore-nan leaves out NaN"

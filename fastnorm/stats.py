@@ -1,324 +1,46 @@
 """Mean and standard deviation of files: folders of images, NumPy, Zarr and HDF5 arrays.
 
-What ``fastnorm stats`` does, without its arguments and its printing. Files are cut into parts of a
-few megabytes at most, parts go to workers in small tasks, and the moments that come back are merged
-in the order of the files: the result does not depend on how many workers there were.
+What ``fastnorm stats`` does, without its arguments and its printing. Files are cut into parts,
+parts go to workers in small tasks, and the moments that come back are merged in the order of the
+files: the result does not depend on how many workers there were. `_files` finds and reads them.
 """
 
 from __future__ import annotations
 
-import io
+import functools
 import itertools
-import math
 import multiprocessing
+import operator
 import signal
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 import fastnorm as fn
-from fastnorm.arguments import as_numbers, reduced_axes
+from fastnorm._files.arrays import source_of
+from fastnorm._files.histogram import Histogram
+from fastnorm._files.names import CannotRead, CannotUse, reason_of
+from fastnorm._files.parts import Block, Options, Part, Source, axes_of
+from fastnorm._files.reading import blocks_of
+from fastnorm._files.walk import Files
+from fastnorm.arguments import as_numbers
 
-Array: TypeAlias = NDArray[Any]
-
-# What is read at once of an array, in bytes, and how many images make a task.
-BLOCK = 8 << 20
+# How many images make a task.
 IMAGES = 16
 # Tasks handed out for each other process: one to work on, and one that waits.
 AHEAD = 2
 # How long a Dask scheduler may take to answer.
 PATIENCE = "10s"
 
-COMMON = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-ARRAYS = (".npy", ".npz", ".zarr", ".h5", ".hdf5", ".hdf", ".he5")
-# What each kind of file needs: (import, distribution).
-NEEDS = {"image": ("PIL", "pillow"), "zarr": ("zarr", "zarr"), "hdf5": ("h5py", "h5py")}
 
-
-class CannotUse(ValueError):
-    """What was asked for cannot be done with these paths."""
-
-
-# --- What there is to read ------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Part:
-    """Something to read at once: an image, or a block of an array."""
-
-    path: str
-    kind: str  # "image", "npy", "npz", "zarr", "hdf5"
-    group: str = ""
-    key: str = ""  # of an array in a file of several
-    index: tuple[slice, ...] = ()
-
-
-@dataclass(frozen=True)
-class Options:
-    """How parts are read."""
-
-    axis: tuple[int, ...] | None = None  # None: all but the channels of an image, all of an array
-    mode: str | None = None  # what Pillow converts images to
-    histogram: bool = False
-    shape: tuple[int, ...] | None = None  # of the statistics; None before any are known
-    first: str = ""  # the path that this shape is of
-
-
-def kind_of(path: Path) -> str | None:
-    """Return which kind of file this is, by its name; None for one that is not known."""
-    suffix = path.suffix.lower()
-    if path.is_dir():
-        marks = ("zarr.json", ".zarray", ".zgroup")
-        return "zarr" if suffix == ".zarr" or any((path / m).exists() for m in marks) else None
-    if suffix in ARRAYS:
-        return suffix[1:] if suffix in (".npy", ".npz", ".zarr") else "hdf5"
-    return "image" if suffix in COMMON or suffix in _image_suffixes() else None
-
-
-@cache
-def _image_suffixes() -> set[str]:
-    """All that Pillow opens. Asking it loads its readers of some fifty formats."""
-    try:
-        from PIL import Image
-    except ImportError:
-        return set()
-    Image.init()
-    return {s for s, name in Image.registered_extensions().items() if name in Image.OPEN}
-
-
-def files_of(paths: Sequence[str | Path]) -> list[tuple[Path, str]]:
-    """Return every file to be read, and its kind: those in folders in the order of their names.
-
-    Raises
-    ------
-    CannotUse
-        For a path that does not exist, a file of an unknown kind, or a folder without any known.
-    """
-    found: list[tuple[Path, str]] = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise CannotUse(f"there is no file or folder {str(path)!r}")
-        kind = kind_of(path)
-        if kind is None and not path.is_dir():
-            raise CannotUse(
-                f"{str(path)!r} is of no known kind, expected an image or one of "
-                f"{', '.join(ARRAYS)}"
-            )
-        inside = [(path, kind)] if kind else list(_walk(path))
-        if not inside:
-            raise CannotUse(f"there are no images or arrays in {str(path)!r}")
-        found += inside
-    return found
-
-
-def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
-    for path in sorted(folder.iterdir()):
-        kind = kind_of(path)
-        if kind is not None:
-            yield path, kind
-        elif path.is_dir():
-            yield from _walk(path)
-
-
-def parts_of(path: Path, kind: str, group: str, key: str, options: Options) -> list[Part]:
-    """Cut one file into parts. Errors are those of reading it."""
-    name = str(path)
-    if kind == "image":
-        _axes_of(np.empty((0, 0, 0)), options, name)
-        return [Part(name, kind, group)]
-    with _opened(name, kind) as arrays:
-        names = arrays.names()
-        if key and key not in names:
-            raise CannotUse(f"{name!r} has no array {key!r}, but {', '.join(map(repr, names))}")
-        if not key and len(names) != 1:
-            raise CannotUse(
-                f"{name!r} has {len(names)} arrays; write --key with one of "
-                f"{', '.join(map(repr, names))}"
-            )
-        key = key or names[0]
-        array = arrays[key]
-        if kind == "npz":  # a member is read whole: it may be compressed
-            return [Part(name, kind, group, key)]
-        axes = _axes_of(array, options, name)
-        chunks = getattr(array, "chunks", None)
-        return [Part(name, kind, group, key, i) for i in _blocks(array, axes, chunks)]
-
-
-def _axes_of(array: Any, options: Options, path: str) -> tuple[int, ...]:
-    try:
-        return reduced_axes(array, options.axis, path)
-    except ValueError as error:
-        raise CannotUse(str(error)) from None
-
-
-def _blocks(
-    array: Any, axes: tuple[int, ...], chunks: tuple[int, ...] | None
-) -> Iterator[tuple[slice, ...]]:
-    """Slices of BLOCK bytes at most where that can be, cut along the axes that are reduced."""
-    size = math.prod(array.shape) * array.dtype.itemsize
-    cuts: list[list[slice]] = []
-    for axis, n in enumerate(array.shape):
-        step = n
-        if axis in axes and size > BLOCK and n > 1:
-            step = max(1, int(n * BLOCK // size))
-            if chunks:  # whole chunks of the file, which are read whole anyway
-                step = max(step - step % chunks[axis], min(chunks[axis], n))
-            size = size * step // n
-        cuts.append([slice(i, min(i + step, n)) for i in range(0, n, max(step, 1))])
-    return itertools.product(*cuts)
-
-
-class _Arrays:
-    """The arrays of a file by name, read as they are indexed."""
-
-    def __init__(self, arrays: dict[str, Any]) -> None:
-        self._arrays = arrays
-
-    def names(self) -> list[str]:
-        return list(self._arrays)
-
-    def __getitem__(self, key: str) -> Any:
-        return self._arrays[key]
-
-
-@contextmanager
-def _opened(path: str, kind: str) -> Iterator[Any]:
-    if kind == "npy":
-        # never pickled objects: they could run any code
-        yield _Arrays({"": np.load(path, mmap_mode="r", allow_pickle=False)})
-    elif kind == "npz":
-        with np.load(path, allow_pickle=False) as file:
-            yield _Members(file)
-    elif kind == "zarr":
-        import zarr
-
-        found = zarr.open(path, mode="r")
-        if isinstance(found, zarr.Array):
-            yield _Arrays({"": found})
-        else:
-            members = found.members(max_depth=None)
-            yield _Arrays({n: a for n, a in members if isinstance(a, zarr.Array)})
-    else:
-        import h5py
-
-        with h5py.File(path, "r") as file:
-            datasets: dict[str, Any] = {}
-
-            def note(name: str, item: Any) -> None:
-                if isinstance(item, h5py.Dataset):
-                    datasets[name] = item
-
-            file.visititems(note)
-            yield _Arrays(datasets)
-
-
-class _Members(_Arrays):
-    """Those of an .npz file, each loaded when it is asked for."""
-
-    def __init__(self, file: Any) -> None:
-        super().__init__(dict.fromkeys(file.files))
-        self._file = file
-
-    def __getitem__(self, key: str) -> Any:
-        return self._file[key]
-
-
-def read(part: Part, options: Options) -> tuple[Array, tuple[int, ...]]:
-    """Read a part: the numbers, and the axes that are reduced."""
-    if part.kind != "image":
-        with _opened(part.path, part.kind) as arrays:
-            array = np.asarray(arrays[part.key][part.index] if part.index else arrays[part.key])
-        return array, reduced_axes(array, options.axis, "--axis")
-    from PIL import Image
-
-    with Image.open(part.path) as image:
-        mode = options.mode
-        if mode is None and image.mode in ("P", "1"):  # numbers of colours, and bits
-            mode = "L" if image.mode == "1" else "RGBA" if image.has_transparency_data else "RGB"
-        array = np.asarray(image if mode in (None, image.mode) else image.convert(mode))
-    array = array if array.ndim == 3 else array[..., np.newaxis]
-    return array, (0, 1) if options.axis is None else reduced_axes(array, options.axis, "--axis")
-
-
-# --- Histograms -----------------------------------------------------------------------------------
-
-
-@dataclass
-class Histogram:
-    """How many numbers of each channel lie in each bin; bins are `width` wide, a power of two.
-
-    Bin i holds the numbers from i * width on, so that histograms of parts merge exactly: the finer
-    one's bins are added up in pairs.
-    """
-
-    MOST = 512  # bins
-
-    exponent: int = 0
-    start: int = 0
-    counts: Array = field(default_factory=lambda: np.zeros((0, 0), np.int64))
-
-    @property
-    def edges(self) -> Array:
-        """The edges of the bins, in the units of the numbers."""
-        bins = self.start + np.arange(self.counts.shape[1] + 1, dtype=np.float64)
-        return np.ldexp(bins, self.exponent)
-
-    @classmethod
-    def of(cls, x: Array, axes: tuple[int, ...]) -> Histogram:
-        """Return that of an array, over these axes; what is not finite is left out."""
-        rows = np.moveaxis(x, axes, range(-len(axes), 0) if axes else ())
-        rows = rows.reshape(math.prod(rows.shape[: x.ndim - len(axes)]), -1)
-        integers = rows.dtype.kind in "biu"
-        wide = rows if integers else rows.astype(np.float64)
-        finite = np.ones(rows.shape, bool) if integers else np.isfinite(wide)
-        if not finite.any():
-            return cls(counts=np.zeros((len(rows), 0), np.int64))
-        low, high = float(wide[finite].min()), float(wide[finite].max())
-        span = (high - low) or max(abs(low), 1e-300) / cls.MOST
-        exponent = max(math.frexp(span / cls.MOST)[1], 0 if integers else -1000)
-        bins = np.floor(
-            np.ldexp(wide.astype(np.float64), -exponent), where=finite, out=np.zeros(wide.shape)
-        )
-        start = int(bins[finite].min())
-        width = int(bins[finite].max()) - start + 1
-        index = (bins - start).astype(np.int64) + width * np.arange(len(rows))[:, np.newaxis]
-        counts = np.bincount(index[finite], minlength=width * len(rows))
-        return cls(exponent, start, counts.reshape(len(rows), width))
-
-    def merge(self, other: Histogram) -> Histogram:
-        """Return the histogram of both."""
-        if not self.counts.size or not other.counts.size:
-            return other if not self.counts.size else self
-        exponent = max(self.exponent, other.exponent)
-        while True:
-            a, b = self._coarser(exponent), other._coarser(exponent)
-            start = min(a.start, b.start)
-            end = max(h.start + h.counts.shape[1] for h in (a, b))
-            if end - start <= 2 * self.MOST:
-                break
-            exponent += 1
-        counts = np.zeros((len(a.counts), end - start), np.int64)
-        for h in (a, b):
-            counts[:, h.start - start : h.start - start + h.counts.shape[1]] += h.counts
-        return Histogram(exponent, start, counts)
-
-    def _coarser(self, exponent: int) -> Histogram:
-        shift = exponent - self.exponent
-        bins = (self.start + np.arange(self.counts.shape[1])) >> shift
-        counts = np.zeros((len(self.counts), int(bins[-1] - bins[0]) + 1), np.int64)
-        np.add.at(counts.T, bins - bins[0], self.counts.T)
-        return Histogram(exponent, int(bins[0]), counts)
-
-
-# --- The work -------------------------------------------------------------------------------------
+# --- What a worker does ---------------------------------------------------------------------------
 
 
 @dataclass
@@ -329,62 +51,124 @@ class Found:
     histogram: Histogram | None = None
     parts: int = 0
     bad: list[tuple[str, str]] = field(default_factory=list)  # paths, and why they cannot be read
+    odd: str = ""  # the first path with an infinity or NaN
 
     @property
     def total(self) -> fn.Moments:
         """Of all groups."""
-        return sum(self.moments.values(), fn.Moments())
+        every = list(self.moments.values())
+        return functools.reduce(operator.add, every) if every else fn.Moments()
 
     def take(self, other: Found) -> None:
         """Take in what has been found in other parts."""
         for group, moments in other.moments.items():
-            self.moments.setdefault(group, fn.Moments()).merge(moments)
+            if group in self.moments:
+                self.moments[group].merge(moments)
+            else:
+                self.moments[group] = moments
         if other.histogram is not None:
             self.histogram = (self.histogram or Histogram()).merge(other.histogram)
         self.parts += other.parts
         self.bad += other.bad
+        self.odd = self.odd or other.odd
 
 
 def work(task: Sequence[Part], options: Options) -> Found:
-    """Read parts, and return their moments: what a worker does."""
+    """Read parts, and return their moments."""
     found = Found()
     for part in task:
-        found.parts += 1
-        try:
-            array, axes = read(part, options)
-            array = as_numbers(array, part.key or "this")
-            kept = tuple(n for axis, n in enumerate(array.shape) if axis not in axes)
-            if options.shape not in (None, kept):
-                raise ValueError(_of_another_shape(part, kept, options))
-            # an image is too small to share out, and its decoder uses one thread anyway
-            with fn.threads(1 if part.kind == "image" else fn.get_num_threads()):
-                moments = fn.Moments.from_array(array, axes)
-        except Exception as error:  # decoders of broken files raise all kinds
-            found.bad.append((part.path, _reason(error)))
-            continue
-        found.moments.setdefault(part.group, fn.Moments()).merge(moments)
-        if options.histogram:
-            found.histogram = (found.histogram or Histogram()).merge(Histogram.of(array, axes))
+        # an image is too small to share out, and its decoder uses one thread anyway
+        with fn.threads(1 if part.kind == "image" else fn.get_num_threads()):
+            try:
+                found.take(_found_in(part, options))
+            except Exception as error:  # decoders of broken files raise all kinds
+                found.parts += 1
+                found.bad.append((part.path, reason_of(error)))
     return found
 
 
-def _of_another_shape(part: Part, kept: tuple[int, ...], options: Options) -> str:
-    if part.kind == "image" and options.axis is None:
-        return (
-            f"it has {kept[0]} channels, and {options.first} has {options.shape[0]}; "  # type: ignore[index]
-            "write --mode RGB to convert them all"
+def _found_in(part: Part, options: Options) -> Found:
+    found = Found(parts=1)
+    for block in blocks_of(part, options):
+        if not options.sort:
+            options = _like(part, block, options)
+        _check_like(part, block, options)
+        left_out = block.left_out(options)
+        where = None if left_out is None else ~left_out
+        array = as_numbers(block.numbers(), part.key or "this")
+        moments = fn.Moments(_own_axis(part, options)).update(array, where)
+        more = Found({part.group: moments})
+        if options.histogram:
+            more.histogram = Histogram.of(array, _axes(part, block, options), where)
+        if not np.isfinite(moments.mean[moments.count > 0]).all():
+            more.odd = part.path
+        found.take(more)
+    return found
+
+
+def _own_axis(part: Part, options: Options) -> tuple[int, ...] | None:
+    """The axes as `Moments` take them: the same for all parts that merge."""
+    return (0, 1) if options.axis is None and part.kind == "image" else options.axis
+
+
+def _axes(part: Part, block: Block, options: Options) -> tuple[int, ...]:
+    axis = _own_axis(part, options)
+    return axes_of(block.array.ndim, block.array.shape, replace(options, axis=axis), part.path)
+
+
+def _kept(part: Part, block: Block, options: Options) -> tuple[int, ...]:
+    axes = _axes(part, block, options)
+    return tuple(n for axis, n in enumerate(block.array.shape) if axis not in axes)
+
+
+def _like(part: Part, block: Block, options: Options) -> Options:
+    """Return options that hold all that follows to what this block is."""
+    return replace(options, shape=_kept(part, block, options), sort=block.sort, first=part.path)
+
+
+def _check_like(part: Part, block: Block, options: Options) -> None:
+    """Refuse numbers that do not belong with those of the first file."""
+    kept, image = _kept(part, block, options), part.kind == "image"
+    if (kept, block.sort) == (options.shape, options.sort):
+        return
+    first = options.first if options.first != part.path else "another page of it"
+    can = options.mode is None and {block.sort.split()[0], options.sort.split()[0]} == {"uint8"}
+    advice = "write --mode RGB to convert them all" if image and can else "give them separately"
+    if image and options.axis is None and kept != options.shape:
+        assert options.shape is not None
+        raise ValueError(
+            f"it has {kept[0]} channels, and {first} has {options.shape[0]} ({block.sort} and "
+            f"{options.sort}); {advice}"
         )
-    return f"its statistics have shape {kept}, and those of {options.first} {options.shape}"
+    if block.sort != options.sort:
+        raise ValueError(
+            f"it is {block.sort}, and {first} is {options.sort}, which do not belong together; "
+            f"{advice}"
+        )
+    raise ValueError(f"its statistics have shape {kept}, and those of {first} {options.shape}")
 
 
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+# --- Workers --------------------------------------------------------------------------------------
 
 
 def _ignore_interrupts() -> None:
-    """In a worker: Ctrl-C reaches the parent too, which ends the workers."""
+    """In a worker: Ctrl-C is the parent's, which ends the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.simplefilter("ignore")
     fn.set_num_threads(1)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits meanwhile, and never reaches a process that is started here."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
@@ -410,9 +194,14 @@ def executor(workers: int, scheduler: str | None) -> Iterator[Executor | None]:
     else:
         # not forked: a child of a process that has used threads could wait for one for ever
         context = multiprocessing.get_context("spawn")
+        others = set(multiprocessing.active_children())
         pool = ProcessPoolExecutor(workers - 1, context, _ignore_interrupts)  # and this one
         try:
             yield pool
+        except BaseException:  # what they are at is of no use any more
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -440,7 +229,8 @@ def results(
                 with fn.threads(1):  # as the other processes have
                     waiting[-1].set_result(work(task, options))
             else:
-                waiting.append(pool.submit(work, task, options))
+                with _interrupts_held():
+                    waiting.append(pool.submit(work, task, options))
             while waiting and (waiting[0].done() or (not helps and len(waiting) >= ahead)):
                 yield waiting.popleft().result()
         while waiting:
@@ -450,7 +240,7 @@ def results(
             future.cancel()
 
 
-def tasks_of(parts: Sequence[Part]) -> Iterator[list[Part]]:
+def tasks_of(parts: Iterable[Part]) -> Iterator[list[Part]]:
     """Images some at a time, blocks of arrays one by one: whatever the number of workers."""
     task: list[Part] = []
     for part in parts:
@@ -465,11 +255,30 @@ def tasks_of(parts: Sequence[Part]) -> Iterator[list[Part]]:
         yield task
 
 
-class CannotRead(Exception):
-    """A file that cannot be read, and why."""
+# --- All of it ------------------------------------------------------------------------------------
 
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(f"cannot read {path}: {reason}")
+
+def files_of(
+    paths: Sequence[str | Path], skip_bad: bool = False
+) -> tuple[Files, list[tuple[str, str]]]:
+    """Find the files; return them, and what is named like one and cannot be read, and why.
+
+    Raises
+    ------
+    CannotUse
+        For paths that are of no use; see `Files`.
+    CannotRead
+        For a folder that cannot be listed, a pipe or a device that is named like an image, and so
+        on, unless `skip_bad`.
+    """
+    bad: list[tuple[str, str]] = []
+
+    def note(path: str, reason: str) -> None:
+        if not skip_bad:
+            raise CannotRead(path, reason)
+        bad.append((path, reason))
+
+    return Files(paths, note), bad
 
 
 def collect(
@@ -495,28 +304,36 @@ def collect(
     CannotRead
         For a file that cannot be read, unless `skip_bad`.
     """
-    found, parts = Found(), []
+    found, begun = Found(), False
 
     def bad(path: str, reason: str) -> None:
         if not skip_bad:
             raise CannotRead(path, reason)
         found.bad.append((path, reason))
 
-    for path, kind in files:
-        group = str(path.parent) if by_folder else ""
-        try:
-            parts += parts_of(path, kind, group, key, options)
-        except (CannotUse, ImportError):
-            raise
-        except Exception as error:
-            bad(str(path), _reason(error))
-    options = _with_shape(parts, options)
-    images = all(part.kind == "image" for part in parts)
-    begin(len(parts), "image" if images else "block")
+    images = {kind == "image" for _, kind in files}
+    if key and False not in images:
+        raise CannotUse("--key names an array in a file of several, and these are images")
+    if options.mode is not None and True not in images:
+        raise CannotUse("--mode converts images, and there are none")
     try:
-        with executor(workers, scheduler) as pool:
+        with executor(workers, scheduler) as pool, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of decoders, about files: they go on or raise
+            sources = []
+            for path, kind in files:
+                group = str(path.parent) if by_folder else ""
+                try:
+                    sources.append(_source(str(path), kind, group, key, options))
+                except (CannotUse, ImportError):
+                    raise
+                except Exception as error:
+                    bad(str(path), reason_of(error))
+            options = _with_first(sources, options)
+            begin(sum(map(len, sources)), "block" if False in images else "image")
+            begun = True
             helps = scheduler is None
             ahead = AHEAD * (workers - 1 if helps else max(workers, 8))
+            parts = itertools.chain.from_iterable(source.parts() for source in sources)
             for more in results(tasks_of(parts), options, pool, ahead, helps):
                 for path_and_reason in more.bad:
                     bad(*path_and_reason)
@@ -524,6 +341,8 @@ def collect(
                 found.take(more)
                 advance(more.parts)
     except KeyboardInterrupt:
+        if not begun:
+            raise
         return found, False
     except BrokenExecutor:
         raise CannotUse(
@@ -533,93 +352,20 @@ def collect(
     return found, True
 
 
-def _with_shape(parts: Sequence[Part], options: Options) -> Options:
-    """The shape of the statistics, from the first part that can be read."""
-    for part in parts:
-        alone = Options(options.axis, options.mode)
-        first = work([part], alone).moments.get(part.group)
-        if first is not None:
-            shape = np.shape(first.count)
-            return Options(options.axis, options.mode, options.histogram, shape, part.path)
+def _source(path: str, kind: str, group: str, key: str, options: Options) -> Source:
+    if kind == "image":
+        axes_of(3, (), options, path)
+        return Source(path, kind, group)
+    return source_of(path, kind, group, key, options)
+
+
+def _with_first(sources: Sequence[Source], options: Options) -> Options:
+    """Hold all to the first file that can be read."""
+    for source in sources:
+        for part in itertools.islice(source.parts(), 1):
+            try:
+                block = next(blocks_of(part, options))
+                return _like(part, block, options)
+            except Exception:  # said when it is read as a whole
+                continue
     return options
-
-
-# --- Results --------------------------------------------------------------------------------------
-
-
-def summary(moments: fn.Moments, scale: float) -> dict[str, Any]:
-    """Return count, mean, var and std of each channel, of numbers divided by `scale`."""
-    return {
-        "count": np.asarray(moments.count).tolist(),
-        "mean": _plain(moments.mean / scale),
-        "var": _plain(moments.var() / scale**2),
-        "std": _plain(moments.std() / scale),
-    }
-
-
-def _plain(values: Any) -> Any:
-    """Numbers and lists of them; None (null in JSON) for what is not a number."""
-    array = np.asarray(values, object)
-    array[~np.isfinite(values)] = None
-    return array.tolist()
-
-
-def normalize_line(moments: fn.Moments, scale: float) -> str:
-    """Return ``Normalize(mean=[...], std=[...])``, as it is written in a training script."""
-
-    def numbers(values: Any) -> str:
-        return ", ".join(f"{v:.6g}" for v in np.ravel(values))
-
-    return (
-        f"Normalize(mean=[{numbers(moments.mean / scale)}], std=[{numbers(moments.std() / scale)}])"
-    )
-
-
-def table(found: Found, scale: float) -> str:
-    """Return a row for each group and channel, and for all groups together where there are some."""
-    named = dict(sorted(found.moments.items()))
-    if len(named) > 1:
-        named["all"] = found.total
-    rows = []
-    for name, moments in named.items():
-        means, stds = np.asarray(moments.mean / scale), np.asarray(moments.std() / scale)
-        counts = np.asarray(moments.count)
-        for place in np.ndindex(means.shape):
-            channel = ",".join(map(str, place))
-            numbers = (f"{counts[place]:,}", f"{means[place]:.9g}", f"{stds[place]:.9g}")
-            rows.append((name, channel, *numbers))
-    head = ("folder", "channel", "count", "mean", "std")
-    dropped = 0 if any(row[0] for row in rows) else 1
-    lines = [row[dropped:] for row in (head, *rows)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    left = {0} if dropped == 0 else set()
-    return "\n".join(
-        "  ".join(
-            c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))
-        )
-        for line in lines
-    )
-
-
-def plot(histogram: Histogram, moments: fn.Moments, scale: float, kind: str = "png") -> bytes:
-    """Draw each channel's histogram, with its mean and standard deviation."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    edges = histogram.edges / scale
-    colours = ("tab:red", "tab:green", "tab:blue") if len(histogram.counts) == 3 else None
-    means, stds = np.ravel(moments.mean / scale), np.ravel(moments.std() / scale)
-    for channel, counts in enumerate(histogram.counts):
-        colour = colours[channel] if colours else f"C{channel % 10}"
-        label = f"{channel}: mean {means[channel]:.4g}, std {stds[channel]:.4g}"
-        density = counts / max(counts.sum(), 1) / np.diff(edges)
-        axes.stairs(density, edges, color=colour, label=label)
-        axes.axvline(means[channel], color=colour, linestyle=":", linewidth=1)
-    axes.set_xlabel("value" if scale == 1 else f"value / {scale:g}")
-    axes.set_ylabel("density")
-    if len(means) <= 16:
-        axes.legend(title="channel")
-    picture = io.BytesIO()
-    figure.savefig(picture, format=kind, dpi=120)
-    return picture.getvalue()

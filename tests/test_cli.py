@@ -58,13 +58,21 @@ def test_info_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert err == ""
 
 
+@pytest.mark.parametrize("arguments", [[], ["--help"]], ids=str)
+def test_alone_it_prints_the_help(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "fastnorm", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    for name in ("demo", "info", "placement", "stats"):
+        assert f"\n    {name}" in done.stdout
+
+
 # --- What cannot be used --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ([], "COMMAND"),
         (["dance"], "dance"),
         (["info", "--yaml"], "--yaml"),
         (["demo", "--threads", "0"], "'0' is not a whole number, 1 or more"),

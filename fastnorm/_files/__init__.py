@@ -1,0 +1,1 @@
+"""What ``fastnorm stats`` reads and prints: finding files, reading them, histograms, reports."""

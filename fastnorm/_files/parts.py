@@ -1,0 +1,141 @@
+"""What is read at once, how, and what comes of it: the words that the readers share."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastnorm._files.names import CannotUse
+
+Array: TypeAlias = NDArray[Any]
+
+# What is read at once, in bytes, where the numbers can be had in pieces.
+BLOCK = 8 << 20
+# What is read at once where they cannot: a chunk of a file, a row, an image for --axis.
+MOST = 1 << 30
+# An array of so many bytes of which so small a share is stored is taken for a mistake or a trap:
+# reading it would take hours, and find nothing but the fill value.
+GIANT, SHARE = 1 << 40, 1000
+# An image's pixels, unless --max-pixels says otherwise: Pillow's own limit.
+MAX_PIXELS = 178_956_970
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something that a worker reads: an image, or a block of an array."""
+
+    path: str
+    kind: str  # "image", "npy", "npz", "zarr", "hdf5"
+    group: str = ""
+    key: str = ""  # of an array in a file of several
+    index: tuple[slice, ...] = ()
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file, and how it is cut into parts; they are made as they are asked for."""
+
+    path: str
+    kind: str
+    group: str = ""
+    key: str = ""
+    cuts: tuple[tuple[int, int], ...] = ()  # of each axis of an array: its length, and the step
+
+    def __len__(self) -> int:
+        return math.prod(-(-n // step) for n, step in self.cuts)
+
+    def parts(self) -> Iterator[Part]:
+        """Return the parts in order."""
+        pieces = [[slice(i, min(i + step, n)) for i in range(0, n, step)] for n, step in self.cuts]
+        for index in itertools.product(*pieces):
+            yield Part(self.path, self.kind, self.group, self.key, index)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How parts are read."""
+
+    axis: tuple[int, ...] | None = None  # None: all but the channels of an image, all of an array
+    mode: str | None = None  # what images are converted to
+    histogram: bool = False
+    nodata: float | None = None
+    ignore_nan: bool = False
+    max_pixels: int = MAX_PIXELS
+    # What the first part is that could be read; all others must be alike.
+    shape: tuple[int, ...] | None = None  # of the statistics; None before any are known
+    sort: str = ""
+    first: str = ""  # its path
+
+
+@dataclass
+class Block:
+    """Numbers, and what their file says about them."""
+
+    array: Array
+    sort: str  # what they are; numbers of different sorts do not belong together
+    nodata: tuple[float, ...] = ()  # numbers that stand for none
+    scale: float = 1.0
+    offset: float = 0.0
+
+    def left_out(self, options: Options) -> Array | None:
+        """Return a mask of the numbers that do not count; None where all do."""
+        own = self.nodata if options.nodata is None else (*self.nodata, options.nodata)
+        hits = [hit for value in own if (hit := _equal(self.array, value)) is not None]
+        if options.ignore_nan and self.array.dtype.kind == "f":
+            hits.append(np.isnan(self.array))
+        return np.logical_or.reduce(hits) if hits else None
+
+    def numbers(self) -> Array:
+        """Return what the stored numbers stand for."""
+        if (self.scale, self.offset) == (1.0, 0.0):
+            return self.array
+        with np.errstate(all="ignore"):
+            return self.array.astype(np.float64) * self.scale + self.offset
+
+
+def _equal(x: Array, value: float) -> Array | None:
+    """Where x is `value`, as its dtype has it; None where no element can be."""
+    if x.dtype.kind == "f":
+        with np.errstate(all="ignore"):
+            return np.isnan(x) if math.isnan(value) else x == x.dtype.type(value)
+    if not math.isfinite(value) or value != int(value):
+        return None
+    low, high = (0, 1) if x.dtype.kind == "b" else (np.iinfo(x.dtype).min, np.iinfo(x.dtype).max)
+    return x == int(value) if low <= int(value) <= high else None
+
+
+def axes_of(ndim: int, shape: tuple[int, ...], options: Options, path: str) -> tuple[int, ...]:
+    """Return the reduced axes of an array, 0 or more; refuse those that it does not have."""
+    if options.axis is None:
+        return tuple(range(ndim))
+    places = {a % ndim for a in options.axis if -ndim <= a < ndim}
+    if len(places) != len(options.axis):
+        size = f"shape {shape}" if shape else f"{ndim} axes"
+        raise CannotUse(
+            f"{path!r} has {size}, and --axis is axis={options.axis}: expected different axes from "
+            f"{-ndim} to {ndim - 1}"
+        )
+    return tuple(sorted(places))
+
+
+def check_giant(nominal: int, stored: int, name: str) -> None:
+    """Refuse an array of gigantic size of which next to nothing is stored."""
+    if nominal >= GIANT and stored * SHARE < nominal:
+        raise ValueError(
+            f"{name} says it is of {nominal:,} bytes, of which {stored:,} are stored: the rest is "
+            "empty; cut it to the part that has numbers"
+        )
+
+
+def check_numeric(dtype: np.dtype[Any], name: str) -> None:
+    """Refuse a dtype that is no real number; objects above all, for they can run code."""
+    if dtype.kind not in "biuf" or dtype.itemsize > 8:
+        raise TypeError(
+            f"{name} has dtype {dtype}, expected real numbers of 8 bytes at most, or booleans"
+        )

@@ -1,0 +1,115 @@
+"""What has been found, as a table, a line, JSON's numbers and a picture."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fastnorm._files.histogram import Histogram
+from fastnorm._files.names import shown
+
+
+def summary(moments: Any, scale: float) -> dict[str, Any]:
+    """Return count, mean, var and std of each channel, of numbers divided by `scale`."""
+    mean, var, std = _scaled(moments, scale)
+    return {
+        "count": np.asarray(moments.count).tolist(),
+        "mean": _plain(mean),
+        "var": _plain(var),
+        "std": _plain(std),
+    }
+
+
+def _scaled(moments: Any, scale: float) -> tuple[Any, Any, Any]:
+    """Mean, variance and standard deviation of numbers divided by `scale`."""
+    with np.errstate(all="ignore"):
+        return moments.mean / scale, moments.var() / scale / scale, moments.std() / scale
+
+
+def _plain(values: Any) -> Any:
+    """Numbers and lists of them; None (null in JSON) for what is not a number."""
+    array = np.asarray(values, object)
+    array[~np.isfinite(values)] = None
+    return array.tolist()
+
+
+def odd_channels(moments: Any, scale: float) -> list[str]:
+    """Say of each channel whose mean and variance are not finite numbers what is wrong."""
+    mean, var, _ = _scaled(moments, scale)
+    counts, means = np.asarray(moments.count), np.asarray(mean)
+    odd = ~(np.isfinite(means) & np.isfinite(var))
+    lines = []
+    for place in map(tuple, np.argwhere(odd)):
+        name = f"channel {','.join(map(str, place))}" if place else "all numbers"
+        if counts[place] == 0:
+            lines.append(f"{name}: there are no numbers to take a mean of")
+        elif np.isfinite(means[place]):
+            lines.append(f"{name}: the variance is beyond the range of floats")
+        else:
+            lines.append(f"{name}: the mean is {means[place]}")
+    return lines
+
+
+def normalize_line(moments: Any, scale: float) -> str:
+    """Return ``Normalize(mean=[...], std=[...])``, as it is written in a training script."""
+
+    def numbers(values: Any) -> str:
+        return ", ".join(f"{v:.6g}" for v in np.ravel(values))
+
+    mean, _, std = _scaled(moments, scale)
+    return f"Normalize(mean=[{numbers(mean)}], std=[{numbers(std)}])"
+
+
+def table(groups: Mapping[str, Any], total: Any, scale: float) -> str:
+    """Return a row for each group and channel, and for all groups together where there are some."""
+    named = [(shown(name), moments) for name, moments in sorted(groups.items())]
+    if len(named) > 1:
+        named.append(("all", total))
+    rows = []
+    for name, moments in named:
+        mean, _, std = _scaled(moments, scale)
+        means, stds = np.asarray(mean), np.asarray(std)
+        counts = np.asarray(moments.count)
+        for place in np.ndindex(means.shape):
+            channel = ",".join(map(str, place))
+            numbers = (f"{counts[place]:,}", f"{means[place]:.9g}", f"{stds[place]:.9g}")
+            rows.append((name, channel, *numbers))
+    head = ("folder", "channel", "count", "mean", "std")
+    dropped = 0 if any(row[0] for row in rows) else 1
+    lines = [row[dropped:] for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    left = {0} if dropped == 0 else set()
+    return "\n".join(
+        "  ".join(
+            c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))
+        )
+        for line in lines
+    )
+
+
+def plot(histogram: Histogram, moments: Any, scale: float, kind: str = "png") -> bytes:
+    """Draw each channel's histogram, with its mean and standard deviation."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    edges = histogram.edges / scale
+    colours = ("tab:red", "tab:green", "tab:blue") if len(histogram.counts) == 3 else None
+    mean, _, std = _scaled(moments, scale)
+    means, stds = np.ravel(mean), np.ravel(std)
+    for channel, counts in enumerate(histogram.counts):
+        colour = colours[channel] if colours else f"C{channel % 10}"
+        label = f"{channel}: mean {means[channel]:.4g}, std {stds[channel]:.4g}"
+        density = counts / max(counts.sum(), 1) / np.diff(edges)
+        axes.stairs(density, edges, color=colour, label=label)
+        axes.axvline(means[channel], color=colour, linestyle=":", linewidth=1)
+    axes.set_xlabel("value" if scale == 1 else f"value / {scale:g}")
+    axes.set_ylabel("density")
+    if len(means) <= 16:
+        axes.legend(title="channel")
+    picture = io.BytesIO()
+    figure.savefig(picture, format=kind, dpi=120)
+    return picture.getvalue()

@@ -60,7 +60,6 @@ DIRECTIVES = {
     "wraparound": False,
     "cdivision": True,
     "initializedcheck": False,
-    "freethreading_compatible": True,
 }
 
 PYTHON_PROBE = "#include <Python.h>\nint fastnorm_probe(void) { return PY_MAJOR_VERSION; }\n"

@@ -9,6 +9,7 @@ from fastnorm.backends import (
     set_num_threads,
     show_config,
     threads,
+    trim_memory,
 )
 from fastnorm.backward import (
     batch_norm_backward,
@@ -66,6 +67,7 @@ __all__ = [
     "show_config",
     "standardize",
     "threads",
+    "trim_memory",
     "weight_norm",
     "weight_standardize",
 ]

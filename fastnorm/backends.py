@@ -9,17 +9,17 @@ from __future__ import annotations
 import os
 import platform
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastnorm import _core, _reference
+from fastnorm import _core, _reference, limits
 from fastnorm.description import BackwardPass, Pass, Scaling
 from fastnorm.elsewhere import Elsewhere
 from fastnorm.layout import Layout, ascending, describe, steps_of
@@ -357,6 +357,7 @@ _AVAILABLE["numpy"] = _numpy, _numpy_backward
 _MOMENTS = {"cython": _cython_moments, "numba": _numba_moments, "numpy": _numpy_moments}
 NAMES = ("auto", "cython", "numba", "numpy")
 
+# Of the process; `_Here` has what a context chooses for itself.
 _current = ""
 
 
@@ -365,7 +366,7 @@ def compute(p: Pass) -> None:
     if isinstance(p.x, Elsewhere):
         p.x.compute(p)
     else:
-        _AVAILABLE[_current][0](p)
+        _AVAILABLE[get_backend()][0](p)
 
 
 def compute_backward(p: BackwardPass) -> None:
@@ -373,7 +374,7 @@ def compute_backward(p: BackwardPass) -> None:
     if isinstance(p.x, Elsewhere):
         p.x.compute_backward(p)
     else:
-        _AVAILABLE[_current][1](p)
+        _AVAILABLE[get_backend()][1](p)
 
 
 # Elements that moments are taken of at once where they are converted first: a few megabytes.
@@ -383,8 +384,9 @@ BLOCK = 1 << 18
 def moments_at_once(dtype: np.dtype[Any]) -> int | None:
     """How many elements `compute_moments` takes in one call; None for any number."""
     wide_integer = dtype.kind in "iu" and dtype.itemsize > 2
-    as_it_is = dtype == np.float64 if _current == "numba" else not wide_integer
-    return None if _current != "numpy" and as_it_is else BLOCK
+    name = get_backend()
+    as_it_is = dtype == np.float64 if name == "numba" else not wide_integer
+    return None if name != "numpy" and as_it_is else BLOCK
 
 
 def compute_moments(x: Array, reduced: tuple[bool, ...], mask: Array | None, fields: Array) -> None:
@@ -395,7 +397,7 @@ def compute_moments(x: Array, reduced: tuple[bool, ...], mask: Array | None, fie
     """
     if x.dtype.kind in "iu" and x.dtype.itemsize > 2:
         x = x.astype(np.float64)
-    _MOMENTS[_current](x, reduced, mask, fields)
+    _MOMENTS[get_backend()](x, reduced, mask, fields)
 
 
 class _Unplanned:
@@ -430,14 +432,111 @@ def _empty_like(array: Array) -> Array:
 empty_like: Callable[[Array], Array] = getattr(_core.kernels, "empty_like", _empty_like)
 
 
-def _tell_kernels() -> None:
-    """Tell the kernels what the quick doors need to know."""
+def trim_memory() -> int:
+    """Give the memory that is kept for results back to the system.
+
+    Results of 16 MB and more come from memory that is kept when they are freed, up to
+    ``FASTNORM_KEEP_MB``. Arrays in use are not touched, and later results are kept again.
+
+    Returns
+    -------
+    int
+        How many bytes that was.
+
+    Examples
+    --------
+    >>> import fastnorm as fn
+    >>> freed = fn.trim_memory()
+    >>> fn.trim_memory()
+    0
+    """
+    return 0 if _core.kernels is None else int(_core.kernels.trim())
+
+
+# --- Choices of a context -------------------------------------------------------------------------
+
+
+class _Choice:
+    """What one `with` block has chosen; compared by identity."""
+
+    __slots__ = ("backend", "serial", "threads")
+
+    def __init__(
+        self, backend: str | None = None, threads: int | None = None, serial: bool = False
+    ) -> None:
+        self.backend, self.threads, self.serial = backend, threads, serial
+
+
+class _Here(NamedTuple):
+    """What the `with` blocks around have chosen; the kernels read the first two by their place."""
+
+    answers: bool | None  # whether calls are answered from plans; None: as in the process
+    kernel_threads: int  # 0: as in the process
+    backend: str | None
+    threads: int | None
+    choices: tuple[_Choice, ...]  # from the outermost in
+
+
+# A thread begins with none, a task with those of where it was made.
+_here: ContextVar[_Here | None] = ContextVar("fastnorm", default=None)
+
+
+def _choose(choices: tuple[_Choice, ...]) -> None:
+    backend = threads = None
+    serial = False
+    for choice in choices:
+        backend = choice.backend or backend
+        threads = choice.threads or threads
+        serial |= choice.serial
+    answers = None if backend is None else backend == "cython"
+    kernel_threads = 1 if serial else min(threads or 0, MOST_THREADS)
     if _core.kernels is not None:
-        _core.kernels.set_state(_current == "cython", _kernel_threads())
+        _core.kernels.set_scope(_here)
+    _here.set(_Here(answers, kernel_threads, backend, threads, choices) if choices else None)
+
+
+@contextmanager
+def _scope(choice: _Choice) -> Iterator[None]:
+    """Add a choice to this context's; in the end take away this one, whatever came after it.
+
+    A generator may end after blocks that began later, or in another context, where it is not found.
+    """
+    here = _here.get()
+    _choose((*(here.choices if here else ()), choice))
+    try:
+        yield
+    finally:
+        here = _here.get()
+        if here is not None:
+            _choose(tuple(other for other in here.choices if other is not choice))
+
+
+# --- Backends -------------------------------------------------------------------------------------
+
+
+def _tell_kernels() -> None:
+    """Tell the kernels what the quick doors need to know of the process."""
+    if _core.kernels is not None:
+        allowed = 1 if _forked else MOST_THREADS
+        _core.kernels.set_state(_current == "cython", min(_threads, MOST_THREADS), allowed)
+
+
+def _known(name: str) -> str:
+    """The backend that a name stands for, if there is one."""
+    if not isinstance(name, str) or name not in NAMES:
+        raise ValueError(f"no backend is called {name!r}: use one of {', '.join(map(repr, NAMES))}")
+    if name != "auto" and name not in _AVAILABLE:
+        raise ValueError(
+            f"this installation has no {name!r} backend, expected one of "
+            f"{', '.join(map(repr, _AVAILABLE))}; use one of those, or 'auto'"
+        )
+    return next(iter(_AVAILABLE)) if name == "auto" else name
 
 
 def set_backend(name: str) -> None:
     """Choose who computes, for the whole process.
+
+    Inside ``with fn.backend(...)`` that block's own choice stays.
 
     Parameters
     ----------
@@ -460,14 +559,7 @@ def set_backend(name: str) -> None:
     >>> fn.set_backend("auto")
     """
     global _current
-    if name not in NAMES:
-        raise ValueError(f"no backend is called {name!r}: use one of {', '.join(map(repr, NAMES))}")
-    if name != "auto" and name not in _AVAILABLE:
-        raise ValueError(
-            f"this installation has no {name!r} backend, expected one of "
-            f"{', '.join(map(repr, _AVAILABLE))}; use one of those, or 'auto'"
-        )
-    _current = next(iter(_AVAILABLE)) if name == "auto" else name
+    _current = _known(name)
     _tell_kernels()
 
 
@@ -485,12 +577,16 @@ def get_backend() -> str:
     >>> fn.get_backend() in ("cython", "numba", "numpy")
     True
     """
-    return _current
+    here = _here.get()
+    return _current if here is None or here.backend is None else here.backend
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """Use another backend inside a ``with`` block.
+
+    The choice is this context's: other threads and asyncio tasks keep theirs, tasks that are made
+    inside the block take it over, threads do not.
 
     Parameters
     ----------
@@ -509,12 +605,8 @@ def backend(name: str) -> Iterator[None]:
     ...     print(fn.get_backend())
     numpy
     """
-    before = _current
-    set_backend(name)
-    try:
+    with _scope(_Choice(backend=_known(name))):
         yield
-    finally:
-        set_backend(before)
 
 
 # --- Threads --------------------------------------------------------------------------------------
@@ -524,9 +616,8 @@ _forked = False
 
 
 def _in_child() -> None:
-    global _forked, _serial_lock
+    global _forked
     _forked = True
-    _serial_lock = threading.Lock()  # which another thread may have held
     _tell_kernels()
 
 
@@ -534,59 +625,69 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_in_child)
 
 
+# However many are asked for, kernels start no more: threads beyond the processors gain nothing, and
+# OpenMP ends the process when the system has no more of them.
+MOST_THREADS = max(64, os.cpu_count() or 1)
+
+
 def _default_threads() -> int:
-    for name in ("FASTNORM_NUM_THREADS", "OMP_NUM_THREADS"):
-        value = os.environ.get(name, "").split(",")[0].strip()
-        if value.isdigit() and int(value) > 0:
-            return int(value)
-        if value and name.startswith("FASTNORM"):
-            raise ValueError(f"{name}={value!r} is no number of threads: set it to 1 or more")
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    value = os.environ.get("FASTNORM_NUM_THREADS", "").strip()
+    if value:
+        n = limits.whole_number(value)
+        if not n:
+            raise ValueError(
+                f"FASTNORM_NUM_THREADS={value!r} is no number of threads: set it to 1 or more, or "
+                "unset it"
+            )
+        return n
+    # OpenMP's is a list, one for each level of nesting; what OpenMP does not take is passed over
+    n = limits.whole_number(os.environ.get("OMP_NUM_THREADS", "").split(",")[0])
+    return n if n and n < 1 << 31 else limits.processors()
 
 
 _threads = _default_threads()
 
-# How many `serial` blocks are being run, by all threads together.
-_serial = 0
-_serial_lock = threading.Lock()
-
 
 def _kernel_threads() -> int:
-    return 1 if _serial else get_num_threads()
+    """How many threads a kernel may use here."""
+    here = _here.get()
+    n = 1 if _forked else min((here and here.kernel_threads) or _threads, MOST_THREADS)
+    return _within_limit(n)
 
 
-@contextmanager
-def serial() -> Iterator[None]:
+def _within_limit(n: int) -> int:
+    """`n`, or fewer where OpenMP has been given a limit."""
+    limit = 0 if _core.kernels is None else _core.kernels.openmp_limit()
+    return min(n, limit) if limit else n
+
+
+def serial() -> AbstractContextManager[None]:
     """Run kernels on one thread inside a ``with`` block, between products of matrices.
 
     BLAS and OpenMP each keep their threads spinning after a call. Where the two take turns on the
     same processors they wait for each other: a block stack of 0.13 s took 0.33 s on two cores.
-    Other threads' kernels are told so too meanwhile, which costs time and changes no bits.
     """
-    global _serial
-    with _serial_lock:
-        _serial += 1
-        _tell_kernels()
-    try:
-        yield
-    finally:
-        with _serial_lock:
-            _serial -= 1
-            _tell_kernels()
+    return _scope(_Choice(serial=True))
+
+
+def _number_of_threads(n: int) -> int:
+    if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
+        raise ValueError(f"num_threads is {n!r}, and must be a whole number, 1 or more")
+    return int(n)
 
 
 def set_num_threads(n: int) -> None:
     """Set the largest number of threads a call may use, for the whole process.
 
-    Results do not depend on it, bit for bit. Small arrays use one thread whatever it is.
+    Results do not depend on it, bit for bit. Small arrays use one thread whatever it is. Inside
+    ``with fn.threads(...)`` that block's own choice stays.
 
     Parameters
     ----------
     n
         1 or more. At import it is ``FASTNORM_NUM_THREADS``, else ``OMP_NUM_THREADS``, else the
-        number of processors this process may run on.
+        number of processors that this process may use, by its affinity and its container's quota.
+        Kernels start 64 threads at most, or one for each processor of the machine.
 
     Raises
     ------
@@ -603,9 +704,7 @@ def set_num_threads(n: int) -> None:
     >>> fn.set_num_threads(before)
     """
     global _threads
-    if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
-        raise ValueError(f"num_threads is {n!r}, and must be a whole number, 1 or more")
-    _threads = int(n)
+    _threads = _number_of_threads(n)
     _tell_kernels()
 
 
@@ -615,7 +714,8 @@ def get_num_threads() -> int:
     Returns
     -------
     int
-        1 in a forked child: OpenMP cannot run there.
+        What was asked for; or a limit that OpenMP has been given since it began, as by
+        ``threadpoolctl.threadpool_limits``. 1 in a forked child: OpenMP cannot run there.
 
     Examples
     --------
@@ -623,12 +723,18 @@ def get_num_threads() -> int:
     >>> fn.get_num_threads() >= 1
     True
     """
-    return 1 if _forked else _threads
+    if _forked:
+        return 1
+    here = _here.get()
+    n = (here and here.threads) or _threads
+    return _within_limit(n)
 
 
 @contextmanager
 def threads(n: int) -> Iterator[None]:
     """Use at most `n` threads inside a ``with`` block.
+
+    The choice is this context's, as with :func:`backend`.
 
     Parameters
     ----------
@@ -647,12 +753,8 @@ def threads(n: int) -> Iterator[None]:
     ...     print(fn.get_num_threads())
     1
     """
-    before = _threads
-    set_num_threads(n)
-    try:
+    with _scope(_Choice(threads=_number_of_threads(n))):
         yield
-    finally:
-        set_num_threads(before)
 
 
 # --- What is at hand ------------------------------------------------------------------------------
@@ -703,7 +805,7 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
             "at most": get_num_threads(),
             "openmp": _core.kernels is not None and _core.kernels.has_threads(),
         },
-        "backends": {"in use": _current, "at hand": list(_AVAILABLE)},
+        "backends": {"in use": get_backend(), "at hand": list(_AVAILABLE)},
         "cuda": {"numba.cuda imported": "numba.cuda" in sys.modules},
     }
     if mode == "dicts":

@@ -7,6 +7,8 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+from fastnorm import limits
+
 LEVELS = ("x86-64-v2", "x86-64-v3", "x86-64-v4")
 
 
@@ -55,12 +57,14 @@ def last_cache() -> int:
 
 def _keep_at_most() -> int:
     """Bytes of freed results that stay at hand for the next ones."""
-    value = os.environ.get("FASTNORM_KEEP_MB", "256").strip()
-    if not value.isdigit():
+    value = os.environ.get("FASTNORM_KEEP_MB", "").strip() or "256"
+    megabytes = limits.whole_number(value)
+    if megabytes is None or megabytes >= 1 << 43:
         raise ValueError(
-            f"FASTNORM_KEEP_MB={value!r} is no number of megabytes: set it to 0 or more"
+            f"FASTNORM_KEEP_MB={value!r} is no number of megabytes: set it to 0 or more, in plain "
+            "digits, or unset it"
         )
-    return int(value) << 20
+    return megabytes << 20
 
 
 kernels, level_used, level_found = _load()
@@ -68,3 +72,6 @@ if kernels is not None:
     # Results that do not fit in cache are written past it: nobody finds them there.
     kernels.set_stream_above(last_cache())
     kernels.keep_at_most(_keep_at_most())
+    _limit = limits.memory_limit()
+    if _limit is not None:
+        kernels.watch_memory(_limit[0], os.fsencode(_limit[1]), os.fsencode(_limit[2]))

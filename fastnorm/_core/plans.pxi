@@ -6,6 +6,7 @@
 # way: the same bits.
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.contextvars cimport get_value_no_default
 from cpython.long cimport PyLong_AsLongLongAndOverflow, PyLong_CheckExact
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memcmp
@@ -14,10 +15,26 @@ cdef extern from "numpy/arrayobject.h":
     object PyArray_NewLikeArray(cnp.ndarray, cnp.NPY_ORDER, void*, int)
     object PyDataMem_SetHandler(object)
 
-cdef extern from "blocks.h":
+cdef extern from "blocks.h" nogil:
     int FN_BLOCKS
+    void fn_keep_at_most(size_t)
+    size_t fn_trim()
+    void fn_watch(size_t, const char*, const char*)
+
+cdef extern from "blocks.h":
     object fn_block_capsule()
-    void fn_keep_at_most(size_t) nogil
+
+cdef extern from *:
+    """
+    /* The most threads that OpenMP has been told to use here, as threadpoolctl does. */
+    #if defined(_OPENMP)
+    #include <omp.h>
+    static int fn_openmp_now(void) { return omp_get_max_threads(); }
+    #else
+    static int fn_openmp_now(void) { return 1; }
+    #endif
+    """
+    int fn_openmp_now() noexcept nogil
 
 cdef enum:
     KEY = 192                   # numbers in a key, at most: seven arrays of eight dimensions
@@ -52,11 +69,43 @@ cdef Unplanned no_plan = Unplanned()
 # What the front doors would otherwise look up in Python, at every call.
 cdef bint answering = True
 cdef int most_threads = 1
+cdef int allowed_threads = 1    # whoever asks for more
+cdef object scope = None        # the context's own choice (backends.py), once there has been one
+cdef int openmp_begun = fn_openmp_now()
 
-def set_state(bint answers, int threads):
-    """Whether calls are answered from plans, and by how many threads."""
-    global answering, most_threads
-    answering, most_threads = answers, threads
+def set_state(bint answers, int threads, int allowed):
+    """Whether calls are answered from plans, and by how many threads: for the process."""
+    global answering, most_threads, allowed_threads
+    answering, most_threads, allowed_threads = answers, threads, allowed
+
+def set_scope(variable):
+    """Where contexts have choices of their own: (answers or None, threads or 0, ...), or None."""
+    global scope
+    scope = variable
+
+cdef inline int limit_here() noexcept:
+    cdef int limit = fn_openmp_now()
+    return 0 if limit == openmp_begun else limit
+
+def openmp_limit():
+    """How many threads OpenMP has been told to use here since it began; 0 where it has not."""
+    return limit_here()
+
+cdef int threads_here(bint* answers) except -1:
+    """How many threads a call may use here, and whether it is answered from plans."""
+    cdef int n = most_threads, own, limit
+    answers[0] = answering
+    if scope is not None:
+        here = get_value_no_default(scope, None)
+        if here is not None:
+            if (<tuple>here)[0] is not None:
+                answers[0] = (<tuple>here)[0] is True
+            own = (<tuple>here)[1]
+            if own:
+                n = own
+    n = min(n, allowed_threads)
+    limit = limit_here() if n > 1 else 0
+    return min(n, limit) if limit else n
 
 cdef Plan find(Key* k):
     """The plan of a key, or None."""
@@ -170,15 +219,30 @@ def keep_at_most(size_t limit):
     """Bytes of freed results that are kept for the next ones."""
     fn_keep_at_most(limit)
 
+def trim():
+    """Give back the memory that is kept; how many bytes that was."""
+    return fn_trim()
+
+def watch_memory(size_t limit, bytes used, bytes stat):
+    """Keep nothing near a limit: files that say how much is used, and how much of that by files."""
+    fn_watch(limit, used, stat)
+
 cdef object like(object array):
     """An array for the result: the shape, type and memory order of another."""
-    if not FN_BLOCKS or cnp.PyArray_NBYTES(<cnp.ndarray>array) < BLOCKS_FROM:
-        return PyArray_NewLikeArray(<cnp.ndarray>array, cnp.NPY_KEEPORDER, NULL, 0)
-    before = PyDataMem_SetHandler(blocks)
+    if FN_BLOCKS and cnp.PyArray_NBYTES(<cnp.ndarray>array) >= BLOCKS_FROM:
+        before = PyDataMem_SetHandler(blocks)
+        try:
+            return PyArray_NewLikeArray(<cnp.ndarray>array, cnp.NPY_KEEPORDER, NULL, 0)
+        except MemoryError:
+            pass                # not as a whole number of huge pages, that is
+        finally:
+            PyDataMem_SetHandler(before)
     try:
         return PyArray_NewLikeArray(<cnp.ndarray>array, cnp.NPY_KEEPORDER, NULL, 0)
-    finally:
-        PyDataMem_SetHandler(before)
+    except MemoryError:
+        if not fn_trim():
+            raise
+    return PyArray_NewLikeArray(<cnp.ndarray>array, cnp.NPY_KEEPORDER, NULL, 0)
 
 def empty_like(array):
     """`np.empty_like` of a plain array, from where the results of known calls come."""
@@ -300,9 +364,10 @@ def quick_forward(Py_ssize_t kind, first, second, x, weight, bias, double eps, b
     cdef Py_ssize_t n
     cdef double count
     cdef double* scratch = NULL
-    cdef bint updated
+    cdef bint updated, answers
+    cdef int threads = threads_here(&answers)
     k.n = 0
-    if where is not None or not answering:
+    if where is not None or not answers:
         return no_plan
     push(&k, 2 * kind + own_eps)
     if not (push_choice(&k, first) and push_choice(&k, second) and push_array(&k, x, -1) and x is not None):
@@ -346,7 +411,7 @@ def quick_forward(Py_ssize_t kind, first, second, x, weight, bias, double eps, b
             read_running(scratch, running_var, n)
     else:
         q.mean.data = q.var.data = q.rstd.data = NULL
-    failed = carry_out(&q, most_threads)
+    failed = carry_out(&q, threads)
     if q.given:
         inverse_roots(<double*>q.rstd.data, scratch, q.eps, n)
     if updated and not failed:
@@ -372,8 +437,10 @@ def quick_backward(Py_ssize_t kind, first, second, dy, x, mean, rstd, weight):
     cdef Key k
     cdef Back q
     cdef Plan plan
+    cdef bint answers
+    cdef int threads = threads_here(&answers)
     k.n = 0
-    if not answering:
+    if not answers:
         return no_plan
     push(&k, -1 - kind)
     if not (push_choice(&k, first) and push_choice(&k, second) and push_array(&k, x, -1) and x is not None):
@@ -399,6 +466,6 @@ def quick_backward(Py_ssize_t kind, first, second, dy, x, mean, rstd, weight):
     q.mean.data, q.rstd.data = bytes_at(mean), bytes_at(rstd)
     weight = as_planned(weight, &q.weight)
     q.weight.data, q.dweight.data, q.dbias.data = bytes_at(weight), bytes_at(dweight), bytes_at(dbias)
-    if carry_back(&q, most_threads):
+    if carry_back(&q, threads):
         raise MemoryError("fastnorm could not get the scratch memory of its kernels")
     return (dx, dweight, dbias) if q.centred else (dx, dweight)

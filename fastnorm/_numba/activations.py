@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ from numba import cfunc, types
 from numba.core.errors import NumbaError
 
 from fastnorm._numba import scalar
-from fastnorm._numba.memory import SOURCES, read_real, real, write
+from fastnorm._numba.memory import SOURCES, compiling, read_real, real, write
 
 # For float32 and for float64, in the order of backends.ACTIVATIONS from 1 on; 0 is none.
 _OURS = (
@@ -28,7 +27,6 @@ _LOOP = types.void(*[types.intp] * 6)
 
 # The compiled loops, which must outlive every call of theirs.
 _loops: dict[tuple[Any, type], Any] = {}
-_compiling = threading.Lock()
 
 
 def _loop(f: Callable[[Any], Any], kind: type, cache: bool) -> Any:
@@ -75,7 +73,7 @@ def address_of(activation: Any, kind: type) -> int:
 def _loop_of(activation: Any, kind: type) -> Any:
     key = activation, kind
     if key not in _loops:
-        with _compiling:
+        with compiling():
             if key not in _loops:
                 _loops[key] = _compiled(activation, kind)
     return _loops[key]

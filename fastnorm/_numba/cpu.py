@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from fastnorm import _core
 from fastnorm._numba import activations, backward, blocking, forward
 from fastnorm._numba.blocking import FINISH, MOMENTS, OPERANDS, PASS, STEPS, WHOLE
-from fastnorm._numba.memory import COUNTERS, SOURCES, alone, together
+from fastnorm._numba.memory import COUNTERS, SOURCES, alone, compiling, together
 from fastnorm.layout import Layout
 
 Array = NDArray[Any]
@@ -50,7 +50,6 @@ def set_stream_above(size: int) -> None:
 
 
 _kernels: dict[tuple[Any, ...], Any] = {}
-_compiling = threading.Lock()
 
 
 def _kernel(compiler: Callable[..., Any], *kinds: type) -> int:
@@ -58,24 +57,23 @@ def _kernel(compiler: Callable[..., Any], *kinds: type) -> int:
     key = compiler, *kinds
     found = _kernels.get(key)
     if found is None:
-        with _compiling:
+        with compiling():
             found = _kernels.get(key)
             if found is None:
                 found = _kernels[key] = compiler(*kinds, SOURCES)
     return int(found.address)
 
 
-def _can_share() -> bool:
-    """Whether threads can run here.
-
-    A layer of Numba's ends the process when two of Python's meet in it; a forked child, which GNU's
-    OpenMP ends, has one thread already (`backends.get_num_threads`).
-    """
+def _takes_several() -> bool:
+    """Whether several of Python's threads may meet in the layer that Numba's threads come from."""
     try:
-        layer = numba.threading_layer()
+        return numba.threading_layer() in ("omp", "tbb")
     except ValueError:  # none has started
-        layer = ""
-    return layer in ("omp", "tbb") or threading.active_count() == 1
+        return False
+
+
+# Of a layer in which two may not meet: that ends the process.
+_sharing = threading.Lock()
 
 
 def _share(
@@ -87,8 +85,21 @@ def _share(
     then finds its part in its own cache.
     """
     threads = min(threads, items, numba.config.NUMBA_NUM_THREADS)
-    if threads > 1 and not _can_share():
-        threads = 1
+    locked = False
+    if threads > 1 and not _takes_several():
+        # the count does not know threads that were started without `threading`, the lock does
+        locked = threading.active_count() == 1 and _sharing.acquire(blocking=False)
+        threads = threads if locked else 1
+    try:
+        _run(kernel, record, items, threads, task, room, near)
+    finally:
+        if locked:
+            _sharing.release()
+
+
+def _run(
+    kernel: int, record: int, items: int, threads: int, task: int, room: int, near: bool
+) -> None:
     memory = np.empty(threads * room, np.uint8)
     if threads == 1:
         alone(kernel, record, _address(memory), task)

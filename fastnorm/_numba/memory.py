@@ -7,13 +7,19 @@ is computed in, `real(kind)`.
 
 from __future__ import annotations
 
+import os
 import platform
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from llvmlite import binding, ir
 from numba import njit, prange, types
 from numba.core import cgutils
+from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic, overload, register_jitable
 
 from fastnorm import _core
@@ -58,6 +64,48 @@ def _sources() -> int:
 
 
 SOURCES = _sources()
+
+
+# --- Compiling ------------------------------------------------------------------------------------
+
+# A child that is forked while another thread compiles would wait for that thread for ever.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=global_compiler_lock.acquire,
+        after_in_parent=global_compiler_lock.release,
+        after_in_child=global_compiler_lock.release,
+    )
+
+PATIENCE = 1.0  # seconds of compiling, after which whoever waits at a terminal is told why
+_told = False
+
+
+def _tell() -> None:
+    global _told
+    if not _told:
+        _told = True
+        print(
+            "fastnorm: Numba compiles the kernels, for some seconds, once: they are kept on disk",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """One thread at a time; a line on a terminal's standard error where it takes long."""
+    with global_compiler_lock:
+        if _told or sys.stderr is None or not sys.stderr.isatty():
+            yield
+            return
+        timer = threading.Timer(PATIENCE, _tell)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            timer.join()
 
 
 # --- Instructions ---------------------------------------------------------------------------------

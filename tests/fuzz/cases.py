@@ -1,0 +1,237 @@
+"""What a call is made of: cases, which JSON can hold, and how hypothesis draws them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from hypothesis import strategies as st
+
+from ..operations import CHANNEL_FEATURES, OPERATIONS, SHARED, Operation
+
+Case = dict[str, Any]
+
+
+# --- Operations: those of the table, and others that it does not list -----------------------------
+
+
+def _linked_by_case(ndim: int, channel: int) -> tuple[int, ...]:
+    raise NotImplementedError("`checks` asks the case")
+
+
+def _other(label: str, *features: str, name: str = "", **more: Any) -> Operation:
+    return Operation(
+        label=label,
+        name=name or label,
+        description="",
+        build=lambda r: {},
+        linked=_linked_by_case,
+        features=frozenset(features),
+        **more,
+    )
+
+
+# These take any axes: a case says which.
+AXES = (
+    "layer_norm (axis)",
+    "rms_norm (axis)",
+    "l2_normalize",
+    "standardize",
+    "moments",
+    "Moments.update",
+)
+OTHERS = (
+    _other(
+        "rms_norm (axis)",
+        *SHARED,
+        "per_sample",
+        name="rms_norm",
+        stats=("rstd",),
+        backward_keywords=("axis", "weight"),
+    ),
+    _other("instance_norm (given)", *CHANNEL_FEATURES, name="instance_norm", min_ndim=2),
+    _other("moments", "where"),
+    _other("Moments.update", "where"),
+    _other("activate", "activation", "out"),
+)
+BY_LABEL: dict[str, Operation] = {op.label: op for op in (*OPERATIONS, *OTHERS)}
+
+# --- Sizes and numbers ----------------------------------------------------------------------------
+
+# About every length at which a kernel, of Cython's or Numba's, does something else: its lanes,
+# blocks, tiles and pieces. `test_fuzz.py` reads them from the sources.
+STEPS = (4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384, 32768, 65536, 1 << 17, 1 << 18)
+LONG_BLOCK = 27_700  # of float32 that a block of a run in place once had
+SIZES = sorted(
+    {1, 2, 3, 5, 7, 11, 13, 1 << 20, (1 << 20) + 1, LONG_BLOCK - 1, LONG_BLOCK, LONG_BLOCK + 1}
+    | {n + d for n in STEPS for d in (-1, 0, 1)}
+)
+# Elements of x, at most, and how often of a hundred.
+BUDGETS = ((300, 55), (3_000, 25), (30_000, 12), (140_000, 6), (1_100_000, 2))
+
+FLOATS = ("float32", "float64", "float16", "bfloat16")
+INTEGERS = ("uint8", "int8", "uint16", "int16", "int32", "uint32", "int64", "uint64", "bool")
+# Not one of which is supported, whatever NumPy takes them for.
+STRANGERS = (
+    "float8_e5m2", "float8_e4m3fn", "float8_e3m4", "float4_e2m1fn", "int4", "uint4",
+    "longdouble", "complex64", "datetime64[s]", "S4",
+)  # fmt: skip
+
+PLACES = ("x", "x", "x", "weight", "bias", "residual", "dy", "running_mean")
+
+BAD = ("nan", "inf", "-inf", "max", "-max", "1e31", "-3e38", "1e-33", "1e300", "1e-300", "least")
+VALUES = ("normal", "offset", "constant", "two", "scales", "huge", "tiny", "subnormal", "range")
+
+
+def dtype_of(name: str) -> np.dtype[Any]:
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
+# --- Drawing --------------------------------------------------------------------------------------
+
+# Takes one of a list: `random.Random(seed).choice`, or what hypothesis draws.
+Choose = Callable[[Sequence[Any]], Any]
+
+DIGIT = range(16)
+
+
+def one_in(choose: Choose, share: int) -> bool:
+    return bool(choose(range(share)) == share - 1)
+
+
+def often(choose: Choose, value: Any, others: Sequence[Any], share: int) -> Any:
+    """`value`, but one time in so many one of the others."""
+    return choose(others) if one_in(choose, share) else value
+
+
+def some(choose: Choose, least: int, most: int, options: Sequence[Any]) -> list[Any]:
+    return [choose(options) for _ in range(choose(range(least, most + 1)))]
+
+
+def layout(choose: Choose, *, output: bool = False) -> dict[str, Any]:
+    """How an array lies in memory, as `arenas.place` takes it."""
+    if one_in(choose, 3):
+        return {"front": True} if one_in(choose, 2) else {}
+    found: dict[str, Any] = {}
+    if one_in(choose, 2):
+        found["order"] = choose(["last", "F", "swapped"])
+    if one_in(choose, 4):
+        found["front"] = True
+    kinds = ["plain", "plain", "step", "pad", "flip", "odd", "odd", "extra", "misaligned", "swap"]
+    if not output:
+        kinds += ["repeated", "windows", "locked"]
+    kind = choose(kinds)
+    if kind in ("step", "pad", "repeated"):
+        found["axis"] = choose(range(5))
+    if kind == "flip":
+        found["flip"] = some(choose, 1, 2, range(5))
+    elif kind == "odd":
+        found["odd"] = choose([1, 2, 4, -3, 8, 1 << 40])
+        if one_in(choose, 2):
+            found["axis"], found["step"] = choose(range(5)), 2
+    elif kind in ("step", "pad"):
+        found[kind] = choose([2, 3])
+    elif kind == "extra":
+        found["extra"] = choose([1, 2, 4, 8])
+    elif kind not in ("plain", "repeated"):
+        found[kind] = True
+    if kind == "repeated":
+        found[kind] = True
+    return found
+
+
+def shape(choose: Choose, least: int, most: int, largest: int) -> list[int]:
+    """Sizes of `least` to `most` axes; one of them is long half the time."""
+    ndim = choose(range(least, max(least, most) + 1))
+    budget = choose([n for n, share in BUDGETS if n <= largest for _ in range(share)])
+    found = [1] * ndim
+    axes = list(range(ndim))
+    while axes:
+        axis = axes.pop(choose(range(len(axes))))
+        fitting = [n for n in SIZES if n <= budget]
+        if one_in(choose, 2):
+            fitting = fitting[-8:] if len(axes) == ndim - 1 else fitting[:8]
+        found[axis] = choose(fitting)
+        budget //= found[axis]
+    if one_in(choose, 40):
+        found[choose(range(ndim))] = 0
+    return found
+
+
+def draw(
+    choose: Choose,
+    dtypes: Sequence[str] = FLOATS,
+    *,
+    functions: bool = False,
+    largest: int = 2_000_000,
+) -> Case:
+    """One call, on an x of at most `largest` elements or so."""
+    op = BY_LABEL[choose(list(BY_LABEL))]
+    case: Case = {"op": op.label}
+    case["seed"] = sum(choose(DIGIT) << 4 * place for place in range(8))
+    case["shape"] = shape(choose, max(op.min_ndim, 1), 5 if op.label in AXES else 4, largest)
+    case["dtype"] = choose(dtypes)
+    if dtypes == FLOATS:
+        case["dtype"] = often(choose, case["dtype"], INTEGERS, 12)
+    if one_in(choose, 40):
+        case["stranger"] = [choose(PLACES), choose(STRANGERS)]
+    case["layout"] = layout(choose)
+    case["values"] = often(choose, "normal", VALUES, 2)
+    case["ratio"] = choose([0.0, 1.0, 3.0, 63.0, 65.0, 1e4])
+    case["bad"] = []
+    if one_in(choose, 3):
+        for name in some(choose, 1, 3, BAD):
+            place = sum(choose(DIGIT) << 4 * place for place in range(6)) / 2**24
+            case["bad"].append([name, place])
+    case["threads"] = choose([[1, 2, 8], [2, 1, 8], [8, 2, 1], [1, 8, 1]])
+    case["known"] = one_in(choose, 2)  # a plain call of this shape was made before
+    case["eps"] = choose([1e-5, 0.0, 1e-12, 1.0, None])
+    if op.label in AXES:
+        case["axis"] = some(choose, 1, 3, range(5))
+    if "channel_axis" in op.features:
+        case["channel_axis"] = choose([1, -1, 2])
+    if op.grouped:
+        case["groups"] = choose(range(24))
+    if op.label.startswith(("layer_norm (n", "rms_norm", "add_")):
+        case["trailing"] = often(choose, 1, [2, 3], 4)
+    kinds = ["shared", "shared", None]
+    kinds += ["per sample", "full"] if "per_sample" in op.features else []
+    for name in ("weight", "bias"):
+        case[name] = choose(kinds)
+        case[f"{name} layout"] = layout(choose)
+        case[f"{name} dtype"] = often(choose, None, dtypes, 3)
+    if op.name in ("batch_norm", "instance_norm"):
+        case["running"] = choose([None, "float32", "float64"])
+    case["weight scale"] = often(choose, 1.0, [1e-32, 1e-39, 1e30, 0.0], 6)
+    if op.name == "rms_norm":
+        case["weight_offset"] = often(choose, 0.0, [1.0], 4)
+    if "where" in op.features:
+        case["where"] = often(choose, None, ["full", "last axis", "nothing", "everything"], 4)
+        case["where layout"] = layout(choose)
+    if "residual" in op.features or op.outputs > 1:
+        case["residual"] = choose([None, *dtypes, "x"])
+        case["residual layout"] = layout(choose)
+    if "activation" in op.features:
+        choice = ["relu", "silu", "gelu", "gelu_tanh", *(["function"] if functions else [])]
+        case["activation"] = often(choose, None, choice, 2)
+    if "out" in op.features:
+        case["out"] = choose([None, "own"])
+        targets = ["x", "residual", "weight", "shifted", "reversed"]
+        case["out"] = often(choose, case["out"], targets, 2)
+        case["out layout"] = layout(choose, output=True)
+        case["shift"] = choose([1, -1, 3, 64, -1000])
+    if op.label in ("standardize", "moments", "Moments.update"):
+        case["ddof"] = choose([0, 1])
+    if op.backward:
+        case["backward"] = one_in(choose, 2)
+        case["dy dtype"] = often(choose, None, dtypes, 3)
+        case["dy layout"] = layout(choose)
+        case["statistics layout"] = layout(choose)
+    return case
+
+
+def cases(**options: Any) -> st.SearchStrategy[Case]:
+    """The same as a strategy of hypothesis: it takes 17 ms for one, and draws many twice."""
+    return st.composite(lambda get: draw(lambda every: get(st.sampled_from(every)), **options))()

@@ -105,8 +105,10 @@ def fails(cases: list[Case], backend: str, cpu: str) -> str:
 def ending(done: subprocess.CompletedProcess[str]) -> str:
     if done.returncode == 0:
         return ""
-    died = f"the process ended with {done.returncode}" if done.returncode != 1 else ""
-    return "\n".join(filter(None, (died, *done.stderr.strip().splitlines()[-12:])))
+    lines = [n for n in done.stderr.strip().splitlines() if not n.startswith("Extension modules")]
+    if done.returncode == 1:
+        return "\n".join(lines[-12:])
+    return "\n".join([f"the process ended with {done.returncode}", *lines[:40]])
 
 
 def run(examples: int, backend: str, cpu: str, seed: int, tries: int = 60) -> Outcome:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import os
 from typing import Any
 
 import numpy as np
+
+from ..helpers import PAGE, guarded
 
 Array = np.ndarray[Any, Any]
 Layout = dict[str, Any]
 
 FILLER = 0xFF  # as a float of any size this is not a number, as a bool it is none
-PAGE = mmap.PAGESIZE
-_protect = ctypes.CDLL(None, use_errno=True).mprotect if os.name == "posix" else None
-NO_ACCESS = 0  # PROT_NONE
 
 
 class Arena:
@@ -23,12 +19,7 @@ class Arena:
 
     def __init__(self, size: int, *, at_end: bool = True, gap: int = 0) -> None:
         room = -(-max(size + gap, 1) // PAGE) * PAGE
-        whole = np.frombuffer(mmap.mmap(-1, room + 2 * PAGE), np.uint8)
-        if _protect is not None:
-            for address in (whole.ctypes.data, whole.ctypes.data + PAGE + room):
-                if _protect(ctypes.c_void_p(address), ctypes.c_size_t(PAGE), NO_ACCESS):
-                    raise OSError(ctypes.get_errno(), "mprotect failed")
-        self.bytes = whole[PAGE : PAGE + room]
+        self.bytes = guarded((room,), np.uint8)
         self.bytes[:] = FILLER
         self.begin = room - size - gap if at_end else gap
         self.before = self.bytes
@@ -55,7 +46,7 @@ class Arena:
         if self.written:
             right = right.copy()
             start = self.bytes.ctypes.data
-            for array in self.written:
+            for array in filter(np.size, self.written):
                 place = array.ctypes.data - start
                 same: Array = np.ndarray(array.shape, array.dtype, right, place, array.strides)
                 same[...] = array

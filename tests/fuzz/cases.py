@@ -7,8 +7,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from hypothesis import strategies as st
-
 from ..operations import CHANNEL_FEATURES, OPERATIONS, SHARED, Operation
 
 Case = dict[str, Any]
@@ -65,9 +63,10 @@ BY_LABEL: dict[str, Operation] = {op.label: op for op in (*OPERATIONS, *OTHERS)}
 STEPS = (4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384, 32768, 65536, 1 << 17, 1 << 18)
 LONG_BLOCK = 27_700  # of float32 that a block of a run in place once had
 SIZES = sorted(
-    {1, 2, 3, 5, 7, 11, 13, 1 << 20, (1 << 20) + 1, LONG_BLOCK - 1, LONG_BLOCK, LONG_BLOCK + 1}
+    {1, 2, 3, 5, 6, 7, 11, 13, 1 << 20, (1 << 20) + 1, LONG_BLOCK - 1, LONG_BLOCK, LONG_BLOCK + 1}
     | {n + d for n in STEPS for d in (-1, 0, 1)}
 )
+SIDES = (2, 3, 7, 8, 15, 16, 17, 28, 31, 56, 64, 65, 112, 127, 224, 256, 333)
 # Elements of x, at most, and how often of a hundred.
 BUDGETS = ((300, 55), (3_000, 25), (30_000, 12), (140_000, 6), (1_100_000, 2))
 
@@ -119,7 +118,7 @@ def layout(choose: Choose, *, output: bool = False) -> dict[str, Any]:
         found["order"] = choose(["last", "F", "swapped"])
     if one_in(choose, 4):
         found["front"] = True
-    kinds = ["plain", "plain", "step", "pad", "flip", "odd", "odd", "extra", "misaligned", "swap"]
+    kinds = ["plain", "step", "pad", "pad", "flip", "flip", "odd", "odd", "extra", "misaligned", "swap"]
     if not output:
         kinds += ["repeated", "windows", "locked"]
     kind = choose(kinds)
@@ -146,6 +145,14 @@ def shape(choose: Choose, least: int, most: int, largest: int) -> list[int]:
     """Sizes of `least` to `most` axes; one of them is long half the time."""
     ndim = choose(range(least, max(least, most) + 1))
     budget = choose([n for n, share in BUDGETS if n <= largest for _ in range(share)])
+    if ndim == 4 and one_in(choose, 2):  # images
+        sides = [n for n in SIDES if n * n <= budget]
+        height, width = choose(sides), choose(sides)
+        budget //= height * width
+        return [choose([n for n in SIZES[:8] if n <= max(budget, 1)]) for _ in range(2)] + [
+            height,
+            width,
+        ]
     found = [1] * ndim
     axes = list(range(ndim))
     while axes:
@@ -232,6 +239,8 @@ def draw(
     return case
 
 
-def cases(**options: Any) -> st.SearchStrategy[Case]:
+def cases(**options: Any) -> Any:
     """The same as a strategy of hypothesis: it takes 17 ms for one, and draws many twice."""
+    from hypothesis import strategies as st
+
     return st.composite(lambda get: draw(lambda every: get(st.sampled_from(every)), **options))()

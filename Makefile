@@ -7,6 +7,10 @@ PYTHON   ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.14
 EXTRAS   ?=
 PIP_ARGS ?=
 ARGS     ?=
+EXAMPLES ?= 20000
+BACKEND  ?=
+CPU      ?=
+SEED     ?=
 
 ifeq ($(OS),Windows_NT)
 BIN := $(VENV)/Scripts
@@ -24,11 +28,13 @@ BUILT_FROM := pyproject.toml setup.py \
 .DEFAULT_GOAL := help
 # Two targets at once would meet in pip.
 .NOTPARALLEL:
-.PHONY: help venv build demo test lint format docs bench bench-gate bench-gate-update clean
+.PHONY: help venv build demo test fuzz trust lint format docs bench bench-gate bench-gate-update clean
 
 help:
 	@echo 'make demo      build fastnorm, run the demonstration'
 	@echo 'make test      build fastnorm, run the tests (PyTorch tests skip where it is absent)'
+	@echo 'make fuzz      random calls of every function on fenced memory, each backend and CPU'
+	@echo 'make trust     every attack of tests/trust.py, as a table: inputs tried, faults found'
 	@echo 'make lint      ruff check, ruff format --check, mypy, lint-imports'
 	@echo 'make format    let ruff sort imports and format'
 	@echo 'make docs      build the documentation in docs/_build/html, run its examples'
@@ -42,6 +48,7 @@ help:
 	@echo 'VENV=.venv     the environment          PYTHON=python3.13  the Python it is made from'
 	@echo 'EXTRAS="torch" packages to add to it when it is made'
 	@echo 'PIP_ARGS="-q"  arguments of every pip install'
+	@echo 'EXAMPLES=20000 BACKEND=cython CPU=x86-64-v3 SEED=1  what fuzz tries, where, and from where on'
 	@echo 'ARGS="-k rms"  arguments of the program that demo, test, bench or bench-gate runs'
 
 demo: $(STAMPS)/demo
@@ -49,6 +56,12 @@ demo: $(STAMPS)/demo
 
 test: $(STAMPS)/test
 	$(PY) -m pytest $(ARGS)
+
+fuzz: $(STAMPS)/test
+	$(PY) -m tests.fuzz --examples $(EXAMPLES) $(if $(BACKEND),--backend $(BACKEND)) $(if $(CPU),--cpu $(CPU)) $(if $(SEED),--seed $(SEED))
+
+trust: $(STAMPS)/test
+	$(PY) -m tests.trust $(ARGS)
 
 # Some of the cases, with ARGS, leave the README and the stored results alone.
 bench: $(STAMPS)/bench

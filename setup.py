@@ -13,6 +13,10 @@ not set    build the kernels if there is a C compiler; without one, install with
 =========  ================================================================================
 
 A compiler that works but fails on the kernels is always an error.
+
+With ``FASTNORM_CHECK=1`` the kernels check the extent of every array and tile they touch, and end
+the process where one is left (``_core/check.h``). ``FASTNORM_SANITIZE=address,undefined`` builds
+them with those sanitizers of the compiler. Both are for `make sanitize`, and slow.
 """
 
 import os
@@ -43,6 +47,9 @@ GNU_FLAGS = [
     "-Werror=implicit-function-declaration",
 ]
 MSVC_FLAGS = ["/O2", "/fp:precise"]
+
+# With FASTNORM_SANITIZE: what it finds ends the process, with the place in the source.
+SANITIZER_FLAGS = ["-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1", "-O1"]
 
 # What each build adds for gcc and clang on x86-64. Without -mprefer-vector-width=512 the compilers
 # use half of an AVX-512 register.
@@ -108,6 +115,10 @@ class BuildKernels(build_ext):
 
         msvc = self.compiler.compiler_type == "msvc"
         flags = list(MSVC_FLAGS if msvc else GNU_FLAGS)
+        if os.environ.get("FASTNORM_CHECK", "") not in ("", "0"):
+            flags.append("/DFN_CHECKED=1" if msvc else "-DFN_CHECKED=1")
+        if sanitizers := os.environ.get("FASTNORM_SANITIZE", ""):
+            flags += [f"-fsanitize={sanitizers}", *SANITIZER_FLAGS]
         openmp = "/openmp" if msvc else "-fopenmp"
         if self.compiles(OPENMP_PROBE, [openmp], [] if msvc else [openmp]):
             flags.append(openmp)

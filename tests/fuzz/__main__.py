@@ -1,8 +1,8 @@
 """Run random calls in processes of their own; of one that fails, make it small and say it.
 
-    python -m tests.fuzz                        20,000 for each backend and instruction set
-    python -m tests.fuzz --examples 500 --backend numba --seed 7
-    python -m tests.fuzz --repeat '{"op": ...}'  one of them again, as a failure prints it
+python -m tests.fuzz                        20,000 for each backend and instruction set
+python -m tests.fuzz --examples 500 --backend numba --seed 7
+python -m tests.fuzz --repeat '{"op": ...}'  one of them again, as a failure prints it
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def explore(examples: int, seed: int, backend: str, log: Path) -> None:
 
 
 def child(*arguments: str, cpu: str, timeout: float) -> subprocess.CompletedProcess[str]:
-    """Another Python on this tree, which is told the instruction set and to wait without spinning."""
+    """Another Python on this tree, for an instruction set, whose threads wait without spinning."""
     ours = ("FASTNORM_", "OMP_")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     environment |= {"OMP_WAIT_POLICY": "passive", "MALLOC_PERTURB_": "165"}
@@ -141,17 +141,14 @@ def run(examples: int, backend: str, cpu: str, seed: int, tries: int = 60) -> Ou
         )
         return outcome
     found, story = smaller(found, story, backend, cpu, tries)
-    setting = f"FASTNORM_CPU={cpu} " if cpu else ""
-    lines = [f"{story}\n\nrepeat it with"]
-    if len(found) == 1:
-        lines.append(
-            f"    {setting}python -m tests.fuzz --backend {backend} --repeat '{json.dumps(found[0])}'"
-        )
-    else:
+    what = f"'{json.dumps(found[0])}'"
+    if len(found) > 1:
         kept = Path(tempfile.mkdtemp(prefix="fastnorm-fuzz-")) / "cases.jsonl"
         kept.write_text("".join(json.dumps(c) + "\n" for c in found), encoding="ascii")
-        lines.append(f"    {setting}python -m tests.fuzz --backend {backend} --repeat {kept}")
-    outcome.story = "\n".join(lines)
+        what = str(kept)
+    setting = f"FASTNORM_CPU={cpu} " if cpu else ""
+    command = f"{setting}python -m tests.fuzz --backend {backend} --repeat {what}"
+    outcome.story = f"{story}\n\nrepeat it with\n    {command}"
     return outcome
 
 
@@ -231,8 +228,8 @@ def settings_of(backends: list[str], cpus: list[str]) -> list[tuple[str, str]]:
     for backend in backends or at_hand:
         if backend not in at_hand:
             raise SystemExit(f"no backend {backend!r} here: there are {', '.join(at_hand)}")
-        for cpu in (cpus or known[::-1]) if backend == "cython" else [""]:
-            pairs.append((backend, cpu))
+        every = (cpus or known[::-1]) if backend == "cython" else [""]
+        pairs += [(backend, cpu) for cpu in every]
     return pairs
 
 

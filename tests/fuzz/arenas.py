@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..helpers import PAGE, guarded
+from tests.helpers import PAGE, guarded
 
 Array = np.ndarray[Any, Any]
 Layout = dict[str, Any]

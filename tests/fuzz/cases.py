@@ -7,7 +7,8 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from ..operations import CHANNEL_FEATURES, OPERATIONS, SHARED, Operation
+
+from tests.operations import CHANNEL_FEATURES, OPERATIONS, SHARED, Operation
 
 Case = dict[str, Any]
 
@@ -118,7 +119,19 @@ def layout(choose: Choose, *, output: bool = False) -> dict[str, Any]:
         found["order"] = choose(["last", "F", "swapped"])
     if one_in(choose, 4):
         found["front"] = True
-    kinds = ["plain", "step", "pad", "pad", "flip", "flip", "odd", "odd", "extra", "misaligned", "swap"]
+    kinds = [
+        "plain",
+        "step",
+        "pad",
+        "pad",
+        "flip",
+        "flip",
+        "odd",
+        "odd",
+        "extra",
+        "misaligned",
+        "swap",
+    ]
     if not output:
         kinds += ["repeated", "windows", "locked"]
     kind = choose(kinds)

@@ -1,0 +1,90 @@
+"""Run the attacks on fastnorm, and print one table: attack, inputs tried, faults found.
+
+    python -m tests.trust             all of them
+    python -m tests.trust fuzz files  those whose names have one of these words
+
+An attack is one line of `ATTACKS`: what it is called, what runs it, and how its inputs are counted.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+Counts = tuple[int, int]  # inputs tried, faults found
+
+
+def tests_counted(output: str) -> Counts:
+    """Of pytest: tests, of which those count as faults that failed or could not start."""
+    last = output.strip().splitlines()[-1] if output.strip() else ""
+    number = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error)", last)}
+    wrong = number.get("failed", 0) + number.get("error", 0)
+    return number.get("passed", 0) + wrong, wrong
+
+
+def examples_counted(output: str) -> Counts:
+    """Of tests.fuzz: random calls, of which a run stops at the first that is wrong."""
+    tried = sum(int(n) for n in re.findall(r"(\d+) examples", output))
+    return tried, output.count("repeat ")
+
+
+@dataclass(frozen=True)
+class Attack:
+    """What is tried on fastnorm, and by what."""
+
+    name: str
+    command: tuple[str, ...]
+    """What Python is called with."""
+    count: Callable[[str], Counts] = tests_counted
+
+
+def tests(*choice: str) -> tuple[str, ...]:
+    return ("-m", "pytest", "-q", "-p", "no:cacheprovider", *choice)
+
+
+ATTACKS: tuple[Attack, ...] = (
+    Attack(
+        "fuzz: random calls on fenced memory",
+        ("-m", "tests.fuzz", "--examples", "3000"),
+        examples_counted,
+    ),
+    Attack("memory: fences, kept blocks", tests("tests/test_fences.py", "tests/test_memory.py")),
+    Attack("threads and processes", tests("tests/test_determinism.py", "-k", "threads or forked")),
+    Attack(
+        "bad numbers beside good ones",
+        tests("tests/test_features.py", "tests/test_backward.py", "-k", "bad_numbers"),
+    ),
+    Attack("wrong arguments", tests("tests/test_errors.py")),
+)
+
+
+def main(words: list[str]) -> int:
+    chosen = [a for a in ATTACKS if not words or any(word in a.name for word in words)]
+    width = max((len(a.name) for a in chosen), default=6)
+    print(f"{'attack':{width}}  {'inputs':>8}  {'faults':>6}  {'s':>5}", flush=True)
+    failed = 0
+    for attack in chosen:
+        began = time.monotonic()
+        command = [sys.executable, *attack.command]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        tried, faults = attack.count(done.stdout)
+        # one that ended badly without a count, or tried nothing, is no good news
+        broken = done.returncode != 0 or not tried
+        faults = max(faults, int(broken))
+        failed += bool(faults)
+        took = time.monotonic() - began
+        print(f"{attack.name:{width}}  {tried:8}  {faults:6}  {took:5.0f}", flush=True)
+        if broken:
+            print((done.stdout + done.stderr)[-3000:], file=sys.stderr, flush=True)
+    return 1 if failed or not chosen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -42,8 +42,8 @@ OPERANDS = (
 NUMBERS = (
     "a", "b", "p", "s", "c", "neighbours", "columns", "centred", "given", "scaling", "activation",
     "activation_first", "stream", "residual_real", "addend_real", "foldable", "folded_groups",
-    "whole_planes", "length", "width", "chunks", "items", "block", "pieces", "parts", "scales",
-    "plain", "direct", "fields", "alone", "past", "relu",
+    "whole_sums", "whole_steps", "length", "width", "chunks", "items", "block", "pieces", "parts",
+    "scales", "plain", "direct", "fields", "alone", "past", "relu",
 )  # fmt: skip
 
 

@@ -183,6 +183,13 @@ def _are_alone(layout: Layout, kind: type, foldable: bool) -> bool:
     return foldable or (along and beside)
 
 
+def _planes_follow(layout: Layout, *operands: str) -> bool:
+    """Whether the planes of a group are one run of each of these operands."""
+    p, s = layout.dims[2:4]
+    steps = (layout.strides[name] for name in operands)
+    return p == 1 or all(step[2] == s * step[3] for step in steps)
+
+
 @lru_cache(maxsize=4096)
 def _plan(
     layout: Layout,
@@ -272,6 +279,7 @@ def _plan(
     )
     sizes = {"mask": 1, "weight": real, "bias": real}
     sizes |= {"residual": real if residual_real else size, "addend": real if addend_real else size}
+    source = "total" if "total" in steps else "x"  # what the norm is of
     record = np.zeros(1, PASS)
     record[0] = (
         0,
@@ -279,9 +287,10 @@ def _plan(
         *(_operand(stats, 8) for _ in range(3)),
         a, b, p, s, c, layout.neighbours, layout.columns, centred, given, scaling,
         activations.address_of(activation, computing), activation_first, streamed, residual_real,
-        addend_real, foldable, folded_groups, p == 1 or steps["x"][2] == s * steps["x"][3], length,
-        width, chunks, items, block, pieces, 0, 0, 0, 0, 0,
-        alone, streamed and foldable and kind is np.float32, activation == 1, eps,
+        addend_real, foldable, folded_groups, _planes_follow(layout, source),
+        written and _planes_follow(layout, source, "y"), length, width, chunks, items, block,
+        pieces, 0, 0, 0, 0, 0, alone, streamed and foldable and kind is np.float32,
+        activation == 1, eps,
     )  # fmt: skip
     return _Plan(
         record.view(np.int64),

@@ -68,7 +68,7 @@ def sums_of_runs(q, a, b, width, first, last, into, kind):
     while f < last:
         p = f // q.s
         t = f - p * q.s
-        n = last - f if q.whole_planes else min(last - f, q.s - t)
+        n = last - f if q.whole_sums else min(last - f, q.s - t)
         for k in range(width):
             x = at(source, a, b + k) + p * source.p + t * source.s
             if q.centred:
@@ -91,7 +91,7 @@ def runs_block(q, a, b, width, first, last, into, work, tile, kind, tiled):
         for k in range(width):
             p = first // q.s
             t = first - p * q.s
-            if q.mask.data == 0 and (last - first <= q.s - t or q.whole_planes):
+            if q.mask.data == 0 and (last - first <= q.s - t or q.whole_sums):
                 x = at(source, a, b + k) + p * source.p + t * source.s
                 moments(
                     x, last - first, q.centred != 0, into + 8 * k, width, work + 16 * width, tiled
@@ -116,7 +116,7 @@ def runs_block(q, a, b, width, first, last, into, work, tile, kind, tiled):
                 while f < last:
                     p = f // q.s
                     t = f - p * q.s
-                    n = last - f if q.whole_planes else min(last - f, q.s - t)
+                    n = last - f if q.whole_sums else min(last - f, q.s - t)
                     x = at(source, a, b + k) + p * source.p + t * source.s
                     d, d2 = sums_about(x, n, pivot, kind)
                     one += d
@@ -161,7 +161,7 @@ def runs_step(q, a, b, width, piece, scale, tile, spare, kind, tiled):
             and q.bias.s == 0
             and q.weight.p == 0
             and q.bias.p == 0
-            and q.whole_planes
+            and q.whole_steps
             and q.plain
         ):
             n = last - f

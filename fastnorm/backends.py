@@ -79,7 +79,7 @@ def _compiled(p: Pass, kernels: Any) -> None:
                 )
         layout = _layout_of(operands, tuple(sorted(p.reduced)))
         assert layout is not None, "contiguous operands always have a layout"
-    kernels.run_pass(
+    raised = kernels.run_pass(
         layout,
         operands["x"],
         operands.get("y"),
@@ -102,6 +102,10 @@ def _compiled(p: Pass, kernels: Any) -> None:
         key=p.key if y_back is None else None,
         statistics=p.statistics,
     )
+    if raised:
+        from fastnorm._numba import activations
+
+        activations.raise_again(p.activation, _computing(p.x.dtype))
     if y_back is not None:
         y_back[...] = operands["y"]
     return None
@@ -117,7 +121,9 @@ def _activation(p: Pass, kernels: Any) -> dict[str, Any]:
 
     kind = _computing(p.x.dtype)
     address = activations.address_of(p.activation, kind)
-    kernels.know(p.activation, kind is np.float64, address)  # for the quick door
+    kernels.know(  # for the quick door
+        p.activation, kind is np.float64, address, activations.raise_again
+    )
     return {"user": address}
 
 

@@ -125,7 +125,9 @@ def run(
             (rstd,) = unknown(array, mean.shape, 1)
         else:
             rstd = rstd_of(var, options.get("eps", 0.0))
-    y = destination(array, out, array, added, mask, weight, bias)
+    # a function of the user's may raise half way: what `out` holds is then as it was
+    direct = None if callable(activation) and not isinstance(array, Elsewhere) else out
+    y = destination(array, direct, array, added, mask, weight, bias)
     if array.size:
         compute(
             Pass(

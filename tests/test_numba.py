@@ -29,6 +29,7 @@ from .helpers import (
     F16,
     F32,
     F64,
+    SINGLE_AND_DOUBLE,
     Array,
     assert_same_bits,
     call,
@@ -340,6 +341,106 @@ def test_activations_that_cannot_be() -> None:
         with pytest.raises(TypeError, match="cannot be compiled"):
             fn.layer_norm(x, 6, activation=wrong, out=x)
     assert_same_bits(x, kept)
+
+
+class Refused(ArithmeticError):
+    """An error of a user's own, which cannot be made of a message alone."""
+
+    def __init__(self, number: float, limit: float) -> None:
+        super().__init__(number, limit)
+
+
+@numba.njit
+def at_most_two(v: Any) -> Any:
+    if v > 2.0:
+        raise ValueError("more than two")
+    return v
+
+
+@numba.njit
+def refusing(v: Any) -> Any:
+    if v > 2.0:
+        raise Refused(v, 2.0)
+    return v
+
+
+@numba.njit
+def inverse(v: Any) -> Any:
+    return 1 / v
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=named)
+def test_an_activation_that_raises(dtype: Any, backend: str) -> None:
+    """It does so in the caller, in whichever thread and however often; nothing given is changed."""
+    big = data((64, 40, 60), dtype, 0.0)
+    big[-1, -1, -1] = 100  # the last number of the last thread
+    w, b = np.ones((2, 60), F32 if dtype != F64 else F64)
+    for x in (big, big[-1:, -3:]):
+        kept, out = x.copy(), np.full_like(x, 3)
+        for _ in range(3):  # described, and then known
+            for given in ({}, {"weight": w, "bias": b}, {"residual": x}, {"out": out}, {"out": x}):
+                with pytest.raises(ValueError, match=r"at_most_two raised .*more than two"):
+                    fn.layer_norm(x, 60, activation=at_most_two, **given)
+        assert_same_bits(x, kept)
+        assert (out == 3).all()
+        mean, var = np.zeros((2, x.shape[1]), F32)
+        with pytest.raises(ValueError, match="at_most_two"):
+            fn.batch_norm(x, mean, var, training=True, activation=at_most_two)
+        assert not mean.any()
+        assert not var.any()
+        with pytest.raises(RuntimeError, match=r"refusing raised .*Refused") as raised:
+            fn.layer_norm(channels_last(x), axis=(1, 2), activation=refusing)
+        assert isinstance(raised.value.__cause__, Refused)
+    # and a call that raised leaves nothing behind
+    zeros = np.zeros((4, 6), dtype)
+    assert_same_bits(fn.layer_norm(zeros, 6, activation=at_most_two), zeros)
+
+
+def test_division_by_zero_in_an_activation(backend: str) -> None:
+    """As the function itself divides: Numba's own way raises, NumPy's does not."""
+    x = np.zeros((3, 4), F32)
+    with pytest.raises(ZeroDivisionError, match=r"inverse raised .*error_model='numpy'"):
+        fn.layer_norm(x, 4, activation=inverse)
+    infinite = fn.layer_norm(x, 4, activation=numba.njit(error_model="numpy")(inverse.py_func))
+    assert np.isposinf(infinite).all()
+
+
+NUMBERS = [
+    numba.njit(f)
+    for f in (lambda v: v > 0, lambda v: 3, lambda v: np.int8(v), lambda v: np.float64(v))
+]
+RETURNED: dict[str, Callable[[Any], Any]] = {
+    "array": lambda v: np.ones(3),
+    "array of no dimension": lambda v: np.zeros(()),
+    "complex": lambda v: 1j * v,
+    "string": lambda v: "one",
+    "None": lambda v: None,
+    "sometimes None": lambda v: None if v > 0 else v,
+    "tuple": lambda v: (v, v),
+    "list": lambda v: [v],
+}
+
+
+@pytest.mark.parametrize("what", RETURNED)
+def test_activations_that_return_no_number(what: str, backend: str) -> None:
+    x = data((4, 6), F32)
+    kept = x.copy()
+    for _ in range(2):
+        with pytest.raises(TypeError, match=r"returns .*expected one number"):
+            fn.layer_norm(x, 6, activation=numba.njit(RETURNED[what]), out=x)
+    assert_same_bits(x, kept)
+
+
+@pytest.mark.parametrize("dtype", SINGLE_AND_DOUBLE, ids=named)
+def test_activations_that_return_other_numbers(dtype: Any, backend: str) -> None:
+    x = data((4, 6), dtype)
+    right = fn.layer_norm(x, 6)
+    for f in NUMBERS:
+        y = fn.layer_norm(x, 6, activation=f)
+        exact = np.array([f(v) for v in right.ravel()], dtype).reshape(right.shape)
+        assert_same_bits(y, exact)
+    with pytest.raises(TypeError, match="compiled for int64"):
+        fn.layer_norm(x, 6, activation=numba.njit("int64(int64)")(lambda v: v))
 
 
 # --- Inside a user's function ---------------------------------------------------------------------

@@ -357,7 +357,8 @@ def run_pass(layout, x, y, mean, var, rstd, *, weight=None, bias=None, mask=None
     """One pass of `layout` over x into y (None: statistics alone).
 
     Fills mean, var and rstd, or reads the first two where `given`.  With a key, the pass is kept as a
-    plan (plans.pxi); `statistics` is then the shape in which mean and rstd are returned.
+    plan (plans.pxi); `statistics` is then the shape in which mean and rstd are returned.  Returns
+    whether the user's activation raised.
     """
     cdef Pass q
     cdef Plan plan
@@ -368,6 +369,7 @@ def run_pass(layout, x, y, mean, var, rstd, *, weight=None, bias=None, mask=None
     q.columns = layout.columns
     q.centred, q.given, q.scaling, q.eps, q.fields = centred, given, scaling, eps, 0
     q.activation, q.user, q.activation_first = activation, <Loop>user, activation_first
+    q.raised = False
     operand(&q.x, x, strides["x"])
     operand(&q.y, y, strides.get("y"))
     operand(&q.mean, mean, strides["stats"])
@@ -383,7 +385,8 @@ def run_pass(layout, x, y, mean, var, rstd, *, weight=None, bias=None, mask=None
     failed = carry_out(&q, threads)
     if failed:
         raise MemoryError("fastnorm could not get the scratch memory of its kernels")
-    if key is not None:
+    if key is not None and not q.raised:
         plan = Plan()
         plan.forward = q
         keep(plan, key, statistics)
+    return q.raised

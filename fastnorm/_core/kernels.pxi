@@ -156,8 +156,9 @@ cdef struct Operand:
     Storage storage
     Py_ssize_t a, b, p, s, c    # strides in bytes
 
-# _numba/activations.py: y = f(y), or with a scale (hi, r, shift) f of the step of x, which lies apart
-ctypedef void (*Loop)(const void* x, void* y, Py_ssize_t n, const void* scale, const void* weight, const void* bias) noexcept nogil
+# _numba/activations.py: y = f(y), or with a scale (hi, r, shift) f of the step of x, which lies apart.
+# Not 0 where f raised.
+ctypedef Py_ssize_t (*Loop)(const void* x, void* y, Py_ssize_t n, const void* scale, const void* weight, const void* bias) noexcept nogil
 
 cdef struct Pass:
     Py_ssize_t a, b, p, s, c, neighbours
@@ -168,6 +169,7 @@ cdef struct Pass:
     Scaling scaling
     Activation activation
     Loop user                   # an activation of the user's own, of numbers side by side, or NULL
+    bint raised                 # whether it has
     double eps
     Py_ssize_t fields           # 0, or the bytes between the five fields of moments that are asked for
     Operand x, y, mask, weight, bias, residual, addend, total, mean, var, rstd

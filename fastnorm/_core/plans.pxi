@@ -325,7 +325,8 @@ cdef bint push_options(Key* k, object x, object weight, object bias, object resi
                 return False
             code = user_loops.get((activation, computing_kind(x)))
             push(k, -9)
-            return code is not None and push_number(k, code) and push_out(k, x, weight, bias, residual, out)
+            # it may raise half way: what `out` holds is then as it was
+            return out is None and code is not None and push_number(k, code)
         code = activation_codes.get(activation)
         if code is None:
             return False
@@ -345,8 +346,12 @@ cdef bint push_out(Key* k, object x, object weight, object bias, object residual
 cdef dict activation_codes = {"relu": RELU, "silu": SILU, "gelu": GELU, "gelu_tanh": GELU_TANH}
 cdef dict user_loops = {}       # addresses, by function and type that is computed in
 
-def know(function, bint double_, Py_ssize_t address):
-    """Tell the quick door the compiled loop of a user's activation."""
+cdef object raise_again = None  # of a function and type: what it raised
+
+def know(function, bint double_, Py_ssize_t address, again):
+    """Tell the quick door the compiled loop of a user's activation, and who raises what it raised."""
+    global raise_again
+    raise_again = again
     user_loops[function, cnp.NPY_FLOAT64 if double_ else cnp.NPY_FLOAT32] = address
 
 def quick_forward(Py_ssize_t kind, first, second, x, weight, bias, double eps, bint return_stats,
@@ -414,13 +419,15 @@ def quick_forward(Py_ssize_t kind, first, second, x, weight, bias, double eps, b
     failed = carry_out(&q, threads)
     if q.given:
         inverse_roots(<double*>q.rstd.data, scratch, q.eps, n)
-    if updated and not failed:
+    if updated and not failed and not q.raised:
         count = <double>(cnp.PyArray_SIZE(<cnp.ndarray>x) // n)
         update_running(running_mean, <double*>q.mean.data, n, 1.0, momentum)
         update_running(running_var, scratch, n, count / (count - 1), momentum)
     free(scratch)
     if failed:
         raise MemoryError("fastnorm could not get the scratch memory of its kernels")
+    if q.raised:
+        raise_again(activation, np.float64 if computing_kind(x) == cnp.NPY_FLOAT64 else np.float32)
     if total is not None:
         return y, total
     if not return_stats:

@@ -89,7 +89,8 @@ cdef inline void step(Pass* q, Scale* s, Py_ssize_t k, const char* x, char* y, c
               and (s.folded or (wv and (bv or b == NULL)))):
             # in one loop: a division of the user's then goes on beside the next step
             scale[0], scale[1], scale[2] = hi[0], r[0], shift[0]
-            user(source, target, n, scale, NULL if s.folded else w, NULL if s.folded else b)
+            if user(source, target, n, scale, NULL if s.folded else w, NULL if s.folded else b):
+                q.raised = True
             user = NULL
         elif s.folded:
             fn_step_folded(source, target, n, hi, r, shift, e, q.columns, activation)
@@ -109,8 +110,8 @@ cdef inline void step(Pass* q, Scale* s, Py_ssize_t k, const char* x, char* y, c
         activate(target, n, q.activation)
         if q.activation_first and (weight != NULL or bias != NULL):
             affine_after(q, target, n, weight, bias)
-    if user != NULL:
-        user(NULL, target, n, NULL, NULL, NULL)
+    if user != NULL and user(NULL, target, n, NULL, NULL, NULL):
+        q.raised = True
     if <char*>target != y:
         deliver(target, n, y, q.y.storage, q.stream, h.extra)
 

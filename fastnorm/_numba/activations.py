@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numba import cfunc, types
+from numba import cfunc, typeof, types
 from numba.core.errors import NumbaError
+from numba.extending import overload
+from numpy.typing import NDArray
 
 from fastnorm._numba import scalar
-from fastnorm._numba.memory import SOURCES, compiling, read_real, real, write
+from fastnorm._numba.memory import SOURCES, STRICT, compiling, read_real, real, write
 
 # For float32 and for float64, in the order of backends.ACTIVATIONS from 1 on; 0 is none.
 _OURS = (
@@ -22,39 +25,82 @@ _OURS = (
 )
 
 # In place where `scale` is 0, else of the step of x, which lies apart from y: (x, y, n, scale,
-# weight, bias), all but n addresses, 0 for what is not there.
-_LOOP = types.void(*[types.intp] * 6)
-
-# The compiled loops, which must outlive every call of theirs.
-_loops: dict[tuple[Any, type], Any] = {}
+# weight, bias), all but n addresses, 0 for what is not there. Returns 1 where f raised, else 0.
+_LOOP = types.int64(*[types.intp] * 6)
 
 
-def _loop(f: Callable[[Any], Any], kind: type, cache: bool) -> Any:
+@dataclass(slots=True, frozen=True, eq=False)
+class _Loop:
+    """A compiled loop, which must outlive every call of it."""
+
+    compiled: Any
+    refused: NDArray[np.float64]  # the number that the activation raised at last
+
+
+_loops: dict[tuple[Any, type], _Loop] = {}
+
+
+def _attempt(f: Any, t: Any, kind: Any, refused: Any) -> Any:
+    """f(t) as a number that is computed in, and whether it raised."""
+    raise TypeError("for compiled code")
+
+
+@overload(_attempt, jit_options=STRICT, strict=False)
+def _compiled_attempt(f: Any, t: Any, kind: Any, refused: Any) -> Any:
+    if not isinstance(f, types.Dispatcher):  # ours
+        return lambda f, t, kind, refused: (real(f(t), kind), False)
+
+    def attempt(f, t, kind, refused):
+        # who calls the loop has no GIL to raise with
+        try:
+            return real(f(t), kind), False
+        except Exception:
+            write(refused, 0, np.float64(t))
+            return real(0.0, kind), True
+
+    return attempt
+
+
+def _loop(f: Callable[[Any], Any], kind: type, cache: bool, refused: int) -> Any:
     sources = SOURCES  # another key on disk when `scalar` has changed
 
     @cfunc(_LOOP, error_model="numpy", fastmath=False, cache=cache)
     def loop(x, y, n, scale, weight, bias):
         if sources == 0:
-            return
+            return 0
         if scale == 0:
             for i in range(n):
-                write(y, i, real(f(read_real(y, i, kind)), kind))
-            return
+                v, raised = _attempt(f, read_real(y, i, kind), kind, refused)
+                if raised:
+                    return 1
+                write(y, i, v)
+            return 0
         hi, r = read_real(scale, 0, kind), read_real(scale, 1, kind)
         shift, zero = read_real(scale, 2, kind), real(0.0, kind)
         if weight == 0:
             for i in range(n):
                 t = scalar.step(read_real(x, i, kind), hi, r, shift)
-                write(y, i, real(f(t), kind))
+                v, raised = _attempt(f, t, kind, refused)
+                if raised:
+                    return 1
+                write(y, i, v)
         elif bias == 0:
             for i in range(n):
                 t = scalar.step(read_real(x, i, kind), hi, r, shift)
-                write(y, i, real(f(scalar.fma(t, read_real(weight, i, kind), zero)), kind))
+                t = scalar.fma(t, read_real(weight, i, kind), zero)
+                v, raised = _attempt(f, t, kind, refused)
+                if raised:
+                    return 1
+                write(y, i, v)
         else:
             for i in range(n):
                 t = scalar.step(read_real(x, i, kind), hi, r, shift)
-                w, b = read_real(weight, i, kind), read_real(bias, i, kind)
-                write(y, i, real(f(scalar.fma(t, w, b)), kind))
+                t = scalar.fma(t, read_real(weight, i, kind), read_real(bias, i, kind))
+                v, raised = _attempt(f, t, kind, refused)
+                if raised:
+                    return 1
+                write(y, i, v)
+        return 0
 
     return loop
 
@@ -67,10 +113,10 @@ def address_of(activation: Any, kind: type) -> int:
     """
     if isinstance(activation, int) and activation == 0:
         return 0
-    return int(_loop_of(activation, kind).address)
+    return int(_loop_of(activation, kind).compiled.address)
 
 
-def _loop_of(activation: Any, kind: type) -> Any:
+def _loop_of(activation: Any, kind: type) -> _Loop:
     key = activation, kind
     if key not in _loops:
         with compiling():
@@ -79,20 +125,64 @@ def _loop_of(activation: Any, kind: type) -> Any:
     return _loops[key]
 
 
-def _compiled(activation: Any, kind: type) -> Any:
+def _compiled(activation: Any, kind: type) -> _Loop:
+    refused = np.zeros(1)
     if isinstance(activation, int):
-        return _loop(_OURS[activation - 1][kind is np.float64], kind, True)
+        return _Loop(_loop(_OURS[activation - 1][kind is np.float64], kind, True, 0), refused)
     try:
-        return _loop(activation, kind, False)
+        _check_result(activation, kind)
+        return _Loop(_loop(activation, kind, False, refused.ctypes.data), refused)
     except NumbaError as error:
         raise TypeError(
-            f"activation {getattr(activation, '__name__', activation)} cannot be compiled for one "
-            f"{kind.__name__}, expected a function such as numba.njit(lambda x: max(x, 0)): {error}"
+            f"activation {_name(activation)} cannot be compiled for one {kind.__name__}, expected "
+            f"a function such as numba.njit(lambda x: max(x, 0)): {error}"
         ) from error
+
+
+def _check_result(activation: Any, kind: type) -> None:
+    """Refuse a function that is not of one number of this kind, one number."""
+    taken = types.float64 if kind is np.float64 else types.float32
+    signature = typeof(activation).get_call_type(activation.typingctx, (taken,), {})
+    given, result = signature.args[0], signature.return_type
+    if not isinstance(given, types.Float):
+        raise TypeError(
+            f"activation {_name(activation)} is compiled for {given}, expected one that takes a "
+            f"{kind.__name__}; write numba.njit(f) without a signature"
+        )
+    if not isinstance(result, types.Float | types.Integer | types.Boolean):
+        raise TypeError(
+            f"activation {_name(activation)} returns {result} for one {kind.__name__}, expected "
+            "one number on every path, such as numba.njit(lambda x: max(x, 0)) returns"
+        )
+
+
+def _name(activation: Any) -> str:
+    return str(getattr(activation, "__name__", activation))
+
+
+def raise_again(activation: Any, kind: type) -> None:
+    """Raise what a user's activation raised in a kernel, which can only tell that it did."""
+    value = kind(_loops[activation, kind].refused[0])
+    message = f"activation {_name(activation)} raised for the number {value!r}"
+    try:
+        activation(value)
+    except Exception as error:
+        message += f": {error!r}"
+        if isinstance(error, ZeroDivisionError):
+            message += "; numba.njit(error_model='numpy') divides as NumPy does"
+        try:
+            again = type(error)(message)
+        except Exception:  # its class takes something else than a message
+            again = RuntimeError(message)
+        raise again from error
+    raise RuntimeError(f"{message}, and does not when it is called with it again")
 
 
 def apply(activation: Any, array: Any) -> Any:
     """A user's activation of an array of float32 or float64, in a new one."""
     result = np.array(array, order="C")
-    _loop_of(activation, result.dtype.type).ctypes(0, result.ctypes.data, result.size, 0, 0, 0)
+    kind = result.dtype.type
+    loop = _loop_of(activation, kind)
+    if loop.compiled.ctypes(0, result.ctypes.data, result.size, 0, 0, 0):
+        raise_again(activation, kind)
     return result

@@ -11,7 +11,6 @@ from fastnorm._numba.blocking import FIELDS, PIECE_ROWS, at, chosen
 from fastnorm._numba.lanes import step_lines
 from fastnorm._numba.memory import (
     AHEAD,
-    call,
     inner,
     is_double,
     load,
@@ -23,7 +22,7 @@ from fastnorm._numba.memory import (
     write,
 )
 from fastnorm._numba.moments import merge_into
-from fastnorm._numba.steps import add, affine, deliver, steps_wide
+from fastnorm._numba.steps import activate, add, affine, deliver, steps_wide
 
 
 @inner
@@ -471,7 +470,7 @@ def columns_step(q, a, b, c, width, piece, scale, along, any_wide, tile, spare, 
         if q.residual.data != 0:
             add(target, residual, width, q.residual_real != 0, kind)
         if q.activation != 0:
-            call(q.activation, target, width)
+            activate(q, target, width)
         if q.activation_first:
             affine(target, weight, bias, wv, bv, width, kind)
         if not q.direct:

@@ -289,7 +289,7 @@ def _plan(
         activations.address_of(activation, computing), activation_first, streamed, residual_real,
         addend_real, foldable, folded_groups, _planes_follow(layout, source),
         written and _planes_follow(layout, source, "y"), length, width, chunks, items, block,
-        pieces, 0, 0, 0, 0, 0, alone, streamed and foldable and kind is np.float32,
+        pieces, 0, 0, 0, 0, 0, 0, alone, streamed and foldable and kind is np.float32,
         activation == 1, eps,
     )  # fmt: skip
     return _Plan(
@@ -336,8 +336,8 @@ def run_pass(
     threads: int = 1,
     key: bytes | None = None,
     statistics: tuple[int, ...] = (),
-) -> None:
-    """One pass of `layout` over x into y (None: statistics alone).
+) -> bool:
+    """One pass of `layout` over x into y (None: statistics alone); whether the activation raised.
 
     Fills mean, var and rstd, or reads the first two where `given`. `activation` is a number, or a
     function that Numba has compiled (`activations`).
@@ -383,6 +383,7 @@ def run_pass(
         _share(plan.kernel, where, chunks, 1, FINISH, plan.room)
         record[_AT["items"]] = plan.items
     _carry_out(plan, record, threads, given=given, written=y is not None)
+    return bool(record[_AT["raised"]])
 
 
 def _carry_out(

@@ -263,12 +263,11 @@ def call(typingctx: Any, function: Any, address: Any, n: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         word = ir.IntType(64)
-        kind = ir.FunctionType(ir.VoidType(), [word] * 6)
+        kind = ir.FunctionType(word, [word] * 6)
         loop = builder.inttoptr(arguments[0], kind.as_pointer())
-        builder.call(loop, [word(0), *arguments[1:], word(0), word(0), word(0)])
-        return context.get_dummy_value()
+        return builder.call(loop, [word(0), *arguments[1:], word(0), word(0), word(0)])
 
-    return types.none(types.intp, types.intp, types.intp), codegen
+    return types.int64(types.intp, types.intp, types.intp), codegen
 
 
 @intrinsic

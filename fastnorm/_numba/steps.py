@@ -37,6 +37,13 @@ def add(t, residual, n, is_real, kind):
 
 
 @inner
+def activate(q, t, n):
+    """The activation of a pass, in place; a user's own may raise, and who called is told so."""
+    if call(q.activation, t, n) != 0:
+        q.raised = 1
+
+
+@inner
 def affine(t, weight, bias, wv, bv, n, kind):
     """t = t weight + bias, of a norm that squashes first; addresses of 0 for what is not there."""
     for i in range(n):
@@ -206,7 +213,7 @@ def steps_past(q, x, y, residual, n, hi, r, shift, ahead, tile, kind):
             else:
                 steps_beside(at_x, tile, None, m, hi, r, shift, kind)
             if q.activation != 0:
-                call(q.activation, tile, m)
+                activate(q, tile, m)
             stream(at_y, tile, size * m)
         i += m
 
@@ -252,7 +259,7 @@ def step_run(q, a, b, p, t, n, s, apart, tile, spare, kind, tiled):
             residual = at(q.residual, a, b) + p * q.residual.p + (t + i) * q.residual.s
             add(target, residual, m, q.residual_real != 0, kind)
         if q.activation != 0:
-            call(q.activation, target, m)
+            activate(q, target, m)
         if q.activation_first:
             w = 0
             v = 0

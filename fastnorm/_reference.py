@@ -599,10 +599,9 @@ def layer_norm_backward(
 
 
 def _machine_epsilon(dtype: np.dtype[Any]) -> float:
-    """The spacing of `dtype` at 1; of float64 for integers, which are computed in float64."""
-    if dtype.name == "bfloat16":
-        return 2.0**-7
-    return float(np.finfo(dtype if dtype.kind == "f" else np.float64).eps)
+    """The spacing at 1 of the type that fastnorm computes `dtype` in: integers in float64."""
+    single = dtype.name in ("float16", "bfloat16", "float32")
+    return float(np.finfo(np.float32 if single else np.float64).eps)
 
 
 @quiet

@@ -64,8 +64,8 @@ def computing_type(dtype: np.dtype[Any]) -> type[np.floating[Any]]:
 
 
 def machine_epsilon(dtype: np.dtype[Any]) -> float:
-    """The distance from 1 to the next number of a float dtype."""
-    return 2.0**-7 if dtype.name == "bfloat16" else float(np.finfo(dtype).eps)
+    """The distance from 1 to the next number of the type that is computed in."""
+    return float(np.finfo(computing_type(dtype)).eps)
 
 
 def parameter(value: ArrayLike, name: str, x: Array) -> Array:
@@ -274,12 +274,12 @@ def statistic(value: ArrayLike, name: str, shape: tuple[int, ...], of: str) -> A
     return array.astype(np.float64, order="C", copy=False)
 
 
-def require_two(counts: Array, of: str, what: str) -> None:
-    """Refuse statistics of a single value: their unbiased variance is 0/0."""
+def require_two(counts: Array, of: str, instead: str, per: str = "channel") -> None:
+    """Refuse statistics of a single value: their variance is 0, and 0/0 where it is unbiased."""
     if counts.size and counts.min() == 1:
         raise ValueError(
-            f"{of} got one value per channel to take {what} from, expected at least 2: its "
-            "variance is 0; use a larger batch, or training=False with running statistics"
+            f"{of} got one value per {per} to take statistics from, expected at least 2: nothing "
+            f"but the bias is left of one; {instead}"
         )
 
 

@@ -405,7 +405,8 @@ def batch_norm(
         axes = tuple(a for a in range(x.ndim) if a != axis)
         if where is None:
             count = np.array(math.prod(x.shape[a] for a in axes))
-            arguments.require_two(count, "batch_norm(training=True)", "statistics")
+            instead = "use a larger batch, or training=False with running statistics"
+            arguments.require_two(count, "batch_norm(training=True)", instead)
         y, mean, rstd = _normalised(
             x,
             axes,
@@ -474,9 +475,10 @@ def instance_norm(
         weight=_parameter(weight, "weight", x, place), bias=_parameter(bias, "bias", x, place)
     )
     axes = tuple(a for a in range(1, x.ndim) if a != axis)
-    if running_var is not None and where is None:
+    if x.size:
+        instead = "give x more positions, or write use_input_stats=False with running statistics"
         count = np.array(math.prod(x.shape[a] for a in axes))
-        arguments.require_two(count, "instance_norm with running_var", "a running variance")
+        arguments.require_two(count, "instance_norm", instead)
     y, mean, rstd = _normalised(
         x,
         axes,
@@ -539,6 +541,9 @@ def group_norm(
         weight=_parameter(weight, "weight", x, place), bias=_parameter(bias, "bias", x, place)
     )
     axes = tuple(a for a in range(1, x.ndim) if a != axis)
+    arguments.require_two(np.array(x.size // groups), "group_norm", "use fewer groups", "group")
+    if x.size == x.shape[0] * groups:
+        x = x.rechunk({0: -1})  # one value per group is refused of a single sample only
     y, mean, rstd = _normalised(
         x,
         axes,

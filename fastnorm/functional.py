@@ -189,7 +189,11 @@ def batch_norm(
     else:
         axes = (0, *range(2, array.ndim))
         counts = counted(where, array, tuple(a for a in range(array.ndim) if a != axis))
-        require_two(counts, "batch_norm(training=True)", "statistics")
+        require_two(
+            counts,
+            "batch_norm(training=True)",
+            "use a larger batch, or training=False with running statistics",
+        )
         y, mean, var, rstd = run(x, array, axes, w, b, eps=eps, **shared)
         if array.size:
             parts = (1, channels)
@@ -252,7 +256,7 @@ def instance_norm(
     ------
     ValueError
         For shapes that do not fit; without `use_input_stats` and without running statistics; with
-        one position per channel where a running variance is to be updated.
+        `use_input_stats` and one position per channel.
     TypeError
         For dtypes other than real numbers.
 
@@ -326,9 +330,14 @@ def instance_norm(
     check_running(running_mean, running_var, channels, written=True)
     w = channel_parameter(weight, "weight", array, axis)
     b = channel_parameter(bias, "bias", array, axis)
-    counts = counted(where, array, tuple(a for a in range(1, array.ndim) if a != axis))
-    if running_var is not None:
-        require_two(counts, "instance_norm with running_var", "a running variance")
+    positions = tuple(a for a in range(1, array.ndim) if a != axis)
+    counts = counted(where, array, positions)
+    # of what a mask leaves over, only a running variance needs two
+    require_two(
+        counted(None, array, positions) if running_var is None else counts,
+        "instance_norm",
+        "give x more positions, or write use_input_stats=False with running statistics",
+    )
     y, mean, var, rstd = run(
         x,
         array,
@@ -395,7 +404,8 @@ def group_norm(
     Raises
     ------
     ValueError
-        If `num_groups` does not divide the channels, or shapes do not fit.
+        If `num_groups` does not divide the channels, or shapes do not fit; of one sample with one
+        value per group, as in PyTorch.
     TypeError
         For dtypes other than real numbers.
 
@@ -434,6 +444,8 @@ def group_norm(
     samples, channels = array.shape[0], array.shape[axis]
     groups = groups_of(num_groups, channels)
     eps = check_eps(eps)
+    # all of the batch together, as PyTorch counts them
+    require_two(np.array(array.size // groups), "group_norm", "use fewer groups", "group")
     split = split_groups(axis, channels, groups)
 
     def parameter(value: ArrayLike | None, name: str) -> Array | None:
@@ -590,7 +602,7 @@ def rms_norm(
         against `x` for parameters of each sample.
     eps
         Added to the mean square, in the units of x squared; None is the machine epsilon of the
-        dtype of `x`, as in PyTorch.
+        type that is computed in (float32 for half precision), as in PyTorch since 2.13.
     axis
         The axis or axes to normalise over.
     weight_offset

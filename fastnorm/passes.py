@@ -204,9 +204,10 @@ def split_groups(axis: int, channels: int, groups: int) -> Callable[[Array], Arr
 
 
 def counted(where: ArrayLike | None, array: Array, axes: tuple[int, ...]) -> Array:
-    """How many elements enter each statistic."""
+    """How many elements enter each statistic, in the order of the axes that stay."""
     if where is None:
-        return np.array(math.prod(array.shape[a] for a in axes))
+        kept = [n for a, n in enumerate(array.shape) if a not in axes]
+        return np.broadcast_to(math.prod(array.shape[a] for a in axes), kept)
     mask: Any = mask_of(host(where), array)
     return np.asarray(np.count_nonzero(mask, axis=axes))
 

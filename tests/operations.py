@@ -11,6 +11,7 @@ With ``p = op.parameters(x.shape, x.dtype, rng)``, these three are the same::
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -149,6 +150,16 @@ class Operation:
         sizes = [s for axis, s in enumerate(shape) if axis not in linked]
         ids: np.ndarray[Any, Any] = np.ravel_multi_index(separate, sizes)
         return ids
+
+    def refuses(
+        self, shape: Shape, *, channel_axis: int = 1, num_groups: int | None = None
+    ) -> bool:
+        """Whether that shape has one value per statistic, where PyTorch and we want two."""
+        if self.name == "group_norm":  # of all samples together
+            return math.prod(shape) == _num_groups(shape[channel_axis], num_groups)
+        linked = self.linked(len(shape), channel_axis % len(shape))
+        own = self.name == "instance_norm" or self.label == "batch_norm (training)"
+        return own and math.prod(shape[a] for a in linked) == 1
 
     @staticmethod
     def to_torch(parameters: Parameters) -> Parameters:

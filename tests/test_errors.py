@@ -161,6 +161,37 @@ def test_one_value_per_channel(shape: tuple[int, ...], options: dict[str, Any]) 
     assert (out == 7).all()
 
 
+@pytest.mark.parametrize("where", ["NumPy", "Dask", "Numba"])
+def test_one_value_per_statistic_where_pytorch_refuses_it(where: str) -> None:
+    """Instance norm of one position; group norm where the whole batch is one value per group."""
+    instance, group = fn.instance_norm, fn.group_norm
+    if where == "Numba":
+        numba = pytest.importorskip("numba")
+        instance = numba.njit(lambda x: fn.instance_norm(x))
+        group = numba.njit(lambda x, groups: fn.group_norm(x, groups))
+    make = np.ones
+    if where == "Dask":
+        make = lambda shape: pytest.importorskip("dask.array").ones(shape, chunks=1)  # noqa: E731
+    for shape in ((2, 3), (1, 3, 1), (2, 3, 1, 1)):
+        with pytest.raises(ValueError, match="at least 2"):
+            instance(make(shape))
+    for shape in ((1, 3), (1, 3, 1, 1)):
+        with pytest.raises(ValueError, match="at least 2"):
+            group(make(shape), 3)
+        assert not np.any(group(make(shape), 1))
+    assert not np.any(group(make((2, 3)), 3))
+    assert not np.any(instance(make((1, 3, 2))))
+    for empty in ((0, 3, 1), (0, 3, 2), (2, 3, 0)):
+        assert instance(make(empty)).shape == group(make(empty), 3).shape == empty
+    if where == "NumPy":
+        running = np.zeros(3), np.ones(3)
+        assert not np.any(instance(make((2, 3, 1)), *running, use_input_stats=False) - 1 > 1e-5)
+        one = np.arange(4) < np.array([[[1]], [[4]]])  # what a mask leaves may be one
+        assert instance(make((2, 3, 4)), where=one).shape == (2, 3, 4)
+        with pytest.raises(ValueError, match="at least 2"):
+            instance(make((2, 3, 4)), *running, where=one)
+
+
 def test_locked_running_statistics() -> None:
     mean, var, out = ZERO.copy(), ONE.copy(), np.full_like(X, 7)
     var.flags.writeable = False

@@ -64,13 +64,32 @@ def check(op: Operation, x: Any, p: dict[str, Any], **options: Any) -> Any:
 def test_every_number_of_dimensions(ndim: int, op: Operation, dtype: Any) -> None:
     shape = ((4, 8) if ndim == 2 else (3, 8, 5, 2, 3, 2))[:ndim]
     x = data(shape, dtype, 1.0)
-    if op.name == "instance_norm" and ndim == 2:
-        p = without(parameters(op, x), "running_mean", "running_var")
-    else:
-        p = parameters(op, x)
+    p = parameters(op, x)
     before = x.copy()
+    if op.refuses(shape):
+        with pytest.raises(ValueError, match="one value per channel"):
+            call(op, x, p)
+        return
     check(op, x, p)
     assert_same_bits(x, before)
+
+
+@by_dtype
+def test_eps_of_rms_norm_is_that_of_the_type_computed_in(dtype: Any) -> None:
+    """As in PyTorch since 2.13: float32's for half precision."""
+    eps = 2.0**-52 if dtype == F64 else 2.0**-23
+    x = np.array([[2.0, -2.0]], dtype) * 2.0 ** -np.array(26 if dtype == F64 else 12, dtype)
+    right = (np.sign(x) / np.sqrt(1 + eps / (x.astype(F64) ** 2))).astype(F64)
+    weight = np.ones(2, dtype)
+    _, rstd = fn.rms_norm(x, 2, return_stats=True)
+    for y in (
+        fn.rms_norm(x, 2),
+        fn.rms_norm(x, 2, weight_offset=1.0, weight=weight * 0),
+        fn.add_rms_norm(x, 0 * x, 2)[0],
+        fn.nn.RMSNorm(2)(x),
+        (x * rstd).astype(dtype),
+    ):
+        assert_close(y, right, 1.0)
 
 
 @by_dtype

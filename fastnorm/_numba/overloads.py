@@ -302,6 +302,8 @@ def _grouped(x, groups, weight, bias, eps, kind):
     c = x.shape[1]
     if groups < 1 or c % groups != 0:
         raise ValueError("num_groups does not divide the channels of x, which are on axis 1")
+    if x.size == groups:
+        raise ValueError("group_norm got one value per group, expected at least 2")
     w = _number(weight, c, kind)
     b = _number(bias, c, kind)
     source = np.ascontiguousarray(x)
@@ -353,6 +355,8 @@ def instance_norm(
     ):  # fmt: skip
         if not use_input_stats:
             raise ValueError("instance_norm got use_input_stats=False without running statistics")
+        if 0 < x.size == x.shape[0] * x.shape[1]:
+            raise ValueError("instance_norm got one position per channel, expected at least 2")
         return _grouped(x, x.shape[1], weight, bias, eps, kind)
 
     return compiled

@@ -235,7 +235,7 @@ class BatchNorm(_ChannelNorm):
             options |= {"training": True, "momentum": momentum}
             return *functional.batch_norm(x, *running, **options), array.size // self.num_features
         total = self._moments(array).allreduce(self.comm)
-        require_two(total.count, "BatchNorm in training", "statistics")
+        require_two(total.count, "BatchNorm in training", "use a larger batch, or eval()")
         found = self._applied(x, total.mean, total.var())
         if total.count.all():
             mean, var, counts = (s[np.newaxis] for s in (total.mean, total.var(), total.count))
@@ -549,7 +549,7 @@ class RMSNorm(_Norm):
         The trailing shape: an int or a sequence of ints.
     eps
         Added to the mean square, in the units of x squared; None is the machine epsilon of the
-        dtype of `x`.
+        type that is computed in: float32's, or float64's where `x` is of doubles.
     elementwise_affine
         Whether there is a weight, of the shape `normalized_shape`.
     dtype

@@ -89,6 +89,20 @@ def check_eps(eps: float, name: str = "eps") -> float:
     return float(eps)
 
 
+def check_momentum(momentum: float) -> float:
+    """Return momentum as a float; refuse one that is not from 0 to 1."""
+    try:
+        found = math.nan if isinstance(momentum, str) else float(momentum)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not 0 <= found <= 1:
+        raise ValueError(
+            f"momentum is {momentum!r}, expected a number from 0 to 1: the share of the batch in "
+            "the running statistics"
+        )
+    return found
+
+
 def channel_axis_of(x: Array, channel_axis: int, of: str, *, samples: bool = True) -> int:
     """Return the channels' axis, 0 or more; with `samples`, axis 0 must be left for those."""
     if not -x.ndim <= channel_axis < x.ndim:

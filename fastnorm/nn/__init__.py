@@ -9,7 +9,7 @@ from fastnorm.nn.functional import (
     softmax,
     softmax_backward,
 )
-from fastnorm.nn.module import Module
+from fastnorm.nn.module import LoadedState, Module
 from fastnorm.nn.norms import (
     BatchNorm,
     BatchNorm1d,
@@ -40,6 +40,7 @@ __all__ = [
     "InstanceNorm2d",
     "InstanceNorm3d",
     "LayerNorm",
+    "LoadedState",
     "Module",
     "RMSNorm",
     "TransformerBlock",

@@ -7,7 +7,14 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastnorm.arguments import ACTIVATIONS, Array, as_array, computing_type
+from fastnorm.arguments import (
+    ACTIVATIONS,
+    Array,
+    as_array,
+    check_ndim,
+    computing_type,
+    is_float,
+)
 
 # NaN and infinity are ordinary data here.
 _quiet = np.errstate(all="ignore")
@@ -57,7 +64,7 @@ def linear(
     array([3., 7.])
     """
     rows, matrix = _computed(x, "x"), _computed(weight, "weight")
-    if matrix.ndim != 2 or rows.shape[-1:] != matrix.shape[1:]:
+    if matrix.ndim != 2 or not rows.ndim or rows.shape[-1:] != matrix.shape[1:]:
         raise ValueError(
             f"linear got x of shape {rows.shape} and weight of shape {matrix.shape}, expected "
             "(..., in_features) and (out_features, in_features); write weight.T where it lies "
@@ -71,7 +78,10 @@ def linear(
         out=None if out is None else out.reshape(-1, len(matrix)),
     )
     if bias is not None:
-        y += bias
+        added = _computed(bias, "bias")
+        if added.shape != shape[-1:]:
+            raise ValueError(f"bias has shape {added.shape}, expected {shape[-1:]}")
+        y += added
     return y.reshape(shape)
 
 
@@ -95,6 +105,8 @@ def softmax(x: ArrayLike, *, out: Array | None = None) -> Array:
 
     Raises
     ------
+    ValueError
+        For an `x` without axes.
     TypeError
         For dtypes other than real numbers.
 
@@ -105,6 +117,7 @@ def softmax(x: ArrayLike, *, out: Array | None = None) -> Array:
     array([0.5, 0.5, 0. ])
     """
     scores = _computed(x, "x")
+    check_ndim(scores, 1, "softmax", "(..., classes)")
     # the largest becomes 0, so that no exponential overflows; never -inf - -inf
     least = np.finfo(scores.dtype).min
     y: Array = np.subtract(scores, scores.max(-1, keepdims=True, initial=least), out=out)
@@ -211,21 +224,37 @@ def attention(
            [0.5, 0.5]]))
     """
     q, k, v = _computed(query, "query"), _computed(key, "key"), _computed(value, "value")
-    if min(q.ndim, k.ndim, v.ndim) < 2 or q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
+    try:
+        np.broadcast_shapes(*(part.shape[:-2] for part in (q, k, v)))
+        together = True
+    except ValueError:
+        together = False
+    if (
+        not together
+        or min(q.ndim, k.ndim, v.ndim) < 2
+        or q.shape[-1] != k.shape[-1]
+        or k.shape[-2] != v.shape[-2]
+    ):
         raise ValueError(
             f"attention got query, key and value of shapes {q.shape}, {k.shape} and {v.shape}, "
-            "expected (..., L, D), (..., S, D) and (..., S, E)"
+            "expected (..., L, D), (..., S, D) and (..., S, E), whose leading axes broadcast"
         )
     scores: Array = np.matmul(q, k.swapaxes(-1, -2), out=weights)
     scores *= q.shape[-1] ** -0.5 if scale is None else scale
     if mask is not None:
         added = np.asarray(mask)
-        if added.dtype.kind != "f":
+        if not is_float(added.dtype):
             raise TypeError(
                 f"mask has dtype {added.dtype}, expected floats that are added to the scores; "
                 "write np.where(allowed, 0.0, -np.inf)"
             )
-        scores += added.astype(scores.dtype, copy=False)
+        try:
+            scores += added.astype(scores.dtype, copy=False)
+        except ValueError:
+            raise ValueError(
+                f"mask has shape {added.shape}, expected one that broadcasts to the scores' "
+                f"{scores.shape}: (..., L, S)"
+            ) from None
     if causal:
         length, seen = scores.shape[-2:]
         scores += np.triu(np.full((length, seen), -np.inf, scores.dtype), 1 + seen - length)
@@ -323,7 +352,7 @@ def activation_backward(dy: Array, x: Array, y: Array, activation: str) -> Array
     >>> fn.nn.activation_backward(np.ones(2), np.array([-1.0, 2.0]), np.array([0.0, 2.0]), "relu")
     array([0., 1.])
     """
-    if activation not in ACTIVATIONS:
+    if not (isinstance(activation, str) and activation in ACTIVATIONS):
         raise ValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
     if activation == "relu":
         return np.where(x > 0, dy, 0)
@@ -343,7 +372,9 @@ def activation_backward(dy: Array, x: Array, y: Array, activation: str) -> Array
 
 
 @_quiet
-def cross_entropy(scores: ArrayLike, target: ArrayLike) -> tuple[float, Array]:
+def cross_entropy(
+    scores: ArrayLike, target: ArrayLike, *, ignore_index: int = -100
+) -> tuple[float, Array]:
     r"""Return the mean of -log p(right class), in nats, and the gradient of the scores.
 
     .. math:: L = -\frac{1}{n} \sum \log \mathrm{softmax}(s)_t, \quad
@@ -355,6 +386,9 @@ def cross_entropy(scores: ArrayLike, target: ArrayLike) -> tuple[float, Array]:
         (..., classes).
     target
         (...), the index of the right class of each.
+    ignore_index
+        What stands in `target` where there is no right class: such a place is not counted in n, and
+        its gradient is 0. Where that is all of them, the loss is NaN, as in PyTorch.
 
     Returns
     -------
@@ -366,7 +400,9 @@ def cross_entropy(scores: ArrayLike, target: ArrayLike) -> tuple[float, Array]:
     Raises
     ------
     ValueError
-        If the shapes do not fit.
+        If the shapes do not fit, or a class is none of those.
+    TypeError
+        If the classes are not integers.
 
     Examples
     --------
@@ -376,17 +412,34 @@ def cross_entropy(scores: ArrayLike, target: ArrayLike) -> tuple[float, Array]:
     (0.6931, array([[ 0.5, -0.5]]))
     """
     s, right = _computed(scores, "scores"), np.asarray(target)
-    if s.shape[:-1] != right.shape or right.dtype.kind not in "iu":
+    if right.dtype.kind not in "iu":
+        raise TypeError(
+            f"target has dtype {right.dtype}, expected integers: the index of the right class of "
+            "each; write target.astype(np.int64)"
+        )
+    if not s.ndim or s.shape[:-1] != right.shape:
         raise ValueError(
-            f"cross_entropy got scores of shape {s.shape} and target of shape {right.shape} and "
-            f"dtype {right.dtype}, expected (..., classes) and integers of shape (...)"
+            f"cross_entropy got scores of shape {s.shape} and target of shape {right.shape}, "
+            "expected (..., classes) and (...); write np.moveaxis(scores, 1, -1) where the classes "
+            "are on axis 1"
+        )
+    classes = s.shape[-1]
+    counted = right != ignore_index
+    wrong = right[counted & ((right < 0) | (right >= classes))]
+    if wrong.size:
+        raise ValueError(
+            f"target has the class {wrong[0]}, expected 0 to {classes - 1}, or {ignore_index} "
+            "(ignore_index) where there is none"
         )
     gradient = softmax(s)
-    place = right[..., None]
+    if not counted.any():
+        return math.nan, np.zeros_like(gradient)
+    place = np.where(counted, right, 0).astype(np.intp)[..., None]
     # log p from the scores: p itself may have become 0
     shifted = s - s.max(-1, keepdims=True)
     total = np.log(np.exp(shifted).sum(-1))
     loss = total - np.take_along_axis(shifted, place, -1)[..., 0]
     np.put_along_axis(gradient, place, np.take_along_axis(gradient, place, -1) - 1, -1)
-    gradient /= right.size
-    return float(loss.mean()), gradient
+    gradient /= np.count_nonzero(counted)
+    gradient[~counted] = 0
+    return float(loss[counted].mean()), gradient

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
@@ -12,12 +13,28 @@ from numpy.typing import ArrayLike, DTypeLike
 from fastnorm.arguments import Array, is_float
 
 
+class LoadedState(NamedTuple):
+    """What :meth:`Module.load_state_dict` found, as ``torch.nn`` returns it.
+
+    Attributes
+    ----------
+    missing_keys
+        Names of the module that the state does not have.
+    unexpected_keys
+        Names of the state that the module does not have.
+    """
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
 class Module(ABC):
     """The base class of all modules: parameters, gradients, buffers and a mode.
 
-    A subclass fills ``_parameters`` and ``_buffers`` (arrays that are changed in place), and
-    defines ``_forward``, which returns the result and what ``_backward`` will want, and
-    ``_backward``, which returns dx and the gradients of the parameters by name.
+    A subclass fills ``_parameters`` and ``_buffers`` (arrays that are changed in place), names in
+    ``_absent`` those that others of its kind have and that are None here, and defines ``_forward``,
+    which returns the result and what ``_backward`` will want, and ``_backward``, which returns dx
+    and the gradients of the parameters by name.
 
     Attributes
     ----------
@@ -32,25 +49,42 @@ class Module(ABC):
         self.grad: dict[str, Array] = {}
         self._parameters: dict[str, Array] = {}
         self._buffers: dict[str, Array] = {}
+        self._absent: set[str] = set()
         self._saved: Any = None
 
     def _add_parameter(self, name: str, value: Array) -> None:
         self._parameters[name] = value
         self.grad[name] = np.zeros(value.shape, value.dtype)  # no memory until it is written
 
-    def __getattr__(self, name: str) -> Any:
-        for arrays in ("_parameters", "_buffers"):
-            found = self.__dict__.get(arrays, {})
-            if name in found:
-                return found[name]
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+    if not TYPE_CHECKING:  # which would take any name for one of these
+
+        def __getattr__(self, name: str) -> Any:
+            for arrays in ("_parameters", "_buffers"):
+                found = self.__dict__.get(arrays, {})
+                if name in found:
+                    return found[name]
+            if name in self.__dict__.get("_absent", ()):
+                return None
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         for arrays in ("_parameters", "_buffers"):
-            array = self.__dict__.get(arrays, {}).get(name)
-            if array is not None:
-                array[...] = _fitting(value, array, name)
+            held = self.__dict__.get(arrays, {})
+            if name in held and value is None:
+                del held[name]
+                self.grad.pop(name, None)
+                self._absent.add(name)
                 return
+            if name in held:
+                held[name][...] = _fitting(value, held[name], name)
+                return
+        if name in self.__dict__.get("_absent", ()):
+            if value is not None:
+                raise ValueError(
+                    f"{type(self).__name__} has no {name}, expected None; make a module that has "
+                    "one instead"
+                )
+            return
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -90,9 +124,10 @@ class Module(ABC):
                 f"{type(self).__name__}.backward has no call to go back through; call m(x) first"
             )
         dx, gradients = self._backward(dy, self._saved)
-        for name, gradient in gradients.items():
-            if name in self.grad:
-                self.grad[name] += gradient
+        with np.errstate(all="ignore"):
+            for name, gradient in gradients.items():
+                if name in self.grad:
+                    self.grad[name] += gradient
         return dx
 
     @abstractmethod
@@ -129,51 +164,96 @@ class Module(ABC):
         """Return copies of parameters and buffers, under the names that ``torch.nn`` gives them."""
         return {name: v.copy() for name, v in (self._parameters | self._buffers).items()}
 
-    def load_state_dict(self, state: Mapping[str, ArrayLike]) -> None:
+    def load_state_dict(self, state: Mapping[str, ArrayLike], strict: bool = True) -> LoadedState:
         """Take over parameters and buffers.
 
         Parameters
         ----------
         state
             By name, as :meth:`state_dict` or that of the ``torch.nn`` module returns it; the values
-            may be arrays or CPU tensors, of any real dtype.
+            may be arrays or CPU tensors, of any real dtype. They are rounded to what the module
+            has, beyond its range to infinity, as PyTorch does.
+        strict
+            Whether names that are missing or unknown are an error; otherwise they are passed over.
+
+        Returns
+        -------
+        LoadedState
+            The lists ``missing_keys`` and ``unexpected_keys``. A missing ``num_batches_tracked`` is
+            not counted: PyTorch's states have none from before version 0.4.1.
 
         Raises
         ------
         ValueError
-            If a name is missing or unknown, or a shape does not fit. Nothing has changed then.
+            If a name is missing or unknown and `strict`, or a shape does not fit, or a count of
+            batches is no whole number of at least 0. Nothing has changed then.
         TypeError
             If a value is not made of real numbers. Nothing has changed then.
         """
-        own = self._parameters | self._buffers
-        # PyTorch's own states have none from before version 0.4.1, and it loads them too
-        missing = sorted(own.keys() - state.keys() - {"num_batches_tracked"})
-        unknown = sorted(state.keys() - own.keys())
-        if missing or unknown:
-            raise ValueError(
-                f"{type(self).__name__}.load_state_dict misses {missing} and does not know "
-                f"{unknown}; expected {sorted(own)}"
+        of = f"{type(self).__name__}.load_state_dict"
+        if not isinstance(state, Mapping):
+            raise TypeError(
+                f"{of} got a {type(state).__name__}, expected arrays by name, as state_dict() "
+                "returns them"
             )
-        fitting = {name: _fitting(value, own[name], name) for name, value in state.items()}
-        for name, array in fitting.items():
-            own[name][...] = array
+        given, own = dict(state), self._parameters | self._buffers
+        missing = [name for name in own if name not in given and name != "num_batches_tracked"]
+        unknown = [name for name in given if name not in own]
+        if strict and (missing or unknown):
+            raise ValueError(
+                f"{of} misses {missing} and does not know {unknown}; expected {list(own)}, or "
+                "write strict=False to load what there is"
+            )
+        found = [(own[k], _fitting(value, own[k], k)) for k, value in given.items() if k in own]
+        for array, new in found:
+            array[...] = new
+        return LoadedState(missing, unknown)
 
 
-def _fitting(value: ArrayLike, array: Array, name: str) -> Array:
-    """`value` as something that can be written into `array`."""
-    new = np.asarray(value)
+def _fitting(value: Any, array: Array, name: str) -> Array:
+    """`value` as an array that can be copied into `array`, and will not fail there."""
+    new = _numbers(value, name)
+    if array.ndim == 0 and new.shape == (1,):
+        new = new[0:1].reshape(())  # a count as PyTorch had it before version 0.4
     if new.shape != array.shape:
         raise ValueError(f"{name} has shape {new.shape}, expected {array.shape}")
-    if not is_float(new.dtype) and new.dtype.kind not in "biu":
+    if not is_float(new.dtype) and new.dtype.kind not in "biuf":
         raise TypeError(f"{name} has dtype {new.dtype}, expected real numbers")
-    return new
+    if not array.flags.writeable:
+        raise ValueError(f"{name} of this module is read-only, expected an array to write into")
+    if array.dtype.kind == "i":
+        count = new.item()
+        if not 0 <= count < 2**63 or count != int(count):
+            raise ValueError(f"{name} is {count}, expected a whole number, 0 or more")
+    with np.errstate(all="ignore"):
+        return new.astype(array.dtype)
+
+
+def _numbers(value: Any, name: str) -> Array:
+    """`value` as an array of NumPy's; tensors that need a gradient, and those of bfloat16, too."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.Tensor):
+        value = value.detach()
+        if value.dtype == torch.bfloat16:
+            value = value.float()
+    try:
+        return np.asarray(value)
+    except Exception as error:
+        raise TypeError(
+            f"{name} is a {type(value).__name__} that NumPy cannot read, expected an array of real "
+            f"numbers: {error}"
+        ) from None
 
 
 def parameter_type(dtype: DTypeLike) -> np.dtype[Any]:
-    """The dtype of parameters; refuse what is no float."""
-    found = np.dtype(dtype)
-    if not is_float(found):
+    """The dtype of parameters, None for float32; refuse what is no float."""
+    try:
+        found = np.dtype(np.float32 if dtype is None else dtype)
+    except TypeError:
+        found = None
+    if found is None or not is_float(found):
         raise TypeError(
-            f"dtype is {found}, expected float16, bfloat16, float32 or float64 for parameters"
+            f"dtype is {dtype if found is None else found!s}, expected float16, bfloat16, float32 "
+            "or float64 for parameters"
         )
     return found

@@ -15,6 +15,7 @@ from fastnorm.arguments import (
     as_array,
     channel_axis_of,
     check_eps,
+    check_momentum,
     computing_type,
     groups_of,
     require_two,
@@ -42,7 +43,10 @@ def count_of(value: int, name: str) -> int:
 
 
 class _Norm(Module):
-    """A norm with a weight of ones and a bias of zeros, or with neither."""
+    """A norm with a weight of ones and a bias of zeros, each of which may be None instead."""
+
+    weight: Any
+    bias: Any
 
     def __init__(
         self, shape: tuple[int, ...], eps: float | None, weight: bool, bias: bool, dtype: DTypeLike
@@ -50,9 +54,10 @@ class _Norm(Module):
         super().__init__()
         self.eps: Any = eps if eps is None else check_eps(eps)
         kind = parameter_type(dtype)
+        self._absent |= {"weight", "bias"}
         if weight:
             self._add_parameter("weight", np.ones(shape, kind))
-        if bias:
+        if weight and bias:
             self._add_parameter("bias", np.zeros(shape, kind))
 
     @property
@@ -76,6 +81,12 @@ class _Norm(Module):
 class _ChannelNorm(_Norm):
     """Batch and instance norm: one weight, bias and running statistic for each channel."""
 
+    running_mean: Any
+    running_var: Any
+    num_batches_tracked: Any
+
+    _ndims: tuple[int, ...] = ()  # the numbers of dimensions that are taken; none: 2 or more
+
     def __init__(
         self,
         num_features: int,
@@ -83,15 +94,17 @@ class _ChannelNorm(_Norm):
         momentum: float | None,
         affine: bool,
         track_running_stats: bool,
+        bias: bool,
         channel_axis: int,
         dtype: DTypeLike,
     ) -> None:
         self.num_features = count_of(num_features, "num_features")
-        super().__init__((self.num_features,), eps, affine, affine, dtype)
-        self.momentum = momentum
+        super().__init__((self.num_features,), eps, bool(affine), bool(bias), dtype)
+        self.momentum = momentum if momentum is None else check_momentum(momentum)
         self.affine = bool(affine)
         self.track_running_stats = bool(track_running_stats)
         self.channel_axis = channel_axis
+        self._absent |= {"running_mean", "running_var", "num_batches_tracked"}
         if track_running_stats:
             kind = parameter_type(dtype)
             self._buffers["running_mean"] = np.zeros(num_features, kind)
@@ -99,9 +112,13 @@ class _ChannelNorm(_Norm):
             self._buffers["num_batches_tracked"] = np.zeros((), np.int64)
 
     def reset_running_stats(self) -> None:
-        """Set the running mean to 0, the running variance to 1, the count of batches to 0."""
-        for name, array in self._buffers.items():
-            array[...] = name == "running_var"
+        """Set the running mean to 0, the running variance to 1, the count of batches to 0.
+
+        Without `track_running_stats` they stay what they are.
+        """
+        if self.track_running_stats:
+            for name, array in self._buffers.items():
+                array[...] = name == "running_var"
 
     def reset_parameters(self) -> None:
         """Set the weight to 1, the bias to 0, and the running statistics back, too."""
@@ -111,8 +128,16 @@ class _ChannelNorm(_Norm):
     def _checked(self, x: ArrayLike) -> Array:
         array = as_array(x, "x")
         name = type(self).__name__
+        if self._ndims and array.ndim not in self._ndims:
+            numbers = " or ".join(f"{n}D" for n in self._ndims)
+            raise ValueError(
+                f"{name} got x of shape {array.shape}: expected {numbers} input (got {array.ndim}D "
+                f"input); use {name[:-2]}, which takes any number of positions' axes"
+            )
         if array.ndim < 2:
             raise ValueError(f"{name} got x of shape {array.shape}, expected (N, C, ...)")
+        if self._is_one_sample(array):
+            array = array[np.newaxis]
         axis = channel_axis_of(array, self.channel_axis, name)
         if array.shape[axis] != self.num_features:
             raise ValueError(
@@ -122,13 +147,18 @@ class _ChannelNorm(_Norm):
             )
         return array
 
+    def _is_one_sample(self, array: Array) -> bool:
+        """Whether that is one sample without a batch axis."""
+        return False
+
     @property
     def _running(self) -> tuple[Any, Any]:
-        return self._buffers.get("running_mean"), self._buffers.get("running_var")
+        return self.running_mean, self.running_var
 
     def _options(self) -> dict[str, Any]:
-        names = ("num_features", "eps", "momentum", "affine", "track_running_stats", "channel_axis")
-        return {name: getattr(self, name) for name in names}
+        names = ("num_features", "eps", "momentum", "affine", "track_running_stats")
+        shown = {name: getattr(self, name) for name in names}
+        return shown | {"bias": self.bias is not None, "channel_axis": self.channel_axis}
 
 
 class BatchNorm(_ChannelNorm):
@@ -137,8 +167,9 @@ class BatchNorm(_ChannelNorm):
     .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot w + b
 
     In training the statistics are those of the batch, and the running ones move towards them; in
-    inference they are the running ones, or without `track_running_stats` those of the batch.
-    ``BatchNorm1d``, ``BatchNorm2d`` and ``BatchNorm3d`` are other names of this class.
+    inference they are the running ones, or those of the batch where there are none. Setting the
+    attribute `track_running_stats` to False stops the running ones where they are. ``BatchNorm1d``,
+    ``BatchNorm2d`` and ``BatchNorm3d`` take 2 or 3, 4, and 5 dimensions alone.
 
     Parameters
     ----------
@@ -150,9 +181,11 @@ class BatchNorm(_ChannelNorm):
         The share of the batch in the new running statistics, 0 to 1; None for the average of all
         batches.
     affine
-        Whether there are a weight and a bias, (num_features,).
+        Whether there is a weight, (num_features,), and with `bias` a bias.
     track_running_stats
         Whether there are running statistics.
+    bias
+        Whether there is a bias.
     channel_axis
         The axis of the channels: 1, or -1 for channels-last.
     dtype
@@ -192,12 +225,13 @@ class BatchNorm(_ChannelNorm):
         affine: bool = True,
         track_running_stats: bool = True,
         *,
+        bias: bool = True,
         channel_axis: int = 1,
         dtype: DTypeLike = np.float32,
         comm: Any = None,
     ) -> None:
         super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, channel_axis, dtype
+            num_features, eps, momentum, affine, track_running_stats, bias, channel_axis, dtype
         )
         self.comm = comm
         self._recorded: Moments | None = None  # takes in every x while nn.recalibrate runs
@@ -208,16 +242,23 @@ class BatchNorm(_ChannelNorm):
             self._recorded.merge(self._moments(array))
             y, mean, rstd, _ = self._normalised(x, array, (None, None), 0.0)
             return y, (array, mean, rstd, None)
-        batch = self.training or not self.track_running_stats
-        momentum = 0.0 if self.momentum is None else self.momentum
-        if batch and self.momentum is None and self.track_running_stats:
-            momentum = 1.0 / (int(self.num_batches_tracked) + 1)
-        if not batch:
+        counted = self._buffers.get("num_batches_tracked")
+        tracking = self.training and self.track_running_stats
+        if not self.training and any(part is not None for part in self._running):
             y, mean, rstd = self._applied(x, *self._running)
             return y, (array, mean, rstd, None)
-        y, mean, rstd, count = self._normalised(x, array, self._running, momentum)
-        if self.track_running_stats:
-            self._buffers["num_batches_tracked"] += 1
+        momentum = 0.0 if self.momentum is None else check_momentum(self.momentum)
+        if tracking and self.momentum is None and counted is not None:
+            if counted < 0:
+                raise ValueError(
+                    f"num_batches_tracked is {counted}, expected 0 or more; write "
+                    "reset_running_stats()"
+                )
+            momentum = 1.0 / (int(counted) + 1)
+        running = self._running if tracking else (None, None)
+        y, mean, rstd, count = self._normalised(x, array, running, momentum)
+        if tracking and counted is not None:
+            counted += 1
         return y, (array, mean, rstd, count)
 
     def _moments(self, array: Array) -> Moments:
@@ -291,7 +332,8 @@ class InstanceNorm(_ChannelNorm):
     .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot w + b
 
     The statistics are those of `x`; in inference, if `track_running_stats`, the running ones.
-    ``InstanceNorm1d``, ``InstanceNorm2d`` and ``InstanceNorm3d`` are other names of this class.
+    ``InstanceNorm1d``, ``InstanceNorm2d`` and ``InstanceNorm3d`` take 3, 4 and 5 dimensions alone,
+    and one sample (C, ...) without its batch axis.
 
     Parameters
     ----------
@@ -303,9 +345,11 @@ class InstanceNorm(_ChannelNorm):
         The share of the batch in the new running statistics, 0 to 1; None counts as 0, as in
         PyTorch.
     affine
-        Whether there are a weight and a bias, (num_features,).
+        Whether there is a weight, (num_features,), and with `bias` a bias.
     track_running_stats
         Whether there are running statistics. Batches are not counted, as in PyTorch.
+    bias
+        Whether there is a bias.
     channel_axis
         The axis of the channels: 1, or -1 for channels-last.
     dtype
@@ -336,31 +380,38 @@ class InstanceNorm(_ChannelNorm):
         affine: bool = False,
         track_running_stats: bool = False,
         *,
+        bias: bool = True,
         channel_axis: int = 1,
         dtype: DTypeLike = np.float32,
     ) -> None:
         super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, channel_axis, dtype
+            num_features, eps, momentum, affine, track_running_stats, bias, channel_axis, dtype
         )
+
+    def _is_one_sample(self, array: Array) -> bool:
+        return bool(self._ndims) and array.ndim == min(self._ndims)
 
     def _forward(self, x: ArrayLike) -> tuple[Array, Saved]:
         array = self._checked(x)
+        alone = array.ndim > np.ndim(x)  # one sample without a batch axis
         own = self.training or not self.track_running_stats
         y, mean, rstd = functional.instance_norm(
-            x,
+            np.expand_dims(x, 0) if alone else x,
             *self._running,
             **self._affine,
             use_input_stats=own,
-            momentum=0.0 if self.momentum is None else self.momentum,
+            momentum=0.0 if self.momentum is None else check_momentum(self.momentum),
             eps=self.eps,
             channel_axis=self.channel_axis,
             return_stats=True,
         )
-        return y, (array, mean, rstd, own)
+        return y[0] if alone else y, (array, mean, rstd, own, alone)
 
     def _backward(self, dy: ArrayLike, saved: Saved) -> Gradients:
-        array, mean, rstd, own = saved
+        array, mean, rstd, own, alone = saved
         weight, axis = self._affine["weight"], self.channel_axis
+        if alone:
+            dy = same_shape(dy, "dy", array[0])[np.newaxis]
         if own:
             gradients = backward.instance_norm_backward(
                 dy, array, mean, rstd, weight, channel_axis=axis
@@ -371,11 +422,44 @@ class InstanceNorm(_ChannelNorm):
             gradients = backward.batch_norm_backward(
                 dy, array, mean, rstd, weight, training=False, channel_axis=axis
             )
-        return _named(gradients)
+        dx, *others = gradients
+        return _named((dx[0] if alone else dx, *others))
 
 
-BatchNorm1d = BatchNorm2d = BatchNorm3d = BatchNorm
-InstanceNorm1d = InstanceNorm2d = InstanceNorm3d = InstanceNorm
+class BatchNorm1d(BatchNorm):
+    """:class:`BatchNorm` of (N, C) or (N, C, L), and of no other number of dimensions."""
+
+    _ndims = 2, 3
+
+
+class BatchNorm2d(BatchNorm):
+    """:class:`BatchNorm` of (N, C, H, W), and of no other number of dimensions."""
+
+    _ndims = (4,)
+
+
+class BatchNorm3d(BatchNorm):
+    """:class:`BatchNorm` of (N, C, D, H, W), and of no other number of dimensions."""
+
+    _ndims = (5,)
+
+
+class InstanceNorm1d(InstanceNorm):
+    """:class:`InstanceNorm` of (N, C, L), or of one sample (C, L)."""
+
+    _ndims = 2, 3
+
+
+class InstanceNorm2d(InstanceNorm):
+    """:class:`InstanceNorm` of (N, C, H, W), or of one sample (C, H, W)."""
+
+    _ndims = 3, 4
+
+
+class InstanceNorm3d(InstanceNorm):
+    """:class:`InstanceNorm` of (N, C, D, H, W), or of one sample (C, D, H, W)."""
+
+    _ndims = 4, 5
 
 
 class GroupNorm(_Norm):
@@ -392,7 +476,9 @@ class GroupNorm(_Norm):
     eps
         Added to the variance, in the units of x squared.
     affine
-        Whether there are a weight and a bias, (num_channels,).
+        Whether there is a weight, (num_channels,), and with `bias` a bias.
+    bias
+        Whether there is a bias.
     channel_axis
         The axis of the channels: 1, or -1 for channels-last.
     dtype
@@ -422,12 +508,13 @@ class GroupNorm(_Norm):
         eps: float = 1e-5,
         affine: bool = True,
         *,
+        bias: bool = True,
         channel_axis: int = 1,
         dtype: DTypeLike = np.float32,
     ) -> None:
         self.num_channels = count_of(num_channels, "num_channels")
         self.num_groups = groups_of(num_groups, self.num_channels)
-        super().__init__((self.num_channels,), eps, affine, affine, dtype)
+        super().__init__((self.num_channels,), eps, bool(affine), bool(bias), dtype)
         self.affine = bool(affine)
         self.channel_axis = channel_axis
 
@@ -461,8 +548,9 @@ class GroupNorm(_Norm):
         )
 
     def _options(self) -> dict[str, Any]:
-        names = ("num_groups", "num_channels", "eps", "affine", "channel_axis")
-        return {name: getattr(self, name) for name in names}
+        names = ("num_groups", "num_channels", "eps", "affine")
+        shown = {name: getattr(self, name) for name in names}
+        return shown | {"bias": self.bias is not None, "channel_axis": self.channel_axis}
 
 
 def _shape(normalized_shape: Axes) -> tuple[int, ...]:
@@ -520,7 +608,7 @@ class LayerNorm(_Norm):
     ) -> None:
         self.normalized_shape = _shape(normalized_shape)
         weight = bool(elementwise_affine)
-        super().__init__(self.normalized_shape, eps, weight, weight and bool(bias), dtype)
+        super().__init__(self.normalized_shape, eps, weight, bool(bias), dtype)
         self.elementwise_affine = weight
 
     def _forward(self, x: ArrayLike) -> tuple[Array, Saved]:
@@ -535,7 +623,7 @@ class LayerNorm(_Norm):
 
     def _options(self) -> dict[str, Any]:
         names = ("normalized_shape", "eps", "elementwise_affine")
-        return {name: getattr(self, name) for name in names} | {"bias": "bias" in self._parameters}
+        return {name: getattr(self, name) for name in names} | {"bias": self.bias is not None}
 
 
 class RMSNorm(_Norm):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fastnorm.arguments import Array
+from fastnorm.arguments import Array, as_array, check_eps, is_float
 
 
 class Adam:
@@ -35,7 +35,9 @@ class Adam:
     Raises
     ------
     ValueError
-        If a beta is not in [0, 1).
+        If a beta is not in [0, 1), or `lr` or `eps` is no finite number of at least 0.
+    TypeError
+        If a parameter is not a NumPy array of floats that can be written.
 
     References
     ----------
@@ -59,10 +61,26 @@ class Adam:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas are {betas}, expected two numbers from 0 to below 1")
+        try:
+            first, second = (float(beta) for beta in betas)
+        except (TypeError, ValueError):
+            first = second = np.nan
+        if not (0 <= first < 1 and 0 <= second < 1):
+            raise ValueError(f"betas are {betas!r}, expected two numbers from 0 to below 1")
+        if not isinstance(parameters, Mapping):
+            raise TypeError(
+                f"parameters is a {type(parameters).__name__}, expected arrays by name; write "
+                "m.parameters()"
+            )
+        for name, p in parameters.items():
+            if not (isinstance(p, np.ndarray) and is_float(p.dtype) and p.flags.writeable):
+                kind = f"array of {p.dtype}" if isinstance(p, np.ndarray) else type(p).__name__
+                raise TypeError(
+                    f"parameter {name!r} is a {kind}, expected a NumPy array of floats that is "
+                    "changed in place"
+                )
         self.parameters = dict(parameters)
-        self.lr, self.betas, self.eps = lr, betas, eps
+        self.lr, self.betas, self.eps = check_eps(lr, "lr"), (first, second), check_eps(eps)
         self._averages = {n: (np.zeros_like(p), np.zeros_like(p)) for n, p in parameters.items()}
         self._steps = 0
 
@@ -79,8 +97,18 @@ class Adam:
         ------
         KeyError
             If one is missing. Nothing has changed then.
+        ValueError
+            If one has another shape than its parameter. Nothing has changed then.
+        TypeError
+            If one is not made of real numbers. Nothing has changed then.
         """
-        found = {name: gradients[name] for name in self.parameters}
+        found = {name: as_array(gradients[name], f"{name}'s gradient") for name in self.parameters}
+        for name, g in found.items():
+            if g.shape != self.parameters[name].shape:
+                raise ValueError(
+                    f"the gradient of {name!r} has shape {g.shape}, expected "
+                    f"{self.parameters[name].shape}"
+                )
         self._steps += 1
         first, second = self.betas
         rate = self.lr / (1 - first**self._steps)

@@ -55,7 +55,7 @@ def recalibrate(model: Callable[[Any], Any], batches: Iterable[ArrayLike]) -> in
     >>> norm.running_mean, norm.running_var
     (array([4.], dtype=float32), array([13.], dtype=float32))
     """
-    norms = [norm for norm in _batch_norms(model, set()) if norm.track_running_stats]
+    norms = [norm for norm in _batch_norms(model, set()) if norm.running_mean is not None]
     if not norms:
         raise ValueError(
             f"recalibrate found no BatchNorm with running statistics in {type(model).__name__}; "

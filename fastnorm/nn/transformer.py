@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from fastnorm import backward, functional
-from fastnorm.arguments import ACTIVATIONS, Array, as_array, check_eps, computing_type
+from fastnorm.arguments import ACTIVATIONS, Array, as_array, check_eps, computing_type, is_float
 from fastnorm.backends import get_num_threads, serial
 from fastnorm.nn.functional import activation_backward, attention, attention_backward, linear
 from fastnorm.nn.module import Module, parameter_type
@@ -50,7 +50,7 @@ _LATER: Any = object()  # instead of a block's rng: whoever makes it draws its w
 
 
 def _choice(value: Any, name: str, choices: tuple[str, ...]) -> Any:
-    if value not in choices:
+    if not (isinstance(value, str) and value in choices):
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
     return value
 
@@ -122,17 +122,15 @@ class _Transformer(Module):
             )
         samples = math.prod(array.shape[:-2])
         dtype = np.dtype(computing_type(array.dtype))
-        added = self._added(mask, src_key_padding_mask, samples, array.shape[:-1], dtype)
-        rows = self._rows(array)
-        size = len(rows) * (7 * self.d_model + self.dim_feedforward)
-        size += self._at_once(samples, array.shape[-2]) * self.num_heads * array.shape[-2] ** 2
         with serial(), np.errstate(all="ignore"):
+            added = self._added(mask, src_key_padding_mask, samples, array.shape[:-1], dtype)
+            rows = self._rows(array)
+            size = len(rows) * (7 * self.d_model + self.dim_feedforward)
+            size += self._at_once(samples, array.shape[-2]) * self.num_heads * array.shape[-2] ** 2
             y, saved = self._run(rows, samples, added, _Scratch(self.training, dtype, size))
+            y = y.reshape(array.shape).astype(array.dtype, copy=False)
         # in inference x alone is kept: a backward pass computes the rest again
-        return (
-            y.reshape(array.shape).astype(array.dtype, copy=False),
-            (array, samples, added, saved if self.training else None),
-        )
+        return y, (array, samples, added, saved if self.training else None)
 
     def _backward(self, dy: ArrayLike, saved: Any) -> tuple[Array, Gradients]:
         array, samples, mask, inside = saved
@@ -140,12 +138,13 @@ class _Transformer(Module):
         if gradient.shape != array.shape:
             raise ValueError(f"dy has shape {gradient.shape}, expected {array.shape} as x had")
         dtype = np.dtype(computing_type(array.dtype))
-        rows = self._rows(gradient.astype(dtype, copy=False))
         with serial(), np.errstate(all="ignore"):
+            rows = self._rows(gradient.astype(dtype, copy=False))
             if inside is None:
                 _, inside = self._run(self._rows(array), samples, mask, _Scratch(True, dtype))
             dx, gradients = self._run_backward(rows, samples, inside)
-        return dx.reshape(array.shape).astype(array.dtype, copy=False), gradients
+            dx = dx.reshape(array.shape).astype(array.dtype, copy=False)
+        return dx, gradients
 
     def reset_parameters(self, rng: Random = None) -> None:
         """Set the weights to what they begin as, those of norms to 1, and the biases to 0.
@@ -279,7 +278,7 @@ def _added(mask: ArrayLike, name: str, dtype: np.dtype[Any]) -> Array:
     array = np.asarray(mask)
     if array.dtype == bool:
         return np.where(array, dtype.type(-np.inf), dtype.type(0))
-    if array.dtype.kind != "f":
+    if not is_float(array.dtype):
         raise TypeError(
             f"{name} has dtype {array.dtype}, expected booleans (True: not to be seen) or floats "
             f"that are added to the scores; write {name}.astype(bool)"

@@ -56,8 +56,9 @@ def _compiled(p: Pass, kernels: Any) -> None:
     layout = _layout_of(operands, p.reduced)
     if p.total is not None and p.addend is not None and (layout is None or layout.columns):
         # the kernels add on the way only along runs
-        total = p.x.astype(_computing(p.x.dtype)) + p.addend.astype(_computing(p.x.dtype))
-        p.total[...] = total
+        with np.errstate(all="ignore"):
+            total = p.x.astype(_computing(p.x.dtype)) + p.addend.astype(_computing(p.x.dtype))
+            p.total[...] = total
         p.x, p.addend, p.total, p.key = p.total, None, None, None
         return _compiled(p, kernels)
     y_back = None
@@ -201,7 +202,8 @@ def _spread_backward(p: BackwardPass, kernels: Any) -> None:
 def _sum_to(gradient: Array, elements: Array) -> None:
     """Sum over the axes along which `gradient` has length 1."""
     axes = tuple(axis for axis, size in enumerate(gradient.shape) if size == 1)
-    gradient[...] = elements.sum(axis=axes, keepdims=True)
+    with np.errstate(all="ignore"):
+        gradient[...] = elements.sum(axis=axes, keepdims=True)
 
 
 def _cython(p: Pass) -> None:
@@ -278,7 +280,7 @@ def _numpy(p: Pass) -> None:
             x = p.total
         statistics: dict[str, Any] = {"mean": p.mean, "var": p.var} if p.given else {}
         if p.scaling is Scaling.FACTOR:
-            x = x.astype(wider) * p.var
+            x = (x.astype(wider) - p.mean) * p.var
             statistics = {"mean": 0.0, "var": 1.0}
         affine = (p.weight, p.bias)
         y, mean, var, rstd = _reference.normalize(

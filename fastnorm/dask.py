@@ -26,7 +26,16 @@ from numpy.typing import ArrayLike
 
 from fastnorm import arguments, backward, functional, passes, related
 from fastnorm.arguments import Activation, Axes, check_eps, computing_type, is_float
-from fastnorm.moments import check_ddof, mean_of, merge, var_of
+from fastnorm.moments import (
+    FIELDS,
+    Scales,
+    check_ddof,
+    mean_of,
+    merge,
+    normalised_by,
+    scales_of,
+    var_of,
+)
 from fastnorm.moments import fields_of as fields_of_chunk
 from fastnorm.moments import standardize as standardize_chunk
 
@@ -124,9 +133,14 @@ def _given(**operands: Any) -> Operands:
 # --- Chunk by chunk -------------------------------------------------------------------------------
 
 
+def _native(x: Any) -> Any:
+    """A chunk in this machine's byte order: that of results, whatever that of x."""
+    return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
+
+
 def _call(x: Any, *operands: Any, names: tuple[str, ...], function: Any, **options: Any) -> Any:
     """`function` of one chunk of x and of what lies beside it."""
-    return function(x, **dict(zip(names, operands)), **options)
+    return function(_native(x), **dict(zip(names, operands)), **options)
 
 
 def _each(
@@ -158,7 +172,9 @@ def _part(tuples: Any, i: int, dtype: Any, ones: tuple[int, ...] = ()) -> Any:
 
 
 def _chunk_fields(x: Any, *masks: Any, axes: tuple[int, ...]) -> Any:
-    return fields_of_chunk(arguments.as_numbers(x, "x"), axes, *masks)
+    x, where = arguments.unmask(x, *masks or [None])
+    array = arguments.as_numbers(x, "x")
+    return fields_of_chunk(array, axes, arguments.mask_of(where, array))
 
 
 def _merged(fields: Any, axis: Any = (), keepdims: bool = True) -> Any:
@@ -177,7 +193,7 @@ def _merged(fields: Any, axis: Any = (), keepdims: bool = True) -> Any:
 
 
 def _fields(x: Any, axes: tuple[int, ...], where: Any = None) -> Any:
-    """The fields of x over these axes, (5, ...) with the axes kept as 1: a tree of merges."""
+    """The fields of x over these axes, which are kept as 1: a tree of merges."""
     masks = () if where is None else (where,)
     chunks = tuple((1,) * len(c) if a in axes else c for a, c in enumerate(x.chunks))
     parts = da.map_blocks(
@@ -186,7 +202,7 @@ def _fields(x: Any, axes: tuple[int, ...], where: Any = None) -> Any:
         *masks,
         axes=axes,
         new_axis=0,
-        chunks=((5,), *chunks),
+        chunks=((len(FIELDS),), *chunks),
         name=f"fastnorm-moments-{tokenize(x, masks, axes)}",
         dtype=np.float64,
         meta=np.empty((0,) * (x.ndim + 1)),
@@ -232,12 +248,41 @@ def _again(x: Any, fields: Any, axes: tuple[int, ...]) -> Any:
     return bind(x, fields, seed=tokenize(x, fields))
 
 
-def _mean_square(fields: Any) -> Any:
-    return var_of(fields) + mean_of(fields) ** 2
+def _scales(fields: Any, eps: float, ddof: float = 0, **options: Any) -> Operands:
+    """What `_by_scales` takes of merged moments; options as for `scales_of`."""
+
+    def part(name: str) -> Any:
+        scale = partial(_scale, name=name, eps=eps, ddof=ddof, **options)
+        return _of_fields(scale, fields)
+
+    return {name: part(name) for name in Scales._fields}
 
 
-def _zeros(fields: Any) -> Any:
-    return np.zeros(fields.shape[1:])
+def _scale(fields: Any, *, name: str, eps: float, ddof: float, **options: Any) -> Any:
+    scales = scales_of(fields, eps, ddof, **options)
+    return np.asarray(getattr(scales, name), np.float64)
+
+
+def _by_scales(
+    x: Any,
+    mean: Any,
+    rest: Any,
+    rstd: Any,
+    exponent: Any,
+    weight: Any = None,
+    bias: Any = None,
+    **options: Any,
+) -> Any:
+    """One chunk normalised by the scales of all."""
+    x, _ = arguments.unmask(x, None)
+    array = arguments.as_array(x, "x")
+    axes = [a for a in range(array.ndim) if mean.shape[a] == 1]
+    scales = Scales(mean, rest, rstd, exponent.astype(np.int64))
+    return normalised_by(scales, x, array, axes, weight, bias, **options)
+
+
+def _rstd_of_x(fields: Any, eps: float, centred: bool) -> Any:
+    return scales_of(fields, eps, centred=centred).rstd_of_x()
 
 
 def _step(
@@ -250,7 +295,8 @@ def _step(
     activation: Activation = None,
     eps: float = 0.0,
 ) -> Any:
-    """(x - mean) / sqrt(var + eps) * weight + bias, then what follows, of one chunk."""
+    """One chunk normalised by statistics that were given."""
+    x, _ = arguments.unmask(x, None)
     array = arguments.as_array(x, "x")
     axes = [a for a in range(array.ndim) if mean.shape[a] == 1]
     given = np.array(mean, np.float64, order="C"), np.array(var, np.float64, order="C")
@@ -301,12 +347,10 @@ def _normalised(
         channel, size = group
         together = partial(_merged, axis=-1)
         fields = _grouped(fields, channel + 1, size, together, x.chunks[channel])
-    mean = _of_fields(mean_of if centred else _zeros, fields)
-    var = _of_fields(var_of if centred else _mean_square, fields)
-    source = _again(x, fields, axes)
-    operands = {"mean": mean, "var": var} | affine | beside
-    y = _each(_step, source, operands, dtype, activation=activation, eps=eps)
-    return y, mean, var.map_blocks(passes.rstd_of, eps, dtype=np.float64)
+    operands = _scales(fields, eps, centred=centred) | affine | beside
+    y = _each(_by_scales, _again(x, fields, axes), operands, dtype, activation=activation)
+    rstd = _of_fields(_rstd_of_x, fields, eps=eps, centred=centred)
+    return y, _of_fields(mean_of, fields) if centred else None, rstd
 
 
 # --- The norms ------------------------------------------------------------------------------------
@@ -641,7 +685,8 @@ def rms_norm(
 
 def _sum(x: Any, addend: Any) -> Any:
     kind = computing_type(x.dtype)
-    return (x.astype(kind) + addend.astype(kind)).astype(x.dtype)
+    with np.errstate(all="ignore"):
+        return (x.astype(kind) + addend.astype(kind)).astype(x.dtype)
 
 
 def _total(x: Any, residual: Any) -> Any:
@@ -681,13 +726,8 @@ def _scaled_to_length(
     if _whole(x, axes):
         return own()
     fields = _fields(x, axes)
-
-    def squares(f: Any) -> Any:
-        return np.maximum(_mean_square(f) * f[0], eps**2)
-
-    var = _of_fields(squares, fields)
-    operands = {"mean": _of_fields(_zeros, fields), "var": var} | _given(weight=weight)
-    return _each(_step, _again(x, fields, axes), operands, _dtype(x))
+    operands = _scales(fields, eps, centred=False, length=True) | _given(weight=weight)
+    return _each(_by_scales, _again(x, fields, axes), operands, _dtype(x))
 
 
 def l2_normalize(x: Any, axis: Axes | None = -1, *, eps: float = 1e-12, out: Any = None) -> Any:
@@ -765,7 +805,8 @@ def local_response_norm(
 
 def _scaled(x: Any, factor: Any, bias: Any) -> Any:
     array = arguments.as_array(x, "x")
-    factor = factor.astype(computing_type(array.dtype))
+    with np.errstate(all="ignore"):
+        factor = factor.astype(computing_type(array.dtype))
     axes = [a for a, n in enumerate(factor.shape) if n == 1]
     return passes.scaled(x, array, axes, 1.0, factor, bias)
 
@@ -780,13 +821,14 @@ def global_response_norm(
     w = _parameter(weight, "weight", x, place, wide=True)
     b = _parameter(bias, "bias", x, place)
     fields = _fields(x, tuple(a for a in range(1, x.ndim) if a != axis))
-    length = da.sqrt(_of_fields(_mean_square, fields) * fields[0])
 
-    def relative(a: Any) -> Any:
+    def relative(f: Any) -> Any:
         with np.errstate(all="ignore"):
-            return a / (a.mean(axis=-1, keepdims=True) + eps)
+            length = np.sqrt(f[3] + f[4] + f[0] * (f[1] + f[2]) ** 2)
+        return related.relative_lengths(length, f[5].astype(np.int64), axis, eps)
 
-    factor = 1.0 + w * _grouped(length, axis, x.shape[axis], relative, x.chunks[axis])
+    together = _of_fields(relative, fields.rechunk({axis + 1: -1}))
+    factor = 1.0 + w * together.rechunk({axis: x.chunks[axis]})
     operands = {"factor": _lazy(factor, x), "bias": b}
     return _each(_scaled, x, operands, _dtype(x))
 
@@ -1081,9 +1123,7 @@ def standardize(
         options = {"axis": axes, "ddof": ddof, "eps": eps}
         return _each(standardize_chunk, x, beside, dtype, **options)
     fields = _fields(x, axes, beside.get("where"))
-    mean = _of_fields(mean_of, fields)
-    var = _of_fields(var_of, fields, ddof=ddof)
-    return _each(_step, _again(x, fields, axes), {"mean": mean, "var": var}, dtype, eps=eps)
+    return _each(_by_scales, _again(x, fields, axes), _scales(fields, eps, ddof), dtype)
 
 
 def fields_of(x: Any, axis: Axes | None, where: Any = None) -> Any:

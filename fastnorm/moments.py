@@ -5,13 +5,17 @@ the mean. Those of two sets give those of their union (Chan, Golub and LeVeque 1
 for rounding. Mean and M2 are kept as unevaluated sums of two doubles, so that the order of merging
 shows in the last bits alone. `merge` below is that formula for everything above the kernels:
 batches that stream by, chunks of a Dask array, processes under MPI, a folder of images.
+
+The squares of doubles beyond 1e154 overflow, those below 1e-154 vanish. Moments of such numbers are
+kept as those of the numbers divided by a power of two, and its exponent with them: whoever
+normalises by merged moments does it through `scales_of` and `normalised_by`, which know of that.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -25,13 +29,23 @@ from fastnorm.arguments import (
     computing_type,
     mask_of,
     reduced_axes,
+    unmask,
 )
 from fastnorm.backends import compute_moments, moments_at_once
-from fastnorm.passes import run
+from fastnorm.description import Scaling
+from fastnorm.passes import exponents_of, extremes, run
 from fastnorm.routing import door_of, function_of, send
 
-# The five fields that moments are kept as: the first axis of every array of them.
-FIELDS = ("count", "mean", "mean_rest", "m2", "m2_rest")
+# The fields that moments are kept as: the first axis of every array of them. Mean and M2 are those
+# of the numbers divided by 2^exponent, which is 0 where their squares are in float64's range.
+FIELDS = ("count", "mean", "mean_rest", "m2", "m2_rest", "exponent")
+
+# Means and standard deviations up to this are squared and merged as they are: no sum of 2^53 of
+# their squares overflows.
+MOST = 1e135
+# So are deviations from this on, whose squares keep all their digits, and what differs at all
+# beside a mean from this on: a unit in its last place is 1e-116.
+LEAST, LEAST_MEAN = 1e-135, 1e-100
 
 # --- The fields and their merge -------------------------------------------------------------------
 
@@ -43,9 +57,32 @@ def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
     return total, (a - (total - back)) + (b - back)
 
 
+def _at(fields: Array, exponent: Any) -> Array:
+    """The same moments, of the numbers divided by 2^exponent."""
+    shift = (fields[5] - exponent).astype(np.int64)
+    return np.stack(
+        [
+            fields[0],
+            *np.ldexp(fields[1:3], shift),
+            *np.ldexp(fields[3:5], 2 * shift),
+            np.broadcast_to(exponent, fields[5].shape),
+        ]
+    )
+
+
+def _own_exponent(fields: Array) -> Array:
+    """The exponent, and of what is all zero, which any unit holds, minus infinity."""
+    return np.where((fields[1] == 0) & (fields[3] == 0), -np.inf, fields[5])
+
+
 def merge(a: Array, b: Array) -> Array:
     """Return the fields of the union of two sets; an empty one changes nothing."""
     with np.errstate(all="ignore"):
+        if a[5].any() or b[5].any():
+            # the larger unit: what falls below it is nothing beside the larger numbers
+            common = np.maximum(_own_exponent(a), _own_exponent(b))
+            common = np.where(np.isfinite(common), common, 0.0)
+            a, b = _at(a, common), _at(b, common)
         count = a[0] + b[0]
         share = b[0] / count
         difference = b[2] - a[2]
@@ -54,41 +91,77 @@ def merge(a: Array, b: Array) -> Array:
         m2, lost = _two_sum(a[3], b[3])
         m2, more = _two_sum(m2, whole * whole * (a[0] * share))
         merged = np.stack(
-            [count, mean, a[2] + rest + difference * share, m2, a[4] + b[4] + lost + more]
+            [count, mean, a[2] + rest + difference * share, m2, a[4] + b[4] + lost + more, a[5]]
         )
         # beside an infinity nothing is left of differences: the mean is infinite or not a number
-        merged[1] = np.where(np.isfinite(a[1]) & np.isfinite(b[1]), mean, a[1] + b[1])
+        finite = np.isfinite(a[1]) & np.isfinite(b[1])
+        none = np.zeros_like(count)
+        infinite = np.stack([count, a[1] + b[1], none, a[3] + b[3], none, none])
+        merged = np.where(finite, merged, infinite)
     return np.where(a[0] == 0, b, np.where(b[0] == 0, a, merged))
 
 
 def fields_of(x: Array, axes: tuple[int, ...], mask: Array | None = None) -> Array:
     """Return the fields of x over these axes, which are kept as 1 behind the axis of the fields."""
     reduced = tuple(axis in axes for axis in range(x.ndim))
-    fields = np.zeros([5, *(1 if r else n for n, r in zip(x.shape, reduced))])
-    most = moments_at_once(x.dtype)
-    if x.size and x.ndim:
-        if most is None or x.size <= most:
-            compute_moments(x, reduced, mask, fields)
-        else:
-            _fill(x, reduced, mask, fields, most)
-    elif x.size:  # a single number
+    fields = np.zeros([len(FIELDS), *(1 if r else n for n, r in zip(x.shape, reduced))])
+    if not x.size:
+        return fields
+    if not x.ndim:  # a single number
         return fields_of(x[np.newaxis], (0,), None if mask is None else mask[np.newaxis])[:, 0]
-    if not np.isfinite(fields[1]).all():
-        # where there is an infinity, some block's deviations from it are not numbers
-        chosen: Any = True if mask is None else mask
-        with np.errstate(all="ignore"):
-            mean = np.sum(x, axes, np.float64, keepdims=True, where=chosen) / fields[0]
-        np.copyto(fields[1], mean, where=~np.isfinite(fields[1]))
+    _fill(x, reduced, mask, fields)
+    if x.dtype != np.float64:  # whose squares cannot leave the range
+        odd = ~np.isfinite(fields[1])
+    else:
+        odd = _out_of_range(fields)
+    if odd.any():
+        _mend(x, axes, mask, fields, odd)
     return fields
 
 
-def _fill(
+def _out_of_range(fields: Array) -> Array:
+    """Where the moments of doubles as they are may be wrong: squares overflowed or vanished."""
+    with np.errstate(all="ignore"):
+        count, size, var = fields[0], abs(fields[1]), fields[3] / fields[0]
+        good = (size <= MOST) & (var <= MOST**2) & ((var > LEAST**2) | (size >= LEAST_MEAN))
+        return (count > 0) & ~good
+
+
+def _mend(x: Array, axes: tuple[int, ...], mask: Array | None, fields: Array, odd: Array) -> None:
+    """Fill in the `odd` fields: of numbers brought to 1 by a power of two, or of infinities."""
+    low, high = extremes(x, axes, mask)
+    with np.errstate(all="ignore"):
+        largest = np.maximum(-low, high)  # NaN of NaN
+        finite = np.isfinite(largest)
+        exponent = np.where(odd, exponents_of(largest), 0)
+        if exponent.any():
+            again = np.zeros_like(fields)
+            reduced = tuple(axis in axes for axis in range(x.ndim))
+            _fill(np.ldexp(x, -exponent), reduced, mask, again)
+            again[5] = exponent
+            np.copyto(fields, again, where=exponent != 0)
+        # infinite of one sign: that; of both, or beside a NaN: NaN
+        m2 = np.where(np.isnan(largest), np.nan, np.inf)
+        none = np.zeros_like(m2)
+        np.copyto(fields[1:5], np.stack([low + high, none, m2, none]), where=odd & ~finite)
+
+
+def _fill(x: Array, reduced: tuple[bool, ...], mask: Array | None, fields: Array) -> None:
+    """Fill `fields`, which are zeros, with those of x as they are."""
+    most = moments_at_once(x.dtype)
+    if most is None or x.size <= most:
+        compute_moments(x, reduced, mask, fields[:5])
+    else:
+        _merge_parts(x, reduced, mask, fields, most)
+
+
+def _merge_parts(
     x: Array, reduced: tuple[bool, ...], mask: Array | None, fields: Array, most: int
 ) -> None:
     """Merge the fields of x into `fields`, `most` elements at a time."""
     if x.size <= most:
-        part = np.empty_like(fields)
-        compute_moments(x, reduced, mask, part)
+        part = np.zeros_like(fields)
+        compute_moments(x, reduced, mask, part[:5])
         fields[...] = merge(fields, part)
         return
     axis = max((a for a in range(x.ndim) if x.shape[a] > 1), key=lambda a: abs(x.strides[a]))
@@ -96,20 +169,102 @@ def _fill(
     for half in (slice(middle), slice(middle, None)):
         index = (*[slice(None)] * axis, half)
         into = fields if reduced[axis] else fields[(slice(None), *index)]
-        _fill(x[index], reduced, None if mask is None else mask[index], into, most)
+        _merge_parts(x[index], reduced, None if mask is None else mask[index], into, most)
+
+
+def _exponent_of(fields: Array) -> Any:
+    return fields[5].astype(np.int64)
 
 
 def mean_of(fields: Array) -> Array:
     """Return the mean: the two doubles added up, NaN of no elements."""
-    rest = np.where(np.isfinite(fields[2]), fields[2], 0.0)
-    return np.where(fields[0] > 0, fields[1] + rest, np.nan)
+    with np.errstate(all="ignore"):
+        mean = np.ldexp(fields[1] + fields[2], _exponent_of(fields))
+    return np.where(fields[0] > 0, mean, np.nan)
+
+
+def _scaled_var(fields: Array, ddof: float) -> Array:
+    """The variance of the numbers divided by 2^exponent."""
+    m2 = np.where(np.isfinite(fields[1]), np.maximum(fields[3] + fields[4], 0.0), np.nan)
+    return np.where(fields[0] > ddof, m2 / (fields[0] - ddof), np.nan)
 
 
 def var_of(fields: Array, ddof: float = 0) -> Array:
     """Return M2 / (count - ddof), NaN where that is not positive."""
     with np.errstate(all="ignore"):
-        m2 = np.where(np.isfinite(fields[1]), np.maximum(fields[3] + fields[4], 0.0), np.nan)
-        return np.where(fields[0] > ddof, m2 / (fields[0] - ddof), np.nan)
+        return np.asarray(np.ldexp(_scaled_var(fields, ddof), 2 * _exponent_of(fields)))
+
+
+def std_of(fields: Array, ddof: float = 0) -> Array:
+    """Return the root of the variance, also where that is beyond the range."""
+    with np.errstate(all="ignore"):
+        return np.asarray(np.ldexp(np.sqrt(_scaled_var(fields, ddof)), _exponent_of(fields)))
+
+
+class Scales(NamedTuple):
+    """What normalises by moments: ((x / 2^exponent - mean) - rest) * rstd."""
+
+    mean: Array
+    rest: Array
+    rstd: Array
+    exponent: Array
+
+    def rstd_of_x(self) -> Array:
+        """The rstd of x itself."""
+        with np.errstate(all="ignore"):
+            return np.asarray(np.ldexp(self.rstd, -self.exponent))
+
+
+def scales_of(
+    fields: Array, eps: float = 0.0, ddof: float = 0, *, centred: bool = True, length: bool = False
+) -> Scales:
+    """Return the scales by 1 / sqrt(var + eps), or with `length` by 1 / max(length, eps).
+
+    `centred=False` measures from 0 instead of from the mean. Where all is 0, rstd is 0.
+    """
+    with np.errstate(all="ignore"):
+        if eps and fields[5].any():
+            # a unit in which eps is in range, too; where it is larger than the data, eps decides
+            least = math.frexp(eps if length else math.sqrt(eps))[1]
+            fields = _at(fields, np.where(fields[5] < 0, np.maximum(fields[5], least), fields[5]))
+        exponent, mean, rest = _exponent_of(fields), fields[1], fields[2]
+        if centred:
+            var = _scaled_var(fields, ddof)
+        else:
+            square = fields[3] + fields[4] + fields[0] * (mean + rest) ** 2
+            square = np.where(np.isfinite(mean), square, fields[3])  # of infinities
+            var = square if length else square / fields[0]
+            mean = rest = np.zeros_like(mean)
+        if length:
+            divisor = np.maximum(np.sqrt(var), np.ldexp(eps, -exponent))
+        else:
+            divisor = np.sqrt(var + np.ldexp(eps, -2 * exponent))
+        rstd = np.where(divisor == 0, 0.0, 1 / divisor)
+        return Scales(np.where(fields[0] > 0, mean, np.nan), rest, rstd, exponent)
+
+
+def normalised_by(
+    scales: Scales,
+    x: ArrayLike,
+    array: Array,
+    axes: Sequence[int],
+    weight: Array | None = None,
+    bias: Array | None = None,
+    **options: Any,
+) -> Array:
+    """Normalise x, a checked `array`, by statistics that were merged; `options` as for `run`."""
+    mean, rest, rstd, exponent = scales
+    if array.dtype == np.float64:
+        with np.errstate(all="ignore"):
+            if exponent.any():
+                array = np.ldexp(array, -exponent)
+            if (abs(rest) * rstd > 2.0**-54).any():
+                # digits of the mean that one double does not hold would be seen in the result
+                array = (array - mean) - rest
+                mean = np.zeros_like(mean)
+    given = np.ascontiguousarray(mean), np.ascontiguousarray(rstd)
+    options |= {"given": given, "scaling": Scaling.FACTOR}
+    return run(x, array, axes, weight, bias, **options)[0]
 
 
 def check_ddof(ddof: float) -> float:
@@ -181,12 +336,15 @@ def moments(
     """
     if (door := door_of(x)) is not None:
         return send(door, moments, locals())
+    x, where = unmask(x, where)
     array = as_numbers(x, "x")
     axes = reduced_axes(array, axis, "moments")
     ddof = check_ddof(ddof)
     fields = fields_of(array, axes, mask_of(where, array))
     if not keepdims:
-        fields = fields.reshape([5, *(n for a, n in enumerate(array.shape) if a not in axes)])
+        fields = fields.reshape(
+            [len(FIELDS), *(n for a, n in enumerate(array.shape) if a not in axes)]
+        )
     return mean_of(fields)[()], var_of(fields, ddof)[()]
 
 
@@ -245,6 +403,7 @@ def standardize(
     """
     if (door := door_of(x)) is not None:
         return send(door, standardize, locals())
+    x, where = unmask(x, where)
     array = as_array(x, "x")
     axes = reduced_axes(array, axis, "standardize")
     ddof, eps = check_ddof(ddof), check_eps(eps)
@@ -259,9 +418,8 @@ def standardize(
         left = (count - ddof) / count if count > ddof else np.nan
         scale = np.full([1] * array.ndim, math.sqrt(left), computing_type(array.dtype))
         return run(x, array, axes, scale, eps=eps * left if left == left else eps, **shared)[0]
-    fields = fields_of(array, axes, mask_of(where, array))
-    given = np.ascontiguousarray(mean_of(fields)), np.ascontiguousarray(var_of(fields, ddof))
-    return run(x, array, axes, eps=eps, given=given, **shared)[0]
+    scales = scales_of(fields_of(array, axes, mask_of(where, array)), eps, ddof)
+    return normalised_by(scales, x, array, axes, **shared)
 
 
 # --- The accumulator ------------------------------------------------------------------------------
@@ -356,26 +514,43 @@ class Moments:
         if (door := door_of(batch)) is not None:
             own = function_of(door, "fields_of", "Moments.update")
             return self._take(own(batch, self._axis, where))
+        batch, where = unmask(batch, where)
         array = as_numbers(batch, "batch")
         axes = reduced_axes(array, self._axis, "Moments.update")
         fields = fields_of(array, axes, mask_of(where, array))
         kept = [n for axis, n in enumerate(array.shape) if axis not in axes]
-        return self._take(fields.reshape([5, *kept]))
+        return self._take(fields.reshape([len(FIELDS), *kept]))
 
     def merge(self, other: Moments) -> Self:
         """Take in what another accumulator has seen, and return this one.
 
+        One that has seen nothing changes nothing, and ``Moments()`` takes over the other's axes.
+
         Raises
         ------
         ValueError
-            If the axes that stay have other sizes here and there. Nothing has changed then.
+            If the other is over different axes, or the axes that stay have other sizes here and
+            there. Nothing has changed then.
+        TypeError
+            If the other is not one of these.
         """
         if not isinstance(other, Moments):
             raise TypeError(
                 f"Moments.merge got a {type(other).__name__}, expected Moments; write "
                 "m.update(x) for an array"
             )
-        return self if other._fields is None else self._take(other._fields)
+        if other._fields is None:
+            return self
+        if self._fields is None and self._axis is None:
+            self._axis, self._fields = other._axis, other._fields
+            return self
+        kept = other._fields.ndim - 1
+        if _places(self._axis, kept) != _places(other._axis, kept):
+            raise ValueError(
+                f"Moments.merge got moments over axis={other._axis}, expected axis={self._axis} as "
+                "these are; take both over the same axes"
+            )
+        return self._take(other._fields)
 
     def _take(self, fields: Array) -> Self:
         if self._fields is None:
@@ -435,13 +610,15 @@ class Moments:
 
     def std(self, ddof: float = 0) -> Any:
         """Return the standard deviations, float64; NaN of `ddof` or fewer elements."""
-        return np.sqrt(self.var(ddof))
+        ddof = check_ddof(ddof)
+        return np.float64(np.nan) if self._fields is None else std_of(self._fields, ddof)[()]
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as numbers, strings and lists, which JSON keeps exactly."""
-        values = dict.fromkeys(FIELDS)
+        values: dict[str, Any] = dict.fromkeys(("shape", *FIELDS))
         if self._fields is not None:
-            values = dict(zip(FIELDS, self._fields.tolist()))
+            values = {"shape": list(self._fields.shape[1:])}
+            values |= dict(zip(FIELDS, self._fields.tolist()))
         return {"axis": None if self._axis is None else list(self._axis), **values}
 
     @classmethod
@@ -451,21 +628,42 @@ class Moments:
         Raises
         ------
         ValueError
-            If `d` has not got the entries that it returns.
+            If `d` has not got the entries that it returns, or they cannot be moments: counts that
+            are negative or no whole numbers, say.
+        TypeError
+            If `d` is not a dictionary, or an entry is not made of numbers.
         """
-        if missing := {"axis", *FIELDS} - d.keys():
+        if not isinstance(d, Mapping):
+            raise TypeError(
+                f"Moments.from_dict got a {type(d).__name__}, expected what to_dict() returns"
+            )
+        # dictionaries of before there were shapes and exponents have neither
+        if missing := {"axis", *FIELDS[:5]} - d.keys():
             raise ValueError(
                 f"Moments.from_dict misses {sorted(missing)}, expected what to_dict() returns"
             )
+        if unknown := d.keys() - {"axis", "shape", *FIELDS}:
+            raise ValueError(
+                f"Moments.from_dict got {sorted(map(str, unknown))}, which it does not know, "
+                "expected what to_dict() returns"
+            )
         found = cls(d["axis"])
-        if d["count"] is not None:
-            try:
-                found._fields = np.array([d[name] for name in FIELDS], np.float64)
-            except (TypeError, ValueError):
-                raise ValueError(
-                    "Moments.from_dict got fields of different shapes, expected what to_dict() "
-                    "returns"
-                ) from None
+        if d["count"] is None:
+            return found
+        try:
+            parts = [np.asarray(d[name]) for name in FIELDS if name in d]
+        except ValueError:
+            raise ValueError(
+                "Moments.from_dict got rows of different lengths, expected what to_dict() returns"
+            ) from None
+        shape = _checked_axis(d.get("shape"), "shape")
+        if shape is None:
+            shape = parts[0].shape
+        if any(n < 0 for n in shape):
+            raise ValueError(f"Moments.from_dict got shape={list(shape)}, expected 0 or more each")
+        if not math.prod(shape):  # lists of nothing have lost their shape
+            parts = [part if part.size else part.reshape(shape) for part in parts]
+        found._fields = _checked_fields(found._axis, shape, parts)
         return found
 
     def __eq__(self, other: object) -> bool:
@@ -480,7 +678,15 @@ class Moments:
         return self._axis, self._fields
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self._axis, self._fields = state
+        # a pickle may be anybody's
+        if not isinstance(state, tuple) or len(state) != 2:
+            raise ValueError("this is no state of Moments, expected what pickle.dumps made of one")
+        axis, fields = _checked_axis(state[0]), state[1]
+        if fields is not None:
+            if not isinstance(fields, np.ndarray) or not fields.ndim:
+                raise TypeError("this is no state of Moments, expected an array of their fields")
+            fields = _checked_fields(axis, fields.shape[1:], list(fields))
+        self._axis, self._fields = axis, fields
 
     def __repr__(self) -> str:
         if self._fields is None:
@@ -491,12 +697,53 @@ class Moments:
         )
 
 
-def _checked_axis(axis: Axes | None) -> tuple[int, ...] | None:
+def _checked_axis(axis: Any, name: str = "axis") -> tuple[int, ...] | None:
     if axis is None:
         return None
-    axes = (axis,) if isinstance(axis, int | np.integer) else tuple(axis)
+    axes = (axis,) if not isinstance(axis, Sequence | range) or isinstance(axis, str) else axis
     if any(isinstance(a, bool) or not isinstance(a, int | np.integer) for a in axes):
-        raise TypeError(f"axis is {axis!r}, expected whole numbers, or None for all axes")
-    if len(set(axes)) != len(axes):
+        raise TypeError(f"{name} is {axis!r}, expected whole numbers, or None for all axes")
+    if name == "axis" and len(set(axes)) != len(axes):
         raise ValueError(f"axis is {axis!r}, expected different axes")
     return tuple(int(a) for a in axes)
+
+
+def _places(axis: tuple[int, ...] | None, kept: int) -> tuple[int, ...] | None:
+    """The reduced axes in order, with `kept` others beside them; None where there are no others."""
+    if axis is None or not kept:
+        return None
+    return tuple(sorted(a % (kept + len(axis)) for a in axis))
+
+
+def _checked_fields(
+    axis: tuple[int, ...] | None, shape: tuple[int, ...], parts: Sequence[Array]
+) -> Array:
+    """Fields that came from outside as one array; refuse what cannot be the moments of anything."""
+    if len(parts) not in (len(FIELDS) - 1, len(FIELDS)):
+        raise ValueError(f"these are {len(parts)} fields of moments, expected {len(FIELDS)}")
+    fields = np.zeros([len(FIELDS), *shape])
+    for name, part, into in zip(FIELDS, parts, fields, strict=False):
+        if part.dtype.kind not in "fiu":
+            raise TypeError(
+                f"{name} of these moments has dtype {part.dtype}, expected real numbers"
+            )
+        if part.shape != shape:
+            raise ValueError(
+                f"{name} of these moments has shape {part.shape}, and they are of shape {shape}: "
+                "fields of different shapes, expected one"
+            )
+        with np.errstate(all="ignore"):
+            into[...] = part
+    count, mean, rest, m2, m2_rest, exponent = fields
+    finite = np.isfinite(mean)
+    for wrong, message in (
+        (~((count >= 0) & (count <= 2**53) & (count % 1 == 0)), "counts that are whole numbers"),
+        (~(np.isfinite(rest) & np.isfinite(m2_rest)) & finite, "rests that are finite"),
+        (finite & ~((m2 >= 0) & (m2 < np.inf)), "an m2 that is finite and not negative"),
+        (~((abs(exponent) <= 1100) & (exponent % 1 == 0)), "exponents that are whole numbers"),
+    ):
+        if wrong.any():
+            raise ValueError(f"these cannot be moments, expected {message}; use Moments.to_dict()")
+    if axis is None and shape:
+        raise ValueError(f"these are moments of shape {shape} over all axes, expected shape ()")
+    return fields

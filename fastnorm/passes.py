@@ -200,6 +200,26 @@ def split_groups(axis: int, channels: int, groups: int) -> Callable[[Array], Arr
     return split
 
 
+# --- Range ----------------------------------------------------------------------------------------
+
+
+def extremes(x: Array, axes: Sequence[int], mask: Array | None = None) -> tuple[Array, Array]:
+    """The least and the greatest of 0 and each group, its axes kept as 1, in float64."""
+    chosen: Any = True if mask is None else mask
+    options: dict[str, Any] = {"axis": tuple(axes), "keepdims": True, "initial": 0}
+    with np.errstate(all="ignore"):
+        low, high = (extreme(x, where=chosen, **options) for extreme in (np.min, np.max))
+        return low.astype(np.float64), high.astype(np.float64)
+
+
+def exponents_of(largest: Array) -> Array:
+    """Exponents of the powers of two that numbers up to `largest` are brought below 1 by.
+
+    0 where that is 0, infinite or not a number.
+    """
+    return np.where(np.isfinite(largest), np.frexp(np.nan_to_num(largest))[1], 0)
+
+
 # --- Running statistics ---------------------------------------------------------------------------
 
 

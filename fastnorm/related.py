@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,8 @@ from fastnorm.elsewhere import Elsewhere, host
 from fastnorm.passes import (
     channels_second,
     delivered,
+    exponents_of,
+    extremes,
     new_like,
     quick_scaled,
     run,
@@ -46,6 +49,9 @@ from fastnorm.passes import (
     unknown,
 )
 from fastnorm.routing import door_of, send
+
+# Sums of squares between these have lost nothing to the range of float64.
+_LEAST_SQUARE, _MOST_SQUARE = 1e-270, 1e270
 
 
 def l2_normalize(
@@ -165,19 +171,49 @@ def local_response_norm(
         array.respond(y, axis, int(size), alpha, beta, k)
         return delivered(y, x)
     moved, result = (np.moveaxis(a, axis, 1) for a in (array, y))
-    channels = moved.shape[1]
     with np.errstate(all="ignore"):
         # sample by sample, in float64: what is beside x and y is the size of one sample
         for sample, target in zip(moved, result, strict=True):
-            wide = sample.astype(np.float64)
-            squares = wide * wide
-            near = np.zeros_like(wide)
-            for shift in range(-(size // 2), (size - 1) // 2 + 1):
-                low, high = max(0, -shift), min(channels, channels - shift)
-                if low < high:
-                    near[low:high] += squares[low + shift : high + shift]
-            target[...] = wide * (k + alpha / size * near) ** -beta
+            target[...] = _respond(sample.astype(np.float64), int(size), alpha, beta, k)
     return delivered(y, x)
+
+
+def _respond(x: Array, size: int, alpha: float, beta: float, k: float) -> Array:
+    """`local_response_norm` of one sample of doubles, (C, ...)."""
+    channels = len(x)
+
+    def around(values: Array) -> Iterator[tuple[slice, Array]]:
+        """Where a channel has a neighbour at some distance, and that neighbour's values."""
+        for shift in range(-(size // 2), (size - 1) // 2 + 1):
+            low, high = max(0, -shift), min(channels, channels - shift)
+            if low < high:
+                yield slice(low, high), values[low + shift : high + shift]
+
+    near = np.zeros_like(x)
+    for place, squares in around(x * x):
+        near[place] += squares
+    base = k + alpha / size * near
+    y: Array = x * base**-beta
+    if (good := (abs(base) > _LEAST_SQUARE) & (abs(base) < _MOST_SQUARE)).all():
+        return y
+    # Squares that leave the range: of numbers brought to 1 by a power of two, k by its square. From
+    # the root r of the sum, as (x / r) r^(1 - 2 beta), whose factors are in range if y is.
+    largest = np.zeros_like(x)
+    for place, sizes in around(abs(x)):
+        np.maximum(largest[place], sizes, out=largest[place])
+    exponent = exponents_of(largest)
+    if k:
+        exponent = np.maximum(exponent, math.frexp(k)[1] // 2)
+    near[...] = 0
+    for place, values in around(x):
+        near[place] += np.ldexp(values, -exponent[place]) ** 2
+    base = np.ldexp(k, -2 * exponent) + alpha / size * near
+    root = np.sqrt(abs(base))
+    half = exponent // 2  # r itself may be too small to have all its digits
+    power = np.ldexp(root, half) ** (1 - 2 * beta) * np.sign(base) ** -beta
+    power *= np.ldexp(1.0, exponent - half) ** (1 - 2 * beta)
+    rescued = np.ldexp(x, -exponent) / root * power
+    return np.where(good | ~np.isfinite(largest), y, rescued)
 
 
 def weight_norm(v: ArrayLike, g: ArrayLike, *, axis: Axes | None = 0) -> Array:
@@ -344,15 +380,37 @@ def global_response_norm(
     mean, var, rstd = unknown(array, places)
     reduced = tuple(a >= 2 for a in range(array.ndim))
     compute(Pass(moved, None, reduced, mean, var, rstd, centred=False))
-    length = np.sqrt(host(var) * math.prod(moved.shape[2:]))
+    squares, exponent = host(var), np.zeros(places, np.int64)
+    if array.dtype == np.float64 and not isinstance(array, Elsewhere):
+        good = (squares > _LEAST_SQUARE) & (squares < _MOST_SQUARE)
+        if not good.all():
+            axes = range(2, array.ndim)
+            low, high = extremes(moved, axes)
+            exponent = exponents_of(np.maximum(-low, high))
+            with np.errstate(all="ignore"):
+                near = np.ldexp(moved, -exponent)
+            compute(Pass(near, None, reduced, mean, var, rstd, centred=False))
     with np.errstate(all="ignore"):
-        relative = length / (length.mean(axis=1, keepdims=True) + eps)
-    factor = (1.0 + w.astype(np.float64) * relative).astype(computing_type(array.dtype))
+        length = np.sqrt(host(var) * math.prod(moved.shape[2:]))
+        factor = 1.0 + w.astype(np.float64) * relative_lengths(length, exponent, 1, eps)
+        factor = factor.astype(computing_type(array.dtype))
     found = quick_scaled(RESPONSE, axis, x, 1.0, factor, b)
     if type(found) is not Unplanned:
         return found
     options: dict[str, Any] = {"view": channels_second(axis), "key": found.key}
     return scaled(x, array, range(2, array.ndim), 1.0, factor, b, **options)
+
+
+def relative_lengths(length: Array, exponent: Array, axis: int, eps: float) -> Array:
+    """Lengths times 2^exponent over their mean along an axis plus eps; 0 where that is 0 / 0."""
+    with np.errstate(all="ignore"):
+        # in the unit of the largest, or of eps
+        own = np.where(length > 0, exponent, -1100)
+        unit = np.maximum(own.max(axis, keepdims=True), math.frexp(eps)[1] if eps else -1100)
+        unit = np.where(unit == -1100, 0, unit)
+        length = np.ldexp(length, exponent - unit)
+        whole = length.mean(axis=axis, keepdims=True) + np.ldexp(eps, -unit)
+        return np.where(whole == 0, 0.0, length / whole)
 
 
 def dynamic_tanh(

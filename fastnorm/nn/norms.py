@@ -14,6 +14,7 @@ from fastnorm.arguments import (
     Axes,
     as_array,
     channel_axis_of,
+    channel_parameter,
     check_eps,
     check_momentum,
     computing_type,
@@ -21,7 +22,7 @@ from fastnorm.arguments import (
     require_two,
     same_shape,
 )
-from fastnorm.moments import Moments
+from fastnorm.moments import FIELDS, Moments, Scales, fields_of, normalised_by, scales_of
 from fastnorm.nn.module import Module, parameter_type
 from fastnorm.passes import update
 
@@ -262,9 +263,10 @@ class BatchNorm(_ChannelNorm):
         return y, (array, mean, rstd, count)
 
     def _moments(self, array: Array) -> Moments:
-        """Those of each channel."""
-        axes = range(1, array.ndim)
-        return Moments(axes).update(np.moveaxis(array, self.channel_axis, 0))
+        """Those of each channel, as of values that lie in one axis beside them."""
+        moved = np.moveaxis(array, self.channel_axis, 0)
+        fields = fields_of(moved, tuple(range(1, moved.ndim)))
+        return Moments(1)._take(fields.reshape(len(FIELDS), len(moved)))
 
     def _normalised(
         self, x: ArrayLike, array: Array, running: tuple[Any, Any], momentum: float
@@ -277,11 +279,41 @@ class BatchNorm(_ChannelNorm):
             return *functional.batch_norm(x, *running, **options), array.size // self.num_features
         total = self._moments(array).allreduce(self.comm)
         require_two(total.count, "BatchNorm in training", "use a larger batch, or eval()")
-        found = self._applied(x, total.mean, total.var())
+        assert total._fields is not None  # this process has added its own
+        scales = scales_of(total._fields, self.eps)
+        y = self._by_scales(x, array, scales, **self._affine)
         if total.count.all():
             mean, var, counts = (s[np.newaxis] for s in (total.mean, total.var(), total.count))
             update(*running, mean, var, counts, momentum)
-        return *found, total.count
+        return y, total.mean, scales.rstd_of_x(), total.count
+
+    def _by_scales(
+        self,
+        x: ArrayLike,
+        array: Array,
+        scales: Scales,
+        weight: ArrayLike | None,
+        bias: ArrayLike | None,
+        residual: Array | None = None,
+    ) -> Array:
+        """Each channel by its scale, which is not from this part of the batch alone."""
+        axis = self.channel_axis
+        moved = np.moveaxis(array, axis, 1)
+        place = (1, -1) + (1,) * (array.ndim - 2)
+        w, b = (
+            channel_parameter(value, name, moved, 1)
+            for value, name in ((weight, "weight"), (bias, "bias"))
+        )
+        y = normalised_by(
+            Scales(*(part.reshape(place) for part in scales)),
+            x,
+            moved,
+            (0, *range(2, array.ndim)),
+            w,
+            b,
+            residual=None if residual is None else np.moveaxis(residual, axis, 1),
+        )
+        return np.moveaxis(y, 1, axis)
 
     def _applied(self, x: ArrayLike, mean: Array, var: Array) -> Any:
         options: dict[str, Any] = self._affine | {"eps": self.eps, "return_stats": True}
@@ -313,16 +345,16 @@ class BatchNorm(_ChannelNorm):
         if self.affine:
             weight = self._affine["weight"].astype(np.float64)
         with np.errstate(all="ignore"):
-            scale, var = weight * rstd, 1 / rstd**2
+            scale = weight * rstd
             through_var, through_mean = (
                 -scale * s / np.maximum(count, 1) for s in (dweight, dbias)
             )
         # dx = rstd * w * (dy - mean(dy) - xhat * mean(dy * xhat)), as two steps of the forward pass
         zero, one = np.zeros(self.num_features), np.ones(self.num_features)
         directly = functional.batch_norm(slope, zero, one, scale, eps=0.0, **axis)
-        dx = functional.batch_norm(
-            wide, mean, var, through_var, through_mean, eps=0.0, residual=directly, **axis
-        )
+        none = np.zeros_like(mean)
+        scales = Scales(mean, none, rstd, none.astype(np.int64))
+        dx = self._by_scales(wide, wide, scales, through_var, through_mean, directly)
         return dx.astype(array.dtype, copy=False), {"weight": dweight, "bias": dbias}
 
 

@@ -63,13 +63,13 @@ def recalibrate(model: Callable[[Any], Any], batches: Iterable[ArrayLike]) -> in
         )
     try:
         for norm in norms:
-            norm._recorded = Moments()
+            norm._recorded = Moments(1)
         for batch in batches:
             if isinstance(model, BatchNorm):
                 model._recorded.merge(model._moments(model._checked(batch)))  # type: ignore[union-attr]
             else:
                 model(batch)
-        found = [norm._recorded or Moments() for norm in norms]
+        found = [norm._recorded or Moments(1) for norm in norms]
     finally:
         for norm in norms:
             norm._recorded = None

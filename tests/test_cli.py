@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,97 @@ def test_alone_it_prints_the_help(arguments: list[str]) -> None:
     assert done.stderr == ""
     for name in ("demo", "info", "placement", "stats"):
         assert f"\n    {name}" in done.stdout
+
+
+# --- How it ends ----------------------------------------------------------------------------------
+
+posix = pytest.mark.skipif(os.name != "posix", reason="pipes and devices as POSIX has them")
+
+
+def fastnorm(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fastnorm", *arguments]
+    return subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, **options)
+
+
+@posix
+@pytest.mark.parametrize("arguments", [["info"], ["info", "--json"], ["stats", "x.npy"]], ids=str)
+def test_nobody_reads_or_nothing_can_be_written(arguments: list[str], tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.arange(9.0))
+    arguments = [str(tmp_path / a) if a.endswith(".npy") else a for a in arguments]
+    with Path("/dev/full").open("w") as full:
+        done = fastnorm(*arguments, stdout=full)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith("fastnorm: cannot write the results: ")
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = fastnorm(*arguments, stdout=writing)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+INTERRUPTED = """
+import os, signal, sys
+from fastnorm import cli
+
+def stop(frame, event, argument):
+    module = frame.f_globals.get("__name__", "")
+    if module.startswith("fastnorm.") and frame.f_code.co_name in ("photographs", "run", "work"):
+        sys.setprofile(None)
+        os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.setprofile(stop)
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@needs_demo
+@pytest.mark.skipif(os.name != "posix", reason="Ctrl-C is a signal")
+@pytest.mark.parametrize("command", ["demo", "placement", "stats"])
+def test_ctrl_c_is_quiet(command: str, tmp_path: Path) -> None:
+    """Interrupted where its work begins."""
+    np.save(tmp_path / "x.npy", np.arange(9.0))
+    arguments = {"demo": ["--output", str(tmp_path / "x.png")], "stats": [str(tmp_path / "x.npy")]}
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, command, *arguments.get(command, [])],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (130, "")
+    assert "Traceback" not in done.stderr
+    assert done.stderr == "" or command == "stats"
+
+
+@posix
+def test_names_are_harmless(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Escape codes, line breaks, bytes that are no text, and letters that stdout does not have."""
+    folders = {b"a\x1b[31m\nb": r"a\x1b[31m\nb", "é".encode(): r"\xe9", b"\xff": r"\xff"}
+    for name in folders:
+        folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+        try:
+            folder.mkdir()
+        except OSError:
+            pytest.skip("this file system takes no such names")
+        np.save(folder / "x.npy", np.arange(3.0))
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    found = fastnorm("stats", str(tmp_path), "--by", "folder", env=environment, **PIPED)
+    assert (found.returncode, found.stderr) == (0, "")
+    for shown in folders.values():
+        assert f"{tmp_path}/{shown} " in found.stdout
+    found = fastnorm("stats", str(tmp_path), "--by", "folder", "--json", env=environment, **PIPED)
+    for name in json.loads(found.stdout)["folders"]:
+        name.encode("utf-8")  # no half of a surrogate pair
+    for arguments in (["stats", "\x1b[2Jno\nwhere"], ["stats", "x", "--\x1b]0;\n"], ["\x1bdo"]):
+        with suppress(SystemExit):
+            cli.main(arguments)
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert "\x1b" not in err
+        assert r"\x1b" in err
+
+
+PIPED: dict[str, Any] = {"stdout": subprocess.PIPE}
 
 
 # --- What cannot be used --------------------------------------------------------------------------

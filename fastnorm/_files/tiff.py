@@ -150,7 +150,7 @@ def _stacked(tiff: Any, page: Any) -> int:
     count = 1
     if tiff.is_imagej:
         count = int((tiff.imagej_metadata or {}).get("images", 1))
-    elif tiff.is_shaped and (said := tiff.shaped_metadata) and said[0].get("truncate"):
+    elif tiff.is_shaped and (said := tiff.shaped_metadata) and said[0].get("truncated"):
         count = math.prod(said[0]["shape"]) // math.prod(page.shape)
     if count > 1 and not page.is_contiguous:
         raise ValueError(f"it says that {count} images lie in one piece, and they do not")

@@ -291,6 +291,17 @@ def test_the_sum_is_rounded_first() -> None:
     assert_same_bits(y, fn.layer_norm(total, 64))
 
 
+@pytest.mark.parametrize("dtype", [F16, F32], ids=named)
+def test_a_sum_out_of_range_does_not_warn(dtype: Any) -> None:
+    """Also where x and the residual lie in different orders, and are added before the norm."""
+    x = np.full((4, 7), 0.9 * float(np.finfo(dtype).max), dtype).T
+    for residual in (x, np.ascontiguousarray(x)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            _, total = fn.add_rms_norm(x, residual, 4, eps=1.0)
+        assert (total == np.inf).all()
+
+
 # --- Memory ---------------------------------------------------------------------------------------
 
 

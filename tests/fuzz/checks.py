@@ -717,6 +717,11 @@ def _check_backward(call: Call, bad: Array) -> None:
     values = tuple(Call._plainly(s) for s in stats)
     wide = plain.astype(np.float64) if plain.dtype.kind in "iub" else plain
     exact = back.exact_gradients(op, slope, wide, values, p)
+    judged: Any = True
+    if "inference" in op.label:
+        # whether xhat is in range is not for its statistics to say
+        mean, spread = (back.along(op, s, wide, p) for s in values)
+        judged = abs((wide.astype(np.float64) - mean) * spread) < 1e30
     sizes = back.sizes(op, slope, wide, values, p)
     names = ("dx", "dweight", "dbias")
     for name, value, right, size in zip(names, results, exact, sizes):
@@ -724,4 +729,6 @@ def _check_backward(call: Call, bad: Array) -> None:
         added = terms if call.computing == F64 else 0
         error = (8 + added / 2) * epsilon(call.computing) * np.asarray(size, np.longdouble)
         value = value.astype(value.dtype.newbyteorder("="))
-        compare(value, right, error, call.computing, True, f"{op.backward}: {name}")
+        chosen = judged if value.shape == np.shape(judged) and name == "dx" else True
+        if name == "dx" or np.all(judged):
+            compare(value, right, error, call.computing, chosen, f"{op.backward}: {name}")

@@ -242,20 +242,24 @@ def update(
     """
     counts = np.broadcast_to(counts, mean.shape)
     there = None
+    moved = []
     for running, parts, unbiased in ((running_mean, mean, False), (running_var, var, True)):
         if isinstance(running, Elsewhere):
             if there is None:
                 there = beside(mean, counts.astype(np.float64, order="C"))
             running.average(parts, there, momentum, unbiased)
         elif running is not None:
-            _average(running, host(parts), counts, momentum, unbiased)
+            moved.append((running, _moved(running, host(parts), counts, momentum, unbiased)))
+    # both are there before the first is written: without memory for it none is
+    for running, values in moved:
+        running[...] = values
 
 
-def _average(running: Array, parts: Array, counts: Array, momentum: float, unbiased: bool) -> None:
+def _moved(running: Array, parts: Array, counts: Array, momentum: float, unbiased: bool) -> Array:
     seen = counts > 0
     with np.errstate(all="ignore"):
         if unbiased:
             parts = parts * (counts / (counts - 1))
         average = np.sum(parts, axis=0, where=seen) / np.count_nonzero(seen, axis=0)
-        moved = (1 - momentum) * running.astype(np.float64) + momentum * average
-        np.copyto(running, moved, where=seen.any(axis=0), casting="same_kind")
+        values = (1 - momentum) * running.astype(np.float64) + momentum * average
+        return np.where(seen.any(axis=0), values.astype(running.dtype), running)

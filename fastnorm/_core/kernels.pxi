@@ -26,6 +26,16 @@ import numpy as np
 
 cnp.import_array()
 
+cdef extern from *:
+    """
+    /* Before Python 3.12 Cython asks this at every prange, to release the interpreter's lock once more:
+     * once there has been a second interpreter the answer is yes, always, and that ends the process.
+     * Here the lock is released before. */
+    #if PY_VERSION_HEX < 0x030C0000
+    #define PyGILState_Check() 0
+    #endif
+    """
+
 cdef extern from "simd.h" nogil:
     """
     #if defined(_OPENMP)

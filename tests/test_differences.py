@@ -171,6 +171,17 @@ def _(torch: Any) -> None:
     assert (preprocessing.scale(np.full(4, 0.1)) == 0).all()
 
 
+@row("No degrees of freedom")
+def _(torch: Any) -> None:
+    x = np.arange(5.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert np.var(x, ddof=5) == np.var(x, ddof=6) == np.inf
+        assert np.isnan(np.var(x[:1], ddof=1))
+    for n, ddof in ((5, 5), (5, 6), (1, 1)):
+        assert np.isnan(fn.moments(x[:n], ddof=ddof)[1])
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_row(name: str, torch: Any) -> None:
     ROWS[name](torch)

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -305,3 +306,86 @@ def test_errors_of_modules(name: str, modules: dict[str, Any]) -> None:
             continue  # the row "eps of 0"
         with pytest.raises(REFUSED):
             getattr(fn.nn, name)(*made.args, **made.kwargs)(plain(inputs.forward_input.args[0]))
+
+
+# --- After its test_nn ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "float32", "float64"])
+def test_eps_of_rms_norm(kind: str) -> None:
+    """Of small numbers the default decides: it is that of the type computed in."""
+    small = 2.0**-27 if kind == "float64" else 2.0**-12
+    tensor = torch.full((1, 8), small, dtype=getattr(torch, kind))
+    right = functional.rms_norm(tensor, (8,)).double().numpy()
+    x = np.full((1, 8), small, np.dtype(getattr(ml_dtypes, kind, kind)))
+    y = fn.rms_norm(x, 8).astype(np.float64)
+    digits = {"float16": 11, "bfloat16": 8, "float32": 22, "float64": 51}[kind]
+    np.testing.assert_allclose(y, right, rtol=2.0**-digits)
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var", "weight", "bias"])
+@pytest.mark.parametrize("size", [9, 11])
+def test_sizes_that_are_not_those_of_the_channels(name: str, size: int) -> None:
+    x = torch.rand(2, 10)
+    given = {"running_mean": torch.rand(10), "running_var": torch.rand(10)} | {
+        name: torch.rand(size)
+    }
+    with pytest.raises(RuntimeError):
+        functional.batch_norm(x, **given)
+    for training in (True, False):
+        with pytest.raises(ValueError, match=name):
+            fn.batch_norm(plain(x), **{k: plain(v) for k, v in given.items()}, training=training)
+
+
+def test_one_value_is_enough_in_inference() -> None:
+    for shape in ((1, 3), (1, 3, 1), (1, 3, 1, 1)):
+        x = np.ones(shape, np.float32)
+        for kind in ("BatchNorm", "InstanceNorm"):
+            m = getattr(fn.nn, kind)(3, track_running_stats=True)
+            with pytest.raises(ValueError, match="at least 2"):
+                m(x)
+            np.testing.assert_allclose(m.eval()(x), 1, atol=1e-5)
+            assert m.backward(x).shape == shape
+        with pytest.raises(ValueError, match="at least 2"):
+            fn.nn.GroupNorm(3, 3)(x)
+
+
+def test_large_numbers_of_half_precision() -> None:
+    """Their sum and their squares are beyond float16."""
+    x = torch.full((2, 3, 6, 6), 60000.0).half()
+    x[:, :, ::2] = 50000.0
+    y = fn.nn.BatchNorm2d(3)(plain(x))
+    right = torch.nn.BatchNorm2d(3)(x.float()).detach().numpy()
+    assert y.dtype == np.float16
+    np.testing.assert_allclose(y, right, rtol=2.0**-11)
+
+
+def test_attention_and_activations() -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = rng.standard_normal((3, 2, 4, 6, 8))
+    mask = np.where(rng.random((6, 6)) < 0.3, -np.inf, rng.standard_normal((6, 6)))
+    mask[:, 0] = 0
+    for given, causal, scale in ((None, False, None), (mask, False, 0.3), (None, True, None)):
+        tensors = [torch.from_numpy(a).requires_grad_() for a in (q, k, v)]
+        added = None if given is None else torch.from_numpy(given)
+        right = functional.scaled_dot_product_attention(
+            *tensors, attn_mask=added, is_causal=causal, scale=scale
+        )
+        y, weights = fn.nn.attention(q, k, v, given, causal=causal, scale=scale)
+        assert_close(y, right, CLOSE)
+        dy = rng.standard_normal(y.shape)
+        right.backward(torch.from_numpy(dy))
+        own = fn.nn.attention_backward(dy, q, k, v, weights, scale=scale)
+        for mine, tensor in zip(own, tensors):
+            assert_close(mine, tensor.grad, CLOSE)
+    x = np.concatenate([rng.standard_normal(50) * 5, [0.0, -0.0, 1e-30, -1e-30, 700, -700]])
+    for name in ("relu", "silu", "gelu", "gelu_tanh"):
+        tensor = torch.from_numpy(x).requires_grad_()
+        options = {"approximate": "tanh"} if name == "gelu_tanh" else {}
+        right = getattr(functional, name.removesuffix("_tanh"))(tensor, **options)
+        right.sum().backward()
+        y = fn.nn.activate(x, name)
+        assert_close(y, right, CLOSE)
+        assert_close(
+            fn.nn.activation_backward(np.ones_like(x), x, y, name)[:50], tensor.grad[:50], CLOSE
+        )

@@ -400,9 +400,9 @@ def cross_entropy(
     Raises
     ------
     ValueError
-        If the shapes do not fit, or a class is none of those.
+        If the shapes do not fit, or a class is no integer or none of those.
     TypeError
-        If the classes are not integers.
+        If the scores are not real numbers.
 
     Examples
     --------
@@ -412,16 +412,11 @@ def cross_entropy(
     (0.6931, array([[ 0.5, -0.5]]))
     """
     s, right = _computed(scores, "scores"), np.asarray(target)
-    if right.dtype.kind not in "iu":
-        raise TypeError(
-            f"target has dtype {right.dtype}, expected integers: the index of the right class of "
-            "each; write target.astype(np.int64)"
-        )
-    if not s.ndim or s.shape[:-1] != right.shape:
+    if not s.ndim or s.shape[:-1] != right.shape or right.dtype.kind not in "iu":
         raise ValueError(
-            f"cross_entropy got scores of shape {s.shape} and target of shape {right.shape}, "
-            "expected (..., classes) and (...); write np.moveaxis(scores, 1, -1) where the classes "
-            "are on axis 1"
+            f"cross_entropy got scores of shape {s.shape} and target of shape {right.shape} and "
+            f"dtype {right.dtype}, expected (..., classes) and integers of shape (...); write "
+            "np.moveaxis(scores, 1, -1) where the classes are on axis 1"
         )
     classes = s.shape[-1]
     counted = right != ignore_index

@@ -21,6 +21,7 @@ from fastnorm.arguments import (
     groups_of,
     require_two,
     same_shape,
+    unmask,
 )
 from fastnorm.moments import FIELDS, Moments, Scales, fields_of, normalised_by, scales_of
 from fastnorm.nn.module import Module, parameter_type
@@ -64,6 +65,25 @@ class _Norm(Module):
     @property
     def _affine(self) -> dict[str, Any]:
         return {name: self._parameters.get(name) for name in ("weight", "bias")}
+
+    def __call__(self, x: ArrayLike) -> Array:
+        """Return the result for `x`, and keep what :meth:`backward` needs: `x` itself included.
+
+        The mask of an ``np.ma`` array keeps elements from the statistics.
+        """
+        y = super().__call__(x)
+        kept = unmask(x, None)[1]
+        self._masked = kept is not None and not kept.all()
+        return y
+
+    def backward(self, dy: ArrayLike) -> Array:
+        """As :meth:`Module.backward`; there is none of statistics that left masked elements out."""
+        if self._saved is not None and self._masked:
+            raise ValueError(
+                f"{type(self).__name__}.backward got a masked array in the last call, expected one "
+                "without a mask: gradients are those of statistics of all elements"
+            )
+        return super().backward(dy)
 
     def reset_parameters(self) -> None:
         """Set the weight to 1 and the bias to 0."""
@@ -240,7 +260,7 @@ class BatchNorm(_ChannelNorm):
     def _forward(self, x: ArrayLike) -> tuple[Array, Saved]:
         array = self._checked(x)
         if self._recorded is not None:
-            self._recorded.merge(self._moments(array))
+            self._recorded.merge(self._moments(array, x))
             y, mean, rstd, _ = self._normalised(x, array, (None, None), 0.0)
             return y, (array, mean, rstd, None)
         counted = self._buffers.get("num_batches_tracked")
@@ -262,10 +282,12 @@ class BatchNorm(_ChannelNorm):
             counted += 1
         return y, (array, mean, rstd, count)
 
-    def _moments(self, array: Array) -> Moments:
-        """Those of each channel, as of values that lie in one axis beside them."""
+    def _moments(self, array: Array, x: ArrayLike) -> Moments:
+        """Those of each channel of `array`, x checked, as of values in one axis beside them."""
+        kept = unmask(x, None)[1]
+        where = None if kept is None else np.moveaxis(kept, self.channel_axis, 0)
         moved = np.moveaxis(array, self.channel_axis, 0)
-        fields = fields_of(moved, tuple(range(1, moved.ndim)))
+        fields = fields_of(moved, tuple(range(1, moved.ndim)), where)
         return Moments(1)._take(fields.reshape(len(FIELDS), len(moved)))
 
     def _normalised(
@@ -277,7 +299,7 @@ class BatchNorm(_ChannelNorm):
         if self.comm is None:
             options |= {"training": True, "momentum": momentum}
             return *functional.batch_norm(x, *running, **options), array.size // self.num_features
-        total = self._moments(array).allreduce(self.comm)
+        total = self._moments(array, x).allreduce(self.comm)
         require_two(total.count, "BatchNorm in training", "use a larger batch, or eval()")
         assert total._fields is not None  # this process has added its own
         scales = scales_of(total._fields, self.eps)

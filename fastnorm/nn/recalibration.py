@@ -66,7 +66,7 @@ def recalibrate(model: Callable[[Any], Any], batches: Iterable[ArrayLike]) -> in
             norm._recorded = Moments(1)
         for batch in batches:
             if isinstance(model, BatchNorm):
-                model._recorded.merge(model._moments(model._checked(batch)))  # type: ignore[union-attr]
+                model._recorded.merge(model._moments(model._checked(batch), batch))  # type: ignore[union-attr]
             else:
                 model(batch)
         found = [norm._recorded or Moments(1) for norm in norms]

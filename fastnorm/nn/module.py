@@ -16,12 +16,8 @@ from fastnorm.arguments import Array, is_float
 class LoadedState(NamedTuple):
     """What :meth:`Module.load_state_dict` found, as ``torch.nn`` returns it.
 
-    Attributes
-    ----------
-    missing_keys
-        Names of the module that the state does not have.
-    unexpected_keys
-        Names of the state that the module does not have.
+    ``missing_keys`` are names of the module that the state does not have, ``unexpected_keys`` names
+    of the state that the module does not have.
     """
 
     missing_keys: list[str]

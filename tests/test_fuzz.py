@@ -1,17 +1,29 @@
-"""The random calls of tests/fuzz: what they are made of."""
+"""Random calls, in processes of their own: a crash is a failure that names the call."""
 
 from __future__ import annotations
 
 import re
 
+import pytest
 from hypothesis import given, settings
 
 import fastnorm as fn
 
 from . import test_backward  # noqa: F401  has @given, which may not be met first within another
+from .fuzz.__main__ import run
 from .fuzz.cases import SIZES, Case, cases
 from .fuzz.checks import judge
-from .helpers import ROOT
+from .helpers import BACKENDS, ROOT
+
+# 3,000 in all, the same in every run. Numba's take a process that has compiled before.
+SHARES = {"cython": 2000, "numba": 400, "numpy": 600}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_random_calls(backend: str) -> None:
+    outcome = run(SHARES[backend], backend, "", seed=20)
+    assert not outcome.story, outcome.story
+    assert outcome.examples == SHARES[backend]
 
 
 def test_sizes_go_beyond_every_block() -> None:

@@ -433,6 +433,7 @@ def allowed(call: Call, x: Array, wide: Any) -> tuple[Array, Array]:
     w += abs(case.get("weight_offset") or 0)
     w = 1.0 if "weight" not in affine else w
     error = 4 * eps_of * size
+    apart: Any = 0.0
     name = op.name
     if name in CENTRED:
         eps = {"standardize": 0.0}.get(name, 1e-5)
@@ -440,6 +441,7 @@ def allowed(call: Call, x: Array, wide: Any) -> tuple[Array, Array]:
         if "inference" in op.label or "given" in op.label:
             mean, var = (call.plain[f"running_{n}"].astype(np.float64) for n in ("mean", "var"))
             ratio: Any = (abs(mean) / np.sqrt(var + eps)).max() if mean.size else 0.0
+            apart = abs(x.astype(wide)) / np.sqrt(var.min() + eps) if var.size else 0.0
         else:
             ratio = mean_over_spread(x, group_ids(call), call.plain.get("where", True), eps)
         if call.computing == F64:
@@ -450,8 +452,8 @@ def allowed(call: Call, x: Array, wide: Any) -> tuple[Array, Array]:
         error = error + 2.0**-19 * (abs(plain) + w)
     if name in ("local_response_norm", "dynamic_tanh"):
         error = 4 * error
-    # a sum on the way may leave the range
-    error = np.where(size > float(np.finfo(call.computing).max) / 4, np.inf, error)
+    # a sum on the way may leave the range, and so may x in units of a spread that is not its own
+    error = np.where(np.maximum(size, apart) > np.finfo(call.computing).max / 4, np.inf, error)
     activation = call.options.get("activation")
     if activation is not None:
         error = 1.2 * error + 8 * eps_of * abs(exact)
@@ -717,12 +719,14 @@ def _check_backward(call: Call, bad: Array) -> None:
     values = tuple(Call._plainly(s) for s in stats)
     wide = plain.astype(np.float64) if plain.dtype.kind in "iub" else plain
     exact = back.exact_gradients(op, slope, wide, values, p)
+    with np.errstate(all="ignore"):
+        sizes = back.sizes(op, slope, wide, values, p)
     judged: Any = True
     if "inference" in op.label:
         # whether xhat is in range is not for its statistics to say
         mean, spread = (back.along(op, s, wide, p) for s in values)
-        judged = abs((wide.astype(np.float64) - mean) * spread) < 1e30
-    sizes = back.sizes(op, slope, wide, values, p)
+        with np.errstate(all="ignore"):
+            judged = abs((wide.astype(np.float64) - mean) * spread) < 1e30
     names = ("dx", "dweight", "dbias")
     for name, value, right, size in zip(names, results, exact, sizes):
         terms = wide.size // max(1, min(right.size, values[-1].size))

@@ -492,15 +492,15 @@ def one_value(call: Call) -> bool:
     """Whether a statistic is of one value, which some norms refuse."""
     if call.op.name not in ("batch_norm", "instance_norm", "group_norm"):
         return False
-    if not call.op.linked(len(call.shape), channel_of(call.case)):
+    own = call.op.grouped or call.op.linked(len(call.shape), channel_of(call.case))
+    if not own:
         return False
     if not math.prod(call.shape):
         return True  # none, times one
-    if "where" in call.plain:
-        ids = group_ids(call)
-        mask = np.broadcast_to(call.plain["where"], call.shape)
-        return bool((np.bincount(ids.ravel(), mask.ravel()) == 1).any())
-    return math.prod(call.shape) == int(group_ids(call).max()) + 1
+    ids = group_ids(call)
+    mask = np.broadcast_to(call.plain.get("where", True), call.shape)
+    one = np.bincount(ids.ravel(), mask.ravel()) == 1
+    return bool(one.any()) or math.prod(call.shape) == int(ids.max()) + 1
 
 
 def group_ids(call: Call) -> Array:

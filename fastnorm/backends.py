@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -537,6 +538,7 @@ def _known(name: str) -> str:
         raise ValueError(
             f"this installation has no {name!r} backend, expected one of "
             f"{', '.join(map(repr, _AVAILABLE))}; use one of those, or 'auto'"
+            + (f" ({_failures()})" if name == "cython" and _core.failed else "")
         )
     return next(iter(_AVAILABLE)) if name == "auto" else name
 
@@ -768,6 +770,11 @@ def threads(n: int) -> Iterator[None]:
 # --- What is at hand ------------------------------------------------------------------------------
 
 
+def _failures() -> str:
+    """The compiled modules that are there and did not load, with the reasons."""
+    return "; ".join(f"{name}: {reason}" for name, reason in _core.failed.items())
+
+
 def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     """Show versions, instruction sets, threads and backends.
 
@@ -808,6 +815,7 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
             "machine": platform.machine(),
             "instruction set found": _core.level_found or "unknown",
             "instruction set used": _core.level_used or "none: no compiled kernels",
+            "failed to load": _failures() or "none",
         },
         "threads": {
             "at most": get_num_threads(),
@@ -827,3 +835,12 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
 
 
 set_backend(os.environ.get("FASTNORM_BACKEND", "") or "auto")
+if _core.failed:
+    _used = f"the kernels for {_core.level_used} are" if _core.kernels else f"{_current} is"
+    warnings.warn(
+        f"fastnorm could not load all of its compiled kernels, {_used} used instead "
+        f"({_failures()}); installing fastnorm-kernels again, from source where that does not "
+        "help, builds them for this Python and NumPy",
+        RuntimeWarning,
+        stacklevel=2,
+    )

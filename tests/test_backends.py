@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import fastnorm as fn
 
-from .helpers import BACKENDS, COMPILED, run_python
+from .helpers import BACKENDS, COMPILED, ROOT, run_python
 
 
 def test_backends_are_chosen_and_restored() -> None:
@@ -113,6 +117,49 @@ print(fn.get_backend(), fn.group_norm(x, 2).astype(float).sum(axis=2).round(4).t
     assert name == "numba", run.stderr
     # 30 outputs of at most 4, each within 3 units of 2^-22 of the other's, rounded to 1e-4
     np.testing.assert_allclose(json.loads(sums), right, atol=30 * 3 * 2**-22 + 1e-4)
+
+
+def run_copy(
+    tmp_path: Path, broken: str, code: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Python with a copy of the package in which one compiled module is no library; "": none is."""
+    ignored = ["__pycache__", *([] if broken else ["*.so", "*.pyd"])]
+    shutil.copytree(
+        ROOT / "fastnorm", tmp_path / "fastnorm", ignore=shutil.ignore_patterns(*ignored)
+    )
+    if broken:
+        suffix = sysconfig.get_config_var("EXT_SUFFIX")
+        (tmp_path / "fastnorm/_core" / f"{broken}{suffix}").write_bytes(b"no library")
+    return run_python("-P", "-c", code, PYTHONPATH=str(tmp_path), **environment)
+
+
+def test_kernels_that_are_there_and_do_not_load(tmp_path: Path) -> None:
+    """Never silence: a warning with the reason and with what is used instead."""
+    used = fn.show_config("dicts")["cpu"]["instruction set used"] if COMPILED else ""
+    broken = f"_kernels_{used.removeprefix('x86-64-')}" if COMPILED else "_cpu"
+    code = "import fastnorm as fn; print(fn.show_config('dicts')['cpu']['failed to load'])"
+    run = run_copy(tmp_path, broken, f"{code}; print(fn.get_backend())")
+    told, backend = run.stdout.splitlines()
+    reason = f"{broken}: ImportError: "
+    assert told.startswith(reason)
+    instead = f"{backend} is used" if backend != "cython" else "the kernels for "
+    assert "RuntimeWarning" in run.stderr
+    assert reason in run.stderr
+    assert instead in run.stderr
+
+
+def test_kernels_that_do_not_load_are_named_where_they_are_asked_for(tmp_path: Path) -> None:
+    run = run_copy(tmp_path, "_cpu", "import fastnorm", FASTNORM_BACKEND="cython")
+    assert run.returncode == 1
+    assert "no 'cython' backend" in run.stderr
+    assert "(_cpu: ImportError: " in run.stderr
+
+
+def test_kernels_that_were_not_built_are_no_fault(tmp_path: Path) -> None:
+    code = "import fastnorm as fn; print(fn.get_backend())"
+    run = run_copy(tmp_path, "", code)
+    others = [name for name in BACKENDS if name != "cython"]
+    assert (run.stdout, run.stderr) == (f"{others[0]}\n", "")
 
 
 def test_helpers_do_not_leak_the_environment() -> None:

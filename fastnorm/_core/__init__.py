@@ -12,11 +12,25 @@ from fastnorm import limits
 LEVELS = ("x86-64-v2", "x86-64-v3", "x86-64-v4")
 
 
-def _load() -> tuple[ModuleType | None, str, str]:
-    """The kernels' module (None: not built), the level it was built for, the processor's level."""
+# Why a compiled module that is there could not be loaded, by its name.
+failed: dict[str, str] = {}
+
+
+def _import(name: str) -> ModuleType | None:
+    """A compiled module; None where it was not built, or does not load (`failed` then says why)."""
+    path = f"fastnorm._core.{name}"
     try:
-        cpu = import_module("fastnorm._core._cpu")
-    except ImportError:
+        return import_module(path)
+    except Exception as error:  # a NumPy or Cython that does not fit raises other than ImportError
+        if not (isinstance(error, ModuleNotFoundError) and error.name == path):
+            failed[name] = f"{type(error).__name__}: {error}"
+    return None
+
+
+def _load() -> tuple[ModuleType | None, str, str]:
+    """The kernels' module (None: there is none), the level it is for, the processor's level."""
+    cpu = _import("_cpu")
+    if cpu is None:
         return None, "", ""
     found: int = cpu.level()  # 0: not x86-64, or older than v2
     allowed = found
@@ -28,18 +42,12 @@ def _load() -> tuple[ModuleType | None, str, str]:
                 f"set it to one of {', '.join(LEVELS)}, or unset it"
             )
         allowed = min(found, LEVELS.index(cap) + 1)
-    for level in range(allowed, 0, -1):
-        name = LEVELS[level - 1]
-        try:
-            module = import_module(f"fastnorm._core._kernels_{name.removeprefix('x86-64-')}")
-        except ImportError:
-            continue
-        return module, name, LEVELS[found - 1]
-    try:
-        plain = import_module("fastnorm._core._kernels_plain")
-    except ImportError:
-        return None, "", ""
-    return plain, "plain", LEVELS[found - 1] if found else "plain"
+    level_found = LEVELS[found - 1] if found else "plain"
+    for name in (*reversed(LEVELS[:allowed]), "plain"):
+        kernels = _import(f"_kernels_{name.removeprefix('x86-64-')}")
+        if kernels is not None:
+            return kernels, name, level_found
+    return None, "", ""
 
 
 def last_cache() -> int:

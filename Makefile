@@ -25,22 +25,31 @@ STAMPS := $(VENV)/.stamps
 BUILT_FROM := pyproject.toml setup.py \
 	$(wildcard fastnorm/_core/*.pyx fastnorm/_core/*.pxi fastnorm/_core/*.pxd fastnorm/_core/*.h)
 
+# Makes something in the environment. Where several makes are at work here, one after the other does:
+# what the first has made, the others then find.
+PREPARE = @+test -n '$(PYTHON)' || { echo 'fastnorm needs Python 3.11 or newer and none was found: name it with make PYTHON=...' >&2; exit 1; }; \
+	$(PYTHON) tools/locked.py Makefile $(MAKE) --no-print-directory
+
 .DEFAULT_GOAL := help
 # Two targets at once would meet in pip.
 .NOTPARALLEL:
-.PHONY: help venv build demo test fuzz trust lint format docs bench bench-gate bench-gate-update clean
+.PHONY: help venv build demo test test-quick test-oldest fuzz trust lint format docs bench bench-gate \
+	bench-gate-update dist-check clean
 
 help:
 	@echo 'make demo      build fastnorm, run the demonstration'
 	@echo 'make test      build fastnorm, run the tests (PyTorch tests skip where it is absent)'
 	@echo 'make fuzz      random calls of every function on fenced memory, each backend and CPU'
 	@echo 'make trust     every attack of tests/trust.py, as a table: inputs tried, faults found'
+	@echo 'make test-quick  a choice of them that takes a minute'
+	@echo 'make test-oldest the tests with the oldest of everything that pyproject.toml allows'
 	@echo 'make lint      ruff check, ruff format --check, mypy, lint-imports'
 	@echo 'make format    let ruff sort imports and format'
 	@echo 'make docs      build the documentation in docs/_build/html, run its examples'
 	@echo 'make bench     run the benchmarks, write benchmarks/results and the table in README.md'
 	@echo 'make bench-gate         fail if a kernel has become slower than it is stored to be'
 	@echo 'make bench-gate-update  store how slow they are now'
+	@echo 'make dist-check  build what is published, twice: equal bytes, and nothing in it that should not be'
 	@echo 'make build     build fastnorm and install it in the environment'
 	@echo 'make venv      make the environment and nothing else'
 	@echo 'make clean     remove what these targets made, the environment last'
@@ -51,51 +60,77 @@ help:
 	@echo 'EXAMPLES=20000 BACKEND=cython CPU=x86-64-v3 SEED=1  what fuzz tries, where, and from where on'
 	@echo 'ARGS="-k rms"  arguments of the program that demo, test, bench or bench-gate runs'
 
-demo: $(STAMPS)/demo
+demo:
+	$(PREPARE) $(STAMPS)/demo
 	$(PY) -m fastnorm demo $(ARGS)
 
-test: $(STAMPS)/test
+test:
+	$(PREPARE) $(STAMPS)/test
 	$(PY) -m pytest $(ARGS)
 
-fuzz: $(STAMPS)/test
+fuzz:
+	$(PREPARE) $(STAMPS)/test
 	$(PY) -m tests.fuzz --examples $(EXAMPLES) $(if $(BACKEND),--backend $(BACKEND)) $(if $(CPU),--cpu $(CPU)) $(if $(SEED),--seed $(SEED))
 
-trust: $(STAMPS)/test
+trust:
+	$(PREPARE) $(STAMPS)/test
 	$(PY) -m tests.trust $(ARGS)
 
+# tests/conftest.py says which these are.
+test-quick:
+	$(PREPARE) $(STAMPS)/test
+	$(PY) -m pytest --quick $(ARGS)
+
+# In a copy of the tree with an environment of its own.
+test-oldest:
+	$(PREPARE) $(STAMPS)/build
+	$(PY) tools/oldest.py $(ARGS)
+
+dist-check:
+	$(PREPARE) $(STAMPS)/dist
+	$(PY) tools/dist_check.py
+
 # Some of the cases, with ARGS, leave the README and the stored results alone.
-bench: $(STAMPS)/bench
+bench:
+	$(PREPARE) $(STAMPS)/bench
 	@mkdir -p .benchmarks
 	$(PY) -m pytest benchmarks/ -q --benchmark-only --benchmark-quiet --benchmark-json=.benchmarks/results.json $(ARGS)
 	$(PY) -m benchmarks.report .benchmarks/results.json $(if $(ARGS),--folder .benchmarks,--readme README.md)
 
-bench-gate: $(STAMPS)/test
+bench-gate:
+	$(PREPARE) $(STAMPS)/test
 	$(PY) -m benchmarks.gate $(ARGS)
 	$(PY) -m benchmarks.instructions
 
-bench-gate-update: $(STAMPS)/test
+bench-gate-update:
+	$(PREPARE) $(STAMPS)/test
 	$(PY) -m benchmarks.gate --update
 	$(PY) -m benchmarks.instructions --update
 
-lint: $(STAMPS)/dev
+lint:
+	$(PREPARE) $(STAMPS)/dev
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
 	$(BIN)/lint-imports --no-logo --no-cache
 
-format: $(STAMPS)/dev
+format:
+	$(PREPARE) $(STAMPS)/dev
 	$(PY) -m ruff check --fix
 	$(PY) -m ruff format
 
-docs: $(STAMPS)/docs
+docs:
+	$(PREPARE) $(STAMPS)/docs
 	$(BIN)/sphinx-build -q -W --keep-going -E -b html -d docs/_build/doctrees docs docs/_build/html
 	$(BIN)/sphinx-build -q -W --keep-going -b doctest -d docs/_build/doctrees docs docs/_build/doctest
 
-venv: $(STAMPS)/venv
-build: $(STAMPS)/build
+venv:
+	$(PREPARE) $(STAMPS)/venv
+
+build:
+	$(PREPARE) $(STAMPS)/build
 
 $(STAMPS)/venv:
-	@test -n '$(PYTHON)' || { echo 'fastnorm needs Python 3.11 or newer and none was found: name it with make PYTHON=...' >&2; exit 1; }
 	$(PYTHON) -m venv '$(VENV)'
 	$(if $(EXTRAS),$(PIP) install $(PIP_ARGS) $(EXTRAS))
 	@mkdir -p '$(STAMPS)'
@@ -105,11 +140,10 @@ $(STAMPS)/build: $(BUILT_FROM) | $(STAMPS)/venv
 	$(PIP) install $(PIP_ARGS) -e .
 	@touch '$@'
 
-# The packages of one extra. pip reads its list from the installed fastnorm, which is therefore not
-# built a second time; `pip show` fails where it is not installed, before pip looks for it elsewhere.
-$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/docs $(STAMPS)/dev: $(STAMPS)/build
-	@$(PIP) show --quiet fastnorm-kernels
-	$(PIP) install $(PIP_ARGS) 'fastnorm-kernels[$(@F)]'
+# The packages of one extra. Its list leaves out fastnorm-kernels, which pip would else look for.
+$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/docs $(STAMPS)/dev $(STAMPS)/dist: $(STAMPS)/build
+	$(PY) tools/requirements.py $(@F) > '$@.txt'
+	$(PIP) install $(PIP_ARGS) -r '$@.txt'
 	@touch '$@'
 
 clean:

@@ -246,9 +246,12 @@ def assert_fence(array: Array) -> None:
 
 # --- Other processes ------------------------------------------------------------------------------
 
+# Seconds until another process counts as hanging. It may have a tenth of a processor to itself.
+PATIENCE = 900
+
 
 def run_python(
-    *arguments: str, timeout: float = 120, **environment: str
+    *arguments: str, timeout: float = PATIENCE, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Another Python on this tree. FASTNORM_* variables are those given here alone."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("FASTNORM_", "OMP_"))}

@@ -20,6 +20,7 @@ from .helpers import (
     F16,
     F32,
     F64,
+    PATIENCE,
     assert_same_bits,
     call,
     channels_last,
@@ -154,7 +155,7 @@ def test_a_forked_child_of_a_threaded_process() -> None:
     child = context.Process(target=_in_child, args=(queue, x))
     child.start()
     try:
-        threads, y = queue.get(timeout=60)
+        threads, y = queue.get(timeout=PATIENCE)
     finally:
         child.terminate()
         child.join()

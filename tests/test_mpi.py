@@ -14,7 +14,7 @@ import pytest
 
 import fastnorm as fn
 
-from .helpers import REQUIRED, ROOT
+from .helpers import PATIENCE, REQUIRED, ROOT
 
 
 def mpiexec() -> str | None:
@@ -42,7 +42,7 @@ def test_four_processes_compute_as_one() -> None:
         ],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         cwd=ROOT,
-        timeout=120,
+        timeout=PATIENCE,
         capture_output=True,
         text=True,
     )

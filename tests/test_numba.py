@@ -29,6 +29,7 @@ from .helpers import (
     F16,
     F32,
     F64,
+    PATIENCE,
     SINGLE_AND_DOUBLE,
     Array,
     assert_same_bits,
@@ -619,7 +620,7 @@ def stress(seconds: float) -> None:
         if child == 0:
             good = all(np.array_equal(f(), right[of, fn.get_backend()]) for of, f in work)
             os._exit(0 if good else 1)
-        limit = time.monotonic() + 60
+        limit = time.monotonic() + PATIENCE
         while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
             assert time.monotonic() < limit, "a forked child hangs"
             time.sleep(0.001)
@@ -635,7 +636,7 @@ def test_threads_and_forks(layer: str) -> None:
     code = STRESS.format(root=str(Path(__file__).parent.parent), seconds=SECONDS)
     chosen = {} if layer == "default" else {"NUMBA_THREADING_LAYER": layer}
     run = run_python(
-        "-W", "ignore::DeprecationWarning", "-c", code, timeout=SECONDS + 240,
+        "-W", "ignore::DeprecationWarning", "-c", code, timeout=SECONDS + PATIENCE,
         FASTNORM_NUM_THREADS="2", **chosen,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr

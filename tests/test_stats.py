@@ -21,7 +21,7 @@ from fastnorm._files import arrays, report
 from fastnorm._files.histogram import Histogram
 from fastnorm._files.parts import Options, Part
 
-from .helpers import Array
+from .helpers import PATIENCE, Array
 from .test_cli import Terminal, png_size
 
 SIDE = 48
@@ -402,7 +402,7 @@ def test_ctrl_c_prints_what_was_done(tmp_path: Path, workers: int) -> None:
         )
         time.sleep(wait)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers, too
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=PATIENCE)
         if out:
             break
     assert process.returncode == 130, err

@@ -56,7 +56,9 @@ ATTACKS: tuple[Attack, ...] = (
         examples_counted,
     ),
     Attack("memory: fences, kept blocks", tests("tests/test_fences.py", "tests/test_memory.py")),
-    Attack("threads and processes", tests("tests/test_determinism.py", "-k", "threads or forked")),
+    Attack("threads", tests("tests/test_determinism.py", "tests/test_threads.py", "-k", "threads")),
+    Attack("forks, signals, other processes", tests("tests/test_processes.py")),
+    Attack("no memory, and what is left of calls", tests("tests/test_allocation.py")),
     Attack(
         "bad numbers beside good ones",
         tests("tests/test_features.py", "tests/test_backward.py", "-k", "bad_numbers"),

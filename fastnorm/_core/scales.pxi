@@ -108,11 +108,12 @@ cdef inline double element(Pass* q, Operand* x, const char* base, Py_ssize_t i) 
 cdef bint rescue(Pass* q, const char* x, const char* mask, double* mean, double* rest, double* m2, double* unit) noexcept nogil:
     """Moments of one group whose squares leave float64's range: slow, rare, on x * unit.
 
-    False where there is nothing to rescue: not a number, infinite, or constant (mean set, m2 0).
+    False where there is nothing to rescue: constant (mean set, m2 0), or with an infinity or what is no
+    number in it (mean set to the sum of those).
     """
     cdef Operand* source = source_of(q)
     cdef Py_ssize_t i, k, count = 0
-    cdef double v, largest = 0.0, first = 0.0
+    cdef double v, largest = 0.0, first = 0.0, odd = 0.0
     cdef bint constant = True
     cdef int exponent
     for k in range(q.neighbours):
@@ -121,12 +122,17 @@ cdef bint rescue(Pass* q, const char* x, const char* mask, double* mean, double*
                 continue
             v = element(q, source, x + k * source.c, i)
             if not isfinite(v):
-                return False
+                odd += v
+                continue
             if count == 0:
                 first = v
             constant = constant and v == first
             largest = max(largest, fabs(v))
             count += 1
+    if odd != 0.0:
+        if q.centred:
+            mean[0] = odd
+        return False
     if count == 0:
         return False
     if largest == 0.0 or (constant and q.centred):

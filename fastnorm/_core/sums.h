@@ -504,7 +504,10 @@ static inline void fn_merge(double *FN_RESTRICT into, const double *FN_RESTRICT 
         const double extra = other[2 * step + i] - rest;
         const double delta = other[step + i] - mean;
         const double whole = delta + extra;
+        const double together = mean + other[step + i];
         fn_add_two(&mean, &rest, delta * f);
+        /* beside an infinity there are no differences: it stays, or it is no number */
+        mean = fabs(delta) < INFINITY ? mean : together;
         fn_add_two(&m2, &m2_rest, other[3 * step + i]);
         fn_add_two(&m2, &m2_rest, whole * whole * (into[i] * f));
         into[i] = count;

@@ -62,6 +62,16 @@ def largest_unit(x, n):
 
 
 @inner
+def scaled_moments(x, n, unit, centred, into, part, lanes):
+    """Moments of n doubles times `unit`, where their squares leave the range."""
+    scaled = np.empty(n, np.float64)
+    for i in range(n):
+        scaled[i] = read(x, i, np.float64) * unit
+    row_moments(scaled.ctypes.data, n, centred, into, part, lanes, np.float64)
+    scaled[0] = 0.0
+
+
+@inner
 def row_scale(x, n, centred, eps, room, kind):
     """From a row to the scale of its step, at `room` + FIELDS numbers twice over."""
     part = room + 8 * FIELDS
@@ -74,12 +84,7 @@ def row_scale(x, n, centred, eps, room, kind):
         if not 1e-270 < v < 1e270:
             unit = largest_unit(x, n)
         if unit != 1.0:
-            # squares that leave the range: of the numbers times a power of two
-            scaled = np.empty(n, np.float64)
-            for i in range(n):
-                scaled[i] = read(x, i, np.float64) * unit
-            row_moments(scaled.ctypes.data, n, centred, room, part, lanes, kind)
-            scaled[0] = 0.0
+            scaled_moments(x, n, unit, centred, room, part, lanes)
     mean = read(room, 1, np.float64)
     _, rstd = rstd_of(
         np.float64(n), read(room, 3, np.float64), read(room, 4, np.float64), eps, unit, kind
@@ -426,8 +431,21 @@ def moments_of(x: Any, axis: Any = None, ddof: Any = 0) -> Any:
             part = start + 8 * FIELDS
             lanes = part + 8 * (FIELDS + SCALE)
             row_moments(source.ctypes.data, x.size, True, start, part, lanes, kind)
-            mean = room[1] + room[2]
-            var = (room[3] + room[4]) / (x.size - ddof)
+            unit = 1.0
+            if is_double(kind) and not 1e-270 < room[3] / x.size < 1e270:
+                unit = largest_unit(source.ctypes.data, x.size)
+                if unit != 1.0:
+                    scaled_moments(source.ctypes.data, x.size, unit, True, start, part, lanes)
+            mean = (room[1] + room[2]) / unit
+            if x.size > ddof:
+                var = max(room[3] + room[4], 0.0) / (x.size - ddof) / unit / unit
+            if not math.isfinite(room[1]):
+                # infinities of one sign; of both, or with what is no number, there is no mean
+                mean = 0.0
+                var = math.nan
+                for v in source.flat:
+                    if not math.isfinite(v):
+                        mean += v
             source.ravel()[:0] = 0  # it is there until here
         return mean, var
 

@@ -34,13 +34,15 @@ def power_sum(q, x, mask, unit, pivot, square):
 def rescue(q, x, mask):
     """Moments of one group whose squares leave float64's range, on x * unit: slow, rare.
 
-    (whether there was something to rescue, mean, rest, M2, unit): nothing where an element is not a
-    number or infinite (mean NaN) or where all are the same (mean that, M2 0).
+    (whether there was something to rescue, mean, rest, M2, unit): nothing where elements are no
+    numbers or infinite (the mean of centred ones is their sum) or where all are the same (mean
+    that, M2 0).
     """
     source = q.total if q.total.data != 0 else q.x
     count = 0
     largest = 0.0
     first = 0.0
+    odd = 0.0
     constant = True
     for k in range(q.neighbours):
         for p in range(q.p):
@@ -48,12 +50,15 @@ def rescue(q, x, mask):
                 if chosen(q, mask, p, s, k):
                     v = read(x + p * source.p + s * source.s + k * source.c, 0, np.float64)
                     if not math.isfinite(v):
-                        return False, math.nan, math.nan, math.nan, 1.0
+                        odd += v
+                        continue
                     if count == 0:
                         first = v
                     constant = constant and v == first
                     largest = max(largest, abs(v))
                     count += 1
+    if odd != 0.0:
+        return False, odd if q.centred else math.nan, math.nan, math.nan, 1.0
     if count == 0:
         return False, math.nan, 0.0, math.nan, 1.0
     if largest == 0.0 or (constant and q.centred):

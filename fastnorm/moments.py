@@ -736,12 +736,17 @@ def _checked_fields(
             into[...] = part
     count, mean, rest, m2, m2_rest, exponent = fields
     finite = np.isfinite(mean)
-    for wrong, message in (
-        (~((count >= 0) & (count <= 2**53) & (count % 1 == 0)), "counts that are whole numbers"),
-        (~(np.isfinite(rest) & np.isfinite(m2_rest)) & finite, "rests that are finite"),
-        (finite & ~((m2 >= 0) & (m2 < np.inf)), "an m2 that is finite and not negative"),
-        (~((abs(exponent) <= 1100) & (exponent % 1 == 0)), "exponents that are whole numbers"),
-    ):
+    with np.errstate(all="ignore"):
+        checks = (
+            (
+                ~((count >= 0) & (count <= 2**53) & (count % 1 == 0)),
+                "counts that are whole numbers",
+            ),
+            (~(np.isfinite(rest) & np.isfinite(m2_rest)) & finite, "rests that are finite"),
+            (finite & ~((m2 >= 0) & (m2 < np.inf)), "an m2 that is finite and not negative"),
+            (~((abs(exponent) <= 1100) & (exponent % 1 == 0)), "exponents that are whole numbers"),
+        )
+    for wrong, message in checks:
         if wrong.any():
             raise ValueError(f"these cannot be moments, expected {message}; use Moments.to_dict()")
     if axis is None and shape:

@@ -207,6 +207,35 @@ def test_running_statistics_of_what_a_mask_leaves() -> None:
             np.testing.assert_allclose(found.compute(), same, rtol=1e-13)
 
 
+def test_results_are_in_this_machines_byte_order() -> None:
+    """As the metadata says, whatever the order of x."""
+    for kind in (">f4", "<f4", ">f8"):
+        x = data((6, 8), F64).astype(kind)
+        for chunks in ((2, 8), (3, 3)):
+            lazy = da.from_array(x, chunks=chunks)
+            for y in (
+                fn.layer_norm(lazy, 8),
+                fn.standardize(lazy),
+                fn.local_response_norm(lazy, 3),
+            ):
+                assert y.dtype.isnative
+                assert y.compute().dtype == y.dtype
+                assert y.compute().dtype.isnative
+
+
+@pytest.mark.parametrize("chunks", [6, 2])
+def test_masked_chunks(chunks: int) -> None:
+    """The mask of an array of np.ma is a where, chunk by chunk."""
+    x = np.array([1.0, 2, -9999, 4, 5, 6])
+    masked = da.ma.masked_equal(da.from_array(x, chunks=chunks), -9999)
+    where = x != -9999
+    for found, right in zip(fn.moments(masked), fn.moments(x, where=where)):
+        np.testing.assert_allclose(found.compute(), right, rtol=1e-15)
+    assert fn.Moments().update(masked).mean == 3.6
+    y = fn.standardize(masked, ddof=1).compute()
+    np.testing.assert_allclose(y, fn.standardize(x, where=where, ddof=1), rtol=1e-15)
+
+
 # --- Laziness, and what is read how often ---------------------------------------------------------
 
 

@@ -380,12 +380,140 @@ def test_what_does_not_fit_changes_nothing() -> None:
         (lambda: fn.Moments(5).update(np.ones(3)), ValueError, "axis="),
         (lambda: fn.Moments((0, 0)), ValueError, "different axes"),
         (lambda: fn.Moments(1.5), TypeError, "whole numbers|iterable"),
-        (lambda: fn.Moments.from_dict({"axis": None}), ValueError, "misses"),
-        (lambda: fn.Moments.from_dict(m.to_dict() | {"m2": [1.0]}), ValueError, "different shapes"),
+        (lambda: m.merge(fn.Moments(1).update(np.ones((3, 5)))), ValueError, "different|over axis"),
+        (lambda: m + fn.Moments((0, 2)).update(np.ones((2, 3, 4))), ValueError, "over axis"),
+        (lambda: fn.Moments(0).merge(fn.Moments(1).update(np.ones((3, 5)))), ValueError, "axis"),
     ):
         with pytest.raises(kind, match=message):
             wrong()
         assert m == before
+
+
+def test_the_same_axes_by_other_names() -> None:
+    x = data((4, 3, 5), F64)
+    one = fn.Moments((0, 2)).update(x)
+    assert (one + fn.Moments((-1, 0)).update(x)).count.tolist() == [40] * 3
+    whole = fn.Moments().update(x)
+    assert (whole + fn.Moments((0, 1, 2)).update(x)).count == 120
+    # an accumulator that has seen nothing changes nothing, whatever its axes
+    for empty in (fn.Moments(), fn.Moments(1)):
+        assert one + empty == one
+    assert fn.Moments() + one == one
+    assert (fn.Moments() + one).axis == (0, 2)
+
+
+def test_shapes_of_nothing_are_kept() -> None:
+    for shape in ((3, 0, 4), (0,), (2, 0)):
+        m = fn.Moments(0).update(np.ones((5, *shape)))
+        for same in (fn.Moments.from_dict(json.loads(json.dumps(m.to_dict()))), copy.copy(m)):
+            assert same == m
+            assert same.mean.shape == shape
+            assert same.update(np.ones((2, *shape))).count.shape == shape
+
+
+def test_dictionaries_and_pickles_of_before() -> None:
+    """Those without a shape and an exponent are read."""
+    m = fn.Moments(0).update(data((7, 3), F64, 2.0))
+    old = {k: v for k, v in m.to_dict().items() if k not in ("shape", "exponent")}
+    assert fn.Moments.from_dict(old) == m
+    before = fn.Moments()
+    axis, fields = m.__getstate__()
+    before.__setstate__((axis, fields[:5]))
+    assert before == m
+
+
+ODD_FIELDS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"count": [-1.0, 1.0]}, ValueError, "counts"),
+    ({"count": [0.5, 1.0]}, ValueError, "counts"),
+    ({"count": [math.nan, 1.0]}, ValueError, "counts"),
+    ({"count": [math.inf, 1.0]}, ValueError, "counts"),
+    ({"count": [1e300, 1.0]}, ValueError, "counts"),
+    ({"count": [10**400, 1]}, TypeError, "count of these moments has dtype object"),
+    ({"count": ["4", "4"]}, TypeError, "count of these moments has dtype"),
+    ({"count": [True, True]}, TypeError, "dtype bool"),
+    ({"m2": [-1.0, 1.0]}, ValueError, "m2"),
+    ({"m2": [math.nan, 1.0]}, ValueError, "m2"),
+    ({"m2": [math.inf, 1.0]}, ValueError, "m2"),
+    ({"m2": [1.0]}, ValueError, "different shapes"),
+    ({"m2": None}, TypeError, "m2 of these moments has dtype object"),
+    ({"mean": [1j, 1.0]}, TypeError, "complex"),
+    ({"mean": [[1.0], [1.0, 2.0]]}, ValueError, "different lengths"),
+    ({"mean_rest": [math.nan, 0.0]}, ValueError, "rests"),
+    ({"m2_rest": [math.inf, 0.0]}, ValueError, "rests"),
+    ({"exponent": [0.5, 0.0]}, ValueError, "exponents"),
+    ({"exponent": [1e9, 0.0]}, ValueError, "exponents"),
+    ({"axis": None}, ValueError, "over all axes"),
+    ({"axis": "0"}, TypeError, "axis is '0'"),
+    ({"axis": [0.5]}, TypeError, "whole numbers"),
+    ({"shape": [3]}, ValueError, "shape"),
+    ({"shape": [-2]}, ValueError, "shape"),
+    ({"shape": ["2"]}, TypeError, "shape"),
+    ({"Mean": [1.0, 1.0]}, ValueError, "does not know"),
+]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind", "message"), ODD_FIELDS, ids=[str(o[0]) for o in ODD_FIELDS]
+)
+def test_what_cannot_be_moments(wrong: dict[str, Any], kind: type[Exception], message: str) -> None:
+    m = fn.Moments(0).update(data((4, 2), F64))
+    with pytest.raises(kind, match=message):
+        fn.Moments.from_dict(m.to_dict() | wrong)
+    # the same in a pickle changes nothing
+    same = m.copy()
+    axis, fields = m.__getstate__()
+    names = ["count", "mean", "mean_rest", "m2", "m2_rest", "exponent"]
+    for name, value in wrong.items():
+        if name in names and np.asarray(value, object).shape == (2,):
+            fields = fields.astype(object)
+            fields[names.index(name)] = value
+            with pytest.raises((TypeError, ValueError)):
+                same.__setstate__((axis, fields))
+    assert same == m
+
+
+def test_what_is_no_state() -> None:
+    m = fn.Moments(0).update(data((4, 2), F64))
+    before = m.copy()
+    for entries in ([], "count", 3):
+        with pytest.raises(TypeError, match="expected what to_dict"):
+            fn.Moments.from_dict(entries)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="misses"):
+        fn.Moments.from_dict({"axis": None})
+    states: tuple[Any, ...] = (
+        None, (), (0,), (None, np.ones(6)), ("0", None), ((0,), [1.0] * 6), ((0,), np.ones((4, 2))),
+        ((0,), np.array(1.0)), ((0,), -np.ones((6, 2))), (None, np.ones((6, 2))),
+    )  # fmt: skip
+    for state in states[:3] + states[4:]:
+        with pytest.raises((TypeError, ValueError)):
+            m.__setstate__(state)
+        assert m == before
+
+
+# --- Masked arrays --------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("dtype", [F32, F64, np.dtype("i4")], ids=named)
+def test_a_mask_of_numpy_is_a_where(dtype: Any) -> None:
+    x = (data((6, 9), F64, 2.0) * 10).astype(dtype)
+    hidden = np.random.default_rng(0).random(x.shape) < 0.3
+    where = np.random.default_rng(1).random(x.shape) < 0.8
+    masked = np.ma.array(x, mask=hidden)
+    for options, chosen in (({}, ~hidden), ({"where": where}, where & ~hidden)):
+        for axis in (None, 0):
+            found = fn.moments(masked, axis, **options)
+            for value, same in zip(found, fn.moments(x, axis, where=chosen)):
+                np.testing.assert_array_equal(value, same)
+            m = fn.Moments(axis).update(masked, **options)
+            np.testing.assert_array_equal(m.var(), found[1])
+            for ddof in (0, 1):
+                y = fn.standardize(masked, axis, ddof=ddof, **options)
+                assert type(y) is np.ndarray
+                assert_same_bits(y, fn.standardize(x, axis, ddof=ddof, where=chosen))
+    bare = np.ma.array(x)
+    np.testing.assert_array_equal(fn.moments(bare, 0), fn.moments(x, 0))
+    assert fn.moments(np.ma.masked_equal([1.0, 2, -9999, 4, 5, 6], -9999))[0] == 3.6
 
 
 def test_backends_agree() -> None:

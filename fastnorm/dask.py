@@ -794,7 +794,9 @@ def local_response_norm(
     if x.numblocks[axis] == 1:
         return _each(related.local_response_norm, x, {}, _dtype(x), **options)
     return x.map_overlap(
-        related.local_response_norm,
+        _call,
+        names=(),
+        function=related.local_response_norm,
         depth={axis: (size // 2, (size - 1) // 2)},
         boundary="none",
         dtype=_dtype(x),

@@ -685,7 +685,7 @@ class Moments:
         if fields is not None:
             if not isinstance(fields, np.ndarray) or not fields.ndim:
                 raise TypeError("this is no state of Moments, expected an array of their fields")
-            fields = _checked_fields(axis, fields.shape[1:], list(fields))
+            fields = _checked_fields(axis, fields.shape[1:], [np.asarray(f) for f in fields])
         self._axis, self._fields = axis, fields
 
     def __repr__(self) -> str:
@@ -722,7 +722,7 @@ def _checked_fields(
     if len(parts) not in (len(FIELDS) - 1, len(FIELDS)):
         raise ValueError(f"these are {len(parts)} fields of moments, expected {len(FIELDS)}")
     fields = np.zeros([len(FIELDS), *shape])
-    for name, part, into in zip(FIELDS, parts, fields, strict=False):
+    for i, (name, part) in enumerate(zip(FIELDS, parts, strict=False)):
         if part.dtype.kind not in "fiu":
             raise TypeError(
                 f"{name} of these moments has dtype {part.dtype}, expected real numbers"
@@ -733,7 +733,7 @@ def _checked_fields(
                 "fields of different shapes, expected one"
             )
         with np.errstate(all="ignore"):
-            into[...] = part
+            fields[i] = part
     count, mean, rest, m2, m2_rest, exponent = fields
     finite = np.isfinite(mean)
     with np.errstate(all="ignore"):

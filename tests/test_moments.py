@@ -413,6 +413,9 @@ def test_shapes_of_nothing_are_kept() -> None:
 
 def test_dictionaries_and_pickles_of_before() -> None:
     """Those without a shape and an exponent are read."""
+    whole = fn.Moments().update([1.0, 2.0])
+    for same in (pickle.loads(pickle.dumps(whole)), fn.Moments.from_dict(whole.to_dict())):
+        assert same == whole
     m = fn.Moments(0).update(data((7, 3), F64, 2.0))
     old = {k: v for k, v in m.to_dict().items() if k not in ("shape", "exponent")}
     assert fn.Moments.from_dict(old) == m

@@ -71,3 +71,7 @@ __all__ = [
     "weight_norm",
     "weight_standardize",
 ]
+
+
+def __dir__() -> list[str]:
+    return ["__version__", *__all__]

@@ -6,14 +6,18 @@ Every error says what came in, what was expected, and what to write instead.
 from __future__ import annotations
 
 import math
+import operator
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias, cast
+import warnings
+from collections.abc import Callable, Mapping, Sequence, Set
+from numbers import Real
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
+from numpy.exceptions import AxisError
 from numpy.typing import ArrayLike, NDArray
 
-from fastnorm.elsewhere import Elsewhere, as_numpy
+from fastnorm.elsewhere import Elsewhere
 
 Array: TypeAlias = NDArray[Any]
 Axes: TypeAlias = int | Sequence[int]
@@ -22,30 +26,156 @@ Activation: TypeAlias = Literal["relu", "silu", "gelu", "gelu_tanh"] | Callable[
 ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh")
 
 
+# Two more are added on the way: by groups of channels, and by the fields of moments.
+MOST_AXES = 62
+
+# --- Arrays ---------------------------------------------------------------------------------------
+
+
 def is_float(dtype: np.dtype[Any]) -> bool:
     """float16, float32, float64, or bfloat16 (a type of ml_dtypes, known by its name alone)."""
-    return (dtype.kind == "f" and dtype.itemsize <= 8) or dtype.name == "bfloat16"
+    return dtype.type in (np.float16, np.float32, np.float64) or dtype.name == "bfloat16"
+
+
+def is_integer(dtype: np.dtype[Any]) -> bool:
+    """Integers and booleans of NumPy's: neither time spans nor the narrow ones of ml_dtypes."""
+    return dtype.kind in "biu" and issubclass(dtype.type, np.bool_ | np.integer)
+
+
+def is_masked(value: Any) -> bool:
+    """Whether this is an array of np.ma."""
+    ma = sys.modules.get("numpy.ma")
+    return ma is not None and isinstance(value, ma.MaskedArray)
+
+
+def unmask(value: Any, where: ArrayLike | None = None) -> tuple[Any, Any]:
+    """An array of np.ma without its mask, and `where` without what that hides.
+
+    Anything else comes back as it is.
+    """
+    if isinstance(value, list | tuple) and any(map(is_masked, value)):
+        with warnings.catch_warnings(action="ignore"):  # that np.ma.masked becomes not a number
+            value = np.ma.asarray(value)
+    if not is_masked(value):
+        return value, where
+    array, hidden = np.asarray(value.data), value.mask
+    if hidden is np.ma.nomask or hidden.dtype != np.bool_ or not hidden.any():
+        return array, where
+    chosen = mask_of(where, array)
+    return array, ~hidden if chosen is None else chosen & ~hidden
+
+
+def read(value: Any, name: str) -> Array:
+    """`value` as an array of NumPy's: its own memory wherever that is possible."""
+    if type(value) is np.ndarray or isinstance(value, Elsewhere):
+        return value
+    value, chosen = unmask(value)
+    if chosen is not None:
+        raise ValueError(
+            f"{name} is a masked array that hides {chosen.size - np.count_nonzero(chosen)} of its "
+            f"{chosen.size} elements, expected all of them; write {name}.filled(...) with what to "
+            "take for those"
+        )
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(value, getattr(torch, "Tensor", ())):
+        value = _readable_tensor(value, name, torch)
+        if value.dtype is torch.bfloat16:
+            return _of_bfloat16(value, name, torch)
+    try:
+        if hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):
+            return np.from_dlpack(value)
+        array = np.asarray(value)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever another library says
+        raise TypeError(
+            f"{name} is a {type(value).__name__} that cannot be read as a NumPy array, expected "
+            f"numbers; {_instead(value, name)} ({type(error).__name__}: {error})"
+        ) from error
+    if array.dtype == object and not (array.ndim and type(value) is np.ndarray):
+        raise TypeError(
+            f"{name} is {shown(value)}, read as dtype object, expected an array of numbers; "
+            f"{_instead(value, name)}"
+        )
+    return array
+
+
+def _readable_tensor(tensor: Any, name: str, torch: Any) -> Any:
+    """A tensor of PyTorch's that NumPy can read, or bfloat16; refuse any other."""
+    wrong = ""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        wrong = "that requires a gradient, which these functions do not record"
+        write = f"{name}.detach(), and use the *_backward functions for gradients"
+    elif tensor.layout is not torch.strided:
+        wrong, write = f"of layout {tensor.layout}", f"{name}.to_dense()"
+    elif tensor.device.type != "cpu":
+        wrong, write = f"on the device {tensor.device}", f"{name}.cpu()"
+    if wrong:
+        raise TypeError(f"{name} is a tensor {wrong}, expected plain numbers; write {write}")
+    return tensor.detach().resolve_neg()
+
+
+def _of_bfloat16(tensor: Any, name: str, torch: Any) -> Array:
+    try:
+        from ml_dtypes import bfloat16
+    except ImportError:
+        raise TypeError(
+            f"{name} is a tensor of bfloat16, for which NumPy needs the package ml_dtypes, "
+            f"expected that or another dtype; write {name}.float(), or install ml_dtypes"
+        ) from None
+    array: Array = tensor.view(torch.int16).numpy().view(bfloat16)
+    return array
+
+
+def _instead(value: Any, name: str) -> str:
+    """What to write for what is no array."""
+    if value is None:
+        return "give one"
+    if isinstance(value, list | tuple):
+        return "its parts must have the same shapes; write np.pad(...) to make them equal"
+    for method, arguments in (
+        ("toarray", ""),  # SciPy's sparse arrays
+        ("todense", ""),  # other sparse ones
+        ("to_numpy", "np.float64, na_value=np.nan"),  # pandas with pd.NA, or with other objects
+    ):
+        if hasattr(value, method):
+            return f"write {name}.{method}({arguments})"
+    if hasattr(value, "__next__"):
+        return f"write np.array(list({name}))"
+    return f"write np.asarray({name}, np.float64)"
 
 
 def as_array(value: ArrayLike, name: str) -> Array:
     """`value` as a float array the kernels can read: its own memory wherever that is possible."""
-    array = as_numpy(value)
+    array = read(value, name)
     dtype = array.dtype
-    if not is_float(dtype):
-        if dtype.kind not in "biu":
-            raise TypeError(
-                f"{name} has dtype {dtype}, expected float16, bfloat16, float32, float64, or "
-                f"integers or booleans (computed in float64); write {name}.astype(np.float64) or "
-                "another of these first"
-            )
-        return array.astype(np.float64)
-    return _readable(array)
+    if array.ndim > MOST_AXES:
+        raise ValueError(
+            f"{name} has {array.ndim} dimensions, expected at most {MOST_AXES}; write "
+            f"{name}.reshape(...) with fewer"
+        )
+    if is_float(dtype):
+        return _readable(array)
+    if not is_integer(dtype):
+        raise TypeError(
+            f"{name} has dtype {dtype}, expected float16, bfloat16, float32, float64, or "
+            f"integers or booleans (computed in float64); write {name}.astype(np.float64) or "
+            "another of these first"
+        )
+    return array.astype(np.float64)
 
 
 def as_numbers(value: ArrayLike, name: str) -> Array:
     """`as_array`, but integers and booleans stay what they are."""
-    array = np.asarray(value)
-    return _readable(array) if array.dtype.kind in "biu" else as_array(array, name)
+    array = read(value, name)
+    integers = is_integer(array.dtype) and array.ndim <= MOST_AXES
+    return _readable(array) if integers else as_array(array, name)
+
+
+def cast(array: Array, dtype: Any) -> Array:
+    """An array in another float dtype, in which a number may become infinite."""
+    with np.errstate(all="ignore"):
+        return array.astype(dtype, copy=False)
 
 
 def _readable(array: Array) -> Array:
@@ -70,7 +200,7 @@ def machine_epsilon(dtype: np.dtype[Any]) -> float:
 
 def parameter(value: ArrayLike, name: str, x: Array) -> Array:
     """A weight or bias in the type that is computed in."""
-    return as_array(value, name).astype(computing_type(x.dtype), copy=False)
+    return cast(as_array(value, name), computing_type(x.dtype))
 
 
 def check_ndim(x: Array, least: int, of: str, shape: str) -> None:
@@ -82,35 +212,125 @@ def check_ndim(x: Array, least: int, of: str, shape: str) -> None:
         )
 
 
+# --- Options --------------------------------------------------------------------------------------
+
+
+def shown(value: Any) -> str:
+    """What came in, short enough for a message."""
+    shape = getattr(value, "shape", ())
+    if isinstance(shape, tuple) and shape:
+        kind = "an array" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
+        return f"{kind} of shape {shape}"
+    text = repr(value)
+    return text if len(text) <= 80 else f"a {type(value).__name__}"
+
+
+def number(value: Any, name: str, expected: str = "a finite number") -> float:
+    """Return a finite number as a float; NumPy's scalars are numbers, booleans are none."""
+    if isinstance(value, np.ndarray | np.generic):
+        real = not value.ndim and (is_float(value.dtype) or value.dtype.kind in "iu")
+    else:
+        real = isinstance(value, Real) and not isinstance(value, bool)
+    if not real:
+        raise TypeError(f"{name} is {shown(value)}, expected {expected}; write a Python float")
+    try:
+        found = float(value)
+    except OverflowError:
+        found = math.inf
+    if not math.isfinite(found):
+        raise ValueError(f"{name} is {shown(value)}, expected {expected}")
+    return found
+
+
 def check_eps(eps: float, name: str = "eps") -> float:
     """Return eps as a float; refuse one that is negative, infinite or not a number."""
-    if not eps >= 0 or math.isinf(eps):
-        raise ValueError(f"{name} is {eps}, expected a finite number, 0 or more, such as 1e-5")
-    return float(eps)
+    expected = "a finite number, 0 or more, such as 1e-5"
+    found = number(eps, name, expected)
+    if found < 0:
+        raise ValueError(f"{name} is {shown(eps)}, expected {expected}")
+    return found
 
 
 def check_momentum(momentum: float) -> float:
     """Return momentum as a float; refuse one that is not from 0 to 1."""
-    try:
-        found = math.nan if isinstance(momentum, str) else float(momentum)
-    except (TypeError, ValueError):
-        found = math.nan
+    expected = "a number from 0 to 1: the share of the batch in the running statistics"
+    found = number(momentum, "momentum", expected)
     if not 0 <= found <= 1:
-        raise ValueError(
-            f"momentum is {momentum!r}, expected a number from 0 to 1: the share of the batch in "
-            "the running statistics"
-        )
+        raise ValueError(f"momentum is {shown(momentum)}, expected {expected}")
     return found
+
+
+def check_flag(value: Any, name: str) -> bool:
+    """Return True or False; NumPy's, 0 and 1 are such, too."""
+    if isinstance(value, bool | np.bool_ | int | np.integer) and value in (0, 1):
+        return bool(value)
+    raise TypeError(f"{name} is {shown(value)}, expected True or False")
+
+
+def whole(value: Any, name: str, expected: str = "a whole number") -> int:
+    """Return what Python takes for an index, but no boolean."""
+    try:
+        if not isinstance(value, bool | np.bool_):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(
+        f"{name} is {shown(value)}, expected {expected}, such as 1"
+        + ("; the array x comes first" if getattr(value, "shape", ()) else "")
+    )
+
+
+def whole_numbers(value: Any, name: str) -> tuple[int, ...]:
+    """Return one whole number or a sequence of them as a tuple."""
+    expected = "a whole number or a tuple of them"
+    if hasattr(value, "__index__") and not getattr(value, "shape", ()):
+        return (whole(value, name, expected),)
+    # an array of data that came in an option's place may be large
+    odd = isinstance(value, str | bytes | Set | Mapping) or len(getattr(value, "shape", ())) > 1
+    try:
+        items = [] if odd else list(value)
+    except TypeError:
+        odd = True
+    if odd or getattr(value, "dtype", np.dtype(int)).kind not in "iu":
+        return (whole(value, name, expected),)  # refused
+    return tuple(whole(item, name, expected) for item in items)
+
+
+def axes_of(x: Array, axis: Any, of: str, name: str = "axis") -> tuple[int, ...]:
+    """The axes that were given, in their order, each 0 or more."""
+    places = whole_numbers(axis, name)
+    if any(not -x.ndim <= a < x.ndim for a in places):
+        span = f"from {-x.ndim} to {x.ndim - 1}" if x.ndim else "none, as x is a single number"
+        raise AxisError(
+            f"{of} got {name}={shown(axis)} for x of shape {x.shape}, expected axes {span}"
+        )
+    places = tuple(a % x.ndim for a in places)
+    if len(set(places)) != len(places):
+        raise ValueError(
+            f"{of} got {name}={shown(axis)} for x of shape {x.shape}, expected different axes"
+        )
+    return places
+
+
+def did_you_mean(value: Any, choices: Sequence[str]) -> str:
+    """The choice that is nearest to what came in, as the end of a message."""
+    if not isinstance(value, str):
+        return ""
+    from difflib import get_close_matches
+
+    near = get_close_matches(value.strip().lower(), choices, 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def channel_axis_of(x: Array, channel_axis: int, of: str, *, samples: bool = True) -> int:
     """Return the channels' axis, 0 or more; with `samples`, axis 0 must be left for those."""
-    if not -x.ndim <= channel_axis < x.ndim:
-        raise ValueError(
+    given = whole(channel_axis, "channel_axis")
+    if not -x.ndim <= given < x.ndim:
+        raise AxisError(
             f"{of} got channel_axis={channel_axis} for x of shape {x.shape}, expected "
             f"{-x.ndim} to {x.ndim - 1}; write channel_axis=1 for (N, C, ...), -1 for (N, ..., C)"
         )
-    axis = channel_axis % x.ndim
+    axis = given % x.ndim
     if samples and axis == 0:
         raise ValueError(
             f"{of} got channel_axis={channel_axis} for x of shape {x.shape}, but axis 0 holds the "
@@ -119,24 +339,28 @@ def channel_axis_of(x: Array, channel_axis: int, of: str, *, samples: bool = Tru
     return axis
 
 
+# --- Weights, masks, results ----------------------------------------------------------------------
+
+
+def fits(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+    """Whether NumPy broadcasts an array of one shape to the other."""
+    return len(shape) <= len(whole) and all(
+        n in (1, all_) for n, all_ in zip(reversed(shape), reversed(whole))
+    )
+
+
 def spread(value: Array, shape: tuple[int, ...], name: str, expected: str) -> Array:
     """`value` with as many axes as `shape`, each of its length or 1."""
-    padded = value.reshape((1,) * (len(shape) - value.ndim) + value.shape)
-    fits = value.ndim <= len(shape) and all(
-        n in (1, whole) for n, whole in zip(padded.shape, shape, strict=True)
-    )
-    if not fits:
+    if not fits(value.shape, shape):
         raise ValueError(f"{name} has shape {value.shape} for x of shape {shape}, {expected}")
-    return padded
+    return value.reshape((1,) * (len(shape) - value.ndim) + value.shape)
 
 
 def along_channels(p: Array, name: str, x: Array, axis: int) -> Array:
     """A weight or bias of a channel norm, along the axes of x with the channels moved to axis 1."""
     samples, channels = (1 if axis == 0 else x.shape[0]), x.shape[axis]
-    if p.shape == (channels,):
-        return p.reshape((1, channels) + (1,) * (x.ndim - 2))
-    if p.ndim == 2 and p.shape[0] in (1, samples) and p.shape[1] in (1, channels):
-        return p.reshape(p.shape + (1,) * (x.ndim - 2))
+    if p.ndim <= 2 and fits(p.shape, (samples, channels)):
+        return p.reshape((1,) * (2 - p.ndim) + p.shape + (1,) * (x.ndim - 2))
     expected = (
         f"expected ({channels},) for each channel, ({samples}, {channels}) for each sample and "
         "channel, or a shape of as many dimensions as x that broadcasts against it"
@@ -154,16 +378,16 @@ def channel_parameter(value: ArrayLike | None, name: str, x: Array, axis: int) -
 def along_axes(p: Array, name: str, x: Array, axes: tuple[int, ...]) -> Array:
     """A weight or bias of layer or RMS norm, along the axes of x."""
     own = tuple(x.shape[axis] for axis in axes)
-    if p.shape == own:
+    if fits(p.shape, own):
         # axes in the order they were given; here in the order they stand
         order = sorted(range(len(axes)), key=lambda i: axes[i])
-        return p.transpose(order).reshape([n if a in axes else 1 for a, n in enumerate(x.shape)])
+        own_axes = p.reshape((1,) * (len(own) - p.ndim) + p.shape).transpose(order)
+        lengths = iter(own_axes.shape)
+        return own_axes.reshape([next(lengths) if a in axes else 1 for a in range(x.ndim)])
     expected = (
         f"expected {own}, or a shape that broadcasts against x for parameters of each sample, such "
         f"as {tuple(1 if a in axes else n for a, n in enumerate(x.shape[:1])) + x.shape[1:]}"
     )
-    if p.ndim <= len(own):
-        raise ValueError(f"{name} has shape {p.shape} for x of shape {x.shape}, {expected}")
     return spread(p, x.shape, name, expected)
 
 
@@ -178,7 +402,9 @@ def mask_of(where: ArrayLike | None, x: Array) -> Array | None:
     """Return `where` as booleans of the shape of x."""
     if where is None:
         return None
-    mask = as_numpy(where)
+    if is_masked(where):
+        where = where.filled(False)  # type: ignore[union-attr]
+    mask = read(where, "where")
     if mask.dtype != np.bool_:
         raise TypeError(f"where has dtype {mask.dtype}, expected bool; write where.astype(bool)")
     try:
@@ -188,19 +414,6 @@ def mask_of(where: ArrayLike | None, x: Array) -> Array | None:
             f"where has shape {mask.shape}, expected one that broadcasts to x of shape {x.shape}; "
             "add axes of length 1, as in where[:, np.newaxis]"
         ) from None
-
-
-def unmask(value: Any, where: ArrayLike | None) -> tuple[Any, Any]:
-    """The numbers of an `np.ma` array, and its mask as one more `where`; all else as it came."""
-    ma = sys.modules.get("numpy.ma")
-    if ma is None or not isinstance(value, ma.MaskedArray):
-        return value, where
-    numbers = ma.getdata(value, subok=False)
-    if ma.getmask(value) is ma.nomask:
-        return numbers, where
-    kept = ~ma.getmaskarray(value)
-    mask = mask_of(where, numbers)
-    return numbers, kept if mask is None else kept & mask
 
 
 def same_shape(value: ArrayLike, name: str, x: Array) -> Array:
@@ -221,10 +434,11 @@ def check_activation(activation: Activation) -> Activation:
     numba = sys.modules.get("numba")
     if numba is not None and numba.extending.is_jitted(activation):
         return activation
-    raise ValueError(
-        f"activation is {activation!r}, expected None, one of "
+    known = isinstance(activation, str) or callable(activation)
+    raise (ValueError if known else TypeError)(
+        f"activation is {shown(activation)}, expected None, one of "
         f"{', '.join(map(repr, ACTIVATIONS))}, or a function of one number compiled with Numba; "
-        "write numba.njit(f)"
+        "write numba.njit(f)" + did_you_mean(activation, ACTIVATIONS)
     )
 
 
@@ -238,9 +452,10 @@ def check_out(out: Array | None, x: Array) -> None:
             f"out is a {type(out).__name__}, expected an array where x is; write an empty array "
             "like x of the library that made it"
         )
-    if not isinstance(out, np.ndarray):
+    if not isinstance(out, np.ndarray) or is_masked(out):
         raise TypeError(
-            f"out is a {type(out).__name__}, expected a NumPy array; write np.empty_like(x)"
+            f"out is a {type(out).__name__}, expected a NumPy array; write "
+            + ("out.data" if is_masked(out) else "np.empty_like(x)")
         )
     if out.dtype.newbyteorder("=") != dtype.newbyteorder("="):
         raise TypeError(
@@ -266,7 +481,7 @@ def check_running(
                 f"{name} is a {type(value).__name__}, expected a NumPy array: it is updated in "
                 f"place; write np.{'zeros' if name == 'running_mean' else 'ones'}({channels})"
             )
-        array = as_numpy(value)
+        array = read(value, name)
         if array.shape != (channels,):
             raise ValueError(
                 f"{name} has shape {array.shape}, expected ({channels},): one for each channel"
@@ -299,29 +514,19 @@ def require_two(counts: Array, of: str, instead: str, per: str = "channel") -> N
 
 def groups_of(num_groups: int, channels: int) -> int:
     """Return num_groups; refuse one that does not divide the channels."""
-    if isinstance(num_groups, bool) or not isinstance(num_groups, int | np.integer):
-        raise TypeError(f"num_groups is {num_groups!r}, expected a whole number")
-    if num_groups < 1 or channels % num_groups:
+    groups = whole(num_groups, "num_groups")
+    if groups < 1 or channels % groups:
         divisors = [n for n in range(1, channels + 1) if channels % n == 0]
         raise ValueError(
             f"num_groups={num_groups} does not divide the {channels} channels; "
             f"use one of {', '.join(map(str, divisors[-12:]))}"
         )
-    return int(num_groups)
+    return groups
 
 
 def reduced_axes(x: Array, axis: Axes | None, of: str) -> tuple[int, ...]:
     """The axes that NumPy's `axis` means, in order; None for all of them."""
-    if axis is None:
-        return tuple(range(x.ndim))
-    axes = (axis,) if isinstance(axis, int | np.integer) else tuple(axis)
-    places = {int(a) % max(x.ndim, 1) for a in axes if -x.ndim <= a < x.ndim}
-    if len(places) != len(axes):
-        raise ValueError(
-            f"{of} got axis={axis!r} for x of shape {x.shape}, expected different axes from "
-            f"{-x.ndim} to {x.ndim - 1}, or None for all of them"
-        )
-    return tuple(sorted(places))
+    return tuple(range(x.ndim)) if axis is None else tuple(sorted(axes_of(x, axis, of)))
 
 
 def layer_axes(
@@ -334,21 +539,18 @@ def layer_axes(
             f"{of} got {both} of normalized_shape and axis, expected exactly one; write "
             f"{of}(x, x.shape[-1]) or {of}(x, axis=-1) for the last axis"
         )
-    if axis is not None:
-        axes = (axis,) if isinstance(axis, int | np.integer) else tuple(axis)
-        wrong = [a for a in axes if not -x.ndim <= a < x.ndim]
-        places = tuple(int(a) % x.ndim for a in axes) if not wrong else ()
-        if wrong or not axes or len(set(places)) != len(places):
+    name = "axis" if normalized_shape is None else "normalized_shape"
+    given = whole_numbers(axis if normalized_shape is None else normalized_shape, name)
+    check_ndim(x, 1, of, "(..., D)")
+    if normalized_shape is None:
+        if not given:
             raise ValueError(
-                f"{of} got axis={axis!r} for x of shape {x.shape}, expected one or more different "
-                f"axes from {-x.ndim} to {x.ndim - 1}"
+                f"{of} got axis={axis!r} for x of shape {x.shape}, expected one or more axes"
             )
-        return places
-    shape = normalized_shape
-    sizes = (int(shape),) if isinstance(shape, int | np.integer) else tuple(cast("Any", shape))
-    if not sizes or x.shape[x.ndim - len(sizes) :] != sizes or len(sizes) > x.ndim:
+        return axes_of(x, axis, of)
+    if not given or x.shape[x.ndim - len(given) :] != given or len(given) > x.ndim:
         raise ValueError(
             f"{of} got normalized_shape={normalized_shape!r} for x of shape {x.shape}, expected "
             f"its trailing shape; write x.shape[-1] for the last axis, or axis=... for any others"
         )
-    return tuple(range(x.ndim - len(sizes), x.ndim))
+    return tuple(range(x.ndim - len(given), x.ndim))

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastnorm import _core, _reference, limits
+from fastnorm.arguments import did_you_mean, shown
 from fastnorm.description import BackwardPass, Pass, Scaling
 from fastnorm.elsewhere import Elsewhere
 from fastnorm.layout import Layout, ascending, describe, steps_of
@@ -533,7 +534,10 @@ def _tell_kernels() -> None:
 def _known(name: str) -> str:
     """The backend that a name stands for, if there is one."""
     if not isinstance(name, str) or name not in NAMES:
-        raise ValueError(f"no backend is called {name!r}: use one of {', '.join(map(repr, NAMES))}")
+        raise ValueError(
+            f"no backend is called {shown(name)}: use one of {', '.join(map(repr, NAMES))}"
+            + did_you_mean(name, NAMES)
+        )
     if name != "auto" and name not in _AVAILABLE:
         raise ValueError(
             f"this installation has no {name!r} backend, expected one of "
@@ -799,8 +803,12 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     >>> sorted(fn.show_config("dicts"))
     ['backends', 'cpu', 'cuda', 'threads', 'versions']
     """
-    if mode not in ("stdout", "dicts"):
-        raise ValueError(f"mode is {mode!r}: use 'stdout' to print, 'dicts' to get a dictionary")
+    modes = ("stdout", "dicts")
+    if not isinstance(mode, str) or mode not in modes:
+        raise ValueError(
+            f"mode is {shown(mode)}: use 'stdout' to print, 'dicts' to get a dictionary"
+            + did_you_mean(mode, modes)
+        )
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {"python": platform.python_version(), "numpy": np.__version__}
@@ -829,8 +837,8 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     for section, entries in config.items():
         print(section)
         for name, value in entries.items():
-            shown = ", ".join(value) if isinstance(value, list) else value
-            print(f"  {name}: {shown}")
+            text = ", ".join(value) if isinstance(value, list) else value
+            print(f"  {name}: {text}")
     return None
 
 

@@ -17,13 +17,17 @@ from fastnorm.arguments import (
     along_axes,
     along_channels,
     as_array,
+    cast,
     channel_axis_of,
+    check_flag,
     check_ndim,
     computing_type,
     groups_of,
     layer_axes,
+    number,
     same_shape,
     statistic,
+    whole,
 )
 from fastnorm.backends import (
     BATCH,
@@ -89,7 +93,7 @@ def _run(
         if weight_offset:
             given = plus(given, weight_offset)
         if given.size <= array.size // SMALL or isinstance(array, Elsewhere):
-            given = given.astype(computing_type(array.dtype), copy=False)
+            given = cast(given, computing_type(array.dtype))
         placed = place(given)
     along = axes if shape == own else range(-len(shape), 0)
     dweight = _ordered(shape, dtype, array, along)
@@ -136,12 +140,17 @@ def _channels(
 ) -> Gradients:
     """The channel norms. Statistics are one for each channel, or for each sample and group."""
     of = function.__name__
-    norm = GROUP if num_groups is not None else INSTANCE
+    if training is not True and training is not False:
+        training = check_flag(training, "training")
+    split = function is group_norm_backward
+    norm = GROUP if split else INSTANCE
     if batch:
         norm = BATCH if training else INFERENCE
     found = quick_backward(norm, num_groups, channel_axis, dy, x, mean, rstd, weight)
     if type(found) is not Unplanned:
         return found
+    if split:
+        num_groups = whole(num_groups, "num_groups")
     if (door := door_of(x)) is not None:
         gradients: Gradients = send(door, function, locals())
         return gradients
@@ -150,8 +159,7 @@ def _channels(
     axis = channel_axis_of(array, channel_axis, of, samples=not batch)
     channels = array.shape[axis]
     view = channels_second(axis)
-    split = num_groups is not None
-    groups = groups_of(num_groups, channels) if num_groups is not None else channels
+    groups = channels if num_groups is None else groups_of(num_groups, channels)
     if split:
         view = split_groups(axis, channels, groups)
     shape = (channels,) if batch else (array.shape[0], groups)
@@ -390,16 +398,16 @@ def _rows(
     weight_offset: float = 0.0,
 ) -> Any:
     of, key = function.__name__, None
-    if weight_offset == 0.0:
+    if type(weight_offset) is float and weight_offset == 0.0:
         norm = RMS if mean is None else LAYER
         found = quick_backward(norm, normalized_shape, axis, dy, x, mean, rstd, weight)
         if type(found) is not Unplanned:
             return found
         key = found.key
+    weight_offset = number(weight_offset, "weight_offset")
     if (door := door_of(x)) is not None:
         return send(door, function, locals())
     array = as_array(x, "x")
-    check_ndim(array, 1, of, "(..., D)")
     axes = layer_axes(array, normalized_shape, axis, of)
     shape = tuple(1 if a in axes else n for a, n in enumerate(array.shape))
     gradients = _run(

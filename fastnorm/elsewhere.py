@@ -69,11 +69,6 @@ class Elsewhere(np.ndarray[Any, Any]):
         """Fill y with `local_response_norm` of this array."""
 
 
-def as_numpy(value: Any) -> Array:
-    """`np.asarray`, which would take an `Elsewhere` for one of NumPy's."""
-    return value if isinstance(value, Elsewhere) else np.asarray(value)
-
-
 def host(value: Any) -> Any:
     """What came in, with its numbers in NumPy's memory."""
     return value.host() if isinstance(value, Elsewhere) else value
@@ -86,4 +81,7 @@ def beside(x: Array, operand: Operand) -> Operand:
 
 def plus(array: Array, offset: float) -> Array:
     """array + offset, in float64."""
-    return array.plus(offset) if isinstance(array, Elsewhere) else array.astype(np.float64) + offset
+    if isinstance(array, Elsewhere):
+        return array.plus(offset)
+    with np.errstate(all="ignore"):
+        return array.astype(np.float64) + offset

@@ -6,7 +6,7 @@ along theirs, and hand the pass to the backend.
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -20,13 +20,18 @@ from fastnorm.arguments import (
     channel_axis_of,
     channel_parameter,
     check_eps,
+    check_flag,
+    check_momentum,
     check_ndim,
     check_running,
     groups_of,
     layer_axes,
     machine_epsilon,
+    number,
     require_two,
     same_shape,
+    unmask,
+    whole,
 )
 from fastnorm.backends import (
     ADD_LAYER,
@@ -52,11 +57,37 @@ from fastnorm.passes import (
 )
 from fastnorm.routing import door_of, send
 
-Result: TypeAlias = Any  # an array, or (y, mean, rstd) with return_stats
+# What a norm returns with `return_stats`, and where that is not known before.
+WithStats: TypeAlias = tuple[Array, Array, Array]
+WithRstd: TypeAlias = tuple[Array, Array]
 
 # --- Channel norms: batch, instance, group --------------------------------------------------------
 
 
+@overload
+def batch_norm(
+    x: ArrayLike, running_mean: ArrayLike | None = None, running_var: ArrayLike | None = None,
+    weight: ArrayLike | None = None, bias: ArrayLike | None = None, training: bool = False,
+    momentum: float = 0.1, eps: float = 1e-5, *, channel_axis: int = 1,
+    where: ArrayLike | None = None, residual: ArrayLike | None = None,
+    activation: Activation = None, out: Array | None = None, return_stats: Literal[False] = False,
+) -> Array: ...  # fmt: skip
+@overload
+def batch_norm(
+    x: ArrayLike, running_mean: ArrayLike | None = None, running_var: ArrayLike | None = None,
+    weight: ArrayLike | None = None, bias: ArrayLike | None = None, training: bool = False,
+    momentum: float = 0.1, eps: float = 1e-5, *, channel_axis: int = 1,
+    where: ArrayLike | None = None, residual: ArrayLike | None = None,
+    activation: Activation = None, out: Array | None = None, return_stats: Literal[True],
+) -> WithStats: ...  # fmt: skip
+@overload
+def batch_norm(
+    x: ArrayLike, running_mean: ArrayLike | None = None, running_var: ArrayLike | None = None,
+    weight: ArrayLike | None = None, bias: ArrayLike | None = None, training: bool = False,
+    momentum: float = 0.1, eps: float = 1e-5, *, channel_axis: int = 1,
+    where: ArrayLike | None = None, residual: ArrayLike | None = None,
+    activation: Activation = None, out: Array | None = None, return_stats: bool,
+) -> Array | WithStats: ...  # fmt: skip
 def batch_norm(
     x: ArrayLike,
     running_mean: ArrayLike | None = None,
@@ -73,7 +104,7 @@ def batch_norm(
     activation: Activation = None,
     out: Array | None = None,
     return_stats: bool = False,
-) -> Result:
+) -> Array | WithStats:
     r"""Normalise each channel over all samples and positions.
 
     .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot w + b
@@ -130,6 +161,8 @@ def batch_norm(
     array([[-1., -1.],
            [ 1.,  1.]])
     """
+    if training is not True and training is not False:
+        training = check_flag(training, "training")
     found = quick_forward(
         BATCH if training else INFERENCE,
         None,
@@ -150,13 +183,15 @@ def batch_norm(
     )
     if type(found) is not Unplanned:
         return found
+    eps, momentum = check_eps(eps), check_momentum(momentum)
+    return_stats = check_flag(return_stats, "return_stats")
     if (door := door_of(x)) is not None:
         return send(door, batch_norm, locals())
+    x, where = unmask(x, where)
     array = as_array(x, "x")
     check_ndim(array, 2, "batch_norm", "(N, C, ...)")
     axis = channel_axis_of(array, channel_axis, "batch_norm", samples=False)
     channels = array.shape[axis]
-    eps = check_eps(eps)
     check_running(running_mean, running_var, channels, written=training)
     w = channel_parameter(weight, "weight", array, axis)
     b = channel_parameter(bias, "bias", array, axis)
@@ -204,6 +239,30 @@ def batch_norm(
     return y
 
 
+@overload
+def instance_norm(
+    x: ArrayLike, running_mean: ArrayLike | None = None, running_var: ArrayLike | None = None,
+    weight: ArrayLike | None = None, bias: ArrayLike | None = None, use_input_stats: bool = True,
+    momentum: float = 0.1, eps: float = 1e-5, *, channel_axis: int = 1,
+    where: ArrayLike | None = None, residual: ArrayLike | None = None,
+    activation: Activation = None, out: Array | None = None, return_stats: Literal[False] = False,
+) -> Array: ...  # fmt: skip
+@overload
+def instance_norm(
+    x: ArrayLike, running_mean: ArrayLike | None = None, running_var: ArrayLike | None = None,
+    weight: ArrayLike | None = None, bias: ArrayLike | None = None, use_input_stats: bool = True,
+    momentum: float = 0.1, eps: float = 1e-5, *, channel_axis: int = 1,
+    where: ArrayLike | None = None, residual: ArrayLike | None = None,
+    activation: Activation = None, out: Array | None = None, return_stats: Literal[True],
+) -> WithStats: ...  # fmt: skip
+@overload
+def instance_norm(
+    x: ArrayLike, running_mean: ArrayLike | None = None, running_var: ArrayLike | None = None,
+    weight: ArrayLike | None = None, bias: ArrayLike | None = None, use_input_stats: bool = True,
+    momentum: float = 0.1, eps: float = 1e-5, *, channel_axis: int = 1,
+    where: ArrayLike | None = None, residual: ArrayLike | None = None,
+    activation: Activation = None, out: Array | None = None, return_stats: bool,
+) -> Array | WithStats: ...  # fmt: skip
 def instance_norm(
     x: ArrayLike,
     running_mean: ArrayLike | None = None,
@@ -220,7 +279,7 @@ def instance_norm(
     activation: Activation = None,
     out: Array | None = None,
     return_stats: bool = False,
-) -> Result:
+) -> Array | WithStats:
     r"""Normalise each channel of each sample over its positions.
 
     .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot w + b
@@ -272,6 +331,8 @@ def instance_norm(
     array([[[-1.,  1.],
             [-1.,  1.]]])
     """
+    if use_input_stats is not True and use_input_stats is not False:
+        use_input_stats = check_flag(use_input_stats, "use_input_stats")
     key = None
     if use_input_stats and running_mean is None and running_var is None:
         found = quick_forward(
@@ -287,12 +348,19 @@ def instance_norm(
             residual,
             activation,
             out,
+            True,
+            None,
+            None,
+            momentum,
         )
         if type(found) is not Unplanned:
             return found
         key = found.key
+    eps, momentum = check_eps(eps), check_momentum(momentum)
+    return_stats = check_flag(return_stats, "return_stats")
     if (door := door_of(x)) is not None:
         return send(door, instance_norm, locals())
+    x, where = unmask(x, where)
     array = as_array(x, "x")
     check_ndim(array, 2, "instance_norm", "(N, C, ...)")
     if not use_input_stats:
@@ -326,7 +394,6 @@ def instance_norm(
         return y, mean, rstd
     axis = channel_axis_of(array, channel_axis, "instance_norm")
     samples, channels = array.shape[0], array.shape[axis]
-    eps = check_eps(eps)
     check_running(running_mean, running_var, channels, written=True)
     w = channel_parameter(weight, "weight", array, axis)
     b = channel_parameter(bias, "bias", array, axis)
@@ -361,6 +428,27 @@ def instance_norm(
     return y
 
 
+@overload
+def group_norm(
+    x: ArrayLike, num_groups: int, weight: ArrayLike | None = None, bias: ArrayLike | None = None,
+    eps: float = 1e-5, *, channel_axis: int = 1, where: ArrayLike | None = None,
+    residual: ArrayLike | None = None, activation: Activation = None, out: Array | None = None,
+    return_stats: Literal[False] = False,
+) -> Array: ...  # fmt: skip
+@overload
+def group_norm(
+    x: ArrayLike, num_groups: int, weight: ArrayLike | None = None, bias: ArrayLike | None = None,
+    eps: float = 1e-5, *, channel_axis: int = 1, where: ArrayLike | None = None,
+    residual: ArrayLike | None = None, activation: Activation = None, out: Array | None = None,
+    return_stats: Literal[True],
+) -> WithStats: ...  # fmt: skip
+@overload
+def group_norm(
+    x: ArrayLike, num_groups: int, weight: ArrayLike | None = None, bias: ArrayLike | None = None,
+    eps: float = 1e-5, *, channel_axis: int = 1, where: ArrayLike | None = None,
+    residual: ArrayLike | None = None, activation: Activation = None, out: Array | None = None,
+    return_stats: bool,
+) -> Array | WithStats: ...  # fmt: skip
 def group_norm(
     x: ArrayLike,
     num_groups: int,
@@ -374,7 +462,7 @@ def group_norm(
     activation: Activation = None,
     out: Array | None = None,
     return_stats: bool = False,
-) -> Result:
+) -> Array | WithStats:
     r"""Normalise each group of neighbouring channels of each sample.
 
     .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot w + b
@@ -436,14 +524,16 @@ def group_norm(
     )
     if type(found) is not Unplanned:
         return found
+    num_groups, eps = whole(num_groups, "num_groups"), check_eps(eps)
+    return_stats = check_flag(return_stats, "return_stats")
     if (door := door_of(x)) is not None:
         return send(door, group_norm, locals())
+    x, where = unmask(x, where)
     array = as_array(x, "x")
     check_ndim(array, 2, "group_norm", "(N, C, ...)")
     axis = channel_axis_of(array, channel_axis, "group_norm")
     samples, channels = array.shape[0], array.shape[axis]
     groups = groups_of(num_groups, channels)
-    eps = check_eps(eps)
     # all of the batch together, as PyTorch counts them
     require_two(np.array(array.size // groups), "group_norm", "use fewer groups", "group")
     split = split_groups(axis, channels, groups)
@@ -475,6 +565,27 @@ def group_norm(
 # --- Layer and RMS norm ---------------------------------------------------------------------------
 
 
+@overload
+def layer_norm(
+    x: ArrayLike, normalized_shape: Axes | None = None, weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None, eps: float = 1e-5, *, axis: Axes | None = None,
+    where: ArrayLike | None = None, residual: ArrayLike | None = None,
+    activation: Activation = None, out: Array | None = None, return_stats: Literal[False] = False,
+) -> Array: ...  # fmt: skip
+@overload
+def layer_norm(
+    x: ArrayLike, normalized_shape: Axes | None = None, weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None, eps: float = 1e-5, *, axis: Axes | None = None,
+    where: ArrayLike | None = None, residual: ArrayLike | None = None,
+    activation: Activation = None, out: Array | None = None, return_stats: Literal[True],
+) -> WithStats: ...  # fmt: skip
+@overload
+def layer_norm(
+    x: ArrayLike, normalized_shape: Axes | None = None, weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None, eps: float = 1e-5, *, axis: Axes | None = None,
+    where: ArrayLike | None = None, residual: ArrayLike | None = None,
+    activation: Activation = None, out: Array | None = None, return_stats: bool,
+) -> Array | WithStats: ...  # fmt: skip
 def layer_norm(
     x: ArrayLike,
     normalized_shape: Axes | None = None,
@@ -488,7 +599,7 @@ def layer_norm(
     activation: Activation = None,
     out: Array | None = None,
     return_stats: bool = False,
-) -> Result:
+) -> Array | WithStats:
     r"""Normalise each sample over its trailing axes, or over any others.
 
     .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot w + b
@@ -550,10 +661,11 @@ def layer_norm(
     )
     if type(found) is not Unplanned:
         return found
+    eps, return_stats = check_eps(eps), check_flag(return_stats, "return_stats")
     if (door := door_of(x)) is not None:
         return send(door, layer_norm, locals())
+    x, where = unmask(x, where)
     array = as_array(x, "x")
-    check_ndim(array, 1, "layer_norm", "(..., D)")
     axes = layer_axes(array, normalized_shape, axis, "layer_norm")
     y, mean, _, rstd = run(
         x,
@@ -561,7 +673,7 @@ def layer_norm(
         axes,
         axis_parameter(weight, "weight", array, axes),
         axis_parameter(bias, "bias", array, axes),
-        eps=check_eps(eps),
+        eps=eps,
         where=where,
         residual=residual,
         activation=activation,
@@ -572,6 +684,27 @@ def layer_norm(
     return (y, mean, rstd) if return_stats else y
 
 
+@overload
+def rms_norm(
+    x: ArrayLike, normalized_shape: Axes | None = None, weight: ArrayLike | None = None,
+    eps: float | None = None, *, axis: Axes | None = None, weight_offset: float = 0.0,
+    where: ArrayLike | None = None, residual: ArrayLike | None = None,
+    activation: Activation = None, out: Array | None = None, return_stats: Literal[False] = False,
+) -> Array: ...  # fmt: skip
+@overload
+def rms_norm(
+    x: ArrayLike, normalized_shape: Axes | None = None, weight: ArrayLike | None = None,
+    eps: float | None = None, *, axis: Axes | None = None, weight_offset: float = 0.0,
+    where: ArrayLike | None = None, residual: ArrayLike | None = None,
+    activation: Activation = None, out: Array | None = None, return_stats: Literal[True],
+) -> WithRstd: ...  # fmt: skip
+@overload
+def rms_norm(
+    x: ArrayLike, normalized_shape: Axes | None = None, weight: ArrayLike | None = None,
+    eps: float | None = None, *, axis: Axes | None = None, weight_offset: float = 0.0,
+    where: ArrayLike | None = None, residual: ArrayLike | None = None,
+    activation: Activation = None, out: Array | None = None, return_stats: bool,
+) -> Array | WithRstd: ...  # fmt: skip
 def rms_norm(
     x: ArrayLike,
     normalized_shape: Axes | None = None,
@@ -585,7 +718,7 @@ def rms_norm(
     activation: Activation = None,
     out: Array | None = None,
     return_stats: bool = False,
-) -> Result:
+) -> Array | WithRstd:
     r"""Divide each sample by the root mean square over its trailing axes, or over any others.
 
     .. math:: y = \frac{x}{\sqrt{\mathrm{mean}(x^2) + \epsilon}} \cdot (w + w_0)
@@ -636,7 +769,7 @@ def rms_norm(
            [ 1.,  1.]])
     """
     key = None
-    if weight_offset == 0.0:
+    if type(weight_offset) is float and weight_offset == 0.0:
         found = quick_forward(
             RMS,
             normalized_shape,
@@ -655,14 +788,17 @@ def rms_norm(
         if type(found) is not Unplanned:
             return found
         key = found.key
+    eps = None if eps is None else check_eps(eps)
+    weight_offset = number(weight_offset, "weight_offset")
+    return_stats = check_flag(return_stats, "return_stats")
     if (door := door_of(x)) is not None:
         return send(door, rms_norm, locals())
+    x, where = unmask(x, where)
     array = as_array(x, "x")
-    check_ndim(array, 1, "rms_norm", "(..., D)")
     axes = layer_axes(array, normalized_shape, axis, "rms_norm")
     if weight is not None and weight_offset:
         weight = plus(beside(array, as_array(weight, "weight")), weight_offset)
-    eps = machine_epsilon(array.dtype) if eps is None else check_eps(eps)
+    eps = machine_epsilon(array.dtype) if eps is None else eps
     y, _, _, rstd = run(
         x,
         array,
@@ -731,6 +867,7 @@ def add_layer_norm(
     )
     if type(found) is not Unplanned:
         return found
+    eps = check_eps(eps)
     if (door := door_of(x)) is not None:
         return send(door, add_layer_norm, locals())
     return add_norm(
@@ -801,6 +938,7 @@ def add_rms_norm(
     )
     if type(found) is not Unplanned:
         return found
+    eps = None if eps is None else check_eps(eps)
     if (door := door_of(x)) is not None:
         return send(door, add_rms_norm, locals())
     return add_norm("add_rms_norm", x, residual, normalized_shape, weight, None, eps, key=found.key)
@@ -820,9 +958,9 @@ def add_norm(
     key: bytes | None = None,
 ) -> tuple[Array, Array]:
     """`add_layer_norm` or `add_rms_norm`, into arrays that may be given; `total` may be `x`."""
+    x, where = unmask(x)
     array = as_array(x, "x")
-    eps = machine_epsilon(array.dtype) if eps is None else check_eps(eps)
-    check_ndim(array, 1, name, "(..., D)")
+    eps = machine_epsilon(array.dtype) if eps is None else eps
     axes = layer_axes(array, normalized_shape, None, name)
     addend = same_shape(residual, "residual", array)
     if total is None:
@@ -836,6 +974,7 @@ def add_norm(
         out=out,
         eps=eps,
         centred=name == "add_layer_norm",
+        where=where,
         addend=addend,
         total=total,
         key=key,

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeAlias
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from fastnorm.arguments import (
     Array,
@@ -26,15 +26,21 @@ from fastnorm.arguments import (
     as_array,
     as_numbers,
     check_eps,
+    check_flag,
     computing_type,
     mask_of,
+    number,
     reduced_axes,
     unmask,
+    whole_numbers,
 )
 from fastnorm.backends import compute_moments, moments_at_once
 from fastnorm.description import Scaling
 from fastnorm.passes import exponents_of, extremes, run
 from fastnorm.routing import door_of, function_of, send
+
+# One number, where all axes are reduced, or an array of them.
+Statistic: TypeAlias = np.float64 | NDArray[np.float64]
 
 # The fields that moments are kept as: the first axis of every array of them. Mean and M2 are those
 # of the numbers divided by 2^exponent, which is 0 where their squares are in float64's range.
@@ -269,11 +275,7 @@ def normalised_by(
 
 def check_ddof(ddof: float) -> float:
     """Return ddof; refuse one that is not a finite number."""
-    if isinstance(ddof, bool) or not math.isfinite(ddof):
-        raise ValueError(
-            f"ddof is {ddof!r}, expected a finite number: 0, or 1 for sample variances"
-        )
-    return float(ddof)
+    return number(ddof, "ddof", "a finite number: 0, or 1 for sample variances")
 
 
 # --- The functions --------------------------------------------------------------------------------
@@ -286,7 +288,7 @@ def moments(
     where: ArrayLike | None = None,
     ddof: float = 0,
     keepdims: bool = False,
-) -> tuple[Any, Any]:
+) -> tuple[Statistic, Statistic]:
     r"""Mean and variance in one pass: ``np.mean`` and ``np.var``, in float64 and right.
 
     .. math:: \mathrm{mean} = \frac{1}{n} \sum x, \quad
@@ -334,12 +336,12 @@ def moments(
     >>> float(mean), float(var)
     (200.0, 0.0)
     """
+    ddof, keepdims = check_ddof(ddof), check_flag(keepdims, "keepdims")
     if (door := door_of(x)) is not None:
         return send(door, moments, locals())
     x, where = unmask(x, where)
     array = as_numbers(x, "x")
     axes = reduced_axes(array, axis, "moments")
-    ddof = check_ddof(ddof)
     fields = fields_of(array, axes, mask_of(where, array))
     if not keepdims:
         fields = fields.reshape(
@@ -356,7 +358,7 @@ def standardize(
     ddof: float = 0,
     eps: float = 0.0,
     out: Array | None = None,
-) -> Any:
+) -> Array:
     r"""Z-scores: subtract the mean and divide by the standard deviation.
 
     .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}}
@@ -401,12 +403,12 @@ def standardize(
     array([[-1., -1.],
            [ 1.,  1.]])
     """
+    ddof, eps = check_ddof(ddof), check_eps(eps)
     if (door := door_of(x)) is not None:
         return send(door, standardize, locals())
     x, where = unmask(x, where)
     array = as_array(x, "x")
     axes = reduced_axes(array, axis, "standardize")
-    ddof, eps = check_ddof(ddof), check_eps(eps)
     shared: dict[str, Any] = {"out": out}
     if not array.ndim:
         raise ValueError(f"standardize got one number, {array}, expected an array to compare it in")
@@ -594,21 +596,21 @@ class Moments:
     # --- Results out ------------------------------------------------------------------------------
 
     @property
-    def count(self) -> Any:
+    def count(self) -> np.int64 | NDArray[np.int64]:
         """How many elements each mean is of, int64."""
         return np.int64(0) if self._fields is None else self._fields[0].astype(np.int64)[()]
 
     @property
-    def mean(self) -> Any:
+    def mean(self) -> Statistic:
         """The means, float64; NaN of no elements."""
         return np.float64(np.nan) if self._fields is None else mean_of(self._fields)[()]
 
-    def var(self, ddof: float = 0) -> Any:
+    def var(self, ddof: float = 0) -> Statistic:
         """Return the variances, float64; NaN of `ddof` or fewer elements."""
         ddof = check_ddof(ddof)
         return np.float64(np.nan) if self._fields is None else var_of(self._fields, ddof)[()]
 
-    def std(self, ddof: float = 0) -> Any:
+    def std(self, ddof: float = 0) -> Statistic:
         """Return the standard deviations, float64; NaN of `ddof` or fewer elements."""
         ddof = check_ddof(ddof)
         return np.float64(np.nan) if self._fields is None else std_of(self._fields, ddof)[()]
@@ -700,12 +702,10 @@ class Moments:
 def _checked_axis(axis: Any, name: str = "axis") -> tuple[int, ...] | None:
     if axis is None:
         return None
-    axes = (axis,) if not isinstance(axis, Sequence | range) or isinstance(axis, str) else axis
-    if any(isinstance(a, bool) or not isinstance(a, int | np.integer) for a in axes):
-        raise TypeError(f"{name} is {axis!r}, expected whole numbers, or None for all axes")
+    axes = whole_numbers(axis, name)
     if name == "axis" and len(set(axes)) != len(axes):
         raise ValueError(f"axis is {axis!r}, expected different axes")
-    return tuple(int(a) for a in axes)
+    return axes
 
 
 def _places(axis: tuple[int, ...] | None, kept: int) -> tuple[int, ...] | None:

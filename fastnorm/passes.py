@@ -67,8 +67,8 @@ def delivered(y: Array, x: ArrayLike, out: Array | None = None) -> Array:
 
 def rstd_of(var: Array, eps: float) -> Array:
     """1 / sqrt(var + eps), and 0 where that is 1 / 0: such a group is constant."""
-    shifted = var + eps
     with np.errstate(all="ignore"):
+        shifted = var + eps
         return np.where(shifted == 0, 0.0, 1.0 / np.sqrt(shifted))
 
 
@@ -125,8 +125,10 @@ def run(
             (rstd,) = unknown(array, mean.shape, 1)
         else:
             rstd = rstd_of(var, options.get("eps", 0.0))
+    # a subclass of NumPy's arrays is written as the plain array that it is
+    into = out if out is None or isinstance(out, Elsewhere) else np.asarray(out)
     # a function of the user's may raise half way: what `out` holds is then as it was
-    direct = None if callable(activation) and not isinstance(array, Elsewhere) else out
+    direct = None if callable(activation) and not isinstance(array, Elsewhere) else into
     y = destination(array, direct, array, added, mask, weight, bias)
     if array.size:
         compute(
@@ -148,7 +150,8 @@ def run(
                 **options,
             )
         )
-    return delivered(y, x, out), mean, var, rstd
+    y = delivered(y, x, into)
+    return (y if out is None else out), mean, var, rstd
 
 
 # What `quick_scaled` gives for the mean of what has none.
@@ -249,7 +252,8 @@ def update(
                 there = beside(mean, counts.astype(np.float64, order="C"))
             running.average(parts, there, momentum, unbiased)
         elif running is not None:
-            moved.append((running, _moved(running, host(parts), counts, momentum, unbiased)))
+            plain = np.asarray(running)  # whatever subclass it is of
+            moved.append((plain, _moved(plain, host(parts), counts, momentum, unbiased)))
     # both are there before the first is written: without memory for it none is
     for running, values in moved:
         running[...] = values

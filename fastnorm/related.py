@@ -16,13 +16,17 @@ from fastnorm.arguments import (
     along_channels,
     as_array,
     axis_parameter,
+    cast,
     channel_axis_of,
     check_eps,
     check_ndim,
     computing_type,
     layer_axes,
+    number,
     parameter,
     spread,
+    unmask,
+    whole,
 )
 from fastnorm.backends import (
     ACTIVATION,
@@ -99,13 +103,16 @@ def l2_normalize(
     )  # fmt: skip
     if type(found) is not Unplanned:
         return found
+    eps = check_eps(eps)
     if (door := door_of(x)) is not None:
         return send(door, l2_normalize, locals())
+    x, where = unmask(x)
     array = as_array(x, "x")
-    check_ndim(array, 1, "l2_normalize", "(..., D)")
-    axes = layer_axes(array, None, range(array.ndim) if axis is None else axis, "l2_normalize")
-    eps = check_eps(eps)
-    options: dict[str, Any] = {"out": out, "key": found.key}
+    if axis is None:
+        check_ndim(array, 1, "l2_normalize", "(..., D)")
+        axis = range(array.ndim)
+    axes = layer_axes(array, None, axis, "l2_normalize")
+    options: dict[str, Any] = {"out": out, "key": found.key, "where": where}
     return run(x, array, axes, centred=False, scaling=Scaling.NORM, eps=eps, **options)[0]
 
 
@@ -159,38 +166,45 @@ def local_response_norm(
     >>> fn.local_response_norm(np.array([[1.0, 2.0]]), 1, alpha=3.0, beta=0.5)
     array([[0.5      , 0.5547002]])
     """
+    size = whole(size, "size", "a whole number of channels, 1 or more")
+    if size < 1:
+        raise ValueError(f"size is {size}, expected a whole number of channels, 1 or more")
+    alpha, beta, k = number(alpha, "alpha"), number(beta, "beta"), number(k, "k")
     if (door := door_of(x)) is not None:
         return send(door, local_response_norm, locals())
+    x, where = unmask(x)
     array = as_array(x, "x")
     check_ndim(array, 2, "local_response_norm", "(N, C, ...)")
     axis = channel_axis_of(array, channel_axis, "local_response_norm")
-    if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
-        raise ValueError(f"size is {size!r}, expected a whole number of channels, 1 or more")
     y = new_like(array)
     if isinstance(array, Elsewhere):
-        array.respond(y, axis, int(size), alpha, beta, k)
+        array.respond(y, axis, size, alpha, beta, k)
         return delivered(y, x)
-    moved, result = (np.moveaxis(a, axis, 1) for a in (array, y))
+    chosen = np.broadcast_to(np.True_ if where is None else where, array.shape)
+    moved, result, counted = (np.moveaxis(a, axis, 1) for a in (array, y, chosen))
     with np.errstate(all="ignore"):
         # sample by sample, in float64: what is beside x and y is the size of one sample
-        for sample, target in zip(moved, result, strict=True):
-            target[...] = _respond(sample.astype(np.float64), int(size), alpha, beta, k)
+        for sample, target, counts in zip(moved, result, counted, strict=True):
+            wide = sample.astype(np.float64)
+            seen = np.where(counts, wide, 0.0)
+            target[...] = _respond(wide, seen, size, alpha, beta, k)
     return delivered(y, x)
 
 
-def _respond(x: Array, size: int, alpha: float, beta: float, k: float) -> Array:
-    """`local_response_norm` of one sample of doubles, (C, ...)."""
+def _respond(x: Array, seen: Array, size: int, alpha: float, beta: float, k: float) -> Array:
+    """`local_response_norm` of one sample of doubles, (C, ...), of which some are `seen`, or 0."""
     channels = len(x)
+    most = channels - 1  # the farthest neighbour that there can be
 
     def around(values: Array) -> Iterator[tuple[slice, Array]]:
         """Where a channel has a neighbour at some distance, and that neighbour's values."""
-        for shift in range(-(size // 2), (size - 1) // 2 + 1):
+        for shift in range(-min(size // 2, most), min((size - 1) // 2, most) + 1):
             low, high = max(0, -shift), min(channels, channels - shift)
             if low < high:
                 yield slice(low, high), values[low + shift : high + shift]
 
     near = np.zeros_like(x)
-    for place, squares in around(x * x):
+    for place, squares in around(seen * seen):
         near[place] += squares
     base = k + alpha / size * near
     y: Array = x * base**-beta
@@ -199,13 +213,13 @@ def _respond(x: Array, size: int, alpha: float, beta: float, k: float) -> Array:
     # Squares that leave the range: of numbers brought to 1 by a power of two, k by its square. From
     # the root r of the sum, as (x / r) r^(1 - 2 beta), whose factors are in range if y is.
     largest = np.zeros_like(x)
-    for place, sizes in around(abs(x)):
+    for place, sizes in around(abs(seen)):
         np.maximum(largest[place], sizes, out=largest[place])
     exponent = exponents_of(largest)
     if k:
         exponent = np.maximum(exponent, math.frexp(k)[1] // 2)
     near[...] = 0
-    for place, values in around(x):
+    for place, values in around(seen):
         near[place] += np.ldexp(values, -exponent[place]) ** 2
     base = np.ldexp(k, -2 * exponent) + alpha / size * near
     root = np.sqrt(abs(base))
@@ -257,6 +271,7 @@ def weight_norm(v: ArrayLike, g: ArrayLike, *, axis: Axes | None = 0) -> Array:
         return found
     if (door := door_of(v)) is not None:
         return send(door, weight_norm, locals())
+    v, where = unmask(v)
     array = as_array(v, "v")
     check_ndim(array, 1, "weight_norm", "(C, ...)")
     kept = () if axis is None else layer_axes(array, None, axis, "weight_norm")
@@ -270,7 +285,7 @@ def weight_norm(v: ArrayLike, g: ArrayLike, *, axis: Axes | None = 0) -> Array:
             f"length for each slice along axis {axis}"
         )
     axes = tuple(a for a in range(array.ndim) if a not in kept)
-    options: dict[str, Any] = {"scaling": Scaling.NORM, "key": found.key}
+    options: dict[str, Any] = {"scaling": Scaling.NORM, "key": found.key, "where": where}
     return run(v, array, axes, lengths, centred=False, **options)[0]
 
 
@@ -313,11 +328,13 @@ def weight_standardize(w: ArrayLike, *, eps: float = 1e-5) -> Array:
     found = quick_forward(STANDARD, None, None, w, None, None, eps, False)
     if type(found) is not Unplanned:
         return found
+    eps = check_eps(eps)
     if (door := door_of(w)) is not None:
         return send(door, weight_standardize, locals())
+    w, where = unmask(w)
     array = as_array(w, "w")
     check_ndim(array, 2, "weight_standardize", "(C_out, ...)")
-    return run(w, array, range(1, array.ndim), eps=check_eps(eps), key=found.key)[0]
+    return run(w, array, range(1, array.ndim), eps=eps, where=where, key=found.key)[0]
 
 
 def global_response_norm(
@@ -363,8 +380,10 @@ def global_response_norm(
     >>> fn.global_response_norm(x, np.ones(2), np.zeros(2), eps=0.0).ravel()
     array([1.5, 7.5])
     """
+    eps = check_eps(eps)
     if (door := door_of(x)) is not None:
         return send(door, global_response_norm, locals())
+    x, where = unmask(x)
     array = as_array(x, "x")
     check_ndim(array, 2, "global_response_norm", "(N, C, ...)")
     axis = channel_axis_of(array, channel_axis, "global_response_norm")
@@ -372,8 +391,8 @@ def global_response_norm(
         along_channels(parameter(host(value), name, array), name, array, axis)
         for value, name in ((weight, "weight"), (bias, "bias"))
     )
-    eps = check_eps(eps)
-    moved = np.moveaxis(array, axis, 1)
+    # what a mask hides is 0 in the lengths
+    moved = np.moveaxis(array if where is None else np.where(where, array, 0), axis, 1)
     if not array.size:
         return delivered(new_like(array), x)
     places = moved.shape[:2] + (1,) * (array.ndim - 2)
@@ -393,7 +412,7 @@ def global_response_norm(
     with np.errstate(all="ignore"):
         length = np.sqrt(host(var) * math.prod(moved.shape[2:]))
         factor = 1.0 + w.astype(np.float64) * relative_lengths(length, exponent, 1, eps)
-        factor = factor.astype(computing_type(array.dtype))
+        factor = cast(factor, computing_type(array.dtype))
     found = quick_scaled(RESPONSE, axis, x, 1.0, factor, b)
     if type(found) is not Unplanned:
         return found
@@ -463,6 +482,7 @@ def dynamic_tanh(
         key = found.key
     if (door := door_of(x)) is not None:
         return send(door, dynamic_tanh, locals())
+    x, _ = unmask(x)
     array = as_array(x, "x")
     check_ndim(array, 1, "dynamic_tanh", "(..., D)")
     factor = as_array(host(alpha), "alpha")
@@ -523,6 +543,7 @@ def activate(
     found = quick_scaled(ACTIVATION, None, x, 1.0, None, bias, activation, out)
     if type(found) is not Unplanned:
         return found
+    x, _ = unmask(x)
     array = as_array(x, "x")
     check_ndim(array, 1, "activate", "(..., D)")
     added = axis_parameter(bias, "bias", array, (array.ndim - 1,))

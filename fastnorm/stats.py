@@ -100,7 +100,7 @@ def _found_in(part: Part, options: Options) -> Found:
         more = Found({part.group: moments})
         if options.histogram:
             more.histogram = Histogram.of(array, _axes(part, block, options), where)
-        if not np.isfinite(moments.mean[moments.count > 0]).all():
+        if not np.isfinite(np.asarray(moments.mean)[np.asarray(moments.count) > 0]).all():
             more.odd = part.path
         found.take(more)
     return found

@@ -7,6 +7,7 @@
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.contextvars cimport get_value_no_default
+from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_Check
 from cpython.long cimport PyLong_AsLongLongAndOverflow, PyLong_CheckExact
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memcmp
@@ -136,6 +137,17 @@ cdef bint push_number(Key* k, object v) except -1:
     if not PyLong_CheckExact(v):
         return False
     push(k, PyLong_AsLongLongAndOverflow(v, &overflow))
+    return overflow == 0
+
+cdef bint is_number(object v, double* number) except -1:
+    """Whether an option is a plain float or whole number: anything else is described, and judged."""
+    cdef int overflow = 0
+    if PyFloat_Check(v):
+        number[0] = PyFloat_AS_DOUBLE(v)
+        return True
+    if not PyLong_CheckExact(v):
+        return False
+    number[0] = <double>PyLong_AsLongLongAndOverflow(v, &overflow)
     return overflow == 0
 
 cdef bint push_choice(Key* k, object v) except -1:
@@ -323,7 +335,10 @@ cdef bint push_options(Key* k, object x, object weight, object bias, object resi
         if type(activation) is not str:
             if not callable(activation):
                 return False
-            code = user_loops.get((activation, computing_kind(x)))
+            try:
+                code = user_loops.get((activation, computing_kind(x)))
+            except TypeError:
+                return False    # without a hash
             push(k, -9)
             # it may raise half way: what `out` holds is then as it was
             return out is None and code is not None and push_number(k, code)
@@ -354,9 +369,9 @@ def know(function, bint double_, Py_ssize_t address, again):
     raise_again = again
     user_loops[function, cnp.NPY_FLOAT64 if double_ else cnp.NPY_FLOAT32] = address
 
-def quick_forward(Py_ssize_t kind, first, second, x, weight, bias, double eps, bint return_stats,
+def quick_forward(Py_ssize_t kind, first, second, x, weight, bias, eps, return_stats,
                   where=None, residual=None, activation=None, out=None,
-                  bint own_eps=True, running_mean=None, running_var=None, double momentum=0.0):
+                  bint own_eps=True, running_mean=None, running_var=None, momentum=0.0):
     """The result of a call whose plan is known, or else `Unplanned`.
 
     `kind`, `first` and `second` tell calls apart that the arrays do not.  Without `own_eps` the plan's
@@ -367,12 +382,19 @@ def quick_forward(Py_ssize_t kind, first, second, x, weight, bias, double eps, b
     cdef Pass q
     cdef Plan plan
     cdef Py_ssize_t n
-    cdef double count
+    cdef double count, shift = 0.0, share = 0.0
     cdef double* scratch = NULL
     cdef bint updated, answers
     cdef int threads = threads_here(&answers)
     k.n = 0
     if where is not None or not answers:
+        return no_plan
+    # what no description would take is not answered, either
+    if return_stats is not True and return_stats is not False:
+        return no_plan
+    if not (is_number(eps, &shift) and is_number(momentum, &share)):
+        return no_plan
+    if not (0.0 <= shift < INFINITY and 0.0 <= share <= 1.0):
         return no_plan
     push(&k, 2 * kind + own_eps)
     if not (push_choice(&k, first) and push_choice(&k, second) and push_array(&k, x, -1) and x is not None):
@@ -389,9 +411,7 @@ def quick_forward(Py_ssize_t kind, first, second, x, weight, bias, double eps, b
         return Unplanned(key_of(&k))
     q = plan.forward
     if own_eps:
-        if not 0.0 <= eps < INFINITY:
-            return no_plan      # described, and refused
-        q.eps = eps
+        q.eps = shift
     n = plan.count
     y = like(x) if out is None else out
     weight, bias = as_planned(weight, &q.weight), as_planned(bias, &q.bias)
@@ -421,8 +441,8 @@ def quick_forward(Py_ssize_t kind, first, second, x, weight, bias, double eps, b
         inverse_roots(<double*>q.rstd.data, scratch, q.eps, n)
     if updated and not failed and not q.raised:
         count = <double>(cnp.PyArray_SIZE(<cnp.ndarray>x) // n)
-        update_running(running_mean, <double*>q.mean.data, n, 1.0, momentum)
-        update_running(running_var, scratch, n, count / (count - 1), momentum)
+        update_running(running_mean, <double*>q.mean.data, n, 1.0, share)
+        update_running(running_var, scratch, n, count / (count - 1), share)
     free(scratch)
     if failed:
         raise MemoryError("fastnorm could not get the scratch memory of its kernels")

@@ -143,7 +143,8 @@ def _converted(
     array: Array, strides: _Strides, dims: _Strides, computing: Any
 ) -> tuple[Array, _Strides]:
     """A copy in the type that is computed in, and its strides."""
-    five = _in_five(array, strides, dims).astype(computing, order="C")
+    with np.errstate(all="ignore"):  # a weight of doubles may become infinite
+        five = _in_five(array, strides, dims).astype(computing, order="C")
     return five, tuple(
         0 if n == 1 else stride // five.itemsize for n, stride in zip(five.shape, five.strides)
     )

@@ -16,11 +16,15 @@ Shape = tuple[int, ...]
 
 def handles(x: Any) -> bool:
     """Whether x is an array on a GPU (or in the memory of Numba's simulator of one)."""
-    kind = type(x)
-    for name in ("__cuda_array_interface__", "__cuda_ndarray__"):
-        # looked up on the type: PyTorch's attribute raises for tensors that are not on a GPU
-        if hasattr(kind, name) or name in getattr(x, "__dict__", ()):
-            return bool(getattr(x, "is_cuda", True))
+    for name in ("is_cuda", "__cuda_array_interface__", "__cuda_ndarray__"):
+        try:
+            found = getattr(x, name, None)
+        except Exception:  # JAX's arrays have an interface that raises where they are not on a GPU
+            continue
+        if name == "is_cuda" and isinstance(found, bool):
+            return found  # PyTorch's: its interface raises for many tensors that are
+        if name != "is_cuda" and found is not None:
+            return True
     return False
 
 

@@ -299,7 +299,7 @@ class BatchNorm(_ChannelNorm):
         if self.comm is None:
             options |= {"training": True, "momentum": momentum}
             return *functional.batch_norm(x, *running, **options), array.size // self.num_features
-        total = self._moments(array, x).allreduce(self.comm)
+        total: Any = self._moments(array, x).allreduce(self.comm)
         require_two(total.count, "BatchNorm in training", "use a larger batch, or eval()")
         assert total._fields is not None  # this process has added its own
         scales = scales_of(total._fields, self.eps)

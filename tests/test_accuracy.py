@@ -293,6 +293,7 @@ def test_returned_statistics(op: Operation, dtype: Any, ratio: float, layout: st
 LEVELS = ("x86-64-v2", "x86-64-v3", "x86-64-v4")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not COMPILED, reason="no compiled kernels: there are no instruction sets")
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_instruction_set(level: str, backend: str) -> None:

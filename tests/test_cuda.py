@@ -31,6 +31,7 @@ def has_gpu() -> bool:
     return subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0
 
 
+@pytest.mark.slow
 def test_in_the_simulator() -> None:
     run_cases(NUMBA_ENABLE_CUDASIM="1")
 

@@ -19,6 +19,7 @@ from .helpers import BACKENDS, ROOT
 SHARES = {"cython": 2000, "numba": 400, "numpy": 600}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_random_calls(backend: str) -> None:
     outcome = run(SHARES[backend], backend, "", seed=20)

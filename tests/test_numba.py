@@ -260,6 +260,7 @@ def test_every_number_of_16_bits_comes_and_goes(dtype: Any) -> None:
             np.testing.assert_array_equal(dx.astype(F64), dy.astype(dtype).astype(F64))
 
 
+@pytest.mark.slow
 @with_cython
 def test_without_fused_multiply_adds() -> None:
     """Such processors compute by way of wider numbers, here too: the same tests, the same bits."""
@@ -627,6 +628,7 @@ def stress(seconds: float) -> None:
         assert ended[1] == 0, f"child {i} ended with {ended[1]}"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     "fork" not in multiprocessing.get_all_start_methods(), reason="no fork on this system"
 )

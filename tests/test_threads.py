@@ -514,6 +514,7 @@ def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"standardize {shape}", lambda x=x: fn.standardize(x)
 
 
+@pytest.mark.slow
 def test_sixteen_threads_get_what_one_gets() -> None:
     """Of mixed functions, shapes and backends, each of its own threads, all bits as alone."""
     every = list(calls())

@@ -257,6 +257,8 @@ class Call:
     def _x_and_out(self) -> None:
         case, shape = self.case, self.shape
         target = case.get("out")
+        if target == self.stranger[0]:
+            target = "own"
         if self.dtype != self.floats and target in ("x", "shifted", "reversed"):
             target = "own"
         layout = self._usable("x")
@@ -605,12 +607,14 @@ def _check_neighbours(call: Call, results: Results) -> Array:
 
 def _check_numbers(call: Call, results: Results, bad: Array) -> None:
     op, x, case = call.op, call.plain["x"], call.case
+    if x.dtype.kind in "iub":
+        x = x.astype(np.float64)  # what is computed with, of which a large one is no whole number
     wide = np.longdouble if call.computing == F64 and x.size <= MANY else np.float64
     ordinary = case["values"] in ("normal", "offset") and not case["bad"]
     if op.name == "global_response_norm" and not ordinary:
         return
     if op.label in STATISTICS:
-        _check_moments(call, results, bad)
+        _check_moments(call, x, results, bad)
         return
     if op.label == "standardize" and case.get("ddof"):
         return
@@ -637,8 +641,8 @@ def _check_numbers(call: Call, results: Results, bad: Array) -> None:
     compare(results[0], exact, error, call.computing, ~bad, op.label)
 
 
-def _check_moments(call: Call, results: Results, bad: Array) -> None:
-    x, axes = call.plain["x"], call.options["axis"]
+def _check_moments(call: Call, x: Array, results: Results, bad: Array) -> None:
+    axes = call.options["axis"]
     mean, var = results[-2:]
     where = call.plain.get("where")
     with np.errstate(all="ignore"):

@@ -312,7 +312,8 @@ def moments(
     -------
     mean, var
         float64, in the units of x and of x squared. NaN of no elements, the variance also of `ddof`
-        or fewer.
+        or fewer. A variance beyond the range is infinite. Of a group with infinities the mean is
+        theirs, or NaN of both signs or beside a NaN, and the variance NaN.
 
     Raises
     ------

@@ -220,7 +220,8 @@ cdef void runs_step(Pass* q, Item it, Scale* s, Py_ssize_t first, Py_ssize_t las
             f += r.n
             continue
         past = real is float and goes_past(q, it, s, r)
-        if real is double or not (q.straight or past):
+        if real is double or s.any_wide or not (q.straight or past):
+            # by way of tiles, which hold a block
             r.n = min(stretch(q, it, 0, r), <Py_ssize_t>BLOCK)
         for k in range(it.width):
             if past:

@@ -204,9 +204,9 @@ cdef inline Py_ssize_t groups_of(Pass* q, Item it) noexcept nogil:
 cdef inline double* statistic_at(Pass* q, Operand* o, Item it, Py_ssize_t* step) noexcept nogil:
     """Where the first statistic of an item is kept, and how far it is to the next."""
     if q.columns:
-        step[0] = o.c // sizeof(double)
+        step[0] = o.c // <Py_ssize_t>sizeof(double)
         return <double*>(at(o, it.a, it.b) + it.c // q.neighbours * o.c)
-    step[0] = o.b // sizeof(double)
+    step[0] = o.b // <Py_ssize_t>sizeof(double)
     return <double*>at(o, it.a, it.b)
 
 cdef inline const float* weights_of(Pass* q, Operand* o, Item it, Py_ssize_t* step) noexcept nogil:

@@ -178,13 +178,26 @@ def cast(array: Array, dtype: Any) -> Array:
         return array.astype(dtype, copy=False)
 
 
+def lies_plainly(array: Array) -> bool:
+    """Whether the kernels read and write an array where it lies.
+
+    It is native and aligned, and its elements are whole numbers of elements apart. The stride of
+    an axis of length 1 is never taken.
+    """
+    size = array.itemsize
+    return (
+        array.dtype.isnative
+        and array.flags.aligned
+        and not any(s % size for s, n in zip(array.strides, array.shape) if n > 1)
+    )
+
+
 def _readable(array: Array) -> Array:
     """`array`, or a copy where its elements do not lie as the kernels read them."""
-    dtype = array.dtype
-    odd = any(s % dtype.itemsize or (s == 0 and n > 1) for s, n in zip(array.strides, array.shape))
-    if not dtype.isnative or not array.flags.aligned or odd:
+    broadcast = any(s == 0 and n > 1 for s, n in zip(array.strides, array.shape))
+    if broadcast or not lies_plainly(array):
         # "K" keeps the order of the axes in memory, and makes room where they were broadcast
-        array = array.astype(dtype.newbyteorder("="), order="K", copy=True)
+        array = array.astype(array.dtype.newbyteorder("="), order="K", copy=True)
     return array
 
 

@@ -15,6 +15,7 @@ from fastnorm.arguments import (
     check_activation,
     check_out,
     is_float,
+    lies_plainly,
     mask_of,
     same_shape,
 )
@@ -34,8 +35,7 @@ def destination(array: Array, out: Array | None, *inputs: Array | None) -> Array
     """The array to compute into: `out` where the kernels can write there without harm."""
     if out is None:
         return new_like(array)
-    usable = out.dtype.isnative and out.flags.aligned
-    usable = usable and not any(s % out.itemsize for s in out.strides)
+    usable = lies_plainly(out)
     for other in inputs:
         if usable and other is not None and np.may_share_memory(out, other):
             # in place is fine: each element is read before it is written

@@ -153,17 +153,20 @@ cdef inline Item item_of(Back* q, Py_ssize_t owner, Py_ssize_t sharer) noexcept 
 cdef inline char* place(Operand* o, Item it, Py_ssize_t p, Py_ssize_t s) noexcept nogil:
     return at(o, it.a, it.b) + p * o.p + s * o.s + it.c * o.c
 
-cdef inline const real* ready(Operand* o, Item it, Py_ssize_t p, Py_ssize_t s, Py_ssize_t n, bint raw, real* tile) noexcept nogil:
-    """n numbers of an operand, in place or, where a format is converted first, in the tile."""
+cdef inline const real* ready(Operand* o, Item it, Py_ssize_t p, Py_ssize_t s, Py_ssize_t n, bint raw, real* tile, Py_ssize_t room) noexcept nogil:
+    """n numbers of an operand, in place or, where a format is converted first, in a tile for `room`."""
     cdef char* source = place(o, it, p, s)
+    within(o, source, n * bytes_of(o.storage), "x or dy, of a run or row backward")
     if raw or native(o.storage, tile):
         return <const real*>source
+    fits(n, room, "a tile, backward")
     load(source, o.storage, n, tile)
     return tile
 
 cdef inline double weight_of(Back* q, Item it, Py_ssize_t p, Py_ssize_t s, Py_ssize_t i) noexcept nogil:
     if q.weight.data == NULL:
         return 1.0
+    within(&q.weight, place(&q.weight, it, p, s) + i * beside(q, &q.weight), bytes_of(q.weight.storage), "a weight")
     return number(place(&q.weight, it, p, s) + i * beside(q, &q.weight), q.weight.storage)
 
 cdef inline bint weights_in_place(Back* q, real* kind) noexcept nogil:
@@ -177,6 +180,7 @@ cdef const real* weights_along(Back* q, Item it, Py_ssize_t p, Py_ssize_t s, Py_
     cdef Py_ssize_t i, step = q.weight.c if q.columns else q.weight.s
     if q.weight.data == NULL:
         return NULL
+    all_within(&q.weight, source, step, n if step else 1, bytes_of(q.weight.storage), "weights along a run or row")
     if weights_in_place(q, room):
         return <const real*>source
     if step == bytes_of(q.weight.storage):
@@ -187,21 +191,27 @@ cdef const real* weights_along(Back* q, Item it, Py_ssize_t p, Py_ssize_t s, Py_
     return room
 
 cdef struct Workspace:
-    char* memory
+    Arena arena
     double* sums                # of a segment: two for each column
     double* cells               # of an owner, or of a chunk: two for each
     char* slopes
     char* tiles
 
-cdef inline bint workspace_for(Back* q, Workspace* h, Py_ssize_t cells) noexcept nogil:
-    cdef Py_ssize_t slopes = TOGETHER * (SLOPES_BYTES * q.width + 16)
-    h.memory = <char*>malloc(TILE * 8 + 64 + (2 * q.width + 2 * cells) * sizeof(double) + slopes)
-    if h.memory == NULL:
+cdef inline void lay_out_back(Back* q, Workspace* h, Py_ssize_t cells) noexcept nogil:
+    h.tiles = take(&h.arena, TILE * 8)
+    h.sums = <double*>take(&h.arena, 2 * q.width * sizeof(double))
+    h.cells = <double*>take(&h.arena, 2 * cells * sizeof(double))
+    h.slopes = take(&h.arena, TOGETHER * slopes_size(q))
+
+cdef inline Py_ssize_t slopes_size(Back* q) noexcept nogil:
+    return (SLOPES_BYTES * q.width + 15) // 8 * 8
+
+cdef inline bint open_workspace(Back* q, Workspace* h, Py_ssize_t cells) noexcept nogil:
+    h.arena = counting()
+    lay_out_back(q, h, cells)
+    if not open_arena(&h.arena):
         return False
-    h.tiles = h.memory + (64 - <size_t>h.memory % 64)
-    h.sums = <double*>(h.tiles + TILE * 8)
-    h.cells = h.sums + 2 * q.width
-    h.slopes = <char*>(h.cells + 2 * cells)
+    lay_out_back(q, h, cells)
     return True
 
 # ---- the sums --------------------------------------------------------------------------------
@@ -211,6 +221,8 @@ cdef inline void read_statistics(Back* q, Item it, Slopes* s, real* kind) noexce
     cdef double mean, rstd
     s.any_wide = False
     for i in range(it.width):
+        within(&q.rstd, at(&q.rstd, it.a, it.b) + (it.c + i) // q.neighbours * beside(q, &q.rstd), sizeof(double), "rstd, backward")
+        within(&q.mean, at(&q.mean, it.a, it.b) + (it.c + i) // q.neighbours * beside(q, &q.mean), sizeof(double), "mean, backward")
         rstd = (<double*>(at(&q.rstd, it.a, it.b) + (it.c + i) // q.neighbours * beside(q, &q.rstd)))[0]
         mean = 0.0
         if q.mean.data != NULL:
@@ -242,6 +254,12 @@ cdef inline Py_ssize_t alike(Slopes* s, Py_ssize_t first, Py_ssize_t n) noexcept
         last += 1
     return last
 
+cdef inline void planes_within(Operand* o, Item it, Py_ssize_t p, Py_ssize_t s, Py_ssize_t planes, Py_ssize_t n) noexcept nogil:
+    all_within(o, place(o, it, p, s), o.b, planes, n * bytes_of(o.storage), "planes, backward")
+
+cdef inline void rows_there(Operand* o, Item it, Py_ssize_t p, Py_ssize_t s, Py_ssize_t rows) noexcept nogil:
+    all_within(o, place(o, it, p, s), o.s, rows, it.width * bytes_of(o.storage), "rows of columns, backward")
+
 cdef void run_sums(Back* q, Item it, Slopes* s, Py_ssize_t f, Py_ssize_t last, double* sums, char* tiles, real* kind) noexcept nogil:
     """The same over elements [f, last) of each group of runs."""
     cdef double[2 * PAIRS * BUNDLE] lanes
@@ -265,10 +283,12 @@ cdef void run_sums(Back* q, Item it, Slopes* s, Py_ssize_t f, Py_ssize_t last, d
         while i < it.width:
             one = group_at(it, i)
             j = i + 1 if convert else alike(s, i, it.width)
-            x = ready(&q.x, one, p, t, n, raw, tile)
-            dy = ready(&q.dy, one, p, t, n, raw, tile + BLOCK)
+            x = ready(&q.x, one, p, t, n, raw, tile, BLOCK)
+            dy = ready(&q.dy, one, p, t, n, raw, tile + BLOCK, BLOCK)
             if q.inside:
                 w = weights_along(q, one, p, t, n, room)
+            planes_within(&q.x, one, p, t, j - i, n)
+            planes_within(&q.dy, one, p, t, j - i, n)
             if real is double:
                 fn_sum_planes_double(x, q.x.b, dy, q.dy.b, j - i, n, ahead, s.mean + i, s.rstd + i, w, lanes + 2 * PAIRS * i)
             elif s.wide[i]:
@@ -311,6 +331,10 @@ cdef void segment_sums(Back* q, Item it, Slopes* s, Py_ssize_t k, double* sums, 
             n = min(min(last - f, q.s - t), limit)
             x, dy = <const real*>place(&q.x, it, p, t), <const real*>place(&q.dy, it, p, t)
             x_step, dy_step = q.x.s // size, q.dy.s // size
+            rows_there(&q.x, it, p, t, n)
+            rows_there(&q.dy, it, p, t, n)
+            if convert:
+                fits(n * it.width, BLOCK, "a tile of rows, backward")
             if not native(q.x.storage, kind):
                 for i in range(n):
                     load(place(&q.x, it, p, t + i), q.x.storage, it.width, tile + i * it.width)
@@ -427,9 +451,14 @@ cdef void step_runs(Back* q, Item it, Slopes* s, Py_ssize_t f, Py_ssize_t last, 
         while i < it.width:
             one = group_at(it, i)
             j = alike(s, i, it.width) if together and not s.wide[i] else i + 1
-            x = ready(&q.x, one, p, t, n, raw, tile)
-            dy = ready(&q.dy, one, p, t, n, raw, tile + BLOCK)
+            x = ready(&q.x, one, p, t, n, raw, tile, BLOCK)
+            dy = ready(&q.dy, one, p, t, n, raw, tile + BLOCK, BLOCK)
             dx = <real*>place(&q.dx, one, p, t) if straight else tile
+            planes_within(&q.x, one, p, t, j - i, n)
+            planes_within(&q.dy, one, p, t, j - i, n)
+            planes_within(&q.dx, one, p, t, j - i, n)
+            if not straight:
+                fits(n, BLOCK, "the tile of dx")
             if q.weight.p != 0:
                 for k in range(i, j):
                     wr[k] = <real>(weight_of(q, it, p, t, k) * s.rstd[k])
@@ -466,14 +495,19 @@ cdef void step_rows(Back* q, Item it, Slopes* s, Py_ssize_t f, Py_ssize_t last, 
         p, t = f // q.s, f % q.s
         rows = 1
         dx = <real*>place(&q.dx, it, p, t) if straight else tile
-        x = ready(&q.x, it, p, t, n, False, tile)
-        dy = ready(&q.dy, it, p, t, n, False, other)
+        x = ready(&q.x, it, p, t, n, False, tile, BLOCK)
+        dy = ready(&q.dy, it, p, t, n, False, other, BLOCK)
         dx_step = q.dx.s // size
         if together and not s.any_wide:
             rows = min(last - f, q.s - t)
             if q.stream:
                 # in short stretches between which reads go on: 1.25 times as fast
                 rows, dx, dx_step = min(rows, max(STREAMED // n, 1)), tile, n
+        rows_there(&q.x, it, p, t, rows)
+        rows_there(&q.dy, it, p, t, rows)
+        rows_there(&q.dx, it, p, t, rows)
+        if not straight:
+            fits(rows * n, BLOCK, "the tile of rows of dx")
         i = 0
         while i < n:
             j = alike(s, i, n)
@@ -524,9 +558,11 @@ cdef void collect_runs(Back* q, const Item* items, Slopes* s, int count, Py_ssiz
         any_wide |= s[k].any_wide
     raw = q.brief and not any_wide
     straight = raw or (native(q.dx.storage, kind) and not q.stream)
+    fits(n, CHUNK, "a tile of runs that share their weights")
     for k in range(count):
-        x[k] = ready(&q.x, items[k], p, t, n, raw, <real*>tiles + 2 * k * CHUNK)
-        dy[k] = ready(&q.dy, items[k], p, t, n, raw, <real*>tiles + (2 * k + 1) * CHUNK)
+        within(&q.dx, place(&q.dx, items[k], p, t), n * bytes_of(q.dx.storage), "dx, of a run")
+        x[k] = ready(&q.x, items[k], p, t, n, raw, <real*>tiles + 2 * k * CHUNK, CHUNK)
+        dy[k] = ready(&q.dy, items[k], p, t, n, raw, <real*>tiles + (2 * k + 1) * CHUNK, CHUNK)
         dx[k] = <real*>place(&q.dx, items[k], p, t) if straight else <real*>tiles + 2 * k * CHUNK
         terms[5 * k], terms[5 * k + 1], terms[5 * k + 2] = (<real*>s[k].hi)[0], (<real*>s[k].r)[0], (<real*>s[k].shift)[0]
         terms[5 * k + 3], terms[5 * k + 4] = (<real*>s[k].c1)[0], (<real*>s[k].c2)[0]
@@ -546,12 +582,14 @@ cdef void collect_row(Back* q, Item it, Slopes* s, Py_ssize_t p, Py_ssize_t t, d
     """dx of a row of columns, and the gradients of its weight or weights."""
     cdef real* tile = <real*>tiles
     cdef bint straight = native(q.dx.storage, kind) and not q.stream
-    cdef const real* x = ready(&q.x, it, p, t, it.width, False, tile)
-    cdef const real* dy = ready(&q.dy, it, p, t, it.width, False, tile + BLOCK)
+    cdef const real* x = ready(&q.x, it, p, t, it.width, False, tile, BLOCK)
+    cdef const real* dy = ready(&q.dy, it, p, t, it.width, False, tile + BLOCK, BLOCK)
     cdef real* dx = <real*>place(&q.dx, it, p, t) if straight else tile
     cdef real* room = tile + 2 * BLOCK
     cdef const real* w = weights_along(q, it, p, t, it.width, room)
     cdef Py_ssize_t i, j, g, along = q.dweight.c != 0
+    rows_there(&q.dx, it, p, t, 1)
+    fits(it.width, BLOCK, "a tile of a row, backward")
     if w == NULL:
         for i in range(it.width):
             room[i] = 1
@@ -591,6 +629,8 @@ cdef void put(const double* v, Py_ssize_t n, char* y, Py_ssize_t step, Storage s
 cdef void put_cells(Back* q, Item it, Py_ssize_t p, Py_ssize_t t, const double* gw, const double* gb, Py_ssize_t n) noexcept nogil:
     """n neighbouring cells, the first at (p, t) of an item."""
     cdef Py_ssize_t step = q.dweight.s if q.inside and not q.columns else beside(q, &q.dweight)
+    all_within(&q.dweight, place(&q.dweight, it, p, t), step, n, bytes_of(q.dweight.storage), "dweight")
+    all_within(&q.dbias, place(&q.dbias, it, p, t), step, n, bytes_of(q.dbias.storage), "dbias")
     put(gw, n, place(&q.dweight, it, p, t), step, q.dweight.storage)
     if q.dbias.data != NULL:
         put(gb, n, place(&q.dbias, it, p, t), step, q.dbias.storage)
@@ -636,6 +676,15 @@ cdef Py_ssize_t rows_back(Back* q, Py_ssize_t first, Py_ssize_t last, double* ce
     r.n, r.ahead, r.centred = q.s, AHEAD, q.centred
     r.gw, r.gb = cells, cells + q.cells
     r.tile = tiles if q.stream else NULL
+    if FN_CHECKED:
+        i = last - first
+        all_within(&q.x, r.x, r.x_step, i, q.s * bytes_of(q.x.storage), "x, of rows backward")
+        all_within(&q.dy, r.dy, r.dy_step, i, q.s * bytes_of(q.dy.storage), "dy, of rows backward")
+        all_within(&q.dx, r.dx, r.dx_step, i, q.s * bytes_of(q.dx.storage), "dx, of rows backward")
+        all_within(&q.rstd, r.rstd, r.rstd_step, i, sizeof(double), "rstd, of rows backward")
+        all_within(&q.mean, r.mean, r.mean_step, i, sizeof(double), "mean, of rows backward")
+        within(&q.weight, q.weight.data, q.s * sizeof(real), "weight, of rows backward")
+        fits(TOGETHER * CHUNK + q.s, TILE * 8 // <Py_ssize_t>sizeof(real), "the tile of rows backward")
     if real is double:
         return fn_rows_back_double(&r, last - first)
     if q.brief:
@@ -662,6 +711,11 @@ cdef inline bint group_back(Back* q, Item it, double* gw, double* gb, real* kind
     g.rstd = (<double*>at(&q.rstd, it.a, it.b))[0]
     g.planes, g.n, g.ahead, g.centred = q.p, q.s, AHEAD, q.centred
     g.gw, g.gb, g.cell = gw, gb, q.cell_p
+    if FN_CHECKED:
+        all_within(&q.x, g.x, q.x.p, q.p, q.s * bytes_of(q.x.storage), "x, of a group backward")
+        all_within(&q.dy, g.dy, q.dy.p, q.p, q.s * bytes_of(q.dy.storage), "dy, of a group backward")
+        all_within(&q.dx, g.dx, q.dx.p, q.p, q.s * bytes_of(q.dx.storage), "dx, of a group backward")
+        all_within(&q.weight, g.w, q.weight.p, q.p, sizeof(real), "weight, of a group backward")
     if real is double:
         return fn_group_back_double(&g)
     if q.brief:
@@ -679,10 +733,10 @@ cdef int back_tasks(Back* q, Py_ssize_t first, Py_ssize_t last, double* parts, r
     cdef bint plain = plain_rows_back(q, kind), planes = plain_groups_back(q, kind)
     if q.inside and not q.columns and q.length * TOGETHER * 2 * <Py_ssize_t>bytes_of(q.x.storage) <= CACHED:
         together = TOGETHER
-    if not workspace_for(q, &h, q.cells if parts == NULL else 0):
+    if not open_workspace(q, &h, q.cells if parts == NULL else 0):
         return 1
     for k in range(TOGETHER):
-        s[k] = slopes_at(h.slopes + k * (SLOPES_BYTES * q.width + 16) // 8 * 8, q.width)
+        s[k] = slopes_at(h.slopes + k * slopes_size(q), q.width)
     for task in range(first, last):
         owner, part = task // q.parts, task % q.parts
         cells = h.cells if parts == NULL else parts + task * 2 * q.cells
@@ -723,18 +777,18 @@ cdef int back_tasks(Back* q, Py_ssize_t first, Py_ssize_t last, double* parts, r
         if parts == NULL:
             put_owner(q, owner, cells)
     fn_stream_fence()
-    free(h.memory)
+    close_arena(&h.arena)
     return 0
 
 cdef int some_sums(Back* q, Py_ssize_t owner, Py_ssize_t first, Py_ssize_t last, Slopes* s, double* sums, real* kind) noexcept nogil:
     """Segments [first, last) of all of an owner's items."""
     cdef Workspace h
     cdef Py_ssize_t i
-    if not workspace_for(q, &h, 0):
+    if not open_workspace(q, &h, 0):
         return 1
     for i in range(first, last):
         segment_sums(q, item_of(q, owner, i // q.segments), &s[i // q.segments], i % q.segments, sums + i * 2 * q.width, h.tiles, kind)
-    free(h.memory)
+    close_arena(&h.arena)
     return 0
 
 cdef int some_back_steps(Back* q, Py_ssize_t owner, Py_ssize_t begin, Py_ssize_t end, Slopes* s, real* kind) noexcept nogil:
@@ -744,7 +798,7 @@ cdef int some_back_steps(Back* q, Py_ssize_t owner, Py_ssize_t begin, Py_ssize_t
     cdef Py_ssize_t i, j, f, last, p, t, n, planes, rows
     cdef Py_ssize_t along = (q.s + CHUNK - 1) // CHUNK
     cdef int k, count
-    if not workspace_for(q, &h, max(<Py_ssize_t>CHUNK, q.width)):
+    if not open_workspace(q, &h, max(<Py_ssize_t>CHUNK, q.width)):
         return 1
     for i in range(begin, end):
         if not q.inside:
@@ -779,28 +833,33 @@ cdef int some_back_steps(Back* q, Py_ssize_t owner, Py_ssize_t begin, Py_ssize_t
                 j += count
             put_cells(q, items[0], p, t, h.cells, h.cells + CHUNK, n)
     fn_stream_fence()
-    free(h.memory)
+    close_arena(&h.arena)
     return 0
 
 cdef int back_owner(Back* q, Py_ssize_t owner, int threads, real* kind) noexcept nogil:
     """All of an owner's items in two sweeps, each shared out among the threads."""
     cdef Py_ssize_t i, k, turn, total = q.sharers * q.segments, steps = total
     cdef Py_ssize_t turns = min(total, <Py_ssize_t>(8 * threads))
-    cdef Py_ssize_t slopes_bytes = (SLOPES_BYTES * q.width + 15) // 8 * 8
     cdef Py_ssize_t own = 0 if q.inside else 2 * q.cells
-    cdef int failed = 0
-    cdef Slopes* s = <Slopes*>malloc(q.sharers * sizeof(Slopes))
-    cdef char* memory = <char*>malloc(q.sharers * slopes_bytes)
-    cdef double* sums = <double*>malloc((total * 2 * q.width + own) * sizeof(double))
+    cdef int failed = 0, turned
+    cdef Arena m = counting()
+    cdef Slopes* s
+    cdef char* memory
+    cdef double* sums
     cdef double* cells
     cdef Item it
-    if s == NULL or memory == NULL or sums == NULL:
-        failed = 1
-    else:
-        cells = sums + total * 2 * q.width
+    for turned in range(2):     # counted, then handed out
+        s = <Slopes*>take(&m, q.sharers * sizeof(Slopes))
+        memory = take(&m, q.sharers * slopes_size(q))
+        sums = <double*>take(&m, total * 2 * q.width * sizeof(double))
+        cells = <double*>take(&m, own * sizeof(double))
+        if turned == 0 and not open_arena(&m):
+            failed = 1
+            break
+    if not failed:
         memset(cells, 0, own * sizeof(double))
         for i in range(q.sharers):
-            s[i] = slopes_at(memory + i * slopes_bytes, q.width)
+            s[i] = slopes_at(memory + i * slopes_size(q), q.width)
             read_statistics(q, item_of(q, owner, i), &s[i], kind)
         if q.training or not q.inside:
             if threads == 1:
@@ -829,9 +888,7 @@ cdef int back_owner(Back* q, Py_ssize_t owner, int threads, real* kind) noexcept
             for turn in prange(turns, num_threads=threads, schedule="dynamic"):
                 # the last read are the first written: what is still in cache is read from there
                 failed |= some_back_steps(q, owner, steps - steps * (turn + 1) // turns, steps - steps * turn // turns, s, kind)
-    free(s)
-    free(memory)
-    free(sums)
+    close_arena(&m)
     return failed
 
 cdef int some_owners(Back* q, Py_ssize_t first, Py_ssize_t last, real* kind) noexcept nogil:
@@ -856,6 +913,7 @@ cdef int run_back(Back* q, real* kind) noexcept nogil:
     cdef Py_ssize_t size = q.owners * q.sharers * q.width * q.length
     cdef int failed = 0
     cdef double* parts = NULL
+    cdef Arena m = counting()
     if (tasks < FEW and size >= 8 * PART) or (q.inside and q.parts == 1 and q.cells > OWN_CELLS):
         # few large groups, or sums too many to keep: the two sweeps apart
         if q.owners < FEW or q.threads == 1:
@@ -867,9 +925,10 @@ cdef int run_back(Back* q, real* kind) noexcept nogil:
             failed |= some_owners(q, q.owners * turn // turns, q.owners * (turn + 1) // turns, kind)
         return failed
     if q.parts > 1:
-        parts = <double*>malloc(tasks * 2 * q.cells * sizeof(double))
-        if parts == NULL:
+        take(&m, tasks * 2 * q.cells * sizeof(double))
+        if not open_arena(&m):
             return 1
+        parts = <double*>take(&m, tasks * 2 * q.cells * sizeof(double))
     if q.threads == 1:
         failed = back_tasks(q, 0, tasks, parts, kind)
     else:
@@ -879,7 +938,7 @@ cdef int run_back(Back* q, real* kind) noexcept nogil:
     if parts != NULL:
         if not failed:
             merge_parts(q, parts)
-        free(parts)
+        close_arena(&m)
     return failed
 
 cdef int run_converted(Back* q, real* kind) noexcept nogil:
@@ -888,20 +947,22 @@ cdef int run_converted(Back* q, real* kind) noexcept nogil:
     cdef Item it
     cdef real* room
     cdef int failed
+    cdef Arena m = counting()
     if not q.inside or q.columns or w.data == NULL or w.a != 0 or w.b != 0 or w.p != 0 or weights_in_place(q, kind):
         return run_back(q, kind)
-    room = <real*>malloc(q.s * sizeof(real))
-    if room == NULL:
+    take(&m, q.s * sizeof(real))
+    if not open_arena(&m):
         return 1
+    room = <real*>take(&m, q.s * sizeof(real))
     it.a = it.b = it.c = 0
     it.width = 1
     weights_along(q, it, 0, 0, q.s, room)
-    q.weight.data = <char*>room
+    aim_at(&q.weight, <char*>room, q.s * sizeof(real))
     q.weight.storage = F32 if real is float else F64
     q.weight.s = sizeof(real)
     failed = run_back(q, kind)
     q.weight = w
-    free(room)
+    close_arena(&m)
     return failed
 
 # ---- the door --------------------------------------------------------------------------------
@@ -976,7 +1037,7 @@ def walks_back(layout):
     return True
 
 def run_backward(layout, x, dy, dx, mean, rstd, weight, dweight, dbias, *, bint centred=True, bint training=True,
-                 int threads=1, bytes key=None, tuple own=()):
+                 int threads=1, Call key=None, tuple own=()):
     """One backward pass of `layout`: fills dx, dweight and, unless it is None, dbias.
 
     `weight` (None: 1 everywhere) may lie in any order; `dbias` lies as `dweight` does.  With a key,
@@ -985,21 +1046,30 @@ def run_backward(layout, x, dy, dx, mean, rstd, weight, dweight, dbias, *, bint 
     cdef Back q
     cdef Plan plan
     cdef dict strides = layout.strides
-    q.a, q.b, q.p, q.s, q.c = layout.dims
+    cdef tuple dims = layout.dims, kept = statistics_of(dims, layout.neighbours)
+    q.a, q.b, q.p, q.s, q.c = dims
     q.neighbours = layout.neighbours
     q.columns = layout.columns
     q.centred, q.training = centred, training
-    operand(&q.x, x, strides["x"])
-    operand(&q.dy, dy, strides["dy"])
-    operand(&q.dx, dx, strides["dx"])
-    operand(&q.mean, mean, strides["stats"])
-    operand(&q.rstd, rstd, strides["stats"])
-    operand(&q.weight, weight, strides.get("factor"))
-    operand(&q.dweight, dweight, strides["dweight"])
-    operand(&q.dbias, dbias, strides["dweight"])
+    operand(&q.x, x, strides["x"], dims)
+    operand(&q.dy, dy, strides["dy"], dims)
+    operand(&q.dx, dx, strides["dx"], dims)
+    operand(&q.mean, mean, strides["stats"], kept)
+    operand(&q.rstd, rstd, strides["stats"], kept)
+    operand(&q.weight, weight, strides.get("factor"), dims)
+    operand(&q.dweight, dweight, strides["dweight"], dims)
+    operand(&q.dbias, dbias, strides["dweight"], dims)
+    expect(q.x.storage <= F64, "x", x)
+    expect(q.dx.storage == q.x.storage, "dx", dx)
+    for name, array, storage in (("dy", dy, q.dy.storage), ("weight", weight, q.weight.storage),
+                                 ("dweight", dweight, q.dweight.storage), ("dbias", dbias, q.dbias.storage)):
+        expect(array is None or storage <= F64, name, array)
+    expect(dbias is None or q.dbias.storage == q.dweight.storage, "dbias", dbias)
+    expect(mean is None or q.mean.storage == F64, "mean", mean)
+    expect(q.rstd.storage == F64, "rstd", rstd)
     if carry_back(&q, threads):
         raise MemoryError("fastnorm could not get the scratch memory of its kernels")
     if key is not None:
         plan = Plan()
         plan.backward = q
-        keep(plan, key, own)
+        keep_backward(plan, key, own)

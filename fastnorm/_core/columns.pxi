@@ -3,10 +3,11 @@
 cdef inline const char* row_of(Pass* q, const char* base, Py_ssize_t i) noexcept nogil:
     return base + (i // q.s) * q.x.p + (i % q.s) * q.x.s
 
-cdef void walk_columns(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last, const double* pivot, double* a, double* b, float* tile) noexcept nogil:
+cdef void walk_columns(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last, const double* pivot, double* a, double* b, Scratch* h) noexcept nogil:
     """Sums of x, or of x - pivot, and of its square over rows [first, last), for each column."""
     cdef const char* base = at(&q.x, it.a, it.b) + it.c * q.x.c
     cdef const float* x
+    cdef float* tile = <float*>h.tile
     cdef Py_ssize_t f = first, i, n, width = it.width, apart
     memset(a, 0, width * sizeof(double))
     memset(b, 0, width * sizeof(double))
@@ -14,8 +15,11 @@ cdef void walk_columns(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last, cons
         n = min(last - f, q.s - f % q.s)
         if q.x.storage == F32:
             x, apart = <const float*>row_of(q, base, f), q.x.s // <Py_ssize_t>sizeof(float)
+            all_within(&q.x, <const char*>x, q.x.s, n, width * sizeof(float), "x, of rows in place")
         else:
             n = min(n, q.block)
+            fits(n * width * sizeof(float), h.tile_size, "the tile of rows")
+            all_within(&q.x, row_of(q, base, f), q.x.s, n, width * bytes_of(q.x.storage), "x, of rows")
             if q.x.s == width * bytes_of(q.x.storage):
                 load(row_of(q, base, f), q.x.storage, n * width, tile)  # rows that follow one another
             else:
@@ -44,7 +48,7 @@ cdef void columns_sums(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last, doub
     cdef double* b = a + it.width
     cdef double* pivot = b + it.width
     cdef Item strip = it
-    walk_columns(q, it, first, last, NULL, a, b, <float*>h.tile)
+    walk_columns(q, it, first, last, NULL, a, b, h)
     if k > 1:
         add_neighbours(groups, k, a)
         add_neighbours(groups, k, b)
@@ -68,7 +72,7 @@ cdef void columns_sums(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last, doub
             pivot[(g - low) * k + j] = pivot_of(into[groups + g], into[3 * groups + g] / into[g], q.fields != 0) if isfinite(into[groups + g]) else 0.0
     strip.c += low * k
     strip.width = (high - low) * k
-    walk_columns(q, strip, first, last, pivot, a, b, <float*>h.tile)
+    walk_columns(q, strip, first, last, pivot, a, b, h)
     if k > 1:
         add_neighbours(high - low, k, a)
         add_neighbours(high - low, k, b)
@@ -89,6 +93,7 @@ cdef void double_columns(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last, do
         memcpy(pivot, row_of(q, base, first), width * sizeof(double))
         while f < last:
             n = min(last - f, q.s - f % q.s)
+            all_within(&q.x, row_of(q, base, f), q.x.s, n, width * sizeof(double), "x, of rows of doubles")
             fn_rows_about(<const double*>row_of(q, base, f), apart, n, width, pivot, total)
             f += n
         for c in range(width):
@@ -97,6 +102,7 @@ cdef void double_columns(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last, do
         f = first
     while f < last:
         n = min(last - f, q.s - f % q.s)
+        all_within(&q.x, row_of(q, base, f), q.x.s, n, width * sizeof(double), "x, of rows of doubles")
         fn_squares_about(<const double*>row_of(q, base, f), apart, n, width, m.mean, total, m.m2, m.m2_rest)
         f += n
     if q.centred:
@@ -104,13 +110,14 @@ cdef void double_columns(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last, do
             m.mean_rest[c] = total[c] / (last - first)
             m.m2_rest[c] -= total[c] * m.mean_rest[c]
 
-cdef void masked_columns(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last, double* into, double* pivot, double* total, real* tile) noexcept nogil:
+cdef void masked_columns(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last, double* into, double* pivot, double* total, Scratch* h, real* kind) noexcept nogil:
     """Moments of the chosen of rows [first, last) for each column."""
     cdef Py_ssize_t i, c, turn, width = it.width
     cdef Moments m = moments_at(into, width)
     cdef char* base = at(&q.x, it.a, it.b) + it.c * q.x.c
     cdef char* mask = at(&q.mask, it.a, it.b) + it.c * q.mask.c
     cdef const uint8_t* chosen = NULL
+    cdef real* tile = <real*>h.tile
     cdef const real* row
     cdef double d
     memset(into, 0, FIELDS * width * sizeof(double))
@@ -119,10 +126,13 @@ cdef void masked_columns(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last, do
         memset(total, 0, width * sizeof(double))
         for i in range(first, last):
             row = <const real*>row_of(q, base, i)
+            within(&q.x, <const char*>row, width * bytes_of(q.x.storage), "x, of a masked row")
             if not native(q.x.storage, tile):
+                fits(width * sizeof(real), h.tile_size, "the tile of a masked row")
                 load(<const char*>row, q.x.storage, width, tile)
                 row = tile
             chosen = <const uint8_t*>(mask + (i // q.s) * q.mask.p + (i % q.s) * q.mask.s)
+            all_within(&q.mask, <const char*>chosen, q.mask.c, width, 1, "where, of a row")
             for c in range(width):
                 if not chosen[c * q.mask.c]:
                     continue
@@ -153,7 +163,7 @@ cdef void columns_moments(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last, d
     while f < last:
         part = all_columns if f == first else h.part
         if q.mask.data != NULL:
-            masked_columns(q, it, f, min(f + q.block, last), part, h.sums, h.sums + width, <real*>h.tile)
+            masked_columns(q, it, f, min(f + q.block, last), part, h.sums, h.sums + width, h, kind)
         else:
             double_columns(q, it, f, min(f + q.block, last), part, h.sums, h.sums + width)
         if f > first:
@@ -185,6 +195,10 @@ cdef void columns_step(Pass* q, Item it, Scale* s, Py_ssize_t first, Py_ssize_t 
         while i < last:
             n = min(last - i, q.s - t)
             row = y + p * q.y.p + t * q.y.s
+            if FN_CHECKED:
+                all_within(source, x + p * source.p + t * source.s, source.s, n, it.width * sizeof(float), "x, of rows to step")
+                all_within(&q.y, row, q.y.s, n, it.width * sizeof(float), "y, of rows to step")
+                all_within(&q.residual, e + p * q.residual.p + t * q.residual.s, q.residual.s, n, it.width * sizeof(float), "residual, of rows to step")
             if lines:
                 fn_step_rows_past(<const float*>(x + p * source.p + t * source.s), source.s // <Py_ssize_t>sizeof(float),
                                   <float*>row, q.y.s // <Py_ssize_t>sizeof(float),
@@ -195,6 +209,7 @@ cdef void columns_step(Pass* q, Item it, Scale* s, Py_ssize_t first, Py_ssize_t 
                 continue
             if streamed:
                 n = min(n, max(BLOCK // it.width, 1))
+                fits(n * it.width * sizeof(float), h.tile_size, "the tile of rows to step")
             fn_step_rows(<const float*>(x + p * source.p + t * source.s), source.s // <Py_ssize_t>sizeof(float),
                          <float*>(h.tile if streamed else row), it.width if streamed else q.y.s // <Py_ssize_t>sizeof(float),
                          NULL if q.residual.data == NULL else <const float*>(e + p * q.residual.p + t * q.residual.s),

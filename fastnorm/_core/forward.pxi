@@ -14,34 +14,47 @@ cdef inline Py_ssize_t pieces_of(Pass* q) noexcept nogil:
     piece_of(q, 0, &first, &last)
     return max(1, (q.length + last - 1) // max(last, 1))
 
-cdef inline bint scratch_for(Pass* q, Scratch* h) noexcept nogil:
+cdef void lay_out(Pass* q, Scratch* h, Arena* m, real* kind) noexcept nogil:
+    """The pieces of a thread's scratch memory; tiles only where something goes through them."""
     cdef Py_ssize_t width = q.width if q.columns else BUNDLE
-    cdef Py_ssize_t row = width * sizeof(double), tile = 0, lanes = 0, rows = 0
-    # tiles only where something goes through them
+    cdef Py_ssize_t row = width * sizeof(double)
     if q.columns:
-        tile = q.width * q.block * 8
+        h.tile_size = q.width * q.block * 8
     else:
-        tile = (min(<Py_ssize_t>BLOCK, q.length) + 15) // 8 * 64  # a line more: lined_up
-        lanes = width * 2 * LANES * sizeof(double)
-        if q.x.storage < F32:
-            rows = 4 * BLOCK * sizeof(float)
-    h.memory = <char*>malloc((4 * FIELDS + 4) * row + SCALE_BYTES * width + lanes + 3 * tile + rows + 64)
-    if h.memory == NULL:
-        return False
-    h.tile = h.memory + (64 - <size_t>h.memory % 64)
-    h.extra = h.tile + tile
-    h.third = h.extra + tile
-    h.rows = <float*>(h.third + tile)
+        h.tile_size = min(<Py_ssize_t>BLOCK, q.length) * 8 + LINE    # a line more: lined_up
+    h.rows_size = 4 * BLOCK * sizeof(float) if not q.columns and q.x.storage < F32 else 0
+    h.together_size = q.width * q.length * sizeof(double) if gathers(q, kind) else 0
+    h.tile = take(m, h.tile_size)
+    h.extra = take(m, h.tile_size)
+    h.third = take(m, h.tile_size)
+    h.rows = <float*>take(m, h.rows_size)
+    h.together = take(m, h.together_size)
+    h.lanes = <double*>take(m, 0 if q.columns else 2 * LANES * row)
+    h.part = <double*>take(m, FIELDS * row)
+    h.columns = <double*>take(m, FIELDS * row)
+    h.piece = <double*>take(m, FIELDS * row)
+    h.whole = <double*>take(m, FIELDS * row)
+    h.sums = <double*>take(m, 3 * row)
+    h.again = <uint8_t*>take(m, width)
+    h.scale = take(m, SCALE_BYTES * width)
     h.ready = NULL
-    h.lanes = <double*>(<char*>h.rows + rows)
-    h.part = <double*>(<char*>h.lanes + lanes)
-    h.columns = h.part + FIELDS * width
-    h.piece = h.columns + FIELDS * width
-    h.whole = h.piece + FIELDS * width
-    h.sums = h.whole + FIELDS * width
-    h.again = <uint8_t*>(h.sums + 3 * width)
-    h.scale = <char*>(h.sums + 4 * width)
+
+cdef bint open_scratch(Pass* q, Scratch* h, int threads, real* kind) noexcept nogil:
+    """Scratch memory for each of the threads, all of it before any result is written."""
+    cdef int i
+    for i in range(threads):
+        h[i].arena = counting()
+        lay_out(q, &h[i], &h[i].arena, kind)
+        if not open_arena(&h[i].arena):
+            close_scratch(h, i)
+            return False
+        lay_out(q, &h[i], &h[i].arena, kind)
     return True
+
+cdef void close_scratch(Scratch* h, int threads) noexcept nogil:
+    cdef int i
+    for i in range(threads):
+        close_arena(&h[i].arena)
 
 cdef inline void piece_moments(Pass* q, Item it, Py_ssize_t piece, double* into, Scratch* h, real* kind) noexcept nogil:
     cdef Py_ssize_t first, last
@@ -104,176 +117,227 @@ cdef inline bint gathers(Pass* q, real* kind) noexcept nogil:
             and q.x.storage == F64 and q.x.s == sizeof(double) and q.x.p != q.s * <Py_ssize_t>sizeof(double)
             and q.s * <Py_ssize_t>sizeof(double) < NEARBY and q.mask.data == NULL and q.total.data == NULL)
 
-cdef int gathered_items(Pass* q, Py_ssize_t first, Py_ssize_t last, Scratch* h, real* kind) noexcept nogil:
+cdef void gathered_items(Pass* q, Py_ssize_t first, Py_ssize_t last, Scratch* h, real* kind) noexcept nogil:
     cdef Pass near = q[0]
     cdef Py_ssize_t i, k, p, run = q.s * sizeof(double), size = q.p * run
-    cdef char* memory = <char*>malloc(q.width * size + 64)
-    cdef char* together = memory + (64 - <size_t>memory % 64)
     cdef char* x
     cdef Item it
-    if memory == NULL:
-        return 1
     near.x.a, near.x.b, near.x.p = 0, size, run
     # from half of the last cache on y would push out what is still to be read: 820 to 540 us for 16 MB
     near.past = q.a * q.b * size >= stream_above // 2
     for i in range(first, last):
         it = item_at(q, i)
+        fits(it.width * size, h.together_size, "the tile of planes copied together")
         for p in range(q.p):
             for k in range(it.width):
                 x = at(&q.x, it.a, it.b + k) + p * q.x.p
+                within(&q.x, x, run, "x, of planes copied together")
                 fn_fetch(x + q.x.p, run)
-                memcpy(together + k * size + p * run, x, run)
-        near.x.data = together - it.b * size
+                memcpy(h.together + k * size + p * run, x, run)
+        aim_at(&near.x, h.together, h.together_size)
+        near.x.data -= it.b * size
         one_item(&near, i, h, kind)
-    free(memory)
-    return 0
+    if near.raised:
+        q.raised = True
 
-cdef int whole_items(Pass* q, Py_ssize_t first, Py_ssize_t last, real* kind) noexcept nogil:
+cdef void whole_items(Pass* q, Py_ssize_t first, Py_ssize_t last, Scratch* h, real* kind) noexcept nogil:
     """Items [first, last), each from its moments to its output before the next."""
-    cdef Scratch h
     cdef Py_ssize_t i
-    cdef int failed = 0
-    if not scratch_for(q, &h):
-        return 1
     if plain_rows(q):
-        norm_rows(q, first, last, &h, kind)
+        norm_rows(q, first, last, h, kind)
     elif gathers(q, kind):
-        failed = gathered_items(q, first, last, &h, kind)
+        gathered_items(q, first, last, h, kind)
     elif real is float and flows(q):
-        flow(q, first, last, &h, kind)
+        flow(q, first, last, h, kind)
     else:
         for i in range(first, last):
-            one_item(q, i, &h, kind)
+            one_item(q, i, h, kind)
     fn_stream_fence()
-    free(h.memory)
-    return failed
 
-cdef int some_moments(Pass* q, Py_ssize_t first, Py_ssize_t last, double* parts, real* kind) noexcept nogil:
+cdef void some_moments(Pass* q, Py_ssize_t first, Py_ssize_t last, double* parts, Scratch* h, real* kind) noexcept nogil:
     """Pieces [first, last) of all items' pieces: their moments into `parts`."""
-    cdef Scratch h
     cdef Py_ssize_t i
-    if not scratch_for(q, &h):
-        return 1
     for i in range(first, last):
-        piece_moments(q, item_at(q, i // q.pieces), i % q.pieces, parts + i * FIELDS * q.width, &h, kind)
-    free(h.memory)
-    return 0
+        piece_moments(q, item_at(q, i // q.pieces), i % q.pieces, parts + i * FIELDS * q.width, h, kind)
 
-cdef int some_steps(Pass* q, Py_ssize_t first, Py_ssize_t last, Scale* scales, real* kind) noexcept nogil:
-    cdef Scratch h
+cdef void some_steps(Pass* q, Py_ssize_t first, Py_ssize_t last, Scale* scales, Scratch* h, real* kind) noexcept nogil:
     cdef Py_ssize_t i
-    if not scratch_for(q, &h):
-        return 1
     for i in range(first, last):
-        piece_step(q, item_at(q, i // q.pieces), i % q.pieces, &scales[i // q.pieces], &h, kind)
+        piece_step(q, item_at(q, i // q.pieces), i % q.pieces, &scales[i // q.pieces], h, kind)
     fn_stream_fence()
-    free(h.memory)
-    return 0
 
-cdef int shared_items(Pass* q, real* kind) noexcept nogil:
+cdef int shared_items(Pass* q, Scratch* h, real* kind) noexcept nogil:
     """Few large groups: all threads take pieces of each; the merge is in the pieces' order."""
     cdef Py_ssize_t i, piece, groups, row = q.width * sizeof(double), total = q.items * q.pieces
     cdef Py_ssize_t turn, turns = min(total, 8 * q.threads)
-    cdef int failed = 0
     cdef Item it
-    cdef double* parts = <double*>malloc(total * FIELDS * row)
+    cdef Arena m = counting()
+    cdef double* parts
     cdef double* whole
-    cdef char* scale_memory = <char*>malloc(q.items * SCALE_BYTES * q.width)
-    cdef Scale* scales = <Scale*>malloc(q.items * sizeof(Scale))
-    if parts == NULL or scale_memory == NULL or scales == NULL:
-        free(parts)
-        free(scale_memory)
-        free(scales)
+    cdef char* scale_memory
+    cdef Scale* scales
+    take(&m, total * FIELDS * row)
+    take(&m, q.items * SCALE_BYTES * q.width)
+    take(&m, q.items * sizeof(Scale))
+    if not open_arena(&m):
         return 1
+    parts = <double*>take(&m, total * FIELDS * row)
+    scale_memory = take(&m, q.items * SCALE_BYTES * q.width)
+    scales = <Scale*>take(&m, q.items * sizeof(Scale))
     if not q.given:
         for turn in prange(turns, num_threads=q.threads, schedule="dynamic"):
-            failed |= some_moments(q, total * turn // turns, total * (turn + 1) // turns, parts, kind)
-    if not failed:
-        for i in range(q.items):
-            it = item_at(q, i)
-            whole = parts + i * q.pieces * FIELDS * q.width
-            groups = groups_of(q, it)
-            if not q.given:
-                for piece in range(1, q.pieces):
-                    fn_merge(whole, whole + piece * FIELDS * q.width, groups, groups)
-            scales[i] = scale_at(scale_memory + i * SCALE_BYTES * q.width, it.width)
-            finish(q, it, whole, &scales[i], kind)
-    if not failed and q.y.data != NULL:
+            some_moments(q, total * turn // turns, total * (turn + 1) // turns, parts, h + threadid(), kind)
+    for i in range(q.items):
+        it = item_at(q, i)
+        whole = parts + i * q.pieces * FIELDS * q.width
+        groups = groups_of(q, it)
+        if not q.given:
+            for piece in range(1, q.pieces):
+                fn_merge(whole, whole + piece * FIELDS * q.width, groups, groups)
+        scales[i] = scale_at(scale_memory + i * SCALE_BYTES * q.width, it.width)
+        finish(q, it, whole, &scales[i], kind)
+    if q.y.data != NULL:
         for turn in prange(turns, num_threads=q.threads, schedule="dynamic"):
             # the last read are the first written: what is still in cache is read from there
-            failed |= some_steps(q, total - total * (turn + 1) // turns, total - total * turn // turns, scales, kind)
-    free(parts)
-    free(scale_memory)
-    free(scales)
-    return failed
+            some_steps(q, total - total * (turn + 1) // turns, total - total * turn // turns, scales, h + threadid(), kind)
+    close_arena(&m)
+    return 0
 
-cdef int tabulate(Pass* q, real* kind) noexcept nogil:
+cdef void tabulate(Pass* q, real* kind) noexcept nogil:
     """Scales that many planes share, once for all: one costs as much as normalising 50 numbers."""
-    cdef Scale s
+    cdef Scale s = scale_at(q.table, q.b)
     cdef Item it
-    q.real_size = sizeof(real)
-    q.table = <char*>malloc(q.b * SCALE_BYTES + 8)
-    if q.table == NULL:
-        return 1
-    s = scale_at(q.table, q.b)
     it.a = it.b = it.c = 0
     it.width = q.b
     finish(q, it, NULL, &s, kind)
     s.wide[q.b], s.wide[q.b + 1] = s.any_wide, s.folded
-    return 0
 
 cdef int run(Pass* q, real* kind) noexcept nogil:
     cdef int failed
+    cdef Arena m = counting()
     q.table = NULL
+    q.real_size = sizeof(real)
     if q.given and not q.columns and q.a > 1 and q.mean.a == 0 and q.var.a == 0 and q.pieces == 1:
-        if tabulate(q, kind):
+        take(&m, q.b * SCALE_BYTES + 8)
+        if not open_arena(&m):
             return 1
+        q.table = take(&m, q.b * SCALE_BYTES + 8)
+        tabulate(q, kind)
     failed = run_items(q, kind)
-    free(q.table)
+    close_arena(&m)
     return failed
 
 cdef int run_items(Pass* q, real* kind) noexcept nogil:
-    cdef Py_ssize_t turn, turns
-    cdef int failed = 0
+    cdef Scratch one
+    cdef Scratch* h
+    cdef int failed
     if q.threads == 1:
-        return whole_items(q, 0, q.items, kind)
+        if not open_scratch(q, &one, 1, kind):
+            return 1
+        whole_items(q, 0, q.items, &one, kind)
+        close_scratch(&one, 1)
+        return 0
+    h = <Scratch*>malloc(q.threads * sizeof(Scratch))
+    if h == NULL:
+        return 1
+    failed = not open_scratch(q, h, q.threads, kind)
+    if not failed:
+        failed = share_out(q, h, kind)
+        close_scratch(h, q.threads)
+    free(h)
+    return failed
+
+cdef int share_out(Pass* q, Scratch* h, real* kind) noexcept nogil:
+    """Items, or pieces of them, among threads with scratch memory of their own."""
+    cdef Py_ssize_t turn, turns
     if q.pieces > 1 and q.items < 4 * q.threads and q.items % q.threads != 0:
-        return shared_items(q, kind)
+        return shared_items(q, h, kind)
     if q.near:
         turns = min(q.items, q.threads)
         for turn in prange(turns, num_threads=q.threads, schedule="static"):
-            failed |= whole_items(q, q.items * turn // turns, q.items * (turn + 1) // turns, kind)
-        return failed
+            whole_items(q, q.items * turn // turns, q.items * (turn + 1) // turns, h + threadid(), kind)
+        return 0
     turns = min(q.items, 8 * q.threads)
     for turn in prange(turns, num_threads=q.threads, schedule="dynamic"):
-        failed |= whole_items(q, q.items * turn // turns, q.items * (turn + 1) // turns, kind)
-    return failed
+        whole_items(q, q.items * turn // turns, q.items * (turn + 1) // turns, h + threadid(), kind)
+    return 0
 
 # ---- the door --------------------------------------------------------------------------------
 
-cdef inline Storage storage_of(int kind) noexcept:
-    """Of what has one or two bytes; a mask is never loaded."""
-    if kind == cnp.NPY_UINT8 or kind == cnp.NPY_BOOL:
-        return U8
-    if kind == cnp.NPY_INT8:
-        return I8
-    if kind == cnp.NPY_UINT16:
-        return U16
-    if kind == cnp.NPY_INT16:
-        return I16
-    return F16 if kind == cnp.NPY_FLOAT16 else BF16
+cdef int bfloat16_number = -1   # of its type, once one has been seen: ml_dtypes gives it out
 
-cdef int operand(Operand* o, object array, tuple strides) except -1:
-    cdef Py_ssize_t size
-    o.data = NULL
+cdef bint is_bfloat16(cnp.ndarray array) except -1:
+    """Whether an array is of ml_dtypes.bfloat16, and not of another type that NumPy does not know."""
+    global bfloat16_number
+    cdef int number = cnp.PyArray_TYPE(array)
+    if number == bfloat16_number:
+        return True
+    if not cnp.PyTypeNum_ISUSERDEF(number):
+        return False
+    if array.dtype.type is not getattr(sys.modules.get("ml_dtypes"), "bfloat16", None):
+        return False
+    bfloat16_number = number
+    return True
+
+cdef Storage storage_of(cnp.ndarray array) except *:
+    """How the numbers of an array are kept; a mask is never loaded."""
+    cdef int number = cnp.PyArray_TYPE(array)
+    if number == cnp.NPY_FLOAT32:
+        return F32
+    if number == cnp.NPY_FLOAT64:
+        return F64
+    if number == cnp.NPY_UINT8 or number == cnp.NPY_BOOL:
+        return U8
+    if number == cnp.NPY_INT8:
+        return I8
+    if number == cnp.NPY_UINT16:
+        return U16
+    if number == cnp.NPY_INT16:
+        return I16
+    if number == cnp.NPY_FLOAT16:
+        return F16
+    if is_bfloat16(array):
+        return BF16
+    raise TypeError(f"the kernels have no arithmetic for dtype {array.dtype}")
+
+cdef int expect(bint right, name, array) except -1:
+    """Refuse what would be read as numbers that it does not hold."""
+    if not right:
+        raise TypeError(f"the kernels cannot take {name} of dtype {array.dtype} here")
+    return 0
+
+cdef tuple statistics_of(tuple dims, Py_ssize_t neighbours):
+    """The dimensions of an array of statistics: `neighbours` columns together have one."""
+    return (*dims[:4], dims[4] // neighbours)
+
+cdef int operand(Operand* o, object array, tuple strides, tuple dims) except -1:
+    """Where an operand lies, and how far its elements are apart: `strides` in elements.
+
+    Refuses a walk that would leave the array: whoever described it was wrong.
+    """
+    cdef Py_ssize_t size, n, step, before = 0, after
+    cdef int i
+    o.data = o.low = o.high = NULL
     o.a = o.b = o.p = o.s = o.c = 0
     o.storage = F64
     if array is None:
         return 0
-    o.data = <char*>cnp.PyArray_DATA(<cnp.ndarray>array)
     size = cnp.PyArray_ITEMSIZE(<cnp.ndarray>array)
-    o.storage = F64 if size == 8 else F32 if size == 4 else storage_of(cnp.PyArray_TYPE(<cnp.ndarray>array))
+    o.data = <char*>cnp.PyArray_DATA(<cnp.ndarray>array)
+    o.storage = storage_of(<cnp.ndarray>array)
     o.a, o.b, o.p, o.s, o.c = strides
+    after = size
+    for n, step in zip(dims, strides):
+        if step < 0:
+            before += (n - 1) * step * size
+        else:
+            after += (n - 1) * step * size
+    bounds_of(array, &o.low, &o.high)
+    if o.data + before < o.low or o.data + after > o.high:
+        raise SystemError(
+            f"a pass of dimensions {dims} and strides {strides} leaves an array of shape "
+            f"{array.shape} and strides {array.strides}; please report this with the call's arguments"
+        )
     o.a *= size
     o.b *= size
     o.p *= size
@@ -353,7 +417,7 @@ def address_of(cnp.ndarray array):
 def run_pass(layout, x, y, mean, var, rstd, *, weight=None, bias=None, mask=None, residual=None,
               addend=None, total=None, bint centred=True, bint given=False, Scaling scaling=RSTD,
               double eps=0.0, Activation activation=IDENTITY, Py_ssize_t user=0, bint activation_first=False, int threads=1,
-              bytes key=None, tuple statistics=()):
+              Call key=None, tuple statistics=()):
     """One pass of `layout` over x into y (None: statistics alone).
 
     Fills mean, var and rstd, or reads the first two where `given`.  With a key, the pass is kept as a
@@ -364,23 +428,34 @@ def run_pass(layout, x, y, mean, var, rstd, *, weight=None, bias=None, mask=None
     cdef Plan plan
     cdef int failed
     cdef dict strides = layout.strides
-    q.a, q.b, q.p, q.s, q.c = layout.dims
+    cdef tuple dims = layout.dims, kept = statistics_of(dims, layout.neighbours)
+    q.a, q.b, q.p, q.s, q.c = dims
     q.neighbours = layout.neighbours
     q.columns = layout.columns
     q.centred, q.given, q.scaling, q.eps, q.fields = centred, given, scaling, eps, 0
     q.activation, q.user, q.activation_first = activation, <Loop>user, activation_first
     q.raised = False
-    operand(&q.x, x, strides["x"])
-    operand(&q.y, y, strides.get("y"))
-    operand(&q.mean, mean, strides["stats"])
-    operand(&q.var, var, strides["stats"])
-    operand(&q.rstd, rstd, strides["stats"])
-    operand(&q.weight, weight, strides.get("weight"))
-    operand(&q.bias, bias, strides.get("bias"))
-    operand(&q.mask, mask, strides.get("mask"))
-    operand(&q.residual, residual, strides.get("residual"))
-    operand(&q.addend, addend, strides.get("addend"))
-    operand(&q.total, total, strides.get("total"))
+    operand(&q.x, x, strides["x"], dims)
+    operand(&q.y, y, strides.get("y"), dims)
+    operand(&q.mean, mean, strides["stats"], kept)
+    operand(&q.var, var, strides["stats"], kept)
+    operand(&q.rstd, rstd, strides["stats"], kept)
+    operand(&q.weight, weight, strides.get("weight"), dims)
+    operand(&q.bias, bias, strides.get("bias"), dims)
+    operand(&q.mask, mask, strides.get("mask"), dims)
+    operand(&q.residual, residual, strides.get("residual"), dims)
+    operand(&q.addend, addend, strides.get("addend"), dims)
+    operand(&q.total, total, strides.get("total"), dims)
+    expect(q.x.storage <= F64, "x", x)
+    expect(y is None or q.y.storage == q.x.storage, "y", y)
+    expect(total is None or q.total.storage == q.x.storage, "total", total)
+    expect(mask is None or q.mask.storage == U8, "mask", mask)
+    for name, array, storage in (("residual", residual, q.residual.storage), ("addend", addend, q.addend.storage)):
+        expect(array is None or storage <= F64, name, array)
+    for name, array, storage in (("weight", weight, q.weight.storage), ("bias", bias, q.bias.storage)):
+        expect(array is None or storage == (F64 if q.x.storage == F64 else F32), name, array)
+    for name, array, storage in (("mean", mean, q.mean.storage), ("var", var, q.var.storage), ("rstd", rstd, q.rstd.storage)):
+        expect(storage == F64, name, array)
 
     failed = carry_out(&q, threads)
     if failed:
@@ -388,5 +463,5 @@ def run_pass(layout, x, y, mean, var, rstd, *, weight=None, bias=None, mask=None
     if key is not None and not q.raised:
         plan = Plan()
         plan.forward = q
-        keep(plan, key, statistics)
+        keep_forward(plan, key, statistics)
     return q.raised

@@ -15,12 +15,14 @@
 # Blocks and pieces depend on the shape alone, and are merged in their order, so that results are
 # bitwise the same for any number of threads.
 
-from cython.parallel cimport prange
+from cython.parallel cimport prange, threadid
 from libc.math cimport INFINITY, NAN, fabs, frexp, isfinite, ldexp, rint, sqrt
 from libc.stdint cimport int8_t, int16_t, uint8_t, uint16_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 cimport numpy as cnp
+
+import sys
 
 import numpy as np
 
@@ -165,6 +167,8 @@ cdef struct Operand:
     char* data                  # NULL: not there
     Storage storage
     Py_ssize_t a, b, p, s, c    # strides in bytes
+    char* low                   # the array's memory, known in a checking build alone
+    char* high
 
 # _numba/activations.py: y = f(y), or with a scale (hi, r, shift) f of the step of x, which lies apart.
 # Not 0 where f raised.
@@ -196,6 +200,7 @@ cdef struct Pass:
     bint brief                  # bfloat16 is converted on the way
     int threads
 
+include "scratch.pxi"
 include "storage.pxi"
 include "scales.pxi"
 include "steps.pxi"

@@ -17,12 +17,15 @@ def run_moments(layout, x, fields, *, mask=None, int threads=1):
     """
     cdef Pass q
     cdef dict strides = layout.strides
+    cdef tuple dims = layout.dims
     memset(&q, 0, sizeof(Pass))     # no operand but those named below
-    q.a, q.b, q.p, q.s, q.c = layout.dims
+    q.a, q.b, q.p, q.s, q.c = dims
     q.neighbours, q.columns, q.centred = layout.neighbours, layout.columns, True
-    operand(&q.x, x, strides["x"])
-    operand(&q.mask, mask, strides.get("mask"))
-    operand(&q.mean, fields, strides["stats"])
+    operand(&q.x, x, strides["x"], dims)
+    operand(&q.mask, mask, strides.get("mask"), dims)
+    operand(&q.mean, fields, strides["stats"], statistics_of(dims, layout.neighbours))
+    expect(mask is None or q.mask.storage == U8, "mask", mask)
+    expect(q.mean.storage == F64, "fields", fields)
     q.var = q.rstd = q.mean
     q.fields = cnp.PyArray_STRIDE(<cnp.ndarray>fields, 0)
     if carry_out(&q, threads):

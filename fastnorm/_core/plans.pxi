@@ -42,6 +42,7 @@ cdef enum:
     AXES = 8                    # dimensions of an array that has a key
     PLANS = 4096                # kept at a time
     BLOCKS_FROM = 1 << 24       # bytes of a result that comes from kept memory (blocks.h)
+    ARRAYS = 5                  # arguments of a call whose plan fills in where they lie
     RECENT = 256                # of which so many are found without a dictionary: 70 ns less a call
 
 cdef struct Key:
@@ -55,13 +56,35 @@ cdef class Plan:
     cdef tuple statistics       # the shape of mean and rstd
     cdef Py_ssize_t count       # how many of each
 
+cdef class Call:
+    """What a plan is kept under, and where the arrays of the call that it is described for lie."""
+
+    cdef bytes key
+    cdef Py_ssize_t n
+    cdef char* lies[ARRAYS]     # in the order of the arguments that are arrays; NULL: any will do
+
 cdef class Unplanned:
     """What stands for the result of a call that is to be described; the plan is kept under `key`."""
 
-    cdef readonly bytes key
+    cdef readonly Call key
 
-    def __cinit__(self, bytes key=None):
-        self.key = key
+cdef Call call_of(Key* k, tuple arrays):
+    cdef Call call = Call()
+    call.key = key_of(k)
+    call.n = 0
+    for array in arrays:
+        call.lies[call.n] = bytes_at(array)
+        call.n += 1
+    return call
+
+cdef inline object in_place(object weight):
+    """A weight if it is computed with where it lies: of half precision it is converted by each call."""
+    return None if weight is None or cnp.PyArray_ITEMSIZE(<cnp.ndarray>weight) == 2 else weight
+
+cdef Unplanned unplanned(Call call):
+    cdef Unplanned answer = Unplanned()
+    answer.key = call
+    return answer
 
 cdef dict plans = {}
 cdef list recent = [None] * RECENT
@@ -178,7 +201,7 @@ cdef bint push_array(Key* k, object v, int kind) noexcept:
     number, ndim, size = cnp.PyArray_TYPE(array), cnp.PyArray_NDIM(array), cnp.PyArray_ITEMSIZE(array)
     if ndim > AXES or not cnp.PyArray_ISBEHAVED_RO(array):
         return False
-    if number != kind and (kind != -1 or not (number == cnp.NPY_FLOAT32 or number == cnp.NPY_FLOAT64 or number == cnp.NPY_FLOAT16 or cnp.PyTypeNum_ISUSERDEF(number))):
+    if number != kind and (kind != -1 or not (number == cnp.NPY_FLOAT32 or number == cnp.NPY_FLOAT64 or number == cnp.NPY_FLOAT16 or is_bfloat16(array))):
         return False
     push(k, 1 + ndim + 16 * <int64_t>number)
     for i in range(ndim):
@@ -206,21 +229,39 @@ cdef object as_planned(object v, Operand* o):
         return v
     n = cnp.PyArray_SIZE(<cnp.ndarray>v)
     converted = cnp.PyArray_SimpleNew(1, <cnp.npy_intp*>&n, cnp.NPY_FLOAT32)
-    load(bytes_at(v), storage_of(cnp.PyArray_TYPE(<cnp.ndarray>v)), n, <float*>bytes_at(converted))
+    load(bytes_at(v), storage_of(<cnp.ndarray>v), n, <float*>bytes_at(converted))
     return converted
 
 cdef bytes key_of(Key* k):
     return PyBytes_FromStringAndSize(<char*>k.f, k.n * sizeof(int64_t))
 
-cdef keep(Plan plan, bytes key, tuple statistics):
-    plan.key = key
+cdef keep(Plan plan, Call call, char** data, tuple statistics):
+    """Answer calls of this key from a plan, if its pass worked on the caller's own memory.
+
+    An array that was copied first, for whatever reason, has other strides than those of later calls.
+    `data` is where the operands lay, in the order of the call's arrays.
+    """
+    cdef Py_ssize_t i
+    for i in range(call.n):
+        if call.lies[i] != NULL and call.lies[i] != data[i]:
+            return
+    plan.key = call.key
     plan.statistics = statistics
     plan.count = 1
     for n in statistics:
         plan.count *= n
     if len(plans) >= PLANS:
         plans.clear()
-    plans[key] = plan
+    plans[call.key] = plan
+
+cdef keep_forward(Plan plan, Call call, tuple statistics):
+    cdef Pass* q = &plan.forward
+    cdef char* added = q.residual.data if q.total.data == NULL else q.addend.data
+    keep(plan, call, [q.x.data, q.y.data, q.weight.data, q.bias.data, added], statistics)
+
+cdef keep_backward(Plan plan, Call call, tuple own):
+    cdef Back* q = &plan.backward
+    keep(plan, call, [q.x.data, q.dy.data, q.weight.data, q.mean.data, q.rstd.data], own)
 
 cdef inline char* bytes_at(object array) noexcept:
     return NULL if array is None else <char*>cnp.PyArray_DATA(<cnp.ndarray>array)
@@ -408,29 +449,34 @@ def quick_forward(Py_ssize_t kind, first, second, x, weight, bias, eps, return_s
             return no_plan
     plan = find(&k)
     if plan is None:
-        return Unplanned(key_of(&k))
+        return unplanned(call_of(&k, (x, out, in_place(weight), in_place(bias), residual)))
     q = plan.forward
     if own_eps:
         q.eps = shift
     n = plan.count
     y = like(x) if out is None else out
     weight, bias = as_planned(weight, &q.weight), as_planned(bias, &q.bias)
-    q.x.data, q.y.data = bytes_at(x), bytes_at(y)
-    q.weight.data, q.bias.data = bytes_at(weight), bytes_at(bias)
+    aim(&q.x, x)
+    aim(&q.y, y)
+    aim(&q.weight, weight)
+    aim(&q.bias, bias)
     total = None
     if q.total.data != NULL:
         total = like(x)
-        q.addend.data, q.total.data = bytes_at(residual), bytes_at(total)
+        aim(&q.addend, residual)
+        aim(&q.total, total)
     else:
-        q.residual.data = bytes_at(residual)
+        aim(&q.residual, residual)
     updated = not q.given and (running_mean is not None or running_var is not None)
     mean = rstd = None
     if return_stats or q.given or updated:
-        scratch = <double*>malloc(n * sizeof(double))
         mean, rstd = np.empty(plan.statistics), np.empty(plan.statistics)
+        scratch = <double*>malloc(n * sizeof(double))  # from here on nothing raises until it is freed
         if scratch == NULL:
             raise MemoryError("fastnorm could not get memory for the variances")
-        q.mean.data, q.var.data, q.rstd.data = bytes_at(mean), <char*>scratch, bytes_at(rstd)
+        aim(&q.mean, mean)
+        aim(&q.rstd, rstd)
+        aim_at(&q.var, <char*>scratch, n * sizeof(double))
         if q.given:
             read_running(<double*>q.mean.data, running_mean, n)
             read_running(scratch, running_var, n)
@@ -481,7 +527,7 @@ def quick_backward(Py_ssize_t kind, first, second, dy, x, mean, rstd, weight):
             return no_plan
     plan = find(&k)
     if plan is None:
-        return Unplanned(key_of(&k))
+        return unplanned(call_of(&k, (x, dy, in_place(weight), mean, rstd)))
     q = plan.backward
     dx = like(x)
     if weight is not None:
@@ -489,10 +535,15 @@ def quick_backward(Py_ssize_t kind, first, second, dy, x, mean, rstd, weight):
     else:
         dweight = np.empty(plan.statistics, (<cnp.ndarray>x).dtype)
     dbias = like(dweight) if q.centred else None
-    q.x.data, q.dy.data, q.dx.data = bytes_at(x), bytes_at(dy), bytes_at(dx)
-    q.mean.data, q.rstd.data = bytes_at(mean), bytes_at(rstd)
     weight = as_planned(weight, &q.weight)
-    q.weight.data, q.dweight.data, q.dbias.data = bytes_at(weight), bytes_at(dweight), bytes_at(dbias)
+    aim(&q.x, x)
+    aim(&q.dy, dy)
+    aim(&q.dx, dx)
+    aim(&q.mean, mean)
+    aim(&q.rstd, rstd)
+    aim(&q.weight, weight)
+    aim(&q.dweight, dweight)
+    aim(&q.dbias, dbias)
     if carry_back(&q, threads):
         raise MemoryError("fastnorm could not get the scratch memory of its kernels")
     return (dx, dweight, dbias) if q.centred else (dx, dweight)

@@ -25,13 +25,18 @@ cdef const real* fetch(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last, Scra
     if native(q.x.storage, kind) and q.mask.data == NULL and q.total.data == NULL:
         if r.n == last - first or q.x.p == q.s * size:
             count[0] = last - first
+            within(&q.x, x + r.p * q.x.p + r.s * size, (last - first) * size, "x, of a block in place")
             return <const real*>(x + r.p * q.x.p + r.s * size)
+    fits((last - first) * sizeof(real), h.tile_size, "the tile of a block")
     while f < last:
         r = run_at(q, f, last)
         fn_fetch(x + (r.p + 4) * q.x.p + r.s * size, r.n * size)  # planes may lie apart
+        within(&q.x, x + r.p * q.x.p + r.s * size, r.n * size, "x, of a block")
         load(x + r.p * q.x.p + r.s * size, q.x.storage, r.n, tile + k)
         if q.total.data != NULL:
             # x + residual, rounded to the type of x: what the norm is of, and the second result
+            within(&q.addend, at(&q.addend, it.a, it.b) + r.p * q.addend.p + r.s * bytes_of(q.addend.storage), r.n * bytes_of(q.addend.storage), "residual, of a sum")
+            within(&q.total, at(&q.total, it.a, it.b) + r.p * q.total.p + r.s * size, r.n * size, "a sum")
             load(at(&q.addend, it.a, it.b) + r.p * q.addend.p + r.s * bytes_of(q.addend.storage), q.addend.storage, r.n, extra)
             for i in range(r.n):
                 tile[k + i] += extra[i]
@@ -41,6 +46,7 @@ cdef const real* fetch(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last, Scra
             k += r.n
         else:
             mask = <const uint8_t*>(at(&q.mask, it.a, it.b) + r.p * q.mask.p + r.s * q.mask.s)
+            all_within(&q.mask, <const char*>mask, q.mask.s, r.n, 1, "where, of a block")
             source = tile + k
             for i in range(r.n):
                 if mask[i * q.mask.s]:
@@ -58,6 +64,7 @@ cdef inline void bundle_sums(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last
     cdef const float* source
     if r.n == last - first or q.x.p == q.s * q.x.s:
         x += r.p * q.x.p + r.s * q.x.s
+        all_within(&q.x, x, q.x.b, width, (last - first) * q.x.s, "x, of a bundle's sums")
         for k in range(width):
             if q.brief and pivot == 0.0:
                 fn_sums_bf16(<const uint16_t*>(x + k * q.x.b), last - first, AHEAD, &sums[k], &sums[width + k])
@@ -74,6 +81,7 @@ cdef inline void bundle_sums(Pass* q, Item it, Py_ssize_t first, Py_ssize_t last
         r = run_at(q, f, last)
         for k in range(width):
             source = <const float*>(x + k * q.x.b + r.p * q.x.p + r.s * q.x.s)
+            within(&q.x, <const char*>source, r.n * q.x.s, "x, of a plane's sums")
             if pivot == 0.0:
                 fn_gather(source, r.n, ahead, lanes + k * 2 * LANES, lanes + k * 2 * LANES + LANES)
             else:
@@ -149,6 +157,11 @@ cdef inline void run_step(Pass* q, Item it, Scale* s, Py_ssize_t k, Run r, Scrat
     cdef Scale folding
     cdef float rw, shift
     cdef Py_ssize_t ahead, over
+    within(source, x, r.n * bytes_of(source.storage), "x, of a run")
+    within(&q.y, y, r.n * bytes_of(q.y.storage), "y, of a run")
+    within(&q.residual, residual, r.n * bytes_of(q.residual.storage), "residual, of a run")
+    within(&q.weight, weight, (r.n if q.weight.s else 1) * bytes_of(q.weight.storage), "weight, of a run")
+    within(&q.bias, bias, (r.n if q.bias.s else 1) * bytes_of(q.bias.storage), "bias, of a run")
     if real is float:
         if q.brief and not s.wide[k] and brief_step(q, s, k, x, y, weight, bias, r.n):
             return
@@ -198,6 +211,10 @@ cdef inline bint goes_past(Pass* q, Item it, Scale* s, Run r) noexcept nogil:
             return False
     return True
 
+cdef inline void bundle_within(Pass* q, Operand* o, Item it, Run r) noexcept nogil:
+    if o.data != NULL:
+        all_within(o, run_of(o, it, 0, r), o.b, it.width, r.n * bytes_of(o.storage), "a run of each group of a bundle")
+
 cdef void runs_step(Pass* q, Item it, Scale* s, Py_ssize_t first, Py_ssize_t last, Scratch* h, real* kind) noexcept nogil:
     cdef Py_ssize_t f = first, k, size = sizeof(float), double_size = sizeof(double)
     cdef bint past, plain = q.straight and q.foldable and not s.any_wide and q.residual.data == NULL and q.activation == IDENTITY
@@ -205,6 +222,10 @@ cdef void runs_step(Pass* q, Item it, Scale* s, Py_ssize_t first, Py_ssize_t las
     cdef Run r
     while f < last:
         r = run_at(q, f, last)
+        if FN_CHECKED:
+            bundle_within(q, source, it, r)
+            bundle_within(q, &q.y, it, r)
+            bundle_within(q, &q.residual, it, r)
         if real is float and q.straight and s.folded and not s.any_wide:
             fn_step_planes(<const float*>(at(source, it.a, it.b) + r.p * source.p + r.s * source.s), source.b // size,
                            <float*>(at(&q.y, it.a, it.b) + r.p * q.y.p + r.s * q.y.s), q.y.b // size,
@@ -253,13 +274,19 @@ cdef inline const float* flowing(Pass* q, Item it, Py_ssize_t k, float* rows) no
         return rows + k * q.length
     return <const float*>at(source_of(q), it.a, it.b + k)
 
-cdef inline void flow_in(Pass* q, Item it, Py_ssize_t k, double* sums, float* rows) noexcept nogil:
+cdef inline void flow_in(Pass* q, Item it, Py_ssize_t k, Scratch* h, float* rows) noexcept nogil:
     """The sums of group k of a bundle, and x + residual where the norm is of that."""
+    within(&q.x, at(&q.x, it.a, it.b + k), q.length * bytes_of(q.x.storage), "x, of a short group")
+    if q.total.data != NULL:
+        within(&q.addend, at(&q.addend, it.a, it.b + k), q.length * bytes_of(q.addend.storage), "residual, of a short group")
+        within(&q.total, at(&q.total, it.a, it.b + k), q.length * bytes_of(q.total.storage), "the sum of a short group")
+    elif q.x.storage < F32 and not q.brief:
+        fits(((rows - h.rows) + (k + 1) * q.length) * sizeof(float), h.rows_size, "the tile of a bundle")
     if q.brief:
         if q.centred:
-            fn_sums_bf16(<const uint16_t*>at(&q.x, it.a, it.b + k), q.length, AHEAD, &sums[k], &sums[BUNDLE + k])
+            fn_sums_bf16(<const uint16_t*>at(&q.x, it.a, it.b + k), q.length, AHEAD, &h.sums[k], &h.sums[BUNDLE + k])
         else:
-            sums[BUNDLE + k] = fn_squares_bf16(<const uint16_t*>at(&q.x, it.a, it.b + k), q.length, AHEAD)
+            h.sums[BUNDLE + k] = fn_squares_bf16(<const uint16_t*>at(&q.x, it.a, it.b + k), q.length, AHEAD)
         return
     if q.x.storage < F32:
         load(at(&q.x, it.a, it.b + k), q.x.storage, q.length, rows + k * q.length)
@@ -267,9 +294,9 @@ cdef inline void flow_in(Pass* q, Item it, Py_ssize_t k, double* sums, float* ro
         fn_add_float(<const float*>at(&q.x, it.a, it.b + k), <const float*>at(&q.addend, it.a, it.b + k),
                      <float*>at(&q.total, it.a, it.b + k), q.length)
     if q.centred:
-        fn_sums(flowing(q, it, k, rows), q.length, AHEAD, &sums[k], &sums[BUNDLE + k])
+        fn_sums(flowing(q, it, k, rows), q.length, AHEAD, &h.sums[k], &h.sums[BUNDLE + k])
     else:
-        sums[BUNDLE + k] = fn_squares(flowing(q, it, k, rows), q.length, AHEAD)
+        h.sums[BUNDLE + k] = fn_squares(flowing(q, it, k, rows), q.length, AHEAD)
 
 cdef inline void bundle_moments(Pass* q, Item it, double* moments, Scratch* h, float* rows) noexcept nogil:
     """Moments of a bundle of short groups whose sums are in h.sums."""
@@ -313,7 +340,7 @@ cdef void flow(Pass* q, Py_ssize_t first, Py_ssize_t last, Scratch* h, real* kin
         rows = h.rows + i % 2 * q.width * q.length
         for k in range(max(now.width, then.width)):
             if k < now.width:
-                flow_in(q, now, k, h.sums, rows)
+                flow_in(q, now, k, h, rows)
             if k < then.width:
                 for r.p in range(q.p):
                     r.s, r.n = 0, q.s
@@ -357,6 +384,10 @@ cdef inline const char* lined_up(const char* w, const char* y, Py_ssize_t size, 
     memcpy(copy, w, size)
     return copy
 
+cdef inline void rows_within(Pass* q, Operand* o, Py_ssize_t a, Py_ssize_t b, Py_ssize_t n) noexcept nogil:
+    if o.data != NULL:
+        all_within(o, at(o, a, b), o.b, n, q.length * bytes_of(o.storage), "rows")
+
 cdef void norm_rows(Pass* q, Py_ssize_t first, Py_ssize_t last, Scratch* h, real* kind) noexcept nogil:
     """Rows [first, last), each an item."""
     cdef fn_rows rows
@@ -371,6 +402,17 @@ cdef void norm_rows(Pass* q, Py_ssize_t first, Py_ssize_t last, Scratch* h, real
         rows.x, rows.e, rows.y, rows.total = at(&q.x, a, b), there(&q.addend, a, b), at(&q.y, a, b), there(&q.total, a, b)
         rows.w, rows.b = there(&q.weight, a, b), there(&q.bias, a, b)
         rows.mean, rows.var, rows.rstd = <double*>there(&q.mean, a, b), <double*>there(&q.var, a, b), <double*>there(&q.rstd, a, b)
+        if FN_CHECKED:
+            rows_within(q, &q.x, a, b, n)
+            rows_within(q, &q.y, a, b, n)
+            rows_within(q, &q.addend, a, b, n)
+            rows_within(q, &q.total, a, b, n)
+            all_within(&q.weight, rows.w, q.weight.b, n, sizeof(real) if q.foldable else size, "weight, of rows")
+            all_within(&q.bias, rows.b, q.bias.b, n, sizeof(real) if q.foldable else size, "bias, of rows")
+            all_within(&q.rstd, <char*>rows.rstd, q.rstd.b, n, sizeof(double), "statistics of rows")
+            fits(size + LINE, h.tile_size, "the tile of a row's weights")
+            if q.total.data != NULL:
+                fits(2 * size, h.tile_size, "the tile of two sums")
         if not q.foldable and n >= 8:
             rows.w = lined_up(rows.w, rows.y, size, h.tile)
             rows.b = lined_up(rows.b, rows.y, size, h.extra)

@@ -1,7 +1,7 @@
 # The step: one run, or one row of columns, from x to y.
 
 cdef struct Scratch:
-    char* memory
+    Arena arena
     double* part                # a block's moments
     double* columns             # moments of columns, before neighbours are merged
     double* piece               # a piece's moments
@@ -13,7 +13,11 @@ cdef struct Scratch:
     char* tile
     char* extra
     char* third
+    Py_ssize_t tile_size        # bytes of each of the three
     float* rows                 # two bundles of what was converted
+    Py_ssize_t rows_size        # bytes of both
+    char* together              # a bundle of groups whose planes are copied together
+    Py_ssize_t together_size
     float* ready                # the run that is to be stepped, where it was converted before
 
 cdef inline void activate(double* t, Py_ssize_t n, Activation activation) noexcept nogil:
@@ -66,6 +70,17 @@ cdef inline void step(Pass* q, Scale* s, Py_ssize_t k, const char* x, char* y, c
     cdef int activation = q.activation
     cdef Loop user = q.user
     cdef real[3] scale
+    if FN_CHECKED:
+        if h.ready == NULL:
+            within(source_of(q), x, n * bytes_of(storage), "x, in a step")
+        within(&q.y, y, n * bytes_of(q.y.storage), "y, in a step")
+        within(&q.residual, residual, n * bytes_of(q.residual.storage), "residual, in a step")
+        if weight != NULL:
+            within(&q.weight, weight, (n if wv else 1) * <Py_ssize_t>sizeof(real), "weight, in a step")
+        if bias != NULL:
+            within(&q.bias, bias, (n if bv else 1) * <Py_ssize_t>sizeof(real), "bias, in a step")
+        if not direct or real is double or (h.ready == NULL and not native(storage, kind)) or (residual != NULL and not native(q.residual.storage, kind)):
+            fits(n * sizeof(real), h.tile_size, "a tile, in a step")
     if h.ready != NULL:
         source = <const real*>h.ready
     elif not native(storage, kind):

@@ -33,7 +33,7 @@ PREPARE = @+test -n '$(PYTHON)' || { echo 'fastnorm needs Python 3.11 or newer a
 .DEFAULT_GOAL := help
 # Two targets at once would meet in pip.
 .NOTPARALLEL:
-.PHONY: help venv build demo test test-quick test-oldest fuzz trust lint format docs bench bench-gate \
+.PHONY: help venv build demo test test-quick test-oldest fuzz trust sanitize lint format docs bench bench-gate \
 	bench-gate-update dist-check clean
 
 help:
@@ -43,6 +43,7 @@ help:
 	@echo 'make trust     every attack of tests/trust.py, as a table: inputs tried, faults found'
 	@echo 'make test-quick  a choice of them that takes a minute'
 	@echo 'make test-oldest the tests with the oldest of everything that pyproject.toml allows'
+	@echo 'make sanitize  build with sanitizers and every bound checked, run random calls and the table'
 	@echo 'make lint      ruff check, ruff format --check, mypy, lint-imports'
 	@echo 'make format    let ruff sort imports and format'
 	@echo 'make docs      build the documentation in docs/_build/html, run its examples'
@@ -89,6 +90,10 @@ test-oldest:
 dist-check:
 	$(PREPARE) $(STAMPS)/dist
 	$(PY) tools/dist_check.py
+
+sanitize:
+	$(PREPARE) $(STAMPS)/test
+	$(PY) -m tests.sanitize $(ARGS)
 
 # Some of the cases, with ARGS, leave the README and the stored results alone.
 bench:

@@ -16,7 +16,8 @@ A compiler that works but fails on the kernels is always an error.
 
 With ``FASTNORM_CHECK=1`` the kernels check the extent of every array and tile they touch, and end
 the process where one is left (``_core/check.h``). ``FASTNORM_SANITIZE=address,undefined`` builds
-them with those sanitizers of the compiler. Both are for `make sanitize`, and slow.
+them with those sanitizers of the compiler, and ``FASTNORM_BUILD_CPU=x86-64-v3`` for some instruction
+sets alone. These are for `make sanitize`: such kernels are slow.
 """
 
 import os
@@ -132,6 +133,9 @@ class BuildKernels(build_ext):
                 for name, extra in X86_64_FLAGS.items()
                 if self.compiles(PYTHON_PROBE, extra)
             }
+        if wanted := os.environ.get("FASTNORM_BUILD_CPU", ""):
+            names = {"_kernels_" + level.rpartition("-")[2] for level in wanted.split(",")}
+            variants = {name: extra for name, extra in variants.items() if name in names}
         variants = (variants or {PLAIN: []}) | {CPU: []}
 
         self.extensions = [

@@ -406,6 +406,10 @@ def has_threads():
     """Whether these kernels were built with OpenMP."""
     return bool(FN_OPENMP)
 
+def is_checked():
+    """Whether these kernels check every bound (check.h)."""
+    return bool(FN_CHECKED)
+
 def multiply_add():
     """How a product is added to (numbers.h): "fused", by way of "extended" precision, or "plain"."""
     return "fused" if FN_HAS_FMA else "extended" if FN_HAS_EXTENDED else "plain"

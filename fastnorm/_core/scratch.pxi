@@ -65,7 +65,7 @@ cdef inline void fits(Py_ssize_t needed, Py_ssize_t size, const char* what) noex
     if FN_CHECKED and needed > size:
         fn_broken(what)
 
-cdef void bounds_of(object array, char** low, char** high):
+cdef void bounds_of(object array, char** low, char** high) noexcept:
     """The memory between the first and behind the last byte of an array."""
     cdef cnp.ndarray a = <cnp.ndarray>array
     cdef Py_ssize_t step
@@ -79,7 +79,7 @@ cdef void bounds_of(object array, char** low, char** high):
         else:
             high[0] += step
 
-cdef inline void aim(Operand* o, object array):
+cdef inline void aim(Operand* o, object array) noexcept:
     """Let an operand be this array, or none."""
     o.data = NULL if array is None else <char*>cnp.PyArray_DATA(<cnp.ndarray>array)
     if FN_CHECKED and array is not None:

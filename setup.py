@@ -16,8 +16,8 @@ A compiler that works but fails on the kernels is always an error.
 
 With ``FASTNORM_CHECK=1`` the kernels check the extent of every array and tile they touch, and end
 the process where one is left (``_core/check.h``). ``FASTNORM_SANITIZE=address,undefined`` builds
-them with those sanitizers of the compiler, and ``FASTNORM_BUILD_CPU=x86-64-v3`` for some instruction
-sets alone. These are for `make sanitize`: such kernels are slow.
+them with those sanitizers of the compiler, and ``FASTNORM_BUILD_CPU=x86-64-v3`` for some
+instruction sets alone. These are for `make sanitize`: such kernels are slow.
 """
 
 import os

@@ -1,7 +1,7 @@
 """Build the kernels with sanitizers and with every bound checked, and let tests run on them.
 
-python -m tests.sanitize                    what this processor has, 2,000 random calls and the table
-python -m tests.sanitize --all              every instruction set that it has
+python -m tests.sanitize          its widest instruction set: 2,000 random calls and the table
+python -m tests.sanitize --all    every instruction set that this processor has
 python -m tests.sanitize --examples 300 --short   what CI runs: below 4 minutes with the build
 
 AddressSanitizer ends the process at an access beside an array of the C library's memory or of the

@@ -97,7 +97,7 @@ def test_bad_numbers_backward(length: int, dtype: Any) -> None:
 
 
 def odd(shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
-    """A view of records whose first axis, of length 1, has a stride of no whole number of elements."""
+    """A view of records whose first axis, of length 1, has a stride of no whole elements."""
     field = np.dtype([("image", dtype, shape[1:]), ("label", "u1")])
     records = np.zeros(3, field)
     records["image"] = np.random.default_rng(0).normal(size=(3, *shape[1:]))

@@ -367,3 +367,16 @@ def test_results_written_past_the_caches_have_the_same_bits(
             kernels.set_stream_above(_core.last_cache())
         for a, b in zip(usual, streamed, strict=True):
             assert_same_bits(a, b)
+
+
+def test_planes_of_one_group_on_several_threads_have_their_own_weights() -> None:
+    """A group's planes are stepped side by side, each with a weight of its own."""
+    x, dy = np.random.default_rng(0).normal(size=(2, 1, 2048, 128)).astype(np.float32)
+    weight = np.arange(1, 2049, dtype=np.float32)
+    _, mean, rstd = fn.group_norm(x, 1, weight, return_stats=True)
+    with fn.threads(1):
+        expected = fn.group_norm_backward(dy, x, mean, rstd, 1, weight)
+    with fn.threads(8):
+        for _ in range(200):
+            found = fn.group_norm_backward(dy, x, mean, rstd, 1, weight)
+            assert all(np.array_equal(a, b) for a, b in zip(found, expected))

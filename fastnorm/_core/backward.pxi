@@ -437,7 +437,9 @@ cdef void step_runs(Back* q, Item it, Slopes* s, Py_ssize_t f, Py_ssize_t last, 
     cdef bint straight = raw or (native(q.dx.storage, kind) and not q.stream)
     cdef bint together = straight and (raw or (native(q.x.storage, kind) and native(q.dy.storage, kind)))
     cdef real* tile = <real*>tiles
-    cdef real* wr = <real*>s.wr
+    # other threads step other planes of these groups: a plane's weights are not kept in `s`
+    cdef real[BUNDLE] of_planes
+    cdef real* wr = <real*>s.wr if q.weight.p == 0 else of_planes
     cdef Item one
     cdef real* dx
     cdef const real* x

@@ -19,7 +19,6 @@ cdef extern from "numpy/arrayobject.h":
 cdef extern from "blocks.h" nogil:
     int FN_BLOCKS
     void fn_keep_at_most(size_t)
-    size_t fn_trim()
     void fn_watch(size_t, const char*, const char*)
 
 cdef extern from "blocks.h":

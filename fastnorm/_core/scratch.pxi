@@ -9,6 +9,9 @@ cdef extern from "check.h" nogil:
     void fn_set_fence(char*) noexcept
     bint fn_fence_stands(const char*) noexcept
 
+cdef extern from "blocks.h" nogil:
+    size_t fn_trim() noexcept
+
 cdef enum:
     LINE = 64                   # bytes of a cache line: where each piece begins
     PIECES = 24                 # of an arena, at most
@@ -30,6 +33,8 @@ cdef inline Arena counting() noexcept nogil:
 cdef inline bint open_arena(Arena* m) noexcept nogil:
     """Get the memory of what was counted; False where there is none."""
     m.memory = <char*>malloc(m.size + LINE)
+    if m.memory == NULL and fn_trim() > 0:
+        m.memory = <char*>malloc(m.size + LINE)  # what results were kept in was given back
     if m.memory == NULL:
         return False
     m.start = m.memory + (LINE - <size_t>m.memory % LINE)

@@ -9,6 +9,7 @@ what other files say of the CPU can be asked here too.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -686,3 +687,77 @@ def test_what_is_no_array_on_a_gpu() -> None:
     for value in (np.ones(3), [1.0], 1.0, None, "x"):
         assert not handles(value)
     assert handles(OnGpu(np.ones(3)))
+
+
+class Said:
+    """An array that says of its memory what it likes; it lies in that of another."""
+
+    def __init__(self, x: Array, **said: Any) -> None:
+        self.memory = cuda.to_device(x)
+        address = Library().memory(self.memory).address
+        self.__cuda_array_interface__ = {
+            "version": 3, "shape": x.shape, "strides": None, "typestr": x.dtype.str,
+            "data": (address, False), **said,
+        }  # fmt: skip
+        self.shape = self.__cuda_array_interface__["shape"]
+
+
+HOSTILE: dict[str, dict[str, Any]] = {
+    "mask": {"mask": np.ones((3, 4), bool)},
+    "shape": {"shape": (3, -4)},
+    "shape (3, 4.5)": {"shape": (3, 4.5)},
+    "strides": {"strides": (4,)},
+    "strides ('a', 4)": {"strides": ("a", 4)},
+    "address 0x0": {"data": (0, False)},
+    "address -": {"data": (-4096, False)},
+    "address '": {"data": ("4096", False)},
+    "address 0x1000, ": {"data": (4096, False), "strides": (-1 << 40, 4)},
+    "shape (1152921504606846976, 4)": {"shape": (1 << 60, 4)},
+    "stream 0": {"stream": 0},
+    "stream -1": {"stream": -1},
+    "stream 'a'": {"stream": "a"},
+    "dtype >f4": {"typestr": ">f4"},
+    "dtype object": {"typestr": "|O"},
+    "dtype datetime64": {"typestr": "<M8[ns]"},
+    "dtype |S4": {"typestr": "|S4"},
+    "multiples of their size": {"strides": (18, 4)},
+}
+
+
+@pytest.mark.parametrize("words", HOSTILE)
+def test_memory_that_cannot_be_is_refused(words: str) -> None:
+    """Before anything is read or written there, as x, as a weight and as `out`."""
+    x = np.ones((3, 4), F32)
+    given = Said(x, **HOSTILE[words])
+    good = Said(x)
+    shown = words.removeprefix("dtype ")
+    for call_it in (
+        lambda: ours.layer_norm(given, axis=1),
+        lambda: ours.layer_norm(good, 4, given),
+        lambda: ours.layer_norm(good, 4, out=given),
+    ):
+        with pytest.raises((TypeError, ValueError), match=re.escape(shown)):
+            call_it()
+
+
+def test_a_read_only_array_on_the_gpu_is_not_written() -> None:
+    x = data((3, 4), F32)
+    given = Said(x)
+    address = given.__cuda_array_interface__["data"][0]
+    given.__cuda_array_interface__["data"] = (address, True)
+    with pytest.raises(ValueError, match="read-only"):
+        ours.layer_norm(given, 4, out=given)
+    with pytest.raises(ValueError, match="read-only"):
+        ours.batch_norm(Said(x), given_running(given), np.ones(4, F32), training=True)
+    assert_same_bits(ours.layer_norm(given, 4).copy_to_host(), ours_of(x))
+
+
+def given_running(x: Any) -> Any:
+    """The first row of x, as read-only as x is."""
+    row = Said(np.zeros(4, F32))
+    row.__cuda_array_interface__ |= {"data": x.__cuda_array_interface__["data"]}
+    return row
+
+
+def ours_of(x: Array) -> Array:
+    return back(ours.layer_norm(OnGpu(x), 4))

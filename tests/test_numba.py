@@ -541,6 +541,8 @@ def test_inside_compiled_code_refused() -> None:
     with pytest.raises(numba.TypingError, match="float32 or float64"):
         inside_layer(np.arange(6), 6, None, None)
     assert inside_layer(x[:0], 6, None, None).shape == (0, 6)
+    for shape in ((0, 3, 5), (2, 0, 5), (2, 3, 0)):
+        assert inside_instance(np.ones(shape, F32)).shape == shape
 
 
 def test_norms_are_known_without_an_import() -> None:

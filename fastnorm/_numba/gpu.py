@@ -139,6 +139,11 @@ def on_device(x: Any) -> OnDevice:
     """Show an array of any library as an `OnDevice`."""
     memory = library_of(x).memory(x)
     dtype = memory.dtype
+    if dtype.kind not in "biufc" and dtype.name != "bfloat16":
+        raise TypeError(
+            f"an array on the GPU has dtype {dtype}, expected float16, bfloat16, float32, float64, "
+            "or integers or booleans; convert it in its library first"
+        )
     steps = (memory.address, *memory.strides)
     if any(step % dtype.alignment for step in steps) or not dtype.isnative:
         raise ValueError(
@@ -156,7 +161,7 @@ def on_device(x: Any) -> OnDevice:
             "shape": memory.shape,
             "strides": memory.strides,
             "typestr": raw.str,
-            "data": (memory.address, False),
+            "data": (memory.address, memory.readonly),
         }
         shown = np.asarray(_Placed(interface, x))
         shown = shown if raw == dtype else shown.view(dtype)

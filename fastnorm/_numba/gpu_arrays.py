@@ -59,6 +59,48 @@ class Memory(NamedTuple):
     shape: Shape
     strides: Shape  # in bytes
     dtype: np.dtype[Any]
+    readonly: bool = False
+
+
+def _memory_of(interface: dict[str, Any], named: Any = None) -> Memory:
+    """What a `__cuda_array_interface__` says, if it can be so; `named`: a dtype it cannot name."""
+
+    def refused(what: str) -> ValueError:
+        return ValueError(
+            f"an array on the GPU has {what} in its __cuda_array_interface__, expected that of an "
+            "array as CuPy, PyTorch and Numba make it; write x.copy() in its library first"
+        )
+
+    if interface.get("mask") is not None:
+        raise refused("a mask")
+    shape = tuple(interface["shape"])
+    if not all(_is_whole(n) and n >= 0 for n in shape):
+        raise refused(f"shape {shape!r}")
+    # the simulator's arrays have a dtype whose letters say nothing of it
+    letters = np.dtype(interface["typestr"])
+    dtype = np.dtype(named or letters)
+    if letters.itemsize != dtype.itemsize or letters.isnative != dtype.isnative:
+        raise refused(f"typestr {interface['typestr']!r} for dtype {dtype}")
+    strides = interface.get("strides")
+    if strides is None:
+        strides = dense_strides(shape, (0,) * len(shape), dtype.itemsize)
+    if len(strides) != len(shape) or not all(_is_whole(step) for step in strides):
+        raise refused(f"strides {strides!r} for shape {shape}")
+    address, readonly = interface["data"]
+    if address is not None and not _is_whole(address):
+        raise refused(f"address {address!r}")
+    address = int(address or 0)
+    if 0 not in shape:
+        ends = [step * (n - 1) for n, step in zip(shape, strides)]
+        low = address + sum(min(end, 0) for end in ends)
+        high = address + sum(max(end, 0) for end in ends) + dtype.itemsize
+        if address == 0 or low <= 0 or high >= 1 << 63:
+            raise refused(f"address {address:#x}, shape {shape} and strides {tuple(strides)}")
+    return Memory(address, shape, tuple(strides), dtype, bool(readonly))
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 class Library:
@@ -71,13 +113,7 @@ class Library:
         interface = getattr(x, "__cuda_array_interface__", None)
         if interface is None:  # the simulator's
             interface = x.__array_interface__
-        shape = tuple(interface["shape"])
-        # the simulator's arrays have a dtype whose letters say nothing of it
-        dtype = np.dtype(getattr(x, "dtype", None) or interface["typestr"])
-        strides = interface.get("strides") or dense_strides(
-            shape, (0,) * len(shape), dtype.itemsize
-        )
-        return Memory(interface["data"][0] or 0, shape, tuple(strides), dtype)
+        return _memory_of(interface, getattr(x, "dtype", None))
 
     def device(self, x: Any) -> int | None:
         """The number of the GPU that x lies on; None for the one in use."""
@@ -87,6 +123,11 @@ class Library:
         """The stream of the caller, as a pointer; 0 is the default one."""
         interface = getattr(x, "__cuda_array_interface__", None) or {}
         stream = interface.get("stream")
+        if stream is not None and not (_is_whole(stream) and stream > 0):
+            raise ValueError(
+                f"an array on the GPU has stream {stream!r} in its __cuda_array_interface__, "
+                "expected None, 1 (the default one), 2, or a stream's address"
+            )
         return 0 if stream in (None, 1) else int(stream)
 
     def empty(self, x: Any, shape: Shape, dtype: np.dtype[Any], strides: Shape) -> Any:

@@ -362,7 +362,7 @@ def instance_norm(
             raise ValueError("instance_norm got use_input_stats=False without running statistics")
         if 0 < x.size == x.shape[0] * x.shape[1]:
             raise ValueError("instance_norm got one position per channel, expected at least 2")
-        return _grouped(x, x.shape[1], weight, bias, eps, kind)
+        return _grouped(x, max(x.shape[1], 1), weight, bias, eps, kind)
 
     return compiled
 

@@ -19,7 +19,9 @@ from .helpers import (
     assert_same_bits,
     data,
     guarded,
+    guarded_copy,
     named,
+    run_python,
 )
 
 
@@ -98,3 +100,96 @@ def test_a_sum_lies_as_it_does_and_not_as_x(dtype: Any) -> None:
         for y, exact in zip(fn.add_layer_norm(view, added, (6, 80)), right, strict=True):
             size = np.finfo(dtype).eps * (1 + abs(exact).astype(F64))
             assert (abs(y.astype(F64) - exact) <= 2 * size).all()
+
+
+# --- Bad numbers, beyond each block ---------------------------------------------------------------
+
+BAD = (np.nan, np.inf, -3e38, 1e-42, 0.0)
+
+
+@pytest.mark.parametrize("side", ["before", "after"])
+@pytest.mark.parametrize("dtype", [F16, F32, F64], ids=named)
+def test_bad_numbers_anywhere_in_a_long_run(dtype: Any, side: str) -> None:
+    """In a group of several pieces, its neighbour is as it is without them; nothing is beside."""
+    good = data((3, 70_001), dtype, 2.0)
+    x, y = guarded(good.shape, dtype, side), guarded(good.shape, dtype, side)
+    w = guarded_copy(np.linspace(1, 2, 70_001, dtype=F64 if dtype == F64 else F32), side)
+    norms: list[Callable[[], Any]] = [
+        lambda: fn.layer_norm(x, 70_001, w, w, out=y),
+        lambda: fn.rms_norm(x, 70_001, w, eps=0.0, out=y),
+        lambda: fn.instance_norm(x[np.newaxis], out=y[np.newaxis]),
+        lambda: fn.batch_norm(x.T, None, None, training=True, out=y.T),
+        lambda: y.__setitem__(..., fn.layer_norm_backward(x, x, mean, rstd, 70_001, w)[0]),
+    ]
+    x[...] = good
+    mean, rstd = fn.layer_norm(x, 70_001, return_stats=True)[1:]
+    right = []
+    for norm in norms:
+        norm()
+        right.append(y.copy())
+    with np.errstate(over="ignore"):
+        for bad, place in zip(BAD, (0, 4096, 35_000, 65_536, 70_000), strict=True):
+            x[...] = good
+            x[1, place] = bad
+            kept = x.copy()
+            for norm, exact in zip(norms, right, strict=True):
+                norm()
+                if norm is not norms[3]:  # in which each column is a group
+                    assert_same_bits(y[::2], exact[::2])
+            assert_same_bits(x, kept)
+            for array in (x, y, w):
+                assert_fence(array)
+
+
+# --- The checking kernels -------------------------------------------------------------------------
+
+CHECKING = """
+import numpy as np, fastnorm as fn
+from dataclasses import replace
+from fastnorm._numba import cpu, extents
+
+assert extents.CHECKED
+fn.set_backend("numba")
+x, long = np.ones((4, 5, 80), "f4"), np.ones((2, 2, 70001), "f4")
+long[0, 0, 0] = np.nan
+for array in (x, long, x[:, :, ::-1], x[:, ::-1]):
+    fn.instance_norm(array, activation="gelu")
+    fn.instance_norm(array, where=array > 0)
+
+def found(what, call):
+    try:
+        call()
+    except AssertionError as error:
+        assert "touched address" in str(error), error
+    else:
+        raise SystemExit(f"{what} was not found")
+
+run, spans = cpu.run_pass, cpu.spans_of
+
+def lie(name):
+    def pass_with_a_lie(layout, *arrays, **options):
+        steps = dict(layout.strides)
+        steps[name] = tuple(step * 2 if step > 1 else step for step in steps[name])
+        return run(replace(layout, strides=steps), *arrays, **options)
+    return pass_with_a_lie
+
+for name in ("x", "y"):
+    cpu.run_pass = lie(name)
+    found(f"a stride of {name} twice as long", lambda: fn.instance_norm(x))
+cpu.run_pass = run
+# moments and scales are filled, of a tile the half by as many floats as a block has
+for part, size in ((0, 8 * 5), (3, 8 * 8), (5, 4 * 4096)):
+    cpu.spans_of = lambda *room: [
+        (low, low + size - 4 if i % 8 == part else high)
+        for i, (low, high) in enumerate(spans(*room))
+    ]
+    found(f"part {part} one number short", lambda: fn.instance_norm(long, where=long > 0))
+cpu.spans_of = spans
+fn.instance_norm(x)
+"""
+
+
+def test_a_checking_kernel_finds_what_leaves_its_memory() -> None:
+    """Strides of another operand, and parts of scratch memory that are one number short."""
+    run = run_python("-c", CHECKING, FASTNORM_CHECK="1", timeout=600)
+    assert run.returncode == 0, run.stderr

@@ -17,9 +17,11 @@ from typing import Any
 
 import numpy as np
 from numba import cfunc
+from numba.extending import register_jitable
 
 from fastnorm._numba import scalar
 from fastnorm._numba.blocking import BUNDLE, FINISH, MOMENTS, STEPS, WHOLE, at, record_of
+from fastnorm._numba.extents import part_at
 from fastnorm._numba.lanes import PAIRS, add_pairs_to_lanes, added_up, step_back_rows
 from fastnorm._numba.memory import (
     AHEAD,
@@ -283,9 +285,8 @@ def segment_step(q, a, b, width, segment, tile, kind, stored):
         f += end - start
 
 
-def runs_room():
-    """Bytes that a thread needs."""
-    return 8 * (TOGETHER * CHUNK + 2 * PAIRS * BUNDLE + 8)
+# Numbers of each part of a thread's memory: a tile, and sums of groups side by side.
+RUNS_PARTS = (TOGETHER * CHUNK, 2 * PAIRS * BUNDLE)
 
 
 @inner
@@ -293,9 +294,7 @@ def planes(record, memory, turn, turns, task, kind, stored):
     """What `task` asks for, of all items or planes of items; each turn is taken by one thread."""
     q = record_at(record, BACK)
     width = q.width
-    tile = memory
-    tile += -tile % 64
-    lanes = tile + 8 * TOGETHER * CHUNK
+    tile, lanes = part_at(memory, RUNS_PARTS, 0), part_at(memory, RUNS_PARTS, 1)
     total = q.items if task == WHOLE or task == FINISH else q.items * q.segments
     while turn < turns:
         for i in range(total * turn // turns, total * (turn + 1) // turns):
@@ -409,9 +408,7 @@ def step_sharers(q, owner, first, last, p, t, n, gw, gb, tile, kind, stored):
 def rows(record, memory, turn, turns, task, kind, stored):
     """What `task` asks for, of all parts of owners, segments of groups, or chunks of owners."""
     q = record_at(record, BACK)
-    tile = memory
-    tile += -tile % 64
-    lanes = tile + 8 * TOGETHER * CHUNK
+    tile, lanes = part_at(memory, RUNS_PARTS, 0), part_at(memory, RUNS_PARTS, 1)
     chunks = (q.s + CHUNK - 1) // CHUNK
     total = q.items * q.parts  # owners times parts
     if task == MOMENTS:
@@ -640,9 +637,10 @@ def columns_step(q, a, b, c, width, segment, into, any_wide, tile, spare, kind, 
 OF_COLUMN = 11  # numbers that the step needs to know of each column
 
 
-def columns_room(width):
-    """Bytes that a thread needs."""
-    return 8 * (OF_COLUMN * width + 2 * width + 16)
+@register_jitable
+def columns_parts(width):
+    """Numbers of each part of a thread's memory: what is known of the columns, tile, spare."""
+    return OF_COLUMN * width, width, width
 
 
 @inner
@@ -650,10 +648,9 @@ def columns(record, memory, turn, turns, task, kind, stored, computed):
     """What `task` asks for, of all items or segments of items; each turn is taken by one thread."""
     q = record_at(record, BACK)
     width = q.width
-    own = memory
-    tile = own + 8 * OF_COLUMN * width
-    tile += -tile % 64
-    spare = tile + 8 * width
+    room = columns_parts(width)
+    own, tile = part_at(memory, room, 0), part_at(memory, room, 1)
+    spare = part_at(memory, room, 2)
     total = q.items if task == WHOLE or task == FINISH else q.items * q.segments
     while turn < turns:
         for i in range(total * turn // turns, total * (turn + 1) // turns):

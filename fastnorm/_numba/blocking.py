@@ -43,7 +43,8 @@ NUMBERS = (
     "a", "b", "p", "s", "c", "neighbours", "columns", "centred", "given", "scaling", "activation",
     "activation_first", "stream", "residual_real", "addend_real", "foldable", "folded_groups",
     "whole_sums", "whole_steps", "length", "width", "chunks", "items", "block", "pieces", "parts",
-    "scales", "plain", "direct", "fields", "raised", "alone", "past", "relu",
+    "scales", "plain", "direct", "fields", "raised", "kept",
+    "alone", "past", "relu",
 )  # fmt: skip
 
 

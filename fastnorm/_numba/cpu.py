@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 from fastnorm import _core
 from fastnorm._numba import activations, backward, blocking, forward
 from fastnorm._numba.blocking import FINISH, MOMENTS, OPERANDS, PASS, STEPS, WHOLE
+from fastnorm._numba.extents import size_of_room, spans_of, watched
 from fastnorm._numba.memory import COUNTERS, SOURCES, alone, compiling, together
 from fastnorm.layout import Layout
 
 Array = NDArray[Any]
+Room: TypeAlias = tuple[int, ...]  # how many numbers each part of a thread's memory has
 
 SERIAL = 1 << 17  # bytes of x below which waking a second thread costs more
 NEAR = 1 << 20  # bytes of x for each thread up to which they share it out once and for all
@@ -77,7 +79,7 @@ _sharing = threading.Lock()
 
 
 def _share(
-    kernel: int, record: int, items: int, threads: int, task: int, room: int, near: bool = False
+    kernel: int, record: int, items: int, threads: int, task: int, room: Room, near: bool = False
 ) -> None:
     """Let up to so many threads take turns at the items of a kernel, each with room of its own.
 
@@ -98,18 +100,28 @@ def _share(
 
 
 def _run(
-    kernel: int, record: int, items: int, threads: int, task: int, room: int, near: bool
+    kernel: int, record: int, items: int, threads: int, task: int, parts: Room, near: bool
 ) -> None:
-    memory = np.empty(threads * room, np.uint8)
+    room = size_of_room(parts)
+    memory = np.empty(threads * room + 63, np.uint8)
+    start = _address(memory)
+    start += -start % 64
+    with watched(spans=spans_of(start, parts, threads)):
+        _call(kernel, record, items, threads, task, start, room, near)
+
+
+def _call(
+    kernel: int, record: int, items: int, threads: int, task: int, start: int, room: int, near: bool
+) -> None:
     if threads == 1:
-        alone(kernel, record, _address(memory), task)
+        alone(kernel, record, start, task)
     else:
         before = numba.get_num_threads()  # of this thread; theirs who called
         if before != threads:
             numba.set_num_threads(threads)
         turns = threads if near else min(items, 8 * threads)
         try:
-            together(kernel, record, _address(memory), room, turns, task, threads)
+            together(kernel, record, start, room, turns, task, threads)
         finally:
             if before != threads:
                 numba.set_num_threads(before)
@@ -159,7 +171,7 @@ class _Plan:
 
     template: Array  # a record as whole numbers
     kernel: int
-    room: int
+    room: Room
     items: int
     pieces: int
     width: int
@@ -226,7 +238,7 @@ def _plan(
         foldable = not any(w[2] or w[3] for w in weights)
         piece = max(block, blocking.PIECE_ROWS - blocking.PIECE_ROWS % block)
         kernel = _kernel(forward.compile_columns, kind, computing)
-        room = forward.columns_room(width)
+        room = forward.columns_parts(width)
     else:
         # one group after the other, or several that lie side by side
         width = blocking.BESIDE // max(length, 1)
@@ -239,7 +251,6 @@ def _plan(
         foldable = not any(w[3] for w in weights)
         piece = blocking.BLOCK * blocking.PIECE
         kernel = _kernel(forward.compile_runs, kind, computing)
-        room = forward.runs_room(width)
     pieces = max(1, -(-length // piece))
     beside = "mask" in steps or "residual" in steps or activation != 0 or activation_first
     nbytes = a * b * length * c * size
@@ -267,9 +278,12 @@ def _plan(
         and not (given or beside)
         and not (streamed and size == 2)
     )
+    kept = 0
     if alone:
         width, chunks, items = 1, b, a * b
-        room += 2 * (0 if foldable else length * real + 64)
+        kept = 0 if foldable else 2 * -(-(length * real + 64) // 8)
+    if not layout.columns:
+        room = forward.runs_parts(width, kept)
     # scales that many planes share, once for all: one costs as much as normalising 50 numbers
     tabulated = given and not layout.columns and a > 1 and stats[0] == 0 and pieces == 1
     folded_groups = (
@@ -290,7 +304,7 @@ def _plan(
         activations.address_of(activation, computing), activation_first, streamed, residual_real,
         addend_real, foldable, folded_groups, _planes_follow(layout, source),
         written and _planes_follow(layout, source, "y"), length, width, chunks, items, block,
-        pieces, 0, 0, 0, 0, 0, 0, alone, streamed and foldable and kind is np.float32,
+        pieces, 0, 0, 0, 0, 0, 0, kept, alone, streamed and foldable and kind is np.float32,
         activation == 1, eps,
     )  # fmt: skip
     return _Plan(
@@ -377,13 +391,16 @@ def run_pass(
         record[_AT["direct"]] = not plan.half and addresses[5] != addresses[1]
     where = _address(record)
     threads = threads if plan.nbytes >= SERIAL else 1
+    table = None
     if plan.tabulated:
         chunks = int(record[_AT["chunks"]])
         table = np.empty(chunks * blocking.SCALE * plan.width)
         record[_AT["scales"]], record[_AT["items"]] = _address(table), chunks
-        _share(plan.kernel, where, chunks, 1, FINISH, plan.room)
+        with watched(record, table, *arrays):
+            _share(plan.kernel, where, chunks, 1, FINISH, plan.room)
         record[_AT["items"]] = plan.items
-    _carry_out(plan, record, threads, given=given, written=y is not None)
+    with watched(record, table, *arrays):
+        _carry_out(plan, record, threads, given=given, written=y is not None)
     return bool(record[_AT["raised"]])
 
 
@@ -400,11 +417,12 @@ def _carry_out(
     parts = np.empty(items * pieces * blocking.FIELDS * plan.width)
     scales = np.empty(items * blocking.SCALE * plan.width)
     record[_AT["parts"]], record[_AT["scales"]] = _address(parts), _address(scales)
-    if not given:
-        _share(kernel, where, items * pieces, threads, MOMENTS, room)
-    _share(kernel, where, items, 1, FINISH, room)
-    if written:
-        _share(kernel, where, items * pieces, threads, STEPS, room)
+    with watched(parts, scales):
+        if not given:
+            _share(kernel, where, items * pieces, threads, MOMENTS, room)
+        _share(kernel, where, items, 1, FINISH, room)
+        if written:
+            _share(kernel, where, items * pieces, threads, STEPS, room)
 
 
 def run_moments(
@@ -425,7 +443,8 @@ def run_moments(
     addresses = [0 if array is None else _address(array) for array in arrays]
     record[_DATA] = [*addresses, where, where, where]
     record[_AT["fields"]] = fields.strides[0]
-    _carry_out(plan, record, threads if plan.nbytes >= SERIAL else 1)
+    with watched(record, x, mask, fields):
+        _carry_out(plan, record, threads if plan.nbytes >= SERIAL else 1)
 
 
 # --- Backward -------------------------------------------------------------------------------------
@@ -443,7 +462,7 @@ class _BackPlan:
 
     template: Array  # a record as whole numbers
     kernel: int
-    room: int
+    room: Room
     items: int
     pieces: int
     inside: bool  # the weight differs along a run
@@ -497,7 +516,7 @@ def _back_plan(
         width = -(-(c // k) // chunks) * k
         chunks = -(-c // width)
         items = a * b * chunks
-        compiler, room = backward.compile_columns, backward.columns_room(width)
+        compiler, room = backward.compile_columns, backward.columns_parts(width)
         sums = (a, b, segments, 2 * c)
         terms = items * backward.OF_COLUMN * width
     elif not inside:
@@ -508,7 +527,7 @@ def _back_plan(
             width = max(1, min(most // (p * s), b, blocking.BUNDLE))
         chunks = -(-b // width)
         items = a * chunks
-        compiler, room = backward.compile_planes, backward.runs_room()
+        compiler, room = backward.compile_planes, backward.RUNS_PARTS
     else:
         owners = (a if shared[0] else 1, b if shared[1] else 1, p if shared[2] else 1)
         items = owners[0] * owners[1]
@@ -527,7 +546,7 @@ def _back_plan(
         if few or 2 * backward.TOGETHER * p * s * size <= backward.CACHED:
             together = backward.TOGETHER
         turns = items * owners[2] * -(-s // backward.CHUNK)
-        compiler, room = backward.compile_rows, backward.runs_room()
+        compiler, room = backward.compile_rows, backward.RUNS_PARTS
     # those who share a weight, and their segments, at once: in the order of memory, as Cython does
     own = [stride != 0 for stride in shared]
     own[2 if layout.columns else 3] = False
@@ -620,23 +639,8 @@ def run_backward(
     operands = (x, dy, dx, weight, mean, rstd)
     record[_BACK_DATA] = [0 if array is None else _address(array) for array in operands]
     record[_BACK_OWN] = _address(sums), _address(terms), _address(collected)
-    where = _address(record)
-    threads = threads if plan.parallel else 1
-    kernel, room, items, pieces = plan.kernel, plan.room, plan.items, plan.pieces
-    tasks = items * plan.parts
-    apart = plan.parts == 1 and items < 4 * threads and (plan.inside or items % threads != 0)
-    if threads == 1 or not apart or (pieces == 1 and not plan.inside):
-        _share(kernel, where, tasks, threads, WHOLE, room)
-    elif plan.inside:
-        groups = dims[0] * dims[1]
-        if training:
-            _share(kernel, where, groups * pieces, threads, MOMENTS, room)
-        _share(kernel, where, groups, 1, FINISH, room)
-        _share(kernel, where, plan.turns, threads, STEPS, room)
-    else:
-        _share(kernel, where, items * pieces, threads, MOMENTS, room)
-        _share(kernel, where, items, 1, FINISH, room)
-        _share(kernel, where, items * pieces, threads, STEPS, room)
+    with watched(record, *operands, sums, terms, collected):
+        _carry_back(plan, record, threads if plan.parallel else 1, dims[0] * dims[1], training)
     totals = _totals(plan, layout, sums, collected)
     for gradient, total in zip((dweight, dbias), totals):
         if gradient is None:
@@ -645,6 +649,25 @@ def run_backward(
             gradient[...] = total.reshape(gradient.shape)
         else:
             _in_five(gradient, layout.strides["dweight"], dims)[...] = total
+
+
+def _carry_back(plan: _BackPlan, record: Array, threads: int, groups: int, training: bool) -> None:
+    """Run a kernel of tasks on their own, or shared out where they are few and large."""
+    where = _address(record)
+    kernel, room, items, pieces = plan.kernel, plan.room, plan.items, plan.pieces
+    tasks = items * plan.parts
+    apart = plan.parts == 1 and items < 4 * threads and (plan.inside or items % threads != 0)
+    if threads == 1 or not apart or (pieces == 1 and not plan.inside):
+        _share(kernel, where, tasks, threads, WHOLE, room)
+    elif plan.inside:
+        if training:
+            _share(kernel, where, groups * pieces, threads, MOMENTS, room)
+        _share(kernel, where, groups, 1, FINISH, room)
+        _share(kernel, where, plan.turns, threads, STEPS, room)
+    else:
+        _share(kernel, where, items * pieces, threads, MOMENTS, room)
+        _share(kernel, where, items, 1, FINISH, room)
+        _share(kernel, where, items * pieces, threads, STEPS, room)
 
 
 def _totals(plan: _BackPlan, layout: Layout, sums: Array, collected: Array) -> tuple[Array, Array]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 from numba import cfunc
+from numba.extending import register_jitable
 
 from fastnorm._numba.blocking import (
     BLOCK,
@@ -30,6 +31,7 @@ from fastnorm._numba.blocking import (
     WHOLE,
 )
 from fastnorm._numba.columns import columns_moments, columns_step, spread
+from fastnorm._numba.extents import part_at
 from fastnorm._numba.lanes import LANES
 from fastnorm._numba.memory import KERNEL, STRICT, fence, inner, record_at, take
 from fastnorm._numba.moments import merge_into
@@ -40,9 +42,13 @@ from fastnorm._numba.scales import finish
 # --- Runs -----------------------------------------------------------------------------------------
 
 
-def runs_room(width):
-    """Bytes that a thread needs."""
-    return 8 * (FIELDS * width * 3 + SCALE * width + 2 * width + 4 * LANES + BLOCK + CHUNK + 8)
+@register_jitable
+def runs_parts(width, kept):
+    """Numbers of each part of a thread's memory: three moments, scales, sums, tile, spare, kept."""
+    moments = FIELDS * width
+    return (
+        moments, moments, moments, SCALE * width, 2 * width + 4 * LANES, BLOCK, CHUNK, kept
+    )  # fmt: skip
 
 
 @inner
@@ -51,18 +57,18 @@ def runs(record, memory, turn, turns, task, kind, tiled):
     q = record_at(record, PASS)
     width = q.width
     total = q.items if task == WHOLE or task == FINISH else q.items * q.pieces
-    whole = memory
-    part = whole + 8 * FIELDS * width
-    other = part + 8 * FIELDS * width
-    own = other + 8 * FIELDS * width
-    work = own + 8 * SCALE * width
-    tile = work + 8 * (2 * width + 4 * LANES)
-    tile += -tile % 64
-    spare = tile + 8 * BLOCK
+    room = runs_parts(width, q.kept)
+    whole, part, other = (
+        part_at(memory, room, 0),
+        part_at(memory, room, 1),
+        part_at(memory, room, 2),
+    )
+    own, work, tile = part_at(memory, room, 3), part_at(memory, room, 4), part_at(memory, room, 5)
+    spare, kept = part_at(memory, room, 6), part_at(memory, room, 7)
     while turn < turns:
         if q.alone:
             begin, end = total * turn // turns, total * (turn + 1) // turns
-            rows(q, begin, end, whole, own, work + 16 * width, tile, spare, kind, tiled)
+            rows(q, begin, end, whole, own, work + 16 * width, tile, spare, kept, kind, tiled)
             turn = take(record)
             continue
         for i in range(total * turn // turns, total * (turn + 1) // turns):
@@ -117,9 +123,13 @@ def runs(record, memory, turn, turns, task, kind, tiled):
 # --- Columns --------------------------------------------------------------------------------------
 
 
-def columns_room(width):
-    """Bytes that a thread needs."""
-    return 8 * (FIELDS * width * 4 + SCALE * width + 3 * width + 4 * width + 2 * width + 16)
+@register_jitable
+def columns_parts(width):
+    """Numbers of each part: four moments, scales, three sums, what goes along, tile, spare."""
+    moments = FIELDS * width
+    return (
+        moments, moments, moments, moments, SCALE * width, 3 * width, 4 * width, width, width
+    )  # fmt: skip
 
 
 @inner
@@ -128,16 +138,15 @@ def columns(record, memory, turn, turns, task, kind, tiled):
     q = record_at(record, PASS)
     width = q.width
     total = q.items if task == WHOLE or task == FINISH else q.items * q.pieces
-    whole = memory
-    part = whole + 8 * FIELDS * width
-    other = part + 8 * FIELDS * width
-    every = other + 8 * FIELDS * width
-    own = every + 8 * FIELDS * width
-    work = own + 8 * SCALE * width
-    along = work + 8 * 3 * width
-    tile = along + 8 * 4 * width
-    tile += -tile % 64
-    spare = tile + 8 * width
+    room = columns_parts(width)
+    whole, part, other = (
+        part_at(memory, room, 0),
+        part_at(memory, room, 1),
+        part_at(memory, room, 2),
+    )
+    every, own, work = part_at(memory, room, 3), part_at(memory, room, 4), part_at(memory, room, 5)
+    along, tile = part_at(memory, room, 6), part_at(memory, room, 7)
+    spare = part_at(memory, room, 8)
     while turn < turns:
         for i in range(total * turn // turns, total * (turn + 1) // turns):
             item = i if task == WHOLE or task == FINISH else i // q.pieces

@@ -13,6 +13,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from fastnorm._numba.extents import checked
 from fastnorm._numba.memory import (
     ADDRESS,
     AHEAD,
@@ -29,7 +30,9 @@ LANES, PAIRS = 32, 16  # sums of doubles side by side, forward and backward
 def _in_lanes(builder: Any, n: int, places: Any, blocks: Any, terms: Any) -> None:
     """Add terms(block) to n doubles side by side at each place, in registers meanwhile."""
     lanes = ir.VectorType(ir.DoubleType(), n)
-    places = [builder.inttoptr(place, lanes.as_pointer()) for place in places]
+    places = [
+        builder.inttoptr(checked(builder, place, 8 * n), lanes.as_pointer()) for place in places
+    ]
     sums = [cgutils.alloca_once(builder, lanes) for _ in places]
     for place, total in zip(places, sums, strict=True):
         builder.store(builder.load(place, align=8), total)
@@ -44,11 +47,12 @@ def _in_lanes(builder: Any, n: int, places: Any, blocks: Any, terms: Any) -> Non
 def _lanes_at(builder: Any, n: int, address: Any, block: Any, ahead: Any = None) -> Any:
     """A block of n doubles; what lies `ahead` bytes further is asked for in time."""
     lanes = ir.VectorType(ir.DoubleType(), n)
-    place = builder.gep(builder.inttoptr(address, lanes.as_pointer()), [block])
+    place = builder.add(address, builder.mul(block, ADDRESS(8 * n)))
     if ahead is not None:
-        after = builder.add(builder.ptrtoint(place, ADDRESS), ahead)
+        after = builder.add(place, ahead)
         for line in range(0, 8 * n, 64):
             build_prefetch(builder, builder.add(after, ADDRESS(line)))
+    place = builder.inttoptr(checked(builder, place, 8 * n), lanes.as_pointer())
     return builder.load(place, align=8)
 
 
@@ -155,6 +159,7 @@ def _numbers_at(builder: Any, kind: Any, n: int, array: Any, i: Any) -> Any:
     """Elements i, i + 1 ... of an array that begins at an address, as they are computed with."""
     stored = _TYPES.get(stored_name(kind), ir.IntType(16))
     place = builder.add(array, builder.mul(i, ADDRESS(_size(kind))))
+    place = checked(builder, place, n * _size(kind))
     place = builder.inttoptr(place, ir.VectorType(stored, n).as_pointer())
     v = builder.load(place, align=_size(kind))
     return _FROM[stored_name(kind)](builder, v) if stored_name(kind) in _FROM else v
@@ -164,6 +169,8 @@ def _put_numbers(builder: Any, kind: Any, array: Any, i: Any, v: Any) -> None:
     """Write them, rounded to their kind."""
     v = _TO[stored_name(kind)](builder, v) if stored_name(kind) in _TO else v
     place = builder.add(array, builder.mul(i, ADDRESS(_size(kind))))
+    n = v.type.count if isinstance(v.type, ir.VectorType) else 1
+    place = checked(builder, place, n * _size(kind))
     builder.store(v, builder.inttoptr(place, v.type.as_pointer()), align=_size(kind))
 
 
@@ -500,7 +507,7 @@ def step_lines(
             def line(i: int) -> Any:
                 if isinstance(signature.args[i], types.Float):
                     return _repeated(builder, n, arguments[i])
-                pointer = builder.inttoptr(place(i), lanes.as_pointer())
+                pointer = builder.inttoptr(checked(builder, place(i), 64), lanes.as_pointer())
                 return builder.load(pointer, align=kind.bitwidth // 8)
 
             if there[10]:
@@ -515,7 +522,8 @@ def step_lines(
                 nothing = ir.Constant(lanes, [0.0] * n)
                 t = builder.select(builder.fcmp_ordered("<", t, nothing), nothing, t)
             align = 64 if there[11] else kind.bitwidth // 8
-            stored = builder.store(t, builder.inttoptr(place(1), lanes.as_pointer()), align=align)
+            to = builder.inttoptr(checked(builder, place(1), 64), lanes.as_pointer())
+            stored = builder.store(t, to, align=align)
             if there[11]:
                 stored.set_metadata("nontemporal", builder.module.add_metadata([WORD(1)]))
         return context.get_dummy_value()

@@ -24,6 +24,7 @@ from numba.extending import intrinsic, overload, register_jitable
 
 from fastnorm import _core
 from fastnorm._numba import scalar
+from fastnorm._numba.extents import CHECKED, checked, part_at, size_of_part
 
 # Every function of `scalar` can be called from compiled code. Its sums are never reordered, whoever
 # calls it: the centring would be lost.
@@ -44,6 +45,10 @@ for _name, _function in list(vars(scalar).items()):
         register_jitable(**STRICT)(_function)
 
 
+for _function in (size_of_part, part_at):
+    register_jitable(**STRICT)(_function)
+
+
 def _multiply_add() -> str:
     """How the Cython kernels add to a product; without them, how they would on this processor."""
     if _core.kernels is not None:
@@ -60,7 +65,7 @@ def _sources() -> int:
     """A number that changes with what a kernel is compiled from: Numba itself looks at one file."""
     files = (f for f in sorted(Path(__file__).parent.glob("*.py")) if not f.name.startswith("gpu"))
     times = tuple((s.st_mtime_ns, s.st_size) for s in (f.stat() for f in files))
-    return hash((*times, *MULTIPLY_ADD.encode())) | 1
+    return hash((*times, *MULTIPLY_ADD.encode(), CHECKED)) | 1
 
 
 SOURCES = _sources()
@@ -173,6 +178,10 @@ def _overload_mac(a: Any, b: Any, c: Any) -> Any:
 
 def _pointer(context: Any, builder: Any, kind: Any, address: Any, index: Any) -> Any:
     number = context.get_value_type(kind)
+    if CHECKED:
+        size = kind.bitwidth // 8
+        address = builder.add(address, builder.mul(index, ADDRESS(size)))
+        return builder.inttoptr(checked(builder, address, size), number.as_pointer())
     base = builder.inttoptr(address, number.as_pointer())
     return builder.gep(base, [index])
 
@@ -207,7 +216,9 @@ def stream_line(typingctx: Any, to: Any, source: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         line = ir.VectorType(ir.IntType(64), 8)
-        to, source = (builder.inttoptr(a, line.as_pointer()) for a in arguments)
+        to, source = (
+            builder.inttoptr(checked(builder, a, 64), line.as_pointer()) for a in arguments
+        )
         stored = builder.store(builder.load(source, align=1), to, align=64)
         stored.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
         return context.get_dummy_value()
@@ -299,14 +310,15 @@ def _call_kernel(
     return types.none(*[types.intp] * 6), codegen
 
 
-@njit(nogil=True, cache=True)
+# On disk they have no key of their own to tell a checking one by.
+@njit(nogil=True, cache=not CHECKED)
 def alone(kernel, record, memory, task):
     """Call the kernel that begins at an address, for all there is to do."""
     write(record, 0, 1)
     _call_kernel(kernel, record, memory, 0, 1, task)
 
 
-@njit(nogil=True, cache=True, parallel=True)
+@njit(nogil=True, cache=not CHECKED, parallel=True)
 def together(kernel, record, memory, room, turns, task, threads):
     """Call it in several threads, which take turns, their first in their own order."""
     write(record, 0, threads)

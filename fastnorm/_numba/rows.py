@@ -94,7 +94,7 @@ def sum_of_row(q, a, b, i, n, tile, kind):
 
 
 @inner
-def rows(q, first, last, whole, own, work, tile, spare, kind, tiled):
+def rows(q, first, last, whole, own, work, tile, spare, kept, kind, tiled):
     """Groups [first, last) that are rows with nothing beside weights, one after the other.
 
     Short ones are stepped after the sums of the next, which hide how long a quotient and a root
@@ -106,7 +106,6 @@ def rows(q, first, last, whole, own, work, tile, spare, kind, tiled):
     weight, bias = q.weight.data, q.bias.data
     if not q.foldable and last - first >= 8:
         y = at(q.y, first // q.b, first % q.b)
-        kept = spare + 8 * CHUNK
         weight = lined_up(weight, y, n, kept, kind)
         bias = lined_up(bias, y, n, kept + n * size_of(tiled) + 64, kind)
     hi = r = shift = real(0.0, kind)

@@ -295,7 +295,7 @@ def whole(value: Any, name: str, expected: str = "a whole number") -> int:
 
 def whole_numbers(value: Any, name: str) -> tuple[int, ...]:
     """Return one whole number or a sequence of them as a tuple."""
-    expected = "a whole number or a tuple of them"
+    expected = "a whole number or a tuple of whole numbers"
     if hasattr(value, "__index__") and not getattr(value, "shape", ()):
         return (whole(value, name, expected),)
     # an array of data that came in an option's place may be large

@@ -209,7 +209,7 @@ def test_data_and_parameters_of_different_dtypes(dtype: Any) -> None:
 
 
 def test_empty_batches() -> None:
-    for m in (fn.nn.BatchNorm(8), fn.nn.InstanceNorm(8, True), fn.nn.GroupNorm(2, 8)):
+    for m in (fn.nn.BatchNorm(8), fn.nn.InstanceNorm(8, affine=True), fn.nn.GroupNorm(2, 8)):
         for mode in (True, False):
             y = m.train(mode)(np.zeros((0, 8, 3), np.float32))
             assert y.shape == m.backward(y).shape == (0, 8, 3)

@@ -419,3 +419,9 @@ def test_results_overflow_silently(dtype: Any) -> None:
         dx, _, dbias = fn.layer_norm_backward(dy, x, mean, rstd, axis=axis)
         assert dx.dtype == dbias.dtype == dtype
         assert np.isinf(dbias.astype(F64)).all()
+    x = np.asfortranarray(whole_numbers((4, 3, 5, 6)).astype(dtype))
+    _, mean, rstd = fn.group_norm(x, 1, return_stats=True)
+    dy = np.full(x.shape, most / 2, dtype)
+    weight = np.ones((1, 1, 5, 6), dtype)
+    _, _, dbias = fn.group_norm_backward(dy, x, mean, rstd, 1, weight)
+    assert np.isinf(dbias.astype(F64)).all()

@@ -29,6 +29,7 @@ import numpy as np
 import fastnorm as fn
 from fastnorm.arguments import Array
 from fastnorm.nn.transformer import PLACEMENTS, Placement
+from fastnorm.workers import interrupts_held, processes
 
 Report: TypeAlias = Callable[[str], None]
 
@@ -91,16 +92,15 @@ def _each(
     if workers < 2:
         yield (function(*job) for job in jobs)
         return
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
-    # Processes that are started and not forked, each with one thread: the matrices are small.
+    # Each with one thread: the matrices are small.
     single = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "FASTNORM_NUM_THREADS"), "1")
     before = {name: os.environ.get(name) for name in single}
     os.environ.update(single)
     try:
-        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-            yield pool.map(function, *zip(*jobs))
+        with processes(workers) as pool:
+            with interrupts_held():
+                results = pool.map(function, *zip(*jobs))
+            yield results
     finally:
         for name, value in before.items():
             os.environ.pop(name)

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import functools
 import itertools
-import multiprocessing
 import operator
 import signal
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from fastnorm._files.parts import Block, Options, Part, Source, axes_of
 from fastnorm._files.reading import blocks_of
 from fastnorm._files.walk import Files
 from fastnorm.arguments import as_numbers
+from fastnorm.workers import interrupts_held, processes
 
 # How many images make a task.
 IMAGES = 16
@@ -159,19 +159,6 @@ def _ignore_interrupts() -> None:
 
 
 @contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C waits meanwhile, and never reaches a process that is started here."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
 def executor(workers: int, scheduler: str | None) -> Iterator[Executor | None]:
     """What runs tasks: a Dask cluster, processes, or (None) this process.
 
@@ -192,18 +179,8 @@ def executor(workers: int, scheduler: str | None) -> Iterator[Executor | None]:
     elif workers == 1:
         yield None
     else:
-        # not forked: a child of a process that has used threads could wait for one for ever
-        context = multiprocessing.get_context("spawn")
-        others = set(multiprocessing.active_children())
-        pool = ProcessPoolExecutor(workers - 1, context, _ignore_interrupts)  # and this one
-        try:
+        with processes(workers - 1, _ignore_interrupts) as pool:  # and this one
             yield pool
-        except BaseException:  # what they are at is of no use any more
-            for process in set(multiprocessing.active_children()) - others:
-                process.terminate()
-            raise
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def results(
@@ -229,7 +206,7 @@ def results(
                 with fn.threads(1):  # as the other processes have
                     waiting[-1].set_result(work(task, options))
             else:
-                with _interrupts_held():
+                with interrupts_held():
                     waiting.append(pool.submit(work, task, options))
             while waiting and (waiting[0].done() or (not helps and len(waiting) >= ahead)):
                 yield waiting.popleft().result()

@@ -129,6 +129,35 @@ def test_ctrl_c_is_quiet(command: str, tmp_path: Path) -> None:
     assert done.stderr == "" or command == "stats"
 
 
+AMONG_PROCESSES = """
+import os, signal, sys, threading
+from fastnorm import cli, workers
+import fastnorm as fn
+
+def handed_out(pool, *arguments, map=workers.ProcessPoolExecutor.map):
+    threading.Timer(0.3, os.killpg, (0, signal.SIGINT)).start()  # as a terminal does: to all
+    return map(pool, *arguments)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+workers.ProcessPoolExecutor.map = handed_out
+fn.set_num_threads(2)
+sys.exit(cli.main(["placement", "--part", "training"]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="Ctrl-C is sent to a process group")
+def test_ctrl_c_is_quiet_among_processes() -> None:
+    """They are still starting, and would print a traceback each."""
+    done = subprocess.run(
+        [sys.executable, "-c", AMONG_PROCESSES],
+        capture_output=True,
+        text=True,
+        check=False,
+        start_new_session=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 @posix
 def test_names_are_harmless(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Escape codes, line breaks, bytes that are no text, and letters that stdout does not have."""

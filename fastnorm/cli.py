@@ -305,7 +305,7 @@ def _placement(arguments: argparse.Namespace) -> int:
     if arguments.plot:
         try:
             placement.draw(results, arguments.plot)
-        except (OSError, ValueError) as error:  # ValueError: a format that is not known
+        except OSError as error:
             warn(f"cannot write the picture: {error}")
             return 2
     if arguments.json:

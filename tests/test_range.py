@@ -330,6 +330,7 @@ def stats_of(x: Array, **options: Any) -> Any:
 MEANS: dict[str, tuple[tuple[int, ...], Callable[[Array], Any]]] = {
     "row": ((3, 70), stats_of),
     "blocks": ((3, 9001), stats_of),
+    "pieces": ((2, 70_001), stats_of),
     "columns": ((3, 5000), lambda x: stats_of(np.asfortranarray(x))),
     "masked": ((3, 9001), lambda x: stats_of(x, where=np.ones(x.shape, bool))),
     "groups": ((3, 9000), lambda x: fn.group_norm(

@@ -93,7 +93,9 @@ FN_INLINE void fn_step_to_double(const double *x, double *y, ptrdiff_t n, const 
 /* The loops that are compiled: all combinations without anything after them, and for float the
  * usual ones with a residual `e` (or NULL) and an activation. */
 #define FN_PLAIN_STEPS(real)                                                                 \
-    if (col && wv && bv) fn_step_to_##real(x, y, n, hi, r, shift, w, b, 1, 1, 1, 1);  \
+    if (!w && !b && col) fn_step_to_##real(x, y, n, hi, r, shift, w, b, 1, 0, 0, 0);  \
+    else if (!w && !b) fn_step_to_##real(x, y, n, hi, r, shift, w, b, 0, 0, 0, 0);    \
+    else if (col && wv && bv) fn_step_to_##real(x, y, n, hi, r, shift, w, b, 1, 1, 1, 1);  \
     else if (col && wv) fn_step_to_##real(x, y, n, hi, r, shift, w, b, 1, 1, 1, 0);   \
     else if (col && bv) fn_step_to_##real(x, y, n, hi, r, shift, w, b, 1, 1, 0, 1);   \
     else if (col) fn_step_to_##real(x, y, n, hi, r, shift, w, b, 1, 1, 0, 0);         \

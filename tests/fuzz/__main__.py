@@ -156,7 +156,8 @@ def run(examples: int, backend: str, cpu: str, seed: int, tries: int = 60) -> Ou
 
 KEPT = ("op", "shape", "dtype", "seed", "threads", "known", "layout", "values", "bad", "eps")
 PLAIN: Case = {
-    "values": "normal", "bad": [], "layout": {}, "known": False, "threads": [1, 1, 1], "eps": 1e-5,
+    "values": "normal", "bad": [], "layout": {}, "known": False, "threads": [1, 1, 1], "past": [],
+    "eps": 1e-5,
 }  # fmt: skip
 RESET: Case = {"weight scale": 1.0, "groups": 0, "channel_axis": 1}
 

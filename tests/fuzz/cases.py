@@ -206,6 +206,7 @@ def draw(
             place = sum(choose(DIGIT) << 4 * place for place in range(6)) / 2**24
             case["bad"].append([name, place])
     case["threads"] = choose([[1, 2, 8], [2, 1, 8], [8, 2, 1], [1, 8, 1]])
+    case["past"] = choose([[], [1], [2], [0, 1]])  # calls whose results go past the caches
     case["known"] = one_in(choose, 2)  # a plain call of this shape was made before
     case["eps"] = choose([1e-5, 0.0, 1e-12, 1.0, None])
     if op.label in AXES:

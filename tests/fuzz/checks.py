@@ -504,6 +504,8 @@ def compare(got: Array, exact: Array, error: Array, computing: Any, judged: Any,
     with np.errstate(all="ignore"):
         # below the normal numbers of the type that is computed in, too
         error = error + 4 * unit(0.0, computing) + 0.5000001 * unit(np.nan_to_num(exact), dtype)
+        if dtype.itemsize == 2:  # stored by way of a float
+            error = error + 2.0**-24 * abs(exact)
         right = (abs(wide - exact) <= error) | (wide == exact) | (np.isnan(wide) & np.isnan(exact))
         # about as large as the dtype holds, or on the way there
         right |= (abs(exact) + error > largest / 4) & ~(abs(wide) < largest / 8)

@@ -25,4 +25,17 @@ static inline int fn_fence_stands(const char *at) {
     return 1;
 }
 
+/* Whether this thread has written past the caches since its last fence. */
+#if FN_CHECKED
+static __thread int fn_unfenced;
+#define FN_UNFENCED(v) (fn_unfenced = (v))
+#else
+#define FN_UNFENCED(v) ((void)0)
+#endif
+static inline void fn_check_fence(void) {
+#if FN_CHECKED
+    if (fn_unfenced) fn_broken("results past the caches that no fence follows");
+#endif
+}
+
 #endif

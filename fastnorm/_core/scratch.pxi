@@ -8,6 +8,7 @@ cdef extern from "check.h" nogil:
     void fn_broken(const char*) noexcept
     void fn_set_fence(char*) noexcept
     bint fn_fence_stands(const char*) noexcept
+    void fn_check_fence() noexcept
 
 cdef extern from "blocks.h" nogil:
     size_t fn_trim() noexcept

@@ -3,6 +3,7 @@
 #define FASTNORM_STEPS_H
 
 #include "activations.h"
+#include "check.h"
 
 /* ---- streaming stores --------------------------------------------------------------------
  * A result larger than the last cache is not read again soon.  Written past the caches, its lines
@@ -12,6 +13,7 @@ static inline void fn_stream(char *FN_RESTRICT to, const char *FN_RESTRICT from,
 #if defined(__SSE2__)
     size_t head = (size_t)(-(uintptr_t)to % 64);
     if (n >= 256 + head) {
+        FN_UNFENCED(1);
         memcpy(to, from, head);
         to += head, from += head, n -= head;
 #if defined(__AVX__)
@@ -29,6 +31,7 @@ static inline void fn_stream(char *FN_RESTRICT to, const char *FN_RESTRICT from,
 }
 /* What is stepped goes past the caches a line at a time. */
 FN_INLINE void fn_stream_line(void *to, const void *from) {
+    FN_UNFENCED(1);
 #if defined(__AVX512F__)
     _mm512_stream_si512((__m512i *)to, _mm512_loadu_si512(from));
 #elif defined(__SSE2__)
@@ -39,6 +42,7 @@ FN_INLINE void fn_stream_line(void *to, const void *from) {
 #endif
 }
 static inline void fn_stream_fence(void) {
+    FN_UNFENCED(0);
 #if defined(__SSE2__)
     _mm_sfence();
 #endif

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from numba import cfunc, typeof, types
-from numba.core.errors import NumbaError
+from numba.core.errors import NumbaError, TypingError
 from numba.extending import overload
 from numpy.typing import NDArray
 
@@ -142,7 +142,10 @@ def _compiled(activation: Any, kind: type) -> _Loop:
 def _check_result(activation: Any, kind: type) -> None:
     """Refuse a function that is not of one number of this kind, one number."""
     taken = types.float64 if kind is np.float64 else types.float32
-    signature = typeof(activation).get_call_type(activation.typingctx, (taken,), {})
+    try:
+        signature = typeof(activation).get_call_type(activation.typingctx, (taken,), {})
+    except TypeError as error:  # what Numba 0.60 says of a wrong number of arguments
+        raise TypingError(str(error)) from error
     given, result = signature.args[0], signature.return_type
     if not isinstance(given, types.Float):
         raise TypeError(

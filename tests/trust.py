@@ -23,7 +23,9 @@ Counts = tuple[int, int]  # inputs tried, faults found
 
 def tests_counted(output: str) -> Counts:
     """Of pytest: tests, of which those count as faults that failed or could not start."""
-    last = output.strip().splitlines()[-1] if output.strip() else ""
+    last = " ".join(
+        re.findall(r"^.*\d+ (?:passed|failed|error).* in .*$", output, re.MULTILINE)[-1:]
+    )
     number = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error)", last)}
     wrong = number.get("failed", 0) + number.get("error", 0)
     return number.get("passed", 0) + wrong, wrong
@@ -33,6 +35,12 @@ def examples_counted(output: str) -> Counts:
     """Of tests.fuzz: random calls, of which a run stops at the first that is wrong."""
     tried = sum(int(n) for n in re.findall(r"(\d+) examples", output))
     return tried, output.count("repeat ")
+
+
+def both_counted(output: str) -> Counts:
+    """Of tests.sanitize: random calls and tests."""
+    (calls, wrong_calls), (ran, wrong) = examples_counted(output), tests_counted(output)
+    return calls + ran, wrong_calls + wrong
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,15 @@ ATTACKS: tuple[Attack, ...] = (
         ("-m", "tests.fuzz", "--examples", "3000"),
         examples_counted,
     ),
+    Attack(
+        "fuzz: on kernels with sanitizers and every bound checked",
+        ("-m", "tests.sanitize", "--short", "--examples", "1000"),
+        both_counted,
+    ),
+    Attack(
+        "bounds: numbers out of range, odd strides, wrong descriptions",
+        tests("tests/test_bounds.py", "tests/test_numba_safety.py"),
+    ),
     Attack("memory: fences, kept blocks", tests("tests/test_fences.py", "tests/test_memory.py")),
     Attack("threads", tests("tests/test_determinism.py", "tests/test_threads.py", "-k", "threads")),
     Attack("forks, signals, other processes", tests("tests/test_processes.py")),
@@ -63,7 +80,17 @@ ATTACKS: tuple[Attack, ...] = (
         "bad numbers beside good ones",
         tests("tests/test_features.py", "tests/test_backward.py", "-k", "bad_numbers"),
     ),
-    Attack("wrong arguments", tests("tests/test_errors.py")),
+    Attack("numbers beyond every range", tests("tests/test_range.py")),
+    Attack(
+        "wrong arguments, arrays of other libraries",
+        tests("tests/test_errors.py", "tests/test_arguments.py", "tests/test_array_kinds.py"),
+    ),
+    Attack("hostile files and command lines", tests("tests/test_files.py", "tests/test_cli.py")),
+    Attack("states of modules", tests("tests/test_modules_like_pytorch.py")),
+    Attack(
+        "peers' own cases: ONNX, PyTorch, SciPy, scikit-learn",
+        tests(*(f"tests/test_peers_{peer}.py" for peer in ("onnx", "pytorch", "statistics"))),
+    ),
 )
 
 

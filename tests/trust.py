@@ -23,7 +23,8 @@ Counts = tuple[int, int]  # inputs tried, faults found
 
 def tests_counted(output: str) -> Counts:
     """Of pytest: tests, of which those count as faults that failed or could not start."""
-    last = " ".join(
+    counted = r"^.*\d+ (?:passed|failed|error).* in .*$"
+    last = " ".join(re.findall(counted, output, re.MULTILINE)[-1:])
         re.findall(r"^.*\d+ (?:passed|failed|error).* in .*$", output, re.MULTILINE)[-1:]
     )
     number = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error)", last)}

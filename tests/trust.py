@@ -25,8 +25,6 @@ def tests_counted(output: str) -> Counts:
     """Of pytest: tests, of which those count as faults that failed or could not start."""
     counted = r"^.*\d+ (?:passed|failed|error).* in .*$"
     last = " ".join(re.findall(counted, output, re.MULTILINE)[-1:])
-        re.findall(r"^.*\d+ (?:passed|failed|error).* in .*$", output, re.MULTILINE)[-1:]
-    )
     number = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error)", last)}
     wrong = number.get("failed", 0) + number.get("error", 0)
     return number.get("passed", 0) + wrong, wrong

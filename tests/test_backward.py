@@ -321,6 +321,10 @@ def test_groups_of_any_size(size: int, op: Operation, layout: str, backend: str)
 @pytest.mark.parametrize("ndim", range(2, 6))
 def test_every_number_of_dimensions(ndim: int, op: Operation) -> None:
     shape = (3, 8, 5, 2, 3)[:ndim]
+    if op.name == "instance_norm" and ndim == 2:
+        with pytest.raises(ValueError, match="one value per channel"):
+            statistics(op, data(shape, F32), {})
+        return
     for layout in LAYOUTS:
         x, dy = pair(shape, F32, 1.0, layout)
         for weights in WEIGHTS:
@@ -795,6 +799,9 @@ def test_any_shape(draw: st.DataObject) -> None:
     ndim = draw.draw(st.integers(max(2, op.min_ndim), 5))
     shape = [draw.draw(st.integers(1, 6)) for _ in range(ndim)]
     shape[0], shape[1] = max(shape[0], 2), 4 * shape[1]
+    if op.name == "instance_norm" and math.prod(shape[2:]) == 1:
+        shape.append(2)  # of one value there are no statistics
+        ndim = len(shape)
 
     def laid_out(x: Array) -> Array:
         """The same numbers, its axes in any order and direction, with or without gaps."""
@@ -1042,7 +1049,7 @@ CASES: list[tuple[str, type[Exception], str, Any]] = [
     (
         "no dy",
         TypeError,
-        "dy has dtype object",
+        "dy is None",
         lambda: fn.rms_norm_backward(None, X, ROW, 6),
     ),
     (

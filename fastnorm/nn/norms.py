@@ -44,6 +44,11 @@ def count_of(value: int, name: str) -> int:
     return int(value)
 
 
+def _numbers(x: ArrayLike) -> Array:
+    """The elements of `x`, hidden ones too: what a mask leaves out is for the norm to say."""
+    return as_array(unmask(x)[0], "x")
+
+
 class _Norm(Module):
     """A norm with a weight of ones and a bias of zeros, each of which may be None instead."""
 
@@ -147,7 +152,7 @@ class _ChannelNorm(_Norm):
         self.reset_running_stats()
 
     def _checked(self, x: ArrayLike) -> Array:
-        array = as_array(x, "x")
+        array = _numbers(x)
         name = type(self).__name__
         if self._ndims and array.ndim not in self._ndims:
             numbers = " or ".join(f"{n}D" for n in self._ndims)
@@ -573,7 +578,7 @@ class GroupNorm(_Norm):
         self.channel_axis = channel_axis
 
     def _forward(self, x: ArrayLike) -> tuple[Array, Saved]:
-        array = as_array(x, "x")
+        array = _numbers(x)
         if array.ndim > 1:
             axis = channel_axis_of(array, self.channel_axis, "GroupNorm")
             if array.shape[axis] != self.num_channels:
@@ -668,7 +673,7 @@ class LayerNorm(_Norm):
     def _forward(self, x: ArrayLike) -> tuple[Array, Saved]:
         options: dict[str, Any] = self._affine | {"eps": self.eps, "return_stats": True}
         y, mean, rstd = functional.layer_norm(x, self.normalized_shape, **options)
-        return y, (as_array(x, "x"), mean, rstd)
+        return y, (_numbers(x), mean, rstd)
 
     def _backward(self, dy: ArrayLike, saved: Saved) -> Gradients:
         array, mean, rstd = saved
@@ -730,7 +735,7 @@ class RMSNorm(_Norm):
     def _forward(self, x: ArrayLike) -> tuple[Array, Saved]:
         weight, shape = self._affine["weight"], self.normalized_shape
         y, rstd = functional.rms_norm(x, shape, weight, self.eps, return_stats=True)
-        return y, (as_array(x, "x"), rstd)
+        return y, (_numbers(x), rstd)
 
     def _backward(self, dy: ArrayLike, saved: Saved) -> Gradients:
         array, rstd = saved

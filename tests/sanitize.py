@@ -85,7 +85,8 @@ def main() -> int:
     for level in levels:
         python = [sys.executable, "-m"]
         fuzz = ["tests.fuzz", "--backend", "cython", "--cpu", level, "--seed", str(given.seed)]
-        table = ["pytest", "-q", "-o", f"pythonpath={TREE} {ROOT}", "-p", "no:cacheprovider"]
+        # pytest, too, puts the folder of the tests behind those it was given, not before them
+        table = ["pytest", "-q", "-o", f"pythonpath={TREE} {ROOT}", "--import-mode=append"]
         for command in (
             [sys.executable, "-c", WHICH.format(tree=str(TREE))],
             [*python, *fuzz, "--examples", str(given.examples)],

@@ -192,3 +192,82 @@ class TestKernelsRefuse:
             self.run((8, 1), weight=np.ones((1, 8)))
         with pytest.raises(TypeError, match="mean of dtype float32"):
             self.run((8, 1), stats=np.ones((4, 1), np.float32))
+
+
+def padded(array: np.ndarray, dense: np.ndarray) -> np.ndarray:
+    """The same numbers in the order of `dense`, with gaps after each axis but the last."""
+    order = sorted(range(array.ndim), key=lambda axis: -dense.strides[axis])
+    inside = [array.shape[axis] for axis in order]
+    memory = np.full([n + 2 for n in inside[:-1]] + inside[-1:], np.nan, array.dtype)
+    view = memory[tuple(slice(0, n) for n in inside)].transpose(np.argsort(order))
+    view[...] = array
+    return view
+
+
+ORDERS = {"channels-first": (0, 1, 2, 3), "channels-last": (0, 2, 3, 1)}
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("positions", [(5, 7), (40, 70)])
+@pytest.mark.parametrize("past", [False, True], ids=["cached", "past"])
+def test_every_operand_is_walked_by_its_own_strides(
+    dtype: Any, order: str, positions: tuple[int, int], past: bool
+) -> None:
+    """x, residual, where, out and dy each lie in memory of their own kind, in every combination."""
+    rng = np.random.default_rng(0)
+    shape = (2, 6, *positions)
+
+    def numbers() -> np.ndarray:
+        memory = rng.normal(size=[shape[axis] for axis in ORDERS[order]]).astype(dtype)
+        return memory.transpose(np.argsort(ORDERS[order]))
+
+    x, residual, dy = numbers(), numbers(), numbers()
+    where = numbers() > 0
+    kind = np.float64 if dtype == np.float64 else np.float32
+    weight, bias = rng.normal(size=(2, 6)).astype(kind)
+    names = ("x", "residual", "out")
+    # a sum is taken in another order where rows do not follow one another
+    error = {np.float16: 2.0**-9, np.float32: 1e-5, np.float64: 1e-12}[dtype]
+
+    def close(a: np.ndarray, b: np.ndarray) -> bool:
+        largest = np.nanmax(np.abs(b).astype(np.float64))
+        return np.allclose(a, b, rtol=error, atol=error * largest, equal_nan=True)
+
+    norms: dict[str, Any] = {
+        "batch": lambda x, **o: fn.batch_norm(x, weight=weight, bias=bias, training=True, **o),
+        "inference": lambda x, **o: fn.batch_norm(x, bias, weight**2, weight, bias, **o),
+        "group": lambda x, **o: fn.group_norm(x, 3, weight, bias, **o),
+        "instance": lambda x, **o: fn.instance_norm(x, weight=weight, bias=bias, **o),
+        "layer": lambda x, **o: fn.layer_norm(x, axis=1, weight=weight, bias=bias, **o),
+    }
+    if _core.kernels is not None and past:
+        _core.kernels.set_stream_above(0)
+    try:
+        for name, norm in norms.items():
+            for masked in (False, True):
+                chosen = {"where": where} if masked else {}
+                right = norm(x, residual=residual, **chosen)
+                for chance in range(1, 8):
+                    apart = {n for i, n in enumerate(names) if chance >> i & 1}
+                    out = padded(np.empty_like(x), x) if "out" in apart else np.empty_like(x)
+                    memory = out.base if out.base is not None else out
+                    memory[...] = 7
+                    e = padded(residual, x) if "residual" in apart else residual
+                    if masked:
+                        chosen["where"] = padded(where.astype(dtype), x) == 1
+                    for _ in range(2):
+                        norm(padded(x, x) if "x" in apart else x, residual=e, out=out, **chosen)
+                        assert close(out, right), (name, apart, masked)
+                        gaps = memory.astype(np.float64)
+                        assert (gaps == 7).sum() >= memory.size - out.size, "beside out"
+        for padded_x, padded_dy in ((True, False), (False, True), (True, True)):
+            x1, dy1 = (padded(a, x) if p else a for a, p in ((x, padded_x), (dy, padded_dy)))
+            _, mean, rstd = fn.group_norm(x, 3, weight, return_stats=True)
+            right = fn.group_norm_backward(dy, x, mean, rstd, 3, weight)
+            found = fn.group_norm_backward(dy1, x1, mean, rstd, 3, weight)
+            for a, b in zip(found, right):
+                assert close(a, b)
+    finally:
+        if _core.kernels is not None:
+            _core.kernels.set_stream_above(_core.last_cache())

@@ -925,6 +925,7 @@ def peaks() -> dict[str, tuple[int, int]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", MEMORY_CASES)
 def test_peak_memory(label: str, peaks: dict[str, tuple[int, int]]) -> None:
     """Beyond what comes in and goes out, 4 MB and 2 % of x at most."""

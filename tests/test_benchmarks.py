@@ -20,6 +20,8 @@ from benchmarks.cases import Case
 
 from .helpers import ROOT, run_python
 
+pytestmark = pytest.mark.slow
+
 ALL = (*cases.CASES, *cases.OUT, *cases.CLIFF, *cases.GATE)
 
 # --- Cases and peers ------------------------------------------------------------------------------

@@ -344,6 +344,7 @@ print([name for name in sys.modules if name.split(".")[0] in ("dask", "mpi4py", 
 # --- A cluster ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_worker_dies_and_the_answer_is_right() -> None:
     """Two worker processes; one is killed while moments and batch_norm run."""
     distributed = pytest.importorskip("distributed")

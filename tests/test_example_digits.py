@@ -19,6 +19,8 @@ import fastnorm as fn
 
 from .helpers import ROOT
 
+pytestmark = pytest.mark.slow
+
 Array = np.ndarray[Any, Any]
 
 EXAMPLE = ROOT / "docs" / "examples" / "digits.py"

@@ -122,6 +122,7 @@ def test_a_hundred_million() -> None:
         assert abs(Fraction(float(found[1])) / var - 1) <= rtol
 
 
+@pytest.mark.slow
 def test_where_numpy_is_far_off() -> None:
     """numpy issue 11331: its float32 mean over many rows of few channels adds one by one."""
     x = np.random.default_rng(0).integers(0, 256, (1024, 256, 256, 3), np.uint8)

@@ -433,6 +433,7 @@ def test_activations_that_return_no_number(what: str, backend: str) -> None:
     assert_same_bits(x, kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", SINGLE_AND_DOUBLE, ids=named)
 def test_activations_that_return_other_numbers(dtype: Any, backend: str) -> None:
     x = data((4, 6), dtype)
@@ -498,6 +499,7 @@ def _same(ours: Array, right: Array) -> None:
     assert ulps(ours, right, right.dtype, scale=scale).max() <= 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [0.0, 1e6])
 @pytest.mark.parametrize("dtype", [F32, F64], ids=named)
 def test_inside_compiled_code(dtype: Any, ratio: float) -> None:
@@ -523,6 +525,7 @@ def test_inside_compiled_code(dtype: Any, ratio: float) -> None:
     _same(inside_instance(x), fn.instance_norm(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1e-44, 1e-30, 1e38, 1e200, 1e-200])
 def test_inside_compiled_code_at_the_ends_of_the_range(size: float) -> None:
     dtype = F32 if 1e-45 < size < 1e39 and size != 1e-200 else F64
@@ -530,6 +533,7 @@ def test_inside_compiled_code_at_the_ends_of_the_range(size: float) -> None:
     _same(inside_instance(x.reshape(1, 1, 7)).reshape(1, 7), fn.layer_norm(x, 7))
 
 
+@pytest.mark.slow
 def test_inside_compiled_code_refused() -> None:
     x = data((4, 6), F32)
     with pytest.raises(ValueError, match="trailing shape"):
@@ -545,6 +549,7 @@ def test_inside_compiled_code_refused() -> None:
         assert inside_instance(np.ones(shape, F32)).shape == shape
 
 
+@pytest.mark.slow
 def test_norms_are_known_without_an_import() -> None:
     """Numba itself finds them, by an entry point of the installed package."""
     code = """

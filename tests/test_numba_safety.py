@@ -189,6 +189,7 @@ fn.instance_norm(x)
 """
 
 
+@pytest.mark.slow
 def test_a_checking_kernel_finds_what_leaves_its_memory() -> None:
     """Strides of another operand, and parts of scratch memory that are one number short."""
     run = run_python("-c", CHECKING, FASTNORM_CHECK="1", timeout=600)

@@ -18,6 +18,8 @@ from threadpoolctl import threadpool_limits
 import fastnorm as fn
 from fastnorm import cli, placement
 
+pytestmark = pytest.mark.slow
+
 Array = np.ndarray[Any, Any]
 
 needs_matplotlib = pytest.mark.skipif(

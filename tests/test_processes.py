@@ -205,6 +205,7 @@ for backend in ("loky", "threading", "multiprocessing"):
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.slow
 def test_workers_of_a_data_loader(torch: object, tmp_path: Path) -> None:
     program = f"""
 import sys

@@ -171,6 +171,7 @@ def test_local_response(beta: float, power: int, k: float) -> None:
 # --- Inside compiled code -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("numba" not in BACKENDS, reason="needs Numba")
 def test_norms_inside_compiled_code() -> None:
     import numba

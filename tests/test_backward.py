@@ -475,6 +475,8 @@ def assert_any_threads(op: Operation, dy: Array, x: Array, p: Parameters) -> Non
 def test_any_number_of_threads(shape: tuple[int, ...], layout: str, op: Operation) -> None:
     if shape == (8, 50000) and op.name not in ("layer_norm", "rms_norm"):
         return  # whose weights are few
+    if len(shape) == 2 and op.name == "instance_norm":
+        return  # whose statistics would be of one value
     x, dy = large(shape, layout)
     for weights in ("shared", "full")[: 1 if shape in LARGE[:2] else 2]:
         assert_any_threads(op, dy, x, parameters(op, x, weights))

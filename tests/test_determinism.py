@@ -146,6 +146,8 @@ def _in_child(queue: Any, x: Any) -> None:
     "fork" not in multiprocessing.get_all_start_methods(), reason="no fork on this system"
 )
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+# JAX, where a test before has imported it, warns of every fork from within a handler
+@pytest.mark.filterwarnings("ignore:.*_at_fork.*:pytest.PytestUnraisableExceptionWarning")
 def test_a_forked_child_of_a_threaded_process() -> None:
     x = data((512, 1000), F32, 3.0)
     with fn.threads(2):

@@ -645,10 +645,11 @@ def run_backward(
     for gradient, total in zip((dweight, dbias), totals):
         if gradient is None:
             continue
-        if plan.flat and gradient.flags.c_contiguous:
-            gradient[...] = total.reshape(gradient.shape)
-        else:
-            _in_five(gradient, layout.strides["dweight"], dims)[...] = total
+        with np.errstate(all="ignore"):  # sums beyond half precision are infinite
+            if plan.flat and gradient.flags.c_contiguous:
+                gradient[...] = total.reshape(gradient.shape)
+            else:
+                _in_five(gradient, layout.strides["dweight"], dims)[...] = total
 
 
 def _carry_back(plan: _BackPlan, record: Array, threads: int, groups: int, training: bool) -> None:

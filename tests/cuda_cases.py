@@ -672,7 +672,7 @@ def test_out_must_be_on_the_gpu() -> None:
 
 
 def test_an_operand_on_the_gpu_where_x_is_not() -> None:
-    with pytest.raises(TypeError, match="weight is an? .*, read as dtype object"):
+    with pytest.raises(TypeError, match=r"weight is an? .*, read as dtype object"):
         ours.layer_norm(data((2, 8), F32), 8, OnGpu(np.ones(8, F32)))
 
 

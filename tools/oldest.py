@@ -38,7 +38,7 @@ def main(*arguments: str) -> None:
         tree = Path(folder, "tree")
         shutil.copytree(ROOT, tree, ignore=NOT_COPIED)
         subprocess.run([sys.executable, "-m", "venv", f"{folder}/venv"], check=True)
-        python = next(Path(folder, "venv").glob("*/python*"))
+        python = Path(folder, "venv", "Scripts" if sys.platform == "win32" else "bin", "python")
         pins = Path(folder, "oldest.txt")
         wanted = requirements(*EXTRAS)
         pins.write_text("\n".join(filter(None, map(oldest, wanted))), encoding="utf-8")

@@ -207,7 +207,7 @@ cdef inline Py_ssize_t slopes_size(Back* q) noexcept nogil:
     return (SLOPES_BYTES * q.width + 15) // 8 * 8
 
 cdef inline bint open_workspace(Back* q, Workspace* h, Py_ssize_t cells) noexcept nogil:
-    h.arena = counting()
+    count_pieces(&h.arena)
     lay_out_back(q, h, cells)
     if not open_arena(&h.arena):
         return False
@@ -844,12 +844,13 @@ cdef int back_owner(Back* q, Py_ssize_t owner, int threads, real* kind) noexcept
     cdef Py_ssize_t turns = min(total, <Py_ssize_t>(8 * threads))
     cdef Py_ssize_t own = 0 if q.inside else 2 * q.cells
     cdef int failed = 0, turned
-    cdef Arena m = counting()
+    cdef Arena m
     cdef Slopes* s
     cdef char* memory
     cdef double* sums
     cdef double* cells
     cdef Item it
+    count_pieces(&m)
     for turned in range(2):     # counted, then handed out
         s = <Slopes*>take(&m, q.sharers * sizeof(Slopes))
         memory = take(&m, q.sharers * slopes_size(q))
@@ -917,7 +918,7 @@ cdef int run_back(Back* q, real* kind) noexcept nogil:
     cdef Py_ssize_t size = q.owners * q.sharers * q.width * q.length
     cdef int failed = 0
     cdef double* parts = NULL
-    cdef Arena m = counting()
+    cdef Arena m
     if (tasks < FEW and size >= 8 * PART) or (q.inside and q.parts == 1 and q.cells > OWN_CELLS):
         # few large groups, or sums too many to keep: the two sweeps apart
         if q.owners < FEW or q.threads == 1:
@@ -929,6 +930,7 @@ cdef int run_back(Back* q, real* kind) noexcept nogil:
             failed |= some_owners(q, q.owners * turn // turns, q.owners * (turn + 1) // turns, kind)
         return failed
     if q.parts > 1:
+        count_pieces(&m)
         take(&m, tasks * 2 * q.cells * sizeof(double))
         if not open_arena(&m):
             return 1
@@ -953,9 +955,10 @@ cdef int run_converted(Back* q, real* kind) noexcept nogil:
     cdef Item it
     cdef real* room
     cdef int failed
-    cdef Arena m = counting()
+    cdef Arena m
     if not q.inside or q.columns or w.data == NULL or w.a != 0 or w.b != 0 or w.p != 0 or weights_in_place(q, kind):
         return run_back(q, kind)
+    count_pieces(&m)
     take(&m, q.s * sizeof(real))
     if not open_arena(&m):
         return 1

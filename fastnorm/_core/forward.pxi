@@ -43,7 +43,7 @@ cdef bint open_scratch(Pass* q, Scratch* h, int threads, real* kind) noexcept no
     """Scratch memory for each of the threads, all of it before any result is written."""
     cdef int i
     for i in range(threads):
-        h[i].arena = counting()
+        count_pieces(&h[i].arena)
         lay_out(q, &h[i], &h[i].arena, kind)
         if not open_arena(&h[i].arena):
             close_scratch(h, i)
@@ -171,11 +171,12 @@ cdef int shared_items(Pass* q, Scratch* h, real* kind) noexcept nogil:
     cdef Py_ssize_t i, piece, groups, row = q.width * sizeof(double), total = q.items * q.pieces
     cdef Py_ssize_t turn, turns = min(total, 8 * q.threads)
     cdef Item it
-    cdef Arena m = counting()
+    cdef Arena m
     cdef double* parts
     cdef double* whole
     cdef char* scale_memory
     cdef Scale* scales
+    count_pieces(&m)
     take(&m, total * FIELDS * row)
     take(&m, q.items * SCALE_BYTES * q.width)
     take(&m, q.items * sizeof(Scale))
@@ -215,7 +216,8 @@ cdef void tabulate(Pass* q, real* kind) noexcept nogil:
 
 cdef int run(Pass* q, real* kind) noexcept nogil:
     cdef int failed
-    cdef Arena m = counting()
+    cdef Arena m
+    count_pieces(&m)
     q.table = NULL
     q.real_size = sizeof(real)
     if q.given and not q.columns and q.a > 1 and q.mean.a == 0 and q.var.a == 0 and q.pieces == 1:
@@ -231,10 +233,14 @@ cdef int run(Pass* q, real* kind) noexcept nogil:
 cdef int run_items(Pass* q, real* kind) noexcept nogil:
     cdef Scratch one
     cdef Scratch* h
+    cdef char room[ON_STACK]
     cdef int failed
     if q.threads == 1:
-        if not open_scratch(q, &one, 1, kind):
+        count_pieces(&one.arena)
+        lay_out(q, &one, &one.arena, kind)
+        if not open_on_stack(&one.arena, room):
             return 1
+        lay_out(q, &one, &one.arena, kind)
         whole_items(q, 0, q.items, &one, kind)
         fn_check_fence()
         close_scratch(&one, 1)

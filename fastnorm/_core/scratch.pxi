@@ -16,20 +16,22 @@ cdef extern from "blocks.h" nogil:
 cdef enum:
     LINE = 64                   # bytes of a cache line: where each piece begins
     PIECES = 24                 # of an arena, at most
+    ON_STACK = 1 << 14          # bytes of a thread's scratch memory that its stack holds: no malloc
 
 cdef struct Arena:
-    char* memory                # from malloc; NULL: pieces are only counted
+    char* memory                # NULL: pieces are only counted
     char* start
+    bint lent                   # not from malloc
     Py_ssize_t size             # bytes taken so far
     int pieces
-    char* fences[PIECES]          # where each piece ends
+    char* fences[PIECES]        # where each piece ends
 
-cdef inline Arena counting() noexcept nogil:
-    cdef Arena m
+cdef inline void count_pieces(Arena* m) noexcept nogil:
+    """Let the next pieces be counted."""
     m.memory = m.start = NULL
+    m.lent = False
     m.size = 0
     m.pieces = 0
-    return m
 
 cdef inline bint open_arena(Arena* m) noexcept nogil:
     """Get the memory of what was counted; False where there is none."""
@@ -38,15 +40,27 @@ cdef inline bint open_arena(Arena* m) noexcept nogil:
         m.memory = <char*>malloc(m.size + LINE)  # what results were kept in was given back
     if m.memory == NULL:
         return False
+    begin(m)
+    return True
+
+cdef inline bint open_on_stack(Arena* m, char* room) noexcept nogil:
+    """Take memory of ON_STACK bytes, if that is enough; a checking build leaves it to malloc."""
+    if FN_CHECKED or m.size + LINE > ON_STACK:
+        return open_arena(m)
+    m.memory = room
+    m.lent = True
+    begin(m)
+    return True
+
+cdef inline void begin(Arena* m) noexcept nogil:
     m.start = m.memory + (LINE - <size_t>m.memory % LINE)
     m.size = 0
     m.pieces = 0
-    return True
 
 cdef inline char* take(Arena* m, Py_ssize_t size) noexcept nogil:
     """The next piece, of `size` bytes from the beginning of a cache line on."""
     cdef char* piece = NULL if m.memory == NULL else m.start + m.size
-    m.size += (size + LINE - 1) // LINE * LINE
+    m.size += (size + LINE - 1) & -LINE
     if FN_CHECKED:
         m.size += FN_FENCE
         if m.pieces == PIECES:
@@ -63,7 +77,8 @@ cdef inline void close_arena(Arena* m) noexcept nogil:
         for i in range(m.pieces):
             if not fn_fence_stands(m.fences[i]):
                 fn_broken("a piece of scratch memory was written beyond its end")
-    free(m.memory)
+    if not m.lent:
+        free(m.memory)
     m.memory = NULL
 
 cdef inline void fits(Py_ssize_t needed, Py_ssize_t size, const char* what) noexcept nogil:

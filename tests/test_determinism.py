@@ -382,3 +382,17 @@ def test_planes_of_one_group_on_several_threads_have_their_own_weights() -> None
         for _ in range(1000):
             found = fn.group_norm_backward(dy, x, mean, rstd, 1, weight)
             assert all(np.array_equal(a, b) for a, b in zip(found, expected))
+
+
+@pytest.mark.skipif(_core.kernels is None, reason="no compiled kernels")
+def test_statistics_of_bfloat16_do_not_depend_on_the_stores() -> None:
+    """A batch beyond the last cache is written past it; its sums are those of a row alone."""
+    x = data((8, 128), BF16, 1.0)
+    usual = fn.layer_norm(x, 128, return_stats=True)
+    _core.kernels.set_stream_above(0)
+    try:
+        past = fn.layer_norm(x, 128, return_stats=True)
+    finally:
+        _core.kernels.set_stream_above(_core.last_cache())
+    for a, b in zip(usual, past):
+        assert_same_bits(a, b)

@@ -395,7 +395,7 @@ cdef int carry_out(Pass* q, int threads) noexcept:
     # norm four arrays go through the caches.
     q.stream = (total if q.total.data == NULL else 4 * total) > stream_above // 8 * 5 and pays_to_stream(along, size)
     # a weight along the run, or one for all of it, and a bias only beside a weight of its kind
-    q.brief = (q.x.storage == q.y.storage == BF16 and not q.columns and not q.stream and q.activation == IDENTITY and q.user == NULL
+    q.brief = (q.x.storage == q.y.storage == BF16 and not q.columns and q.activation == IDENTITY and q.user == NULL
                and q.residual.data == NULL and q.mask.data == NULL and q.total.data == NULL and q.y.data != NULL
                and (q.p == 1 or q.x.p == q.s * size)
                and (q.foldable or (q.weight.s != 0 and (q.bias.data == NULL or q.bias.s != 0))))

@@ -197,7 +197,7 @@ cdef struct Pass:
     bint near                   # so small that each thread finds its part in a cache of its own
     bint straight               # x and y are read and written where they lie
     bint past                   # or read where they lie and written past the caches
-    bint brief                  # bfloat16 is converted on the way
+    bint brief                  # bfloat16 is converted on the way: the order of its sums, whatever the stores
     int threads
 
 include "scratch.pxi"

@@ -163,7 +163,7 @@ cdef inline void run_step(Pass* q, Item it, Scale* s, Py_ssize_t k, Run r, Scrat
     within(&q.weight, weight, (r.n if q.weight.s else 1) * bytes_of(q.weight.storage), "weight, of a run")
     within(&q.bias, bias, (r.n if q.bias.s else 1) * bytes_of(q.bias.storage), "bias, of a run")
     if real is float:
-        if q.brief and not s.wide[k] and brief_step(q, s, k, x, y, weight, bias, r.n):
+        if q.brief and not q.stream and not s.wide[k] and brief_step(q, s, k, x, y, weight, bias, r.n):
             return
         if q.past and not s.wide[k] and fold_run(s, k, weight, bias, &rw, &shift):
             ahead = AHEAD
@@ -371,7 +371,7 @@ cdef inline bint plain_rows(Pass* q) noexcept nogil:
         return False
     if q.total.data != NULL:
         return q.x.storage == q.y.storage == q.addend.storage == F32
-    return q.x.storage == q.y.storage and (q.x.storage >= F32 or q.brief) and q.x.storage <= F64
+    return q.x.storage == q.y.storage and (q.x.storage >= F32 or (q.brief and not q.stream)) and q.x.storage <= F64
 
 cdef inline char* there(Operand* o, Py_ssize_t a, Py_ssize_t b) noexcept nogil:
     return NULL if o.data == NULL else at(o, a, b)

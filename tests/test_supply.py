@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -150,6 +151,7 @@ def test_pip_takes_ours(tmp_path: Path) -> None:
 def pip(*arguments: str) -> str:
     run = subprocess.run(
         [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments],
+        env={k: v for k, v in os.environ.items() if k != "PIP_QUIET"},  # what it says is looked at
         capture_output=True,
         text=True,
         timeout=PATIENCE,

@@ -354,7 +354,10 @@ def limited(n):
 print(started(lambda: limited(1)), started(lambda: limited(3)), started(twice))
 """
     pytest.importorskip("threadpoolctl")
-    assert started(program) == [1, 3, 0, 2, 3]
+    *first, limited, after = started(program)
+    assert first == [1, 3, 0] and after == 3
+    # the library may replace a thread when its team becomes smaller
+    assert limited in (2, 3)
 
 
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name != "numpy"])

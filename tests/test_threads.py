@@ -355,7 +355,8 @@ print(started(lambda: limited(1)), started(lambda: limited(3)), started(twice))
 """
     pytest.importorskip("threadpoolctl")
     *first, limited, after = started(program)
-    assert first == [1, 3, 0] and after == 3
+    assert first == [1, 3, 0]
+    assert after == 3
     # the library may replace a thread when its team becomes smaller
     assert limited in (2, 3)
 

@@ -22,9 +22,10 @@ import numpy as np
 
 import fastnorm as fn
 from fastnorm import backends
+from fastnorm._bench.cases import Case, Data, arguments, data, gradient_arguments
+from fastnorm._bench.timing import ROUNDS, Contender, turns
 
-from .cases import CASES, Case, Data, arguments, data, gradient_arguments
-from .timing import ROUNDS, Contender, turns
+from .cases import CASES
 
 BACKENDS = ("cython", "numba")
 

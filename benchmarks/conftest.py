@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
-from . import machine
+from fastnorm._bench import machine
+from fastnorm._bench.rows import Row, row
+from fastnorm._bench.timing import BLOCK, ROUNDS, Contender, turns
+
+from . import native
 from .report import describe
-from .rows import Row, row
-from .timing import BLOCK, ROUNDS, Contender, turns
 
 LINE = pytest.StashKey[str]()
 BUSY = pytest.StashKey[float | None]()
@@ -36,7 +38,8 @@ def pytest_benchmark_update_machine_info(
     config: pytest.Config, machine_info: dict[str, Any]
 ) -> None:
     machine_info.clear()  # it holds the machine's name
-    machine_info.update(machine.facts() | {"busy": config.stash[BUSY]})
+    machine_info.update(machine.facts())
+    machine_info.update(compiler=native.version(), busy=config.stash[BUSY])
 
 
 # --- Contenders in turn ---------------------------------------------------------------------------

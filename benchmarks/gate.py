@@ -38,13 +38,14 @@ from typing import Any
 import numpy as np
 
 import fastnorm as fn
+from fastnorm._bench.cases import Case, data
+from fastnorm._bench.machine import cores, processor
+from fastnorm._bench.peers import fastnorm
+from fastnorm._bench.timing import Contender, turns
 
 from . import native
-from .cases import GATE, GATE_THREADS, Case, data
+from .cases import GATE, GATE_THREADS
 from .ceiling import address, mover
-from .machine import cores, processor
-from .peers import fastnorm
-from .timing import Contender, turns
 
 STORED = Path(__file__).with_name("gate.json")
 LEVELS = ("x86-64-v2", "x86-64-v3", "x86-64-v4")

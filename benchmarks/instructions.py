@@ -23,9 +23,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from . import machine, native
-from .cases import GATE, data
-from .peers import fastnorm
+from fastnorm._bench.cases import data
+from fastnorm._bench.peers import fastnorm
+
+from . import native
+from .cases import GATE
 
 STORED = Path(__file__).with_name("instructions.json")
 LEVEL = "x86-64-v3"  # valgrind knows no AVX-512
@@ -77,7 +79,7 @@ def built_with() -> str:
     """The C compiler and the Cython of the kernels."""
     kernels = import_module(f"fastnorm._core._kernels_{LEVEL.removeprefix('x86-64-')}")
     cython = type(kernels.run_pass).__module__  # "_cython_3_3_1": its functions' type says so
-    return f"{machine.compiler()}, {cython.strip('_').replace('_', ' ', 1).replace('_', '.')}"
+    return f"{native.version()}, {cython.strip('_').replace('_', ' ', 1).replace('_', '.')}"
 
 
 def judge(counts: dict[str, int], stored: dict[str, int]) -> list[str]:

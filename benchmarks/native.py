@@ -18,6 +18,15 @@ def compiler() -> list[str] | None:
     return command if command and shutil.which(command[0]) else None
 
 
+def version() -> str | None:
+    """Of the compiler; the kernels were most likely built by the same."""
+    command = compiler()
+    if command is None:
+        return None
+    told = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
+    return told.splitlines()[0] if told else command[0]
+
+
 @cache
 def load(name: str, march: str = "native") -> ctypes.CDLL | None:
     """benchmarks/<name>.c for these instructions; None where it can not be compiled or loaded."""

@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 
 import fastnorm as fn
-from tests.operations import OPERATIONS, Operation
-
-from .timing import ROUNDS, Contender, turns
+from fastnorm._bench.operations import OPERATIONS, Operation
+from fastnorm._bench.timing import ROUNDS, Contender, turns
 
 IMAGES = ((8, 64, 14, 14), (32, 64, 56, 56))
 ROWS = ((8, 768), (4096, 768))

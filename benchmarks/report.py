@@ -16,9 +16,10 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
+from fastnorm._bench.peers import PEERS
+from fastnorm._bench.rows import COPY, Row
+
 from .cases import SHOWN
-from .peers import PEERS
-from .rows import COPY, Row
 
 RESULTS = Path(__file__).with_name("results")
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"

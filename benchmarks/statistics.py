@@ -25,9 +25,8 @@ from typing import Any
 import numpy as np
 
 import fastnorm as fn
-
-from . import machine
-from .timing import ROUNDS, Contender, turns
+from fastnorm._bench import machine
+from fastnorm._bench.timing import ROUNDS, Contender, turns
 
 Row = tuple[str, str, str]  # what, what was measured, what is asked for
 

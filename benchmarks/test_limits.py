@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 
 import fastnorm as fn
+from fastnorm._bench.cases import Case, data
+from fastnorm._bench.copying import bytes_moved, copy
+from fastnorm._bench.peers import check, fastnorm, reference
+from fastnorm._bench.rows import COPY
+from fastnorm._bench.timing import Contender
 
-from . import ceiling
-from .cases import CLIFF, OUT, THREADS, Case, data
-from .peers import check, fastnorm, reference
-from .rows import COPY
-from .timing import Contender
+from .cases import CLIFF, OUT, THREADS
+from .ceiling import moves
 
 
 @pytest.mark.parametrize("case", OUT, ids=str)
@@ -27,9 +29,9 @@ def test_out(case: Case, compare: Any) -> None:
     arrays = data(case)
     peer = fastnorm(case, arrays)
     check("fastnorm", case, peer.answer(peer.call()), reference(case, arrays))
-    copy = Contender(ceiling.copy(case, arrays, fn.get_num_threads()))
-    moved = ceiling.bytes_moved(case, arrays)
-    compare("out", case, {"fastnorm": peer.contender(), COPY: copy}, bytes=moved)
+    copied = Contender(copy(case, arrays, moves(fn.get_num_threads())))
+    moved = bytes_moved(case, arrays)
+    compare("out", case, {"fastnorm": peer.contender(), COPY: copied}, bytes=moved)
 
 
 @pytest.mark.parametrize("case", THREADS, ids=str)
@@ -51,9 +53,9 @@ def test_cliff(case: Case, compare: Any) -> None:
     arrays = data(case)
     contenders = {
         "fastnorm": fastnorm(case, arrays).contender(),
-        COPY: Contender(ceiling.copy(case, arrays, fn.get_num_threads())),
+        COPY: Contender(copy(case, arrays, moves(fn.get_num_threads()))),
     }
-    moved = ceiling.bytes_moved(case, arrays)
+    moved = bytes_moved(case, arrays)
     compare("cliff", case, contenders, rounds=5, bytes=moved, function=case.operation.name)
 
 

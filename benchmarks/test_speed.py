@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 
 import fastnorm as fn
+from fastnorm._bench.cases import Case, data
+from fastnorm._bench.copying import bytes_moved, copy
+from fastnorm._bench.peers import PEERS, Absent, checked, reference
+from fastnorm._bench.rows import COPY
+from fastnorm._bench.timing import Contender
 
-from . import ceiling
-from .cases import CASES, Case, data
-from .peers import PEERS, Absent, checked, reference
-from .rows import COPY
-from .timing import Contender
+from .cases import CASES
+from .ceiling import moves
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -27,6 +29,6 @@ def test_speed(case: Case, compare: Any) -> None:
         except Absent as reason:
             absent[name] = str(reason)
     del exact
-    contenders[COPY] = Contender(ceiling.copy(case, arrays, fn.get_num_threads()))
-    moved = ceiling.bytes_moved(case, arrays)
+    contenders[COPY] = Contender(copy(case, arrays, moves(fn.get_num_threads())))
+    moved = bytes_moved(case, arrays)
     compare(case.kind, case, contenders, bytes=moved, absent=absent, small=case.small)

@@ -22,9 +22,8 @@ from typing import Any
 import numpy as np
 
 import fastnorm as fn
-
-from . import machine
-from .timing import ROUNDS, Contender, turns
+from fastnorm._bench import machine
+from fastnorm._bench.timing import ROUNDS, Contender, turns
 
 TURN = 0.5  # seconds: some calls
 LAYERS, WIDTH, HEADS, SHAPE = 6, 512, 8, (8, 128, 512)

@@ -12,7 +12,7 @@ import fastnorm
 # though the root also holds its sources.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.operations import OPERATIONS
+from fastnorm._bench.operations import OPERATIONS
 
 project = "fastnorm"
 author = "The fastnorm developers"
@@ -44,7 +44,7 @@ html_title = f"fastnorm {release}"
 
 
 class OperationsTable(SphinxDirective):
-    """``.. operations-table::`` lists every operation of tests/operations.py."""
+    """``.. operations-table::`` lists every operation of fastnorm/_bench/operations.py."""
 
     def run(self):
         """Return the table."""

@@ -22,6 +22,7 @@ import pytest
 import fastnorm as fn
 from fastnorm import _reference as reference
 from fastnorm import routing
+from fastnorm._bench.operations import OPERATIONS, Operation
 from fastnorm._numba import gpu
 from fastnorm._numba import gpu_kernels as kernels
 from fastnorm._numba.gpu_arrays import Library, handles
@@ -47,7 +48,6 @@ from .helpers import (
     ulps,
     without,
 )
-from .operations import OPERATIONS, Operation
 from .test_accuracy import (
     CENTRED,
     EXTREMES,

@@ -17,8 +17,7 @@ import numpy as np
 
 import fastnorm as fn
 from fastnorm import _reference as reference
-
-from .operations import Operation
+from fastnorm._bench.operations import Operation
 
 Array = np.ndarray[Any, Any]
 

@@ -15,6 +15,7 @@ import pytest
 
 import fastnorm as fn
 from fastnorm import _reference as reference
+from fastnorm._bench.operations import OPERATIONS, Operation
 
 from .helpers import (
     BF16,
@@ -34,7 +35,6 @@ from .helpers import (
     ulps,
     without,
 )
-from .operations import OPERATIONS, Operation
 
 pytestmark = [
     pytest.mark.usefixtures("backend"),

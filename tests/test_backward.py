@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 import fastnorm as fn
 from fastnorm import _reference as reference
+from fastnorm._bench.operations import OPERATIONS, Operation, Parameters
 from fastnorm.layout import SHORT_RUN
 
 from .helpers import (
@@ -46,7 +47,6 @@ from .helpers import (
     run_python,
     without,
 )
-from .operations import OPERATIONS, Operation, Parameters
 
 SHAPE = (3, 8, 5, 6)
 LAYOUTS = {"channels-first": np.ascontiguousarray, "channels-last": channels_last}

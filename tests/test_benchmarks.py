@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from itertools import chain, repeat
 from typing import Any
@@ -14,9 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import cases, ceiling, gate, instructions, peers, report, timing
+from benchmarks import cases, ceiling, gate, instructions, report
 from benchmarks import statistics as full_size
-from benchmarks.cases import Case
+from fastnorm._bench import copying, peers, timing
+from fastnorm._bench.cases import Case, data
 
 from .helpers import ROOT, run_python
 
@@ -41,7 +43,7 @@ def test_the_readme_shows_cases_of_the_table() -> None:
 
 @pytest.mark.parametrize("case", dict.fromkeys(case.cut(8) for case in ALL), ids=str)
 def test_fastnorm_is_called_rightly(case: Case) -> None:
-    arrays = cases.data(case)
+    arrays = data(case)
     peers.checked("fastnorm", case, arrays, peers.reference(case, arrays))
     lies_last = arrays.x.strides[1] == arrays.x.itemsize < arrays.x.strides[-1]
     assert lies_last == case.channels_last
@@ -63,7 +65,7 @@ def test_peers_are_right(arguments: tuple[str, ...]) -> None:
 
 def test_a_wrong_peer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     case = cases.CASES[0]
-    arrays = cases.data(case)
+    arrays = data(case)
     exact = peers.reference(case, arrays)
     answers = [exact[0] * 1.001]
     for name in ("numpy", "fastnorm"):
@@ -78,14 +80,15 @@ def test_a_wrong_peer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_copy_copies() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.integers(0, 256, (2, 10_007), np.uint8)
-    for move in ceiling._moves(2):
-        for start, stop in ((0, 10_007), (1, 10_000), (3, 70), (5, 5)):
-            part = slice(start, stop)
-            for second, right in ((None, a), (b, a ^ b)):
-                y = np.zeros_like(a)
-                move(y[part], a[part], None if second is None else second[part])
-                assert (y[part] == right[part]).all()
-                assert y.sum(dtype=int) == right[part].sum(dtype=int)  # and nothing beside it
+    with ThreadPoolExecutor(2) as pool:
+        for move in (*ceiling.moves(2), copying.in_parts(pool, 3)):
+            for start, stop in ((0, 10_007), (1, 10_000), (3, 70), (5, 5)):
+                part = slice(start, stop)
+                for second, right in ((None, a), (b, a ^ b)):
+                    y = np.zeros_like(a)
+                    move(y[part], a[part], None if second is None else second[part])
+                    assert (y[part] == right[part]).all()
+                    assert y.sum(dtype=int) == right[part].sum(dtype=int)  # and nothing beside it
 
 
 # --- Timing ---------------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import fastnorm as fn
+from fastnorm._bench.operations import OPERATIONS, Operation
 
 from .helpers import BF16, F16, F32, F64, Array, assert_close, call, data, expected, named
-from .operations import OPERATIONS, Operation
 
 dask = pytest.importorskip("dask")
 da = pytest.importorskip("dask.array")

@@ -13,6 +13,7 @@ import pytest
 
 import fastnorm as fn
 from fastnorm import _core, backends, backward, functional, passes, related
+from fastnorm._bench.operations import OPERATIONS, Operation
 
 from .helpers import (
     BACKENDS,
@@ -27,7 +28,6 @@ from .helpers import (
     data,
     named,
 )
-from .operations import OPERATIONS, Operation
 
 LAYOUTS = {"channels-first": np.ascontiguousarray, "channels-last": channels_last}
 

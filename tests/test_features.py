@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastnorm as fn
+from fastnorm._bench.operations import OPERATIONS, Operation
 from fastnorm.layout import describe
 
 from .helpers import (
@@ -31,7 +32,6 @@ from .helpers import (
     named,
     without,
 )
-from .operations import OPERATIONS, Operation
 
 SHAPE = (3, 8, 5, 6)
 ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh")

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 import fastnorm as fn
+from fastnorm._bench.operations import OPERATIONS, Operation
 
 from .helpers import (
     BACKENDS,
@@ -41,7 +42,6 @@ from .helpers import (
     ulps,
     without,
 )
-from .operations import OPERATIONS, Operation
 
 LAYOUTS = {"channels-first": np.ascontiguousarray, "channels-last": channels_last}
 

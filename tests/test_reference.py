@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from fastnorm import _reference as reference
-
-from .operations import OPERATIONS, SHARED, Operation
+from fastnorm._bench.operations import OPERATIONS, SHARED, Operation
 
 Array = np.ndarray[Any, Any]
 

@@ -21,6 +21,7 @@ import pytest
 
 import fastnorm as fn
 from fastnorm import backends, limits
+from fastnorm._bench.operations import OPERATIONS
 
 from .helpers import (
     BACKENDS,
@@ -34,7 +35,6 @@ from .helpers import (
     data,
     run_python,
 )
-from .operations import OPERATIONS
 
 SECONDS = float(os.environ.get("FASTNORM_STRESS_SECONDS", "5"))
 LINUX = sys.platform.startswith("linux")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import fastnorm as fn
+from fastnorm._bench.operations import OPERATIONS, Operation
 
 from .helpers import F32, F64, call, data, epsilon, expected, named
-from .operations import OPERATIONS, Operation
 
 by_operation = pytest.mark.parametrize(
     "op", [op for op in OPERATIONS if op.torch is not None], ids=named

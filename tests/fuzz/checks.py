@@ -17,9 +17,9 @@ import numpy as np
 import fastnorm as fn
 from fastnorm import _core
 from fastnorm import _reference as reference
+from fastnorm._bench.operations import Operation
 from fastnorm.related import activate
 from tests.helpers import BF16, F32, F64, epsilon, unit
-from tests.operations import Operation
 
 from .arenas import Arena, Array, Layout, extent, place, strides_of
 from .cases import AXES, BY_LABEL, INTEGERS, Case, dtype_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .timing import Contender
+from fastnorm._bench.timing import Contender
 
 Row = dict[str, Any]
 

@@ -6,13 +6,12 @@ import os
 import platform
 import subprocess
 from datetime import date
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import fastnorm as fn
-
-from . import native
 
 LIBRARIES = ("numpy", "torch", "onnxruntime", "jax")
 
@@ -29,12 +28,11 @@ def facts() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {"fastnorm": fn.__version__} | {name: _version(name) for name in LIBRARIES},
-        "compiler": compiler(),
         "date": date.today().isoformat(),
     }
 
 
-def busy() -> float | None:
+def busy(seconds: float = 1.0) -> float | None:
     """The share of the processors that others use now, in percent: what spoils every figure.
 
     Two threads that wait for each other take 8 ms where one must share its processor.
@@ -43,7 +41,7 @@ def busy() -> float | None:
         import psutil
     except ImportError:
         return None
-    return float(psutil.cpu_percent(interval=1.0))
+    return float(psutil.cpu_percent(interval=seconds))
 
 
 def cores() -> int:
@@ -52,23 +50,45 @@ def cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
+@cache
 def processor() -> str:
     """Its name, with what tells apart those of one name."""
     try:
-        from cpuinfo import get_cpu_info  # pytest-benchmark brings it
-    except ImportError:
-        return platform.processor() or platform.machine()
-    info = get_cpu_info()
-    name = str(info.get("brand_raw", platform.machine()))
-    numbers = [f"{word} {info[word]}" for word in ("family", "model") if word in info]
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return _named_elsewhere()
+    # the first processor's lines, each "name : value"
+    pairs = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
+    told = {name.strip(): value.strip() for name, _, value in pairs}
+    name = told.get("model name") or platform.machine()
+    words = (("family", "cpu family"), ("model", "model"))
+    numbers = [f"{word} {told[key]}" for word, key in words if key in told]
     return f"{name} ({', '.join(numbers)})" if numbers else name
+
+
+def _named_elsewhere() -> str:
+    """What macOS or Windows calls it."""
+    if platform.system() == "Darwin":
+        command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+        try:
+            told = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+        except OSError:
+            told = ""
+        if told.strip():
+            return told.strip()
+    return platform.processor() or platform.machine()
 
 
 def _caches() -> dict[str, int]:
     """Bytes of one cache of each level, where Linux tells."""
     found = {}
     for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        level, kind, size = ((folder / n).read_text().strip() for n in ("level", "type", "size"))
+        try:
+            level, kind, size = (
+                (folder / n).read_text().strip() for n in ("level", "type", "size")
+            )
+        except OSError:  # some containers show only parts of it
+            continue
         if kind != "Instruction" and size.endswith("K"):
             found[f"L{level}"] = int(size[:-1]) * 1024
     return found
@@ -79,12 +99,3 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def compiler() -> str | None:
-    """Of the helpers; the kernels were most likely built by the same."""
-    command = native.compiler()
-    if command is None:
-        return None
-    told = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
-    return told.splitlines()[0] if told else command[0]

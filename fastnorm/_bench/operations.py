@@ -1,4 +1,4 @@
-"""The one table of fastnorm's operations: tests, benchmarks and documentation read it.
+"""The one table of fastnorm's operations: `fastnorm bench`, tests and documentation read it.
 
 With ``p = op.parameters(x.shape, x.dtype, rng)``, these three are the same::
 

@@ -1,0 +1,1 @@
+"""Timing norms beside their peers: what ``fastnorm bench`` and ``benchmarks/`` share."""

@@ -304,7 +304,8 @@ def test_every_instruction_set(level: str, backend: str) -> None:
     if LEVELS.index(level) >= LEVELS.index(used):
         return  # the one this process tests, or one that the processor lacks
     choice = ["-k", "cython and not 65536", "-m", "each_cpu", "-q", "-p", "no:cacheprovider"]
-    run = run_python("-m", "pytest", "tests/test_accuracy.py", *choice, FASTNORM_CPU=level)
+    files = ["tests/test_accuracy.py", "tests/test_determinism.py"]
+    run = run_python("-m", "pytest", *files, *choice, FASTNORM_CPU=level)
     assert run.returncode == 0, run.stdout[-3000:]
     assert " passed" in run.stdout
 

@@ -371,6 +371,41 @@ def test_results_written_past_the_caches_have_the_same_bits(
             assert_same_bits(a, b)
 
 
+@pytest.mark.each_cpu
+@pytest.mark.parametrize("layout", ["along", "each", "none"])
+@on_kernels
+def test_short_rows_written_past_the_caches_have_the_same_bits(name: str, layout: str) -> None:
+    """Where a row begins in its cache line tells which of its numbers are written line by line."""
+    kernels = _core.kernels if name == "cython" else import_module("fastnorm._numba.cpu")
+    fn.set_backend(name)
+    rng = np.random.default_rng(5)
+    for n in [*range(1, 40), 64, 65, 128, 129, 300]:
+        x, residual = rng.normal(0.5, 1.0, (2, 64, n)).astype(np.float32)
+        weight, bias = rng.normal(0.5, 1.0, (2, n)).astype(np.float32)
+        if layout == "each":
+            weight, bias = weight[:1], bias[:1]
+        p = () if layout == "none" else (weight, bias)
+        whole = np.empty(64 * n + 16, np.float32)
+        for begin in (0, 3, 12):
+            out = whole[begin : begin + 64 * n].reshape(64, n)
+            usual = [
+                fn.layer_norm(x, n, *p, out=out).copy(),
+                *fn.add_layer_norm(x, residual, n, *p),
+                *fn.add_rms_norm(x, residual, n, *p[:1]),
+            ]
+            kernels.set_stream_above(0)
+            try:
+                past = [
+                    fn.layer_norm(x, n, *p, out=out),
+                    *fn.add_layer_norm(x, residual, n, *p),
+                    *fn.add_rms_norm(x, residual, n, *p[:1]),
+                ]
+            finally:
+                kernels.set_stream_above(_core.last_cache())
+            for a, b in zip(usual, past, strict=True):
+                assert_same_bits(a, b)
+
+
 def test_planes_of_one_group_on_several_threads_have_their_own_weights() -> None:
     """A group's planes are stepped side by side, each with a weight of its own."""
     x, dy = np.random.default_rng(0).normal(size=(2, 1, 2048, 128)).astype(np.float32)

@@ -25,23 +25,26 @@ typedef struct {
 } fn_rows;
 #define FN_AT(type, p, bytes) ((type *)((uintptr_t)(p) + (uintptr_t)(bytes)))
 
+/* Several lines at a time where a fused multiply-add is several operations (numbers.h): gcc 12 unrolls
+ * a loop of one line, packs its elements into vectors and loses the rounding between two of them. */
+#define FN_STREAMED(real) ((FN_HAS_FMA ? 64 : 512) / (int)sizeof(real))
 #define FN_STREAMED_STEP(real, fma)                                                               \
     FN_INLINE void fn_step_past_##real(const real *x, real *y, ptrdiff_t n, real hi, real r,      \
                                        real shift, const real *w, const real *b, int wv, int bv,  \
                                        ptrdiff_t ahead) {                                         \
-        enum { M = 64 / sizeof(real) };                                                           \
+        enum { LINE = 64 / sizeof(real), M = FN_STREAMED(real) };                                 \
         const real w0 = w ? w[0] : 1, b0 = b ? b[0] : 0;                                          \
         ptrdiff_t i = (ptrdiff_t)((0 - (uintptr_t)y) % 64 / sizeof(real));                        \
         if (i > n) i = n;                                                                         \
         fn_step_to_##real(x, y, i, &hi, &r, &shift, w, b, 0, w || b, wv, bv);                     \
         for (; i + M <= n; i += M) {                                                              \
             real t[M];                                                                            \
-            FN_FETCH((const char *)(x + i) + ahead);                                              \
+            for (int j = 0; j < M; j += LINE) FN_FETCH((const char *)(x + i + j) + ahead);        \
             for (int j = 0; j < M; j++) {                                                         \
                 t[j] = fma(x[i + j] - hi, r, shift);                                              \
                 if (w || b) t[j] = fma(t[j], wv ? w[i + j] : w0, bv ? b[i + j] : b0);             \
             }                                                                                     \
-            fn_stream_line(y + i, t);                                                             \
+            for (int j = 0; j < M; j += LINE) fn_stream_line(y + i + j, t + j);                   \
         }                                                                                         \
         fn_step_to_##real(x + i, y + i, n - i, &hi, &r, &shift, w && wv ? w + i : w,              \
                           b && bv ? b + i : b, 0, w || b, wv, bv);                                \

@@ -221,13 +221,16 @@ def normalize_backward(
     *,
     centred: bool = True,
     training: bool = True,
+    where: ArrayLike | None = None,
     dtype: DTypeLike = np.float64,
 ) -> tuple[Array, Array, Array]:
     """(dx, dy * xhat, dy); the last two, summed over what weight and bias broadcast, are theirs.
 
     With g = dy * weight: dx = rstd * (g - [average of g] - [xhat * average of g * xhat]). The first
     bracket is the way through the mean (not if `centred=False`), the second the way through the
-    variance; neither where the statistics were given (`training=False`).
+    variance; neither where the statistics were given (`training=False`). Every element was
+    normalised, so the sums are of all of them; only those `where` the statistics came from moved
+    these: the averages divide by their number, and the brackets are theirs alone.
     """
     x, dy = np.asarray(x).astype(dtype), np.asarray(dy).astype(dtype)
     mean, rstd = np.asarray(mean).astype(dtype), np.asarray(rstd).astype(dtype)
@@ -235,10 +238,12 @@ def normalize_backward(
     g = dy if weight is None else dy * np.asarray(weight).astype(dtype)
     dx = g
     if training:
-        count = _count(x.shape, axis, None)
+        count = _count(x.shape, axis, where)
         if centred:
             dx = dx - _sum(g, axis) / count
         dx = dx - xhat * (_sum(g * xhat, axis) / count)
+    if where is not None:
+        dx = np.where(where, dx, g)
     return dx * rstd, dy * xhat, dy
 
 
@@ -379,6 +384,7 @@ def _channel_norm_backward(
     weight: ArrayLike | None,
     channel_axis: int,
     batch: bool = False,
+    where: ArrayLike | None = None,
     **options: Any,
 ) -> tuple[Array, Array, Array]:
     x = np.asarray(x)
@@ -392,6 +398,8 @@ def _channel_norm_backward(
     weights = _split(_place(weight, places, x.ndim), x, groups, channel_axis)
     mean, rstd = np.reshape(mean, shape), np.reshape(rstd, shape)
     axes = _split_axes(xs.ndim, batch)
+    if where is not None:
+        options["where"] = _split(where, x, groups, channel_axis)
     gradients = normalize_backward(dys, xs, axes, mean, rstd, weights, **options)
     dx, dy_xhat, dy = (_unsplit(g, x, channel_axis) for g in gradients)
     return dx, _collect(dy_xhat, places, weight.shape), _collect(dy, places, weight.shape)
@@ -428,12 +436,11 @@ def batch_norm_backward(
     *,
     training: bool = True,
     channel_axis: int = 1,
-    dtype: DTypeLike = np.float64,
+    **options: Any,
 ) -> tuple[Array, Array, Array]:
     """dx, dweight, dbias."""
-    return _channel_norm_backward(
-        dy, x, mean, rstd, None, weight, channel_axis, batch=True, training=training, dtype=dtype
-    )
+    options.update(batch=True, training=training)
+    return _channel_norm_backward(dy, x, mean, rstd, None, weight, channel_axis, **options)
 
 
 @quiet
@@ -466,10 +473,10 @@ def instance_norm_backward(
     weight: ArrayLike | None = None,
     *,
     channel_axis: int = 1,
-    dtype: DTypeLike = np.float64,
+    **options: Any,
 ) -> tuple[Array, Array, Array]:
     """dx, dweight, dbias."""
-    return _channel_norm_backward(dy, x, mean, rstd, None, weight, channel_axis, dtype=dtype)
+    return _channel_norm_backward(dy, x, mean, rstd, None, weight, channel_axis, **options)
 
 
 @quiet
@@ -497,10 +504,10 @@ def group_norm_backward(
     weight: ArrayLike | None = None,
     *,
     channel_axis: int = 1,
-    dtype: DTypeLike = np.float64,
+    **options: Any,
 ) -> tuple[Array, Array, Array]:
     """dx, dweight, dbias."""
-    return _channel_norm_backward(dy, x, mean, rstd, num_groups, weight, channel_axis, dtype=dtype)
+    return _channel_norm_backward(dy, x, mean, rstd, num_groups, weight, channel_axis, **options)
 
 
 # --- Layer and RMS norm ---------------------------------------------------------------------------
@@ -592,10 +599,10 @@ def layer_norm_backward(
     weight: ArrayLike | None = None,
     *,
     axis: Axis = None,
-    dtype: DTypeLike = np.float64,
+    **options: Any,
 ) -> tuple[Array, Array, Array]:
     """dx, dweight, dbias."""
-    return _layer_norm_backward(dy, x, mean, rstd, normalized_shape, weight, axis, dtype=dtype)
+    return _layer_norm_backward(dy, x, mean, rstd, normalized_shape, weight, axis, **options)
 
 
 def _machine_epsilon(dtype: np.dtype[Any]) -> float:
@@ -633,11 +640,12 @@ def rms_norm_backward(
     *,
     axis: Axis = None,
     weight_offset: float = 0.0,
-    dtype: DTypeLike = np.float64,
+    **options: Any,
 ) -> tuple[Array, Array]:
     """dx, dweight."""
+    options["centred"] = False
     dx, dweight, _ = _layer_norm_backward(
-        dy, x, 0, rstd, normalized_shape, weight, axis, weight_offset, dtype, centred=False
+        dy, x, 0, rstd, normalized_shape, weight, axis, weight_offset, **options
     )
     return dx, dweight
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from fastnorm import _core, _reference, limits
 from fastnorm.arguments import did_you_mean, shown
 from fastnorm.description import BackwardPass, Pass, Scaling
-from fastnorm.elsewhere import Elsewhere
+from fastnorm.elsewhere import Elsewhere, host
 from fastnorm.layout import Layout, ascending, describe, steps_of
 
 Array = NDArray[Any]
@@ -328,6 +328,7 @@ def _numpy_backward(p: BackwardPass) -> None:
         p.weight,
         centred=p.mean is not None,
         training=p.training,
+        where=p.mask,
         dtype=wider,
     )
     with np.errstate(all="ignore"):
@@ -380,11 +381,27 @@ def compute(p: Pass) -> None:
 
 
 def compute_backward(p: BackwardPass) -> None:
-    """Carry out a backward pass on the backend in use, or where x is."""
-    if isinstance(p.x, Elsewhere):
+    """Carry out a backward pass on the backend in use, or where x is; with a mask in NumPy."""
+    if p.mask is not None:
+        _masked_backward(p)
+    elif isinstance(p.x, Elsewhere):
         p.x.compute_backward(p)
     else:
         _AVAILABLE[get_backend()][1](p)
+
+
+def _masked_backward(p: BackwardPass) -> None:
+    """In NumPy's memory and by its formulas: the kernels know of no masks here."""
+    if not isinstance(p.x, Elsewhere):
+        return _numpy_backward(p)
+    names = ("x", "dy", "mean", "rstd", "weight", "mask")
+    operands: dict[str, Any] = {name: host(getattr(p, name)) for name in names}
+    results = {n: a for n in ("dx", "dweight", "dbias") if (a := getattr(p, n)) is not None}
+    here: dict[str, Any] = {n: np.empty(a.shape, a.dtype) for n, a in results.items()}
+    _numpy_backward(replace(p, **operands, **here))
+    for name, array in results.items():
+        array.fill_from(p.x.placed(here[name]))
+    return None
 
 
 # Elements that moments are taken of at once where they are converted first: a few megabytes.

@@ -24,9 +24,11 @@ from fastnorm.arguments import (
     computing_type,
     groups_of,
     layer_axes,
+    mask_of,
     number,
     same_shape,
     statistic,
+    unmask,
     whole,
 )
 from fastnorm.backends import (
@@ -75,6 +77,7 @@ def _run(
     bias: bool = True,
     weight_offset: float = 0.0,
     training: bool = True,
+    where: ArrayLike | None = None,
     key: bytes | None = None,
 ) -> Gradients:
     """Compute (dx, dweight, dbias); without `bias` the last is empty.
@@ -84,6 +87,7 @@ def _run(
     """
     mean, rstd = beside(array, mean), beside(array, rstd)
     slope = beside(array, same_shape(dy, "dy", array))
+    mask = beside(array, mask_of(where, array))
     dx = new_like(array)
     placed = like = None
     shape, dtype = own, array.dtype
@@ -116,6 +120,7 @@ def _run(
                 into,
                 place(dbias) if bias else None,
                 training,
+                view(mask) if mask is not None and training else None,
                 key,
                 own,
             )
@@ -137,6 +142,7 @@ def _channels(
     batch: bool = False,
     num_groups: int | None = None,
     training: bool = True,
+    where: ArrayLike | None = None,
 ) -> Gradients:
     """The channel norms. Statistics are one for each channel, or for each sample and group."""
     of = function.__name__
@@ -146,14 +152,18 @@ def _channels(
     norm = GROUP if split else INSTANCE
     if batch:
         norm = BATCH if training else INFERENCE
-    found = quick_backward(norm, num_groups, channel_axis, dy, x, mean, rstd, weight)
-    if type(found) is not Unplanned:
-        return found
+    key = None
+    if where is None:
+        found = quick_backward(norm, num_groups, channel_axis, dy, x, mean, rstd, weight)
+        if type(found) is not Unplanned:
+            return found
+        key = found.key
     if split:
         num_groups = whole(num_groups, "num_groups")
     if (door := door_of(x)) is not None:
         gradients: Gradients = send(door, function, locals())
         return gradients
+    x, where = unmask(x, where)
     array = as_array(x, "x")
     check_ndim(array, 2, of, "(N, C, ...)")
     axis = channel_axis_of(array, channel_axis, of, samples=not batch)
@@ -183,7 +193,8 @@ def _channels(
         placed,
         view=view,
         training=training,
-        key=found.key,
+        where=where,
+        key=key if where is None else None,
     )
 
 
@@ -196,6 +207,7 @@ def batch_norm_backward(
     *,
     training: bool = True,
     channel_axis: int = 1,
+    where: ArrayLike | None = None,
 ) -> Gradients:
     r"""Gradients of :func:`batch_norm`.
 
@@ -223,6 +235,9 @@ def batch_norm_backward(
         Whether the statistics came from `x`.
     channel_axis
         The axis of the channels: 1, or -1 for channels-last.
+    where
+        As the forward function got it: dx goes through the statistics for these elements alone. The
+        mask of an ``np.ma`` array hides more of them.
 
     Returns
     -------
@@ -252,8 +267,9 @@ def batch_norm_backward(
     (array([0., 0., 0.]), array([3.]))
     """
     return _channels(
-        dy, x, mean, rstd, weight, channel_axis, batch_norm_backward, batch=True, training=training
-    )
+        dy, x, mean, rstd, weight, channel_axis, batch_norm_backward, batch=True,
+        training=training, where=where,
+    )  # fmt: skip
 
 
 def instance_norm_backward(
@@ -264,6 +280,7 @@ def instance_norm_backward(
     weight: ArrayLike | None = None,
     *,
     channel_axis: int = 1,
+    where: ArrayLike | None = None,
 ) -> Gradients:
     r"""Gradients of :func:`instance_norm`.
 
@@ -289,6 +306,9 @@ def instance_norm_backward(
         As the forward function got it.
     channel_axis
         The axis of the channels: 1, or -1 for channels-last.
+    where
+        As the forward function got it: dx goes through the statistics for these elements alone. The
+        mask of an ``np.ma`` array hides more of them.
 
     Returns
     -------
@@ -317,7 +337,7 @@ def instance_norm_backward(
     >>> dx.ravel(), dbias
     (array([0., 0., 0.]), array([3.]))
     """
-    return _channels(dy, x, mean, rstd, weight, channel_axis, instance_norm_backward)
+    return _channels(dy, x, mean, rstd, weight, channel_axis, instance_norm_backward, where=where)
 
 
 def group_norm_backward(
@@ -329,6 +349,7 @@ def group_norm_backward(
     weight: ArrayLike | None = None,
     *,
     channel_axis: int = 1,
+    where: ArrayLike | None = None,
 ) -> Gradients:
     r"""Gradients of :func:`group_norm`.
 
@@ -352,6 +373,9 @@ def group_norm_backward(
         As the forward function got them.
     channel_axis
         The axis of the channels: 1, or -1 for channels-last.
+    where
+        As the forward function got it: dx goes through the statistics for these elements alone. The
+        mask of an ``np.ma`` array hides more of them.
 
     Returns
     -------
@@ -381,8 +405,9 @@ def group_norm_backward(
     (array([0., 0., 0.]), array([1., 1., 1.]))
     """
     return _channels(
-        dy, x, mean, rstd, weight, channel_axis, group_norm_backward, num_groups=num_groups
-    )
+        dy, x, mean, rstd, weight, channel_axis, group_norm_backward, num_groups=num_groups,
+        where=where,
+    )  # fmt: skip
 
 
 def _rows(
@@ -396,9 +421,10 @@ def _rows(
     function: Callable[..., Any],
     *,
     weight_offset: float = 0.0,
+    where: ArrayLike | None = None,
 ) -> Any:
     of, key = function.__name__, None
-    if type(weight_offset) is float and weight_offset == 0.0:
+    if where is None and type(weight_offset) is float and weight_offset == 0.0:
         norm = RMS if mean is None else LAYER
         found = quick_backward(norm, normalized_shape, axis, dy, x, mean, rstd, weight)
         if type(found) is not Unplanned:
@@ -407,6 +433,7 @@ def _rows(
     weight_offset = number(weight_offset, "weight_offset")
     if (door := door_of(x)) is not None:
         return send(door, function, locals())
+    x, where = unmask(x, where)
     array = as_array(x, "x")
     axes = layer_axes(array, normalized_shape, axis, of)
     shape = tuple(1 if a in axes else n for a, n in enumerate(array.shape))
@@ -423,7 +450,8 @@ def _rows(
         lambda p: along_axes(p, "weight", array, axes),
         bias=mean is not None,
         weight_offset=weight_offset,
-        key=key,
+        where=where,
+        key=key if where is None else None,
     )
     return gradients if mean is not None else gradients[:2]
 
@@ -437,6 +465,7 @@ def layer_norm_backward(
     weight: ArrayLike | None = None,
     *,
     axis: Axes | None = None,
+    where: ArrayLike | None = None,
 ) -> Gradients:
     r"""Gradients of :func:`layer_norm`.
 
@@ -459,6 +488,9 @@ def layer_norm_backward(
         ``return_stats=True``.
     normalized_shape, weight, axis
         As the forward function got them.
+    where
+        As the forward function got it: dx goes through the statistics for these elements alone. The
+        mask of an ``np.ma`` array hides more of them.
 
     Returns
     -------
@@ -490,7 +522,7 @@ def layer_norm_backward(
     if mean is None:
         raise ValueError("layer_norm_backward got mean=None; use rms_norm_backward without one")
     gradients: Gradients = _rows(
-        dy, x, mean, rstd, normalized_shape, weight, axis, layer_norm_backward
+        dy, x, mean, rstd, normalized_shape, weight, axis, layer_norm_backward, where=where
     )
     return gradients
 
@@ -504,6 +536,7 @@ def rms_norm_backward(
     *,
     axis: Axes | None = None,
     weight_offset: float = 0.0,
+    where: ArrayLike | None = None,
 ) -> tuple[Array, Array]:
     r"""Gradients of :func:`rms_norm`.
 
@@ -526,6 +559,9 @@ def rms_norm_backward(
         ``return_stats=True``.
     normalized_shape, weight, axis, weight_offset
         As the forward function got them.
+    where
+        As the forward function got it: dx goes through the statistics for these elements alone. The
+        mask of an ``np.ma`` array hides more of them.
 
     Returns
     -------
@@ -556,6 +592,6 @@ def rms_norm_backward(
     """
     gradients: tuple[Array, Array] = _rows(
         dy, x, None, rstd, normalized_shape, weight, axis, rms_norm_backward,
-        weight_offset=weight_offset,
+        weight_offset=weight_offset, where=where,
     )  # fmt: skip
     return gradients

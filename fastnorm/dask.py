@@ -865,6 +865,7 @@ def _gradients(
     group: tuple[int, int] | None = None,
     offset: float = 0.0,
     training: bool = True,
+    where: Any = None,
 ) -> tuple[Any, Any, Any]:
     """(dx, dweight, dbias); the sums over chunks are trees.
 
@@ -888,43 +889,64 @@ def _gradients(
         total = a.sum(axis=shared, keepdims=True).reshape(w.shape)
         return _unplaced(total, shape, x, place, kind)
 
+    beside = _beside(x, where, None)
     if training and axes and _whole(x, axes, group):
-        operands = _given(slope=slope, rstd=rstd, weight=w, mean=mean)
+        operands = _given(slope=slope, rstd=rstd, weight=w, mean=mean) | beside
         found = _each(_chunk_gradients, x, operands, dtype, axes=axes, group=group)
         sums = [to_weight(_part(found, i, np.float64, shared)) for i in (1, 2)]
         return _part(found, 0, dtype), sums[0], sums[1]
 
     def terms(slope: Any, x: Any) -> tuple[Any, Any, Any]:
         """dy, the standardised x and dy * w."""
-        slope, wide = slope.astype(np.float64), x.astype(np.float64)
+        slope, wide = slope.astype(np.float64), _each(_wide, x, {}, np.float64)
         return slope, (wide if mean is None else wide - mean) * rstd, slope * w
 
     again = slope, x
     slope, standard, g = terms(slope, x)
     averages = []
     if training:
-        count = math.prod(x.shape[a] for a in axes)
 
-        def average(a: Any) -> Any:
-            total = a.sum(axis=axes, keepdims=True) if axes else a
+        def total(a: Any) -> Any:
+            summed = a.sum(axis=axes, keepdims=True) if axes else a
             if group is None:
-                return total / count
+                return summed
             channel, size = group
-            together = partial(np.mean, axis=-1, keepdims=True)
-            return _grouped(total, channel, size, together, x.chunks[channel]) / count
+            together = partial(np.sum, axis=-1, keepdims=True)
+            return _grouped(summed, channel, size, together, x.chunks[channel])
 
-        averages = [average(g * standard)] + ([] if mean is None else [average(g)])
+        count = da.maximum(total(_each(_chosen, x, beside, bool)), 1)  # of none it is not asked
+        averages = [total(g * standard) / count]
+        averages += [] if mean is None else [total(g) / count]
         if math.prod(x.numblocks[a] for a in axes) > KEPT:
             again = bind(again, averages, seed=tokenize(again, averages))
     _, standard_again, dx = terms(*again)
     if training:
-        dx = dx - standard_again * averages[0]
-        dx = dx if mean is None else dx - averages[1]
+        through = standard_again * averages[0]
+        through = through if mean is None else through + averages[1]
+        dx = da.where(_each(_chosen, again[1], beside, bool), dx - through, dx)
     return (dx * rstd).astype(dtype), to_weight(slope * standard), to_weight(slope)
 
 
+def _wide(x: Any) -> Any:
+    return np.asarray(arguments.unmask(x)[0]).astype(np.float64)
+
+
+def _chosen(x: Any, where: Any = None) -> Any:
+    """Which elements of a chunk statistics are of."""
+    x, where = arguments.unmask(x, where)
+    return np.broadcast_to(True if where is None else where, x.shape)
+
+
 def _chunk_gradients(
-    x: Any, slope: Any, rstd: Any, weight: Any, mean: Any = None, *, axes: Any, group: Any
+    x: Any,
+    slope: Any,
+    rstd: Any,
+    weight: Any,
+    mean: Any = None,
+    where: Any = None,
+    *,
+    axes: Any,
+    group: Any,
 ) -> tuple[Any, Any, Any]:
     """(dx, dweight, dbias) of a chunk that holds its groups whole; the last two along its axes."""
     if group is not None and group[1] > 1:
@@ -934,11 +956,13 @@ def _chunk_gradients(
             np.moveaxis(s, channel, 1).reshape(len(x), channels)[:, ::size] for s in (mean, rstd)
         )
         return backward.group_norm_backward(
-            slope, x, mean, rstd, channels // size, weight, channel_axis=channel
+            slope, x, mean, rstd, channels // size, weight, channel_axis=channel, where=where
         )
     if mean is not None:
-        return backward.layer_norm_backward(slope, x, mean, rstd, None, weight, axis=axes)
-    dx, dweight = backward.rms_norm_backward(slope, x, rstd, None, weight, axis=axes)
+        return backward.layer_norm_backward(
+            slope, x, mean, rstd, None, weight, axis=axes, where=where
+        )
+    dx, dweight = backward.rms_norm_backward(slope, x, rstd, None, weight, axis=axes, where=where)
     return dx, dweight, np.zeros_like(dweight)
 
 
@@ -981,6 +1005,7 @@ def batch_norm_backward(
     *,
     training: bool = True,
     channel_axis: int = 1,
+    where: Any = None,
 ) -> Any:
     """As :func:`fastnorm.batch_norm_backward`."""
     of = "batch_norm_backward"
@@ -993,7 +1018,8 @@ def batch_norm_backward(
     )
     axes = tuple(a for a in range(x.ndim) if a != axis)
     place = _on_channels(x, axis)
-    return _gradients(dy, x, m, r, weight, place, (channels,), axes, training=training)
+    options: dict[str, Any] = {"training": training, "where": where}
+    return _gradients(dy, x, m, r, weight, place, (channels,), axes, **options)
 
 
 def group_norm_backward(
@@ -1005,6 +1031,7 @@ def group_norm_backward(
     weight: Any = None,
     *,
     channel_axis: int = 1,
+    where: Any = None,
     of: str = "group_norm_backward",
 ) -> Any:
     """As :func:`fastnorm.group_norm_backward`."""
@@ -1021,17 +1048,25 @@ def group_norm_backward(
     )
     axes = tuple(a for a in range(1, x.ndim) if a != axis)
     place = _on_channels(x, axis)
-    return _gradients(dy, x, m, r, weight, place, (channels,), axes, group=(axis, size))
+    options: dict[str, Any] = {"group": (axis, size), "where": where}
+    return _gradients(dy, x, m, r, weight, place, (channels,), axes, **options)
 
 
 def instance_norm_backward(
-    dy: Any, x: Any, mean: Any, rstd: Any, weight: Any = None, *, channel_axis: int = 1
+    dy: Any,
+    x: Any,
+    mean: Any,
+    rstd: Any,
+    weight: Any = None,
+    *,
+    channel_axis: int = 1,
+    where: Any = None,
 ) -> Any:
     """As :func:`fastnorm.instance_norm_backward`."""
     of = "instance_norm_backward"
     channels = x.shape[_channels_axis(x, channel_axis, of)]
     return group_norm_backward(
-        dy, x, mean, rstd, channels, weight, channel_axis=channel_axis, of=of
+        dy, x, mean, rstd, channels, weight, channel_axis=channel_axis, where=where, of=of
     )
 
 
@@ -1044,6 +1079,7 @@ def _rows(
     weight: Any,
     axis: Axes | None,
     of: str,
+    where: Any,
     offset: float = 0.0,
 ) -> Any:
     arguments.check_ndim(x, 1, of, "(..., D)")
@@ -1053,7 +1089,8 @@ def _rows(
     r = _statistic(rstd, "rstd", x, shape, lambda s: s, of)
     own = tuple(x.shape[a] for a in axes)
     place = _on_axes(x, axes)
-    return _gradients(dy, x, m, r, weight, place, own, tuple(sorted(axes)), offset=offset)
+    options: dict[str, Any] = {"offset": offset, "where": where}
+    return _gradients(dy, x, m, r, weight, place, own, tuple(sorted(axes)), **options)
 
 
 def layer_norm_backward(
@@ -1065,9 +1102,10 @@ def layer_norm_backward(
     weight: Any = None,
     *,
     axis: Axes | None = None,
+    where: Any = None,
 ) -> Any:
     """As :func:`fastnorm.layer_norm_backward`."""
-    return _rows(dy, x, mean, rstd, normalized_shape, weight, axis, "layer_norm_backward")
+    return _rows(dy, x, mean, rstd, normalized_shape, weight, axis, "layer_norm_backward", where)
 
 
 def rms_norm_backward(
@@ -1079,10 +1117,11 @@ def rms_norm_backward(
     *,
     axis: Axes | None = None,
     weight_offset: float = 0.0,
+    where: Any = None,
 ) -> Any:
     """As :func:`fastnorm.rms_norm_backward`."""
     of = "rms_norm_backward"
-    return _rows(dy, x, None, rstd, normalized_shape, weight, axis, of, weight_offset)[:2]
+    return _rows(dy, x, None, rstd, normalized_shape, weight, axis, of, where, weight_offset)[:2]
 
 
 # --- Statistics -----------------------------------------------------------------------------------

@@ -71,5 +71,6 @@ class BackwardPass:
     dweight: Array
     dbias: Array | None
     training: bool = True  # False: the statistics were given, and x did not move them
+    mask: Array | None = None  # of the shape of x: the elements that the statistics are of
     key: bytes | None = None  # what a backend may keep the pass under, from `quick_backward`
     own: tuple[int, ...] = ()  # with a key: the shape of dweight without a weight

@@ -530,6 +530,16 @@ def test_gradients_in_parts(op: Operation, layout: str) -> None:
 
 
 @by_backward
+def test_gradients_with_a_mask(op: Operation) -> None:
+    """They are computed in the host's memory."""
+    for layout in LAYOUTS:
+        x, dy = pair(SMALL, F32, 1.0, layout)
+        mask = np.ones(SMALL, bool)
+        mask[0, 1, 1, 2] = mask[1, 2, 0, :2] = False
+        check_gradients(op, dy, x, parameters(op, x, num_groups=2) | {"where": mask})
+
+
+@by_backward
 @pytest.mark.parametrize("dtype", [F16, BF16, F64], ids=named)
 def test_gradients_of_every_dtype(dtype: Any, op: Operation) -> None:
     x, dy = pair(SMALL, dtype, 1.0, "channels-first")

@@ -81,6 +81,23 @@ def check_batch_norm(dtype: Any, channel_axis: int, affine: bool, momentum: floa
         )
 
 
+def check_masks() -> None:
+    """What np.ma hides in each part: as in one process with the whole batch."""
+    rng = np.random.default_rng(3)
+    x, dy = rng.normal(3.0, 2.0, (16, 6, 4, 5)), rng.standard_normal((16, 6, 4, 5))
+    hidden = rng.random(x.shape) < 0.3
+    whole = fn.nn.BatchNorm(6, dtype=np.float64)
+    mine = fn.nn.BatchNorm(6, dtype=np.float64, comm=COMM)
+    y, dx = whole(np.ma.array(x, mask=hidden)), whole.backward(dy)
+    my_y = mine(np.ma.array(parts(x)[COMM.rank], mask=parts(hidden)[COMM.rank]))
+    my_dx = mine.backward(parts(dy)[COMM.rank])
+    # as above, in float64
+    for found, right in ((my_y, y), (my_dx, dx)):
+        np.testing.assert_allclose(found, parts(right)[COMM.rank], rtol=0, atol=1e-13)
+    for name in ("weight", "bias"):
+        np.testing.assert_allclose(mine.grad[name], whole.grad[name], rtol=1e-12, atol=1e-12)
+
+
 def check_recalibration() -> None:
     x = np.random.default_rng(2).normal(50.0, 3.0, (16, 2, 4))
     norm = fn.nn.BatchNorm(2, comm=COMM, dtype=np.float64)
@@ -101,6 +118,7 @@ if __name__ == "__main__":
     for dtype in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16):
         check_batch_norm(dtype, 1, True, 0.1)
         check_batch_norm(dtype, -1, False, None)
+    check_masks()
     check_recalibration()
     check_errors()
     print(f"{COMM.rank} of {COMM.size} is done", flush=True)

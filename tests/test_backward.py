@@ -92,7 +92,7 @@ def pair(shape: tuple[int, ...], dtype: Any, ratio: float, layout: str) -> tuple
 
 def keywords(op: Operation, p: Parameters) -> Parameters:
     """What of the forward function's parameters the backward function takes too."""
-    others = ("axis", "normalized_shape", "weight_offset")
+    others = ("axis", "normalized_shape", "weight_offset", "where")
     return {k: p[k] for k in {*op.backward_keywords, *others} if k in p}
 
 
@@ -136,7 +136,7 @@ def group_ids(op: Operation, x: Array, stats: tuple[Array, ...], p: Parameters) 
 
 def plain(op: Operation, p: Parameters) -> tuple[str, Parameters]:
     """A norm with a bias that has its weights where `op` has its own, and its keywords."""
-    others = without(keywords(op, p), "weight", "training", "weight_offset")
+    others = without(keywords(op, p), "weight", "training", "weight_offset", "where")
     return ("layer_norm" if op.name == "rms_norm" else op.name), others
 
 
@@ -169,11 +169,12 @@ def sizes(op: Operation, dy: Any, x: Any, stats: Any, p: Parameters) -> tuple[Ar
     dx = g
     if p.get("training", True):
         ids = group_ids(op, x, stats, p).ravel()
-        count = np.bincount(ids)
+        where = np.broadcast_to(p.get("where", True), x.shape)
+        count = np.bincount(ids, where.ravel())
         average, along_xhat = (
             (np.bincount(ids, v.ravel()) / count)[ids].reshape(x.shape) for v in (g, g * xhat)
         )
-        dx = g + average + xhat * along_xhat
+        dx = g + where * (average + xhat * along_xhat)
     terms = (abs(dy) * xhat, abs(dy))[: len(op.stats)]  # without a mean there is no bias
     return rstd * dx, *(collected(op, v, x, stats, p) for v in terms)
 
@@ -268,6 +269,82 @@ def test_half_precision(dtype: Any, op: Operation, layout: str) -> None:
         assert {g.dtype for g in got} == {dtype}
         wide = tuple(g.astype(np.float64) for g in got)
         assert worst(wide, exact_gradients(op, dy, x, stats, p)) <= allowed
+
+
+# --- Masks ----------------------------------------------------------------------------------------
+
+
+def mask_for(x: Array) -> Array:
+    """Two thirds of the elements, and of every group more than one."""
+    mask = np.random.default_rng(7).random(x.shape) < 0.6
+    mask[:, :2] = mask[:, :, :2] = mask[:, :, :, :2] = True
+    return mask
+
+
+def of_some(op: Operation, x: Array, p: Parameters) -> tuple[Array, ...]:
+    """The exact statistics with a mask, which cost no compiling."""
+    stats = expected(op, x, p, return_stats=True)[1:]
+    return tuple(np.asarray(s, np.float64) for s in stats)
+
+
+@on_every_backend
+@by_layout
+@by_operation
+def test_masks(op: Operation, layout: str) -> None:
+    """dx goes through the statistics for what they were of; a mask of np.ma is the same."""
+    for dtype, weights in zip(DTYPES, ("none", "shared", "per sample", "full")):
+        if "inference" in op.label and dtype != F32:
+            continue  # where masks say nothing, the kernels compute
+        x, dy = pair(SHAPE, dtype, 1.0, layout)
+        p, mask = parameters(op, x, weights), LAYOUTS[layout](mask_for(x))
+        stats = of_some(op, x, p | {"where": mask})
+        got = check(op, dy, x, p | {"where": mask}, stats)
+        again = gradients(op, dy, np.ma.array(x, mask=~mask), stats, p)
+        other = np.ones(x.shape[-1:], bool)
+        other[0] = False
+        both = gradients(op, dy, np.ma.array(x, mask=~mask), stats, p | {"where": other})
+        right = gradients(op, dy, x, stats, p | {"where": mask & other})
+        for a, b in (*zip(got, again, strict=True), *zip(both, right, strict=True)):
+            assert_same_bits(a, b)
+        if p.get("training", True):
+            unmasked = exact_gradients(op, dy, x, stats, p)[0].astype(x.dtype)
+            assert not np.array_equal(got[0], unmasked)
+
+
+@on_every_backend
+@by_layout
+@by_operation
+def test_masks_alone_in_a_batch_and_with_any_threads(op: Operation, layout: str) -> None:
+    x, dy = pair((4, 8, 9, 11), F32, 1.0, layout)
+    mask = LAYOUTS[layout](mask_for(x))
+    p = parameters(op, x)
+    stats = of_some(op, x, p | {"where": mask})
+    right = gradients(op, dy, x, stats, p | {"where": mask})
+    with fn.threads(1):
+        for a, b in zip(right, gradients(op, dy, x, stats, p | {"where": mask})):
+            assert_same_bits(a, b)
+    if op.name != "batch_norm":
+        for i in range(len(x)):
+            one = tuple(s[i : i + 1] for s in stats)
+            part = slice(i, i + 1)
+            dx, *_ = gradients(op, dy[part], x[part], one, p | {"where": mask[part]})
+            assert_same_bits(dx, right[0][part])
+
+
+@on_every_backend
+def test_masks_that_leave_nothing_and_what_is_hidden_and_no_number() -> None:
+    x, dy = data((3, 6), F32), data((3, 6), F32, seed=2)
+    mask = np.ones((3, 6), bool)
+    mask[1], mask[2, 4] = False, False
+    x[2, 4] = np.nan  # hidden: its statistics are those of the others
+    _, mean, rstd = fn.layer_norm(x, 6, where=mask, return_stats=True)
+    dx, _, _ = fn.layer_norm_backward(dy, x, mean, rstd, 6, where=mask)
+    alone = fn.layer_norm_backward(dy[:1], x[:1], mean[:1], rstd[:1], 6)[0]
+    np.testing.assert_allclose(dx[:1], alone, rtol=1e-5, atol=1e-6)
+    assert np.isnan(dx[1]).all()  # of no statistics
+    np.testing.assert_array_equal(dx[2, 4], (rstd[2] * dy[2, 4]).astype(F32).item())
+    # what was hidden has been normalised: its NaN is in the sums
+    assert np.isnan(np.delete(dx[2], 4)).all()
 
 
 # --- Groups of any size and number ----------------------------------------------------------------

@@ -139,10 +139,20 @@ def test_gradients(op: Operation, weighted: bool, chunks: Any) -> None:
     _, *stats = call(op, x, p, return_stats=True)
     keywords = {k: p[k] for k in op.backward_keywords if k in p}
     exact = getattr(fn, op.backward or "")(dy, x, *stats, **keywords)
-    lazy = da.from_array(x, chunks=chunks)
-    for slope in (dy, da.from_array(dy, chunks=3)):
-        found = getattr(fn, op.backward or "")(slope, lazy, *stats, **keywords)
-        for y, right in zip(found, exact, strict=True):
+    where = rng.random(SHAPE) < 0.7
+    where[:, :, :2] = where[..., :2] = True  # of every group two
+    _, *some = call(op, x, p | {"where": where}, return_stats=True)
+    of_some = getattr(fn, op.backward or "")(dy, x, *some, **keywords, where=where)
+    lazy, masks = da.from_array(x, chunks=chunks), da.from_array(where, chunks=3)
+    hidden = da.from_array(np.ma.array(x, mask=~where), chunks=chunks)
+    for slope, given, stats_of, options, right_ones in (
+        (dy, lazy, stats, {}, exact),
+        (da.from_array(dy, chunks=3), lazy, stats, {}, exact),
+        (dy, lazy, some, {"where": masks}, of_some),
+        (dy, hidden, some, {}, of_some),
+    ):
+        found = getattr(fn, op.backward or "")(slope, given, *stats_of, **keywords, **options)
+        for y, right in zip(found, right_ones, strict=True):
             assert isinstance(y, da.Array)
             assert (y.shape, y.dtype) == (right.shape, right.dtype)
             # sums of up to 210 terms, in another order

@@ -270,18 +270,54 @@ def test_dtypes_of_parameters() -> None:
 
 
 def test_masked_arrays() -> None:
-    """Exact statistics leave masked elements out, and there is no gradient of such a call."""
+    """Exact statistics leave masked elements out."""
     hidden = np.broadcast_to(np.arange(5) > np.arange(6)[:, None, None], (6, 8, 5))
     x = np.ma.masked_array(data((6, 8, 5), ratio=2.0), hidden)
     m = fn.nn.BatchNorm(8, dtype="f8")
     fn.nn.recalibrate(m, [x[:2], x[2:]])
     np.testing.assert_allclose(m.running_mean, x.mean((0, 2)), rtol=1e-12)
     np.testing.assert_allclose(m.running_var, x.var((0, 2), ddof=1), rtol=1e-12)
-    y = m(x)
-    with pytest.raises(ValueError, match="masked array in the last call"):
-        m.backward(y)
-    m(np.ma.masked_array(x.data, False))
-    assert m.backward(y).shape == x.shape
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "m",
+    [
+        fn.nn.BatchNorm(8, dtype="f8"),
+        fn.nn.BatchNorm(8, dtype="f8", track_running_stats=False, affine=False),
+        fn.nn.InstanceNorm(8, dtype="f8", affine=True),
+        fn.nn.InstanceNorm1d(8, dtype="f8", track_running_stats=True),
+        fn.nn.GroupNorm(2, 8, dtype="f8"),
+        fn.nn.LayerNorm(5, dtype="f8"),
+        fn.nn.RMSNorm((8, 5), dtype="f8"),
+    ],
+    ids=repr,
+)
+def test_gradients_of_masked_arrays(m: Any, training: bool) -> None:
+    """Differences of results of masked arrays; one sample without its batch axis, too."""
+    m.train(training)
+    hidden = np.random.default_rng(3).random((2, 8, 5)) < 0.3
+    hidden[:, :, :2] = False
+    x, dy = data((2, 8, 5)), data((2, 8, 5), seed=1)
+    if "1d" in type(m).__name__:
+        x, dy, hidden = x[0], dy[0], hidden[0]
+    m.zero_grad()
+    y = m(np.ma.array(x, mask=hidden))
+    assert type(y) is np.ndarray
+    dx = m.backward(dy)
+    assert type(dx) is np.ndarray
+    # h^2 and epsilon / h, times what third derivatives of 80 terms of size 4 or so add up to
+    h, least = 1e-5, 1e-6
+    direction = data(x.shape, seed=2)
+    state = m.state_dict()
+    up, down = (m(np.ma.array(x + s * direction, mask=hidden)) for s in (h, -h))
+    slope = (dy * (up - down)).sum() / (2 * h)
+    m.load_state_dict(state)
+    np.testing.assert_allclose((dx * direction).sum(), slope, rtol=least, atol=least)
+    plain = m.backward(dy) if m(x) is not None else None
+    own = training or not getattr(m, "track_running_stats", False)
+    assert np.array_equal(dx, plain) != own
 
 
 def test_sums_of_gradients_do_not_warn() -> None:
@@ -322,7 +358,7 @@ def test_ignored_classes(ignore: int, torch: Any) -> None:
         (np.ones((2, 3)), [-1, 0], ValueError, "class -1, expected 0 to 2"),
         (np.ones((2, 3)), [-101, 0], ValueError, "class -101"),
         (np.ones((2, 3)), [1.0, 0.0], ValueError, "dtype float64.*integers"),
-        (np.ones((2, 3)), None, ValueError, "dtype object"),
+        (np.ones((2, 3)), None, TypeError, "target is None"),
         (np.ones((2, 3)), [True, False], ValueError, "dtype bool"),
         (np.ones((2, 3)), [1, 0, 1], ValueError, r"moveaxis"),
         (np.ones(()), 1, ValueError, "scores of shape"),
@@ -374,6 +410,13 @@ def test_adam_refuses_what_it_cannot_change() -> None:
         (lambda nn: nn.attention(*np.ones((3, 2, 3)), np.ones((2, 2), int)), "mask has dtype"),
         (lambda nn: nn.attention(np.ones((2, 2, 3)), *np.ones((2, 3, 2, 3))), "leading axes"),
         (lambda nn: nn.activation_backward(*np.ones((3, 2)), ["relu"]), "activation is"),
+        (lambda nn: nn.activation_backward(*np.ones((2, 2)), [1.0], "relu"), "of different shapes"),
+        (lambda nn: nn.activation_backward("a", *np.ones((2, 2)), "relu"), "dy has dtype"),
+        (lambda nn: nn.softmax_backward(np.ones(3), np.ones((2, 3))), "of different shapes"),
+        (lambda nn: nn.softmax_backward(1.0, 1.0), "at least 1 dimension"),
+        (lambda nn: nn.softmax_backward(None, np.ones(3)), "dy is None"),
+        (lambda nn: nn.attention_backward(*np.ones((5, 2, 3))), "attention_backward got"),
+        (lambda nn: nn.attention_backward("a", *np.ones((4, 2, 2))), "dy has dtype"),
         (lambda nn: nn.TransformerBlock(8, 2, placement=np.ones(2)), "placement is"),
         (lambda nn: nn.TransformerBlock(8, 2, norm=None), "norm is None"),
         (lambda nn: nn.TransformerBlock(8, 2, activation=np.tanh), "activation is"),
@@ -385,6 +428,66 @@ def test_adam_refuses_what_it_cannot_change() -> None:
 def test_wrong_arguments_of_layers(call: Any, words: str) -> None:
     with pytest.raises((ValueError, TypeError), match=words):
         call(fn.nn)
+
+
+_ROWS = np.ones((2, 3))
+MASKABLE: dict[str, tuple[Any, dict[str, Any]]] = {
+    "linear": (fn.nn.linear, {"x": _ROWS, "weight": np.ones((4, 3)), "bias": np.ones(4)}),
+    "softmax": (fn.nn.softmax, {"x": _ROWS}),
+    "softmax_backward": (fn.nn.softmax_backward, {"dy": _ROWS, "y": _ROWS}),
+    "attention": (
+        fn.nn.attention,
+        {"query": _ROWS, "key": _ROWS, "value": _ROWS, "mask": np.zeros((2, 2))},
+    ),
+    "attention_backward": (
+        fn.nn.attention_backward,
+        {"dy": _ROWS, "query": _ROWS, "key": _ROWS, "value": _ROWS, "weights": np.ones((2, 2))},
+    ),
+    "activation_backward": (
+        lambda **given: fn.nn.activation_backward(**given, activation="silu"),
+        {"dy": _ROWS, "x": _ROWS, "y": _ROWS},
+    ),
+    "activate": (lambda bias: fn.nn.activate(_ROWS, "relu", bias), {"bias": np.ones(3)}),
+    "cross_entropy": (fn.nn.cross_entropy, {"scores": _ROWS, "target": np.array([0, 2])}),
+    "TransformerBlock": (
+        fn.nn.TransformerBlock(4, 2, rng=0),
+        {
+            "x": np.ones((2, 3, 4)),
+            "src_mask": np.zeros((3, 3)),
+            "src_key_padding_mask": np.zeros((2, 3), bool),
+        },
+    ),
+    "TransformerEncoder": (
+        fn.nn.TransformerEncoder(1, 4, 2, rng=0),
+        {"x": np.ones((2, 3, 4)), "mask": np.zeros((3, 3), bool)},
+    ),
+    "load_state_dict": (
+        lambda **state: fn.nn.LayerNorm(3).load_state_dict(state),
+        {"weight": np.ones(3), "bias": np.ones(3)},
+    ),
+    "Adam.step": (
+        lambda **gradients: fn.nn.Adam({n: g.copy() for n, g in gradients.items()}).step(gradients),
+        {"weight": np.ones(3)},
+    ),
+    "Adam": (lambda parameter: fn.nn.Adam({"parameter": parameter}), {"parameter": np.ones(3)}),
+}
+
+
+@pytest.mark.parametrize("name", MASKABLE)
+def test_masks_of_np_ma_where_there_are_no_statistics(name: str) -> None:
+    """Nothing can stand for what is hidden: it is refused, never read."""
+    function, given = MASKABLE[name]
+    function(**given)
+    for argument, value in given.items():
+        seen = function(**given | {argument: np.ma.array(value)})  # with nothing hidden
+        assert not np.ma.isMaskedArray(seen[0] if isinstance(seen, tuple) else seen)
+        hidden = np.ma.array(value)
+        hidden[(0,) * value.ndim] = np.ma.masked
+        with pytest.raises((ValueError, TypeError), match=f"{argument}.* masked array") as caught:
+            function(**given | {argument: hidden})
+        assert "filled(" in str(caught.value)
+    with pytest.raises(ValueError, match="masked array that hides 1"):
+        fn.nn.LayerNorm(2).weight = np.ma.array([1.0, 2.0], mask=[True, False])
 
 
 LEAST = np.finfo(np.float64).min

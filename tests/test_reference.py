@@ -272,15 +272,19 @@ def test_bfloat16() -> None:
 # --- Gradients against finite differences ---------------------------------------------------------
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 @pytest.mark.parametrize("per_sample", [False, True], ids=["shared", "per-sample"])
 @pytest.mark.parametrize("op", [op for op in OPERATIONS if op.backward], ids=label)
-def test_backward_is_the_derivative(op: Operation, per_sample: bool) -> None:
+def test_backward_is_the_derivative(op: Operation, per_sample: bool, masked: bool) -> None:
     rng = np.random.default_rng(0)
-    shape = (3, 4, 2)
+    shape = (3, 4, 5) if masked else (3, 4, 2)
     x, dy = sample_data(shape).astype(np.longdouble), rng.standard_normal(shape)
     p = op.parameters(shape, np.longdouble, rng, per_sample=per_sample, num_groups=2)
+    if masked:  # every group keeps three elements or more
+        p["where"] = np.ones(shape, bool)
+        p["where"][0, 1, 1] = p["where"][2, 2, :2] = p["where"][1, 3, 3:] = False
     _, *stats = run(op, x, p, return_stats=True, dtype=np.longdouble)
-    kwargs = {k: p[k] for k in op.backward_keywords if k in p}
+    kwargs = {k: p[k] for k in (*op.backward_keywords, "where") if k in p}
     results = getattr(reference, str(op.backward))(dy, x, *stats, **kwargs, dtype=np.longdouble)
     leaves = {"x": x} | {k: p[k] for k in ("weight", "bias") if k in p}
 

@@ -14,10 +14,20 @@ from fastnorm.arguments import (
     check_ndim,
     computing_type,
     is_float,
+    read,
 )
 
 # NaN and infinity are ordinary data here.
 _quiet = np.errstate(all="ignore")
+
+
+def _alike(of: str, **given: ArrayLike) -> list[Array]:
+    """What came in as arrays, by their names; refuse those of different shapes."""
+    arrays = [as_array(value, name) for name, value in given.items()]
+    if len({array.shape for array in arrays}) > 1:
+        shapes = ", ".join(f"{name} {a.shape}" for name, a in zip(given, arrays))
+        raise ValueError(f"{of} got arrays of different shapes, expected one: {shapes}")
+    return arrays
 
 
 def _computed(value: ArrayLike, name: str) -> Array:
@@ -129,7 +139,7 @@ def softmax(x: ArrayLike, *, out: Array | None = None) -> Array:
 
 
 @_quiet
-def softmax_backward(dy: Array, y: Array, *, out: Array | None = None) -> Array:
+def softmax_backward(dy: ArrayLike, y: ArrayLike, *, out: Array | None = None) -> Array:
     r"""Return the gradient of the scores that :func:`softmax` turned into `y`.
 
     .. math:: dx_i = y_i \left(dy_i - \sum_j dy_j y_j\right)
@@ -146,15 +156,24 @@ def softmax_backward(dy: Array, y: Array, *, out: Array | None = None) -> Array:
     dx
         The shape of `y`.
 
+    Raises
+    ------
+    ValueError
+        If the shapes differ.
+    TypeError
+        For dtypes other than real numbers.
+
     Examples
     --------
     >>> import numpy as np, fastnorm as fn
     >>> fn.nn.softmax_backward(np.array([1.0, 0.0]), np.array([0.5, 0.5]))
     array([ 0.25, -0.25])
     """
-    common = np.einsum("...i,...i->...", dy, y)[..., None]
-    dx: Array = np.subtract(dy, common, out=out)
-    dx *= y
+    slope, shares = _alike("softmax_backward", dy=dy, y=y)
+    check_ndim(shares, 1, "softmax_backward", "(..., classes)")
+    common = np.einsum("...i,...i->...", slope, shares)[..., None]
+    dx: Array = np.subtract(slope, common, out=out)
+    dx *= shares
     return dx
 
 
@@ -242,7 +261,7 @@ def attention(
     scores: Array = np.matmul(q, k.swapaxes(-1, -2), out=weights)
     scores *= q.shape[-1] ** -0.5 if scale is None else scale
     if mask is not None:
-        added = np.asarray(mask)
+        added = read(mask, "mask")
         if not is_float(added.dtype):
             raise TypeError(
                 f"mask has dtype {added.dtype}, expected floats that are added to the scores; "
@@ -264,11 +283,11 @@ def attention(
 
 @_quiet
 def attention_backward(
-    dy: Array,
-    query: Array,
-    key: Array,
-    value: Array,
-    weights: Array,
+    dy: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    weights: ArrayLike,
     *,
     scale: float | None = None,
     out: tuple[Array | None, Array | None, Array | None] = (None, None, None),
@@ -295,6 +314,13 @@ def attention_backward(
     dquery, dkey, dvalue
         The shapes of `query`, `key` and `value`.
 
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit.
+    TypeError
+        For dtypes other than real numbers.
+
     Examples
     --------
     >>> import numpy as np, fastnorm as fn
@@ -304,18 +330,30 @@ def attention_backward(
     >>> bool(np.allclose(dv.sum(0), y.sum(0)))
     True
     """
-    s = query.shape[-1] ** -0.5 if scale is None else scale
-    dvalue = np.matmul(weights.swapaxes(-1, -2), dy, out=out[2])
-    dscores = np.matmul(dy, value.swapaxes(-1, -2))
-    softmax_backward(dscores, weights, out=dscores)
+    given = {"dy": dy, "query": query, "key": key, "value": value, "weights": weights}
+    slope, q, k, v, w = (as_array(array, name) for name, array in given.items())
+    ahead, length, seen = q.shape[:-2], q.shape[-2:-1], k.shape[-2:-1]
+    size, width = q.shape[-1:], v.shape[-1:]
+    ends = (length + width, length + size, seen + size, seen + width, length + seen)
+    found = [array.shape for array in (slope, q, k, v, w)]
+    if q.ndim < 2 or found != [ahead + end for end in ends]:
+        shapes = ", ".join(f"{name} {shape}" for name, shape in zip(given, found))
+        raise ValueError(
+            f"attention_backward got {shapes}; expected dy (..., L, E), query (..., L, D), key "
+            "(..., S, D), value (..., S, E) and weights (..., L, S), of the same leading axes"
+        )
+    s = q.shape[-1] ** -0.5 if scale is None else scale
+    dvalue = np.matmul(w.swapaxes(-1, -2), slope, out=out[2])
+    dscores = np.matmul(slope, v.swapaxes(-1, -2))
+    softmax_backward(dscores, w, out=dscores)
     dscores *= s
-    dquery = np.matmul(dscores, key, out=out[0])
-    dkey = np.matmul(dscores.swapaxes(-1, -2), query, out=out[1])
+    dquery = np.matmul(dscores, k, out=out[0])
+    dkey = np.matmul(dscores.swapaxes(-1, -2), q, out=out[1])
     return dquery, dkey, dvalue
 
 
 @_quiet
-def activation_backward(dy: Array, x: Array, y: Array, activation: str) -> Array:
+def activation_backward(dy: ArrayLike, x: ArrayLike, y: ArrayLike, activation: str) -> Array:
     r"""Return the gradient of the `x` that an activation turned into `y`.
 
     With :math:`p = y/x`, the share that was let through, which is :math:`\Phi(x)` or
@@ -344,7 +382,9 @@ def activation_backward(dy: Array, x: Array, y: Array, activation: str) -> Array
     Raises
     ------
     ValueError
-        For another name.
+        For another name, or shapes that differ.
+    TypeError
+        For dtypes other than real numbers.
 
     Examples
     --------
@@ -354,20 +394,21 @@ def activation_backward(dy: Array, x: Array, y: Array, activation: str) -> Array
     """
     if not (isinstance(activation, str) and activation in ACTIVATIONS):
         raise ValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+    gradient, before, after = _alike("activation_backward", dy=dy, x=x, y=y)
     if activation == "relu":
-        return np.where(x > 0, dy, 0)
-    slope: Array = y / x
-    slope[x == 0] = 0.5
+        return np.where(before > 0, gradient, 0)
+    slope: Array = after / before
+    slope[before == 0] = 0.5
     if activation == "gelu":
-        slope += x * (np.exp(-0.5 * (x * x)) * (2 * math.pi) ** -0.5)
+        slope += before * (np.exp(-0.5 * (before * before)) * (2 * math.pi) ** -0.5)
     elif activation == "silu":
-        slope += y * (1 - slope)
+        slope += after * (1 - slope)
     else:
         # beyond 50 all or nothing is let through: y (1 - p) is 0, and stays it
-        square = np.clip(x, -50, 50) ** 2
+        square = np.clip(before, -50, 50) ** 2
         inner = (8 / math.pi) ** 0.5 * (1 + 3 * 0.044715 * square)
-        slope += y * (1 - slope) * inner
-    slope *= dy
+        slope += after * (1 - slope) * inner
+    slope *= gradient
     return slope
 
 
@@ -402,7 +443,7 @@ def cross_entropy(
     ValueError
         If the shapes do not fit, or a class is no integer or none of those.
     TypeError
-        If the scores are not real numbers.
+        If the scores are not real numbers, or `target` is no array.
 
     Examples
     --------
@@ -411,7 +452,7 @@ def cross_entropy(
     >>> round(loss, 4), gradient
     (0.6931, array([[ 0.5, -0.5]]))
     """
-    s, right = _computed(scores, "scores"), np.asarray(target)
+    s, right = _computed(scores, "scores"), read(target, "target")
     if not s.ndim or s.shape[:-1] != right.shape or right.dtype.kind not in "iu":
         raise ValueError(
             f"cross_entropy got scores of shape {s.shape} and target of shape {right.shape} and "

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from fastnorm.arguments import Array, is_float
+from fastnorm.arguments import Array, is_float, read
 
 
 class LoadedState(NamedTuple):
@@ -232,13 +232,7 @@ def _numbers(value: Any, name: str) -> Array:
         value = value.detach()
         if value.dtype == torch.bfloat16:
             value = value.float()
-    try:
-        return np.asarray(value)
-    except Exception as error:
-        raise TypeError(
-            f"{name} is a {type(value).__name__} that NumPy cannot read, expected an array of real "
-            f"numbers: {error}"
-        ) from None
+    return read(value, name)
 
 
 def parameter_type(dtype: DTypeLike) -> np.dtype[Any]:

@@ -49,6 +49,12 @@ def _numbers(x: ArrayLike) -> Array:
     return as_array(unmask(x)[0], "x")
 
 
+def _kept(array: Array, x: ArrayLike) -> Array:
+    """What a backward pass wants: `array`, the numbers of x, with the mask that x has."""
+    where = unmask(x)[1]
+    return array if where is None else np.ma.array(array, mask=~where.reshape(array.shape))
+
+
 class _Norm(Module):
     """A norm with a weight of ones and a bias of zeros, each of which may be None instead."""
 
@@ -70,25 +76,6 @@ class _Norm(Module):
     @property
     def _affine(self) -> dict[str, Any]:
         return {name: self._parameters.get(name) for name in ("weight", "bias")}
-
-    def __call__(self, x: ArrayLike) -> Array:
-        """Return the result for `x`, and keep what :meth:`backward` needs: `x` itself included.
-
-        The mask of an ``np.ma`` array keeps elements from the statistics.
-        """
-        y = super().__call__(x)
-        kept = unmask(x, None)[1]
-        self._masked = kept is not None and not kept.all()
-        return y
-
-    def backward(self, dy: ArrayLike) -> Array:
-        """As :meth:`Module.backward`; there is none of statistics that left masked elements out."""
-        if self._saved is not None and self._masked:
-            raise ValueError(
-                f"{type(self).__name__}.backward got a masked array in the last call, expected one "
-                "without a mask: gradients are those of statistics of all elements"
-            )
-        return super().backward(dy)
 
     def reset_parameters(self) -> None:
         """Set the weight to 1 and the bias to 0."""
@@ -267,12 +254,12 @@ class BatchNorm(_ChannelNorm):
         if self._recorded is not None:
             self._recorded.merge(self._moments(array, x))
             y, mean, rstd, _ = self._normalised(x, array, (None, None), 0.0)
-            return y, (array, mean, rstd, None)
+            return y, (_kept(array, x), mean, rstd, None)
         counted = self._buffers.get("num_batches_tracked")
         tracking = self.training and self.track_running_stats
         if not self.training and any(part is not None for part in self._running):
             y, mean, rstd = self._applied(x, *self._running)
-            return y, (array, mean, rstd, None)
+            return y, (_kept(array, x), mean, rstd, None)
         momentum = 0.0 if self.momentum is None else check_momentum(self.momentum)
         if tracking and self.momentum is None and counted is not None:
             if counted < 0:
@@ -285,7 +272,7 @@ class BatchNorm(_ChannelNorm):
         y, mean, rstd, count = self._normalised(x, array, running, momentum)
         if tracking and counted is not None:
             counted += 1
-        return y, (array, mean, rstd, count)
+        return y, (_kept(array, x), mean, rstd, count)
 
     def _moments(self, array: Array, x: ArrayLike) -> Moments:
         """Those of each channel of `array`, x checked, as of values in one axis beside them."""
@@ -360,6 +347,7 @@ class BatchNorm(_ChannelNorm):
     def _synchronised(self, dy: ArrayLike, saved: Saved) -> Gradients:
         """The gradients of a batch that lies in several processes."""
         array, mean, rstd, count = saved
+        array, where = unmask(array)
         axis: dict[str, Any] = {"channel_axis": self.channel_axis}
         wide = array.astype(computing_type(array.dtype), copy=False)
         slope = same_shape(dy, "dy", array).astype(wide.dtype, copy=False)
@@ -382,6 +370,8 @@ class BatchNorm(_ChannelNorm):
         none = np.zeros_like(mean)
         scales = Scales(mean, none, rstd, none.astype(np.int64))
         dx = self._by_scales(wide, wide, scales, through_var, through_mean, directly)
+        if where is not None:
+            dx = np.where(where, dx, directly)
         return dx.astype(array.dtype, copy=False), {"weight": dweight, "bias": dbias}
 
 
@@ -464,7 +454,7 @@ class InstanceNorm(_ChannelNorm):
             channel_axis=self.channel_axis,
             return_stats=True,
         )
-        return y[0] if alone else y, (array, mean, rstd, own, alone)
+        return y[0] if alone else y, (_kept(array, x), mean, rstd, own, alone)
 
     def _backward(self, dy: ArrayLike, saved: Saved) -> Gradients:
         array, mean, rstd, own, alone = saved
@@ -595,7 +585,7 @@ class GroupNorm(_Norm):
             channel_axis=self.channel_axis,
             return_stats=True,
         )
-        return y, (array, mean, rstd)
+        return y, (_kept(array, x), mean, rstd)
 
     def _backward(self, dy: ArrayLike, saved: Saved) -> Gradients:
         array, mean, rstd = saved
@@ -673,7 +663,7 @@ class LayerNorm(_Norm):
     def _forward(self, x: ArrayLike) -> tuple[Array, Saved]:
         options: dict[str, Any] = self._affine | {"eps": self.eps, "return_stats": True}
         y, mean, rstd = functional.layer_norm(x, self.normalized_shape, **options)
-        return y, (_numbers(x), mean, rstd)
+        return y, (_kept(_numbers(x), x), mean, rstd)
 
     def _backward(self, dy: ArrayLike, saved: Saved) -> Gradients:
         array, mean, rstd = saved
@@ -735,7 +725,7 @@ class RMSNorm(_Norm):
     def _forward(self, x: ArrayLike) -> tuple[Array, Saved]:
         weight, shape = self._affine["weight"], self.normalized_shape
         y, rstd = functional.rms_norm(x, shape, weight, self.eps, return_stats=True)
-        return y, (_numbers(x), rstd)
+        return y, (_kept(_numbers(x), x), rstd)
 
     def _backward(self, dy: ArrayLike, saved: Saved) -> Gradients:
         array, rstd = saved

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fastnorm.arguments import Array, as_array, check_eps, is_float
+from fastnorm.arguments import Array, as_array, check_eps, is_float, read
 
 
 class Adam:
@@ -35,7 +35,8 @@ class Adam:
     Raises
     ------
     ValueError
-        If a beta is not in [0, 1), or `lr` or `eps` is no finite number of at least 0.
+        If a beta is not in [0, 1), or `lr` or `eps` is no finite number of at least 0, or a mask of
+        ``np.ma`` hides a part of a parameter.
     TypeError
         If a parameter is not a NumPy array of floats that can be written.
 
@@ -79,6 +80,7 @@ class Adam:
                     f"parameter {name!r} is a {kind}, expected a NumPy array of floats that is "
                     "changed in place"
                 )
+            read(p, f"parameter {name!r}")  # which must hide nothing
         self.parameters = dict(parameters)
         self.lr, self.betas, self.eps = check_eps(lr, "lr"), (first, second), check_eps(eps)
         self._averages = {n: (np.zeros_like(p), np.zeros_like(p)) for n, p in parameters.items()}

@@ -20,7 +20,15 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from fastnorm import backward, functional
-from fastnorm.arguments import ACTIVATIONS, Array, as_array, check_eps, computing_type, is_float
+from fastnorm.arguments import (
+    ACTIVATIONS,
+    Array,
+    as_array,
+    check_eps,
+    computing_type,
+    is_float,
+    read,
+)
 from fastnorm.backends import get_num_threads, serial
 from fastnorm.nn.functional import activation_backward, attention, attention_backward, linear
 from fastnorm.nn.module import Module, parameter_type
@@ -275,7 +283,7 @@ def _sum(x: Array, branch: Array | None) -> Array:
 
 
 def _added(mask: ArrayLike, name: str, dtype: np.dtype[Any]) -> Array:
-    array = np.asarray(mask)
+    array = read(mask, name)
     if array.dtype == bool:
         return np.where(array, dtype.type(-np.inf), dtype.type(0))
     if not is_float(array.dtype):

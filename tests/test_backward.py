@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -27,6 +28,7 @@ from fastnorm._bench.operations import OPERATIONS, Operation, Parameters
 from fastnorm.layout import SHORT_RUN
 
 from .helpers import (
+    BACKENDS,
     BF16,
     COMPILED,
     DTYPES,
@@ -703,6 +705,33 @@ def test_batch_norm_in_inference(layout: str) -> None:
     for value, terms in ((dweight, dy * xhat), (dbias, dy)):
         size = abs(terms).sum(axis=(0, 2, 3))
         assert (abs(value - terms.sum(axis=(0, 2, 3))) <= (90 + 3) * epsilon(F64) * size).all()
+
+
+# The Cython kernels multiply what is out of range by 0.
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "cython"], indirect=True)
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("bad", ["max", "inf", "nan"])
+@pytest.mark.parametrize("weights", ["none", "shared", "per sample"])
+@by_layout
+@by_dtype
+def test_batch_norm_in_inference_of_what_is_out_of_range(
+    dtype: Any, layout: str, weights: str, bad: str
+) -> None:
+    """dx is weight rstd dy also where x, or x by these statistics, is beyond all numbers."""
+    op = next(op for op in BACKWARD if op.label == "batch_norm (inference)")
+    for shape in (SHAPE, (70, 8), (2, 8, 3000)):
+        x, dy = pair(shape, dtype, 1.0, layout if len(shape) > 2 else "channels-first")
+        number = ml_dtypes.finfo(dtype).max if bad == "max" else float(bad)
+        x[1, 3], x[0, 5], x[-1, -1] = number, -number, number
+        p = parameters(op, x, weights)
+        mean, rstd = data((8,), seed=3), np.where(np.arange(8) % 2, 1e20, 2.0)
+        right = reference.batch_norm_backward(
+            dy, x, mean, rstd, p.get("weight"), training=False, dtype=np.longdouble
+        )[0]
+        dx = fn.batch_norm_backward(dy, x, mean, rstd, p.get("weight"), training=False)[0]
+        with np.errstate(over="ignore"):
+            # weight times rstd, times dy
+            assert_close(dx, right.astype(F64).astype(dtype).astype(np.longdouble), abs(right))
 
 
 @on_every_backend

@@ -255,6 +255,23 @@ def step_run(x, dy, dx, n, terms, weight, ahead, kind, stored):
 
 
 @inner
+def step_apart(dy, dx, n, terms, weight, along, kind, stored):
+    """dx of n elements by given statistics, in which x, out of range or not, has no part."""
+    rstd = read(terms, 1, np.float64)
+    wide = read(terms, 4, np.float64) != 0.0
+    for i in range(n):
+        t = load(dy, i, stored)
+        w = np.float64(read_real(weight, i * along, kind)) if weight != 0 else 1.0
+        if wide:
+            v = real(rstd * np.float64(t) * w, kind)
+        elif along != 0:
+            v = t * (real(w, kind) * real(rstd, kind))
+        else:
+            v = t * real(w * rstd, kind)
+        store(dx, i, v, kind)
+
+
+@inner
 def segment_step(q, a, b, width, segment, tile, kind, stored):
     """dx of a segment of `width` groups side by side."""
     f, last = segment_at(q, segment)
@@ -278,7 +295,10 @@ def segment_step(q, a, b, width, segment, tile, kind, stored):
                 dy = at(q.dy, a, b + k) + p * q.dy.p + t * q.dy.s
                 dx = at(q.dx, a, b + k) + p * q.dx.p + t * q.dx.s
                 to = dx if q.direct else tile
-                step_run(x, dy, to, n, terms, weight, ahead, kind, stored)
+                if q.training:
+                    step_run(x, dy, to, n, terms, weight, ahead, kind, stored)
+                else:
+                    step_apart(dy, to, n, terms, weight, 0, kind, stored)
                 if not q.direct:
                     stream(dx, tile, n * size_of(kind))
                 t += n
@@ -393,13 +413,14 @@ def step_sharers(q, owner, first, last, p, t, n, gw, gb, tile, kind, stored):
         weight = 0
         if q.weight.data != 0:
             weight = at(q.weight, a, b) + p * q.weight.p + t * q.weight.s
-        if q.direct:
-            step_along(x, dy, dx, steps, n, terms, count, weight, gw, gb, kind, stored)
-        else:
-            beside = n * size_of(kind)
-            into = steps[0], steps[1], beside
-            step_along(x, dy, tile, into, n, terms, count, weight, gw, gb, kind, stored)
-            for k in range(count):
+        beside = n * size_of(kind)
+        to, into = (dx, steps) if q.direct else (tile, (steps[0], steps[1], beside))
+        step_along(x, dy, to, into, n, terms, count, weight, gw, gb, kind, stored)
+        for k in range(count):
+            if not q.training:
+                row = dy + k * steps[1]
+                step_apart(row, to + k * into[2], n, terms + k * size, weight, 1, kind, stored)
+            if not q.direct:
                 stream(dx + k * steps[2], tile + k * beside, beside)
         i += count
 
@@ -610,6 +631,14 @@ def step_row(x, dy, dx, width, into, kind, stored, to):
 
 
 @inner
+def step_row_apart(dy, dx, width, into, kind, stored, to):
+    """dx of a row by given statistics, in which x, out of range or not, has no part."""
+    wr = into + 64 * width
+    for j in range(width):
+        store(dx, j, load(dy, j, stored) * read_real(wr, j, kind), to)
+
+
+@inner
 def columns_step(q, a, b, c, width, segment, into, any_wide, tile, spare, kind, stored, computed):
     """dx of a segment of rows."""
     last = min((segment + 1) * SPAN_ROWS, q.p * q.s)
@@ -620,9 +649,15 @@ def columns_step(q, a, b, c, width, segment, into, any_wide, tile, spare, kind, 
         dy = at(q.dy, a, b) + p * q.dy.p + t * q.dy.s + c * q.dy.c
         dx = at(q.dx, a, b) + p * q.dx.p + t * q.dx.s + c * q.dx.c
         if q.direct and not any_wide:
-            step_row(x, dy, dx, width, into, kind, stored, kind)
+            if q.training:
+                step_row(x, dy, dx, width, into, kind, stored, kind)
+            else:
+                step_row_apart(dy, dx, width, into, kind, stored, kind)
             continue
-        step_row(x, dy, tile, width, into, kind, stored, computed)
+        if q.training:
+            step_row(x, dy, tile, width, into, kind, stored, computed)
+        else:
+            step_row_apart(dy, tile, width, into, kind, stored, computed)
         if any_wide:
             for j in range(width):
                 if is_wide(read(into, j, np.float64), read(into, width + j, np.float64), kind):
@@ -630,7 +665,9 @@ def columns_step(q, a, b, c, width, segment, into, any_wide, tile, spare, kind, 
                     xhat = d * read(into, width + j, np.float64)
                     g = np.float64(load(dy, j, stored)) * read(into + 40 * width, j, np.float64)
                     v = g - read(into + 48 * width, j, np.float64)
-                    write(tile, j, real(v - xhat * read(into + 56 * width, j, np.float64), kind))
+                    if q.training:
+                        v -= xhat * read(into + 56 * width, j, np.float64)
+                    write(tile, j, real(v, kind))
         deliver(tile, spare, dx, width, q.stream != 0, kind)
 
 

@@ -641,11 +641,11 @@ def run_backward(
     record[_BACK_OWN] = _address(sums), _address(terms), _address(collected)
     with watched(record, *operands, sums, terms, collected):
         _carry_back(plan, record, threads if plan.parallel else 1, dims[0] * dims[1], training)
-    totals = _totals(plan, layout, sums, collected)
-    for gradient, total in zip((dweight, dbias), totals):
-        if gradient is None:
-            continue
-        with np.errstate(all="ignore"):  # sums beyond half precision are infinite
+    with np.errstate(all="ignore"):  # of infinities, and beyond half precision
+        totals = _totals(plan, layout, sums, collected)
+        for gradient, total in zip((dweight, dbias), totals):
+            if gradient is None:
+                continue
             if plan.flat and gradient.flags.c_contiguous:
                 gradient[...] = total.reshape(gradient.shape)
             else:

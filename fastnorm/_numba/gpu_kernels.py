@@ -78,7 +78,7 @@ NORM, FACTOR = 1, 2
 
 read_word, read_byte, read_double = reader(np.int64), reader(np.uint8), reader(np.float64)
 write_double = writer(np.float64)
-fma, step, step_back = arithmetic.fma, arithmetic.step, arithmetic.step_back
+fma, step = arithmetic.fma, arithmetic.step
 two_sum, merge = arithmetic.two_sum, arithmetic.merge
 moments_of_sums, inverse_root = arithmetic.moments_of_sums, arithmetic.inverse_root
 holds = arithmetic.holds
@@ -1335,6 +1335,15 @@ def run_gradients(kind: str, other: str, factor: str, team: int, mode: int) -> A
                 row, col = onward(row + rows, col + jump, cols)
 
     return gradients_kernel
+
+
+@device
+def step_back(
+    x: Any, dy: Any, hi: Any, r: Any, shift: Any, wr: Any, c1: Any, c2: Any
+) -> Any:  # fmt: skip
+    """dx of one element. By given statistics c2 is 0: x, out of range or not, has no part in it."""
+    v = arithmetic.step_back(x, dy, hi, r, shift, wr, c1, c2)
+    return v if c2 != 0 else fma(dy, wr, -c1)
 
 
 @cache

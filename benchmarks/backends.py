@@ -23,7 +23,7 @@ import numpy as np
 import fastnorm as fn
 from fastnorm import backends
 from fastnorm._bench.cases import Case, Data, arguments, data, gradient_arguments
-from fastnorm._bench.timing import ROUNDS, Contender, turns
+from fastnorm._bench.timing import ROUNDS, Contender, compete
 
 from .cases import CASES
 
@@ -62,13 +62,11 @@ def passes(case: Case, arrays: Data, name: str) -> Callable[[], None]:
 
 def compare(contenders: dict[str, Contender], rounds: int = ROUNDS) -> float:
     """The second's speed over the first's."""
-    names = list(contenders)
-    for name in names:
-        contenders[name].call()
-    for order in turns(names, rounds):
-        for name in order:
-            contenders[name].block()
-    return contenders[names[0]].seconds / contenders[names[1]].seconds
+    for contender in contenders.values():
+        contender.call()
+    compete(contenders, rounds)
+    first, second = contenders.values()
+    return first.seconds / second.seconds
 
 
 def kernels(words: list[str]) -> None:

@@ -39,9 +39,10 @@ import numpy as np
 
 import fastnorm as fn
 from fastnorm._bench.cases import Case, data
-from fastnorm._bench.machine import cores, processor
+from fastnorm._bench.machine import processor
 from fastnorm._bench.peers import fastnorm
-from fastnorm._bench.timing import Contender, turns
+from fastnorm._bench.timing import Contender, compete
+from fastnorm.limits import processors
 
 from . import native
 from .cases import GATE, GATE_THREADS
@@ -86,9 +87,7 @@ class Pair:
 
     def ratio(self) -> float:
         """Time both in turn once more; return what their least times say now."""
-        for order in turns((self.case, self.yardstick), ROUNDS):
-            for contender in order:
-                contender.block(BLOCK)
+        compete({"case": self.case, "yardstick": self.yardstick}, ROUNDS, BLOCK)
         return self.case.least / self.yardstick.least
 
 
@@ -224,9 +223,9 @@ def check(slow: tuple[str, str] | None) -> int:
     pairs = {
         name: Pair(case, threads, factors.get(name, 1.0)).ratio
         for name, (case, threads) in every.items()
-        if threads <= cores()
+        if threads <= processors()
     }
-    if cores() < 2:  # the stored ones are of two
+    if processors() < 2:  # the stored ones are of two
         stored = {k: v for k, v in stored.items() if every.get(k, (None, 1))[1] == 1}
     allowed = limit()
     print(f"{used()}: how many times as slow as stored; fails above {allowed}")

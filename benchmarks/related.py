@@ -15,7 +15,7 @@ import numpy as np
 
 import fastnorm as fn
 from fastnorm._bench.operations import OPERATIONS, Operation
-from fastnorm._bench.timing import ROUNDS, Contender, turns
+from fastnorm._bench.timing import Contender, compete
 
 IMAGES = ((8, 64, 14, 14), (32, 64, 56, 56))
 ROWS = ((8, 768), (4096, 768))
@@ -60,9 +60,7 @@ def main(words: list[str]) -> None:
             if words and not any(word in case for word in words):
                 continue
             contenders = pair(torch, op, shape)
-            for order in turns(list(contenders), ROUNDS):
-                for name in order:
-                    contenders[name].block()
+            compete(contenders)
             ours, theirs = (c.seconds * 1e6 for c in contenders.values())
             ratios.append(theirs / ours)
             print(f"| {case} | {ours:.1f} | {theirs:.1f} | {ratios[-1]:.2f} |")

@@ -26,7 +26,7 @@ import numpy as np
 
 import fastnorm as fn
 from fastnorm._bench import machine
-from fastnorm._bench.timing import ROUNDS, Contender, turns
+from fastnorm._bench.timing import Contender, compete, turns
 
 Row = tuple[str, str, str]  # what, what was measured, what is asked for
 
@@ -77,11 +77,9 @@ def accuracy() -> list[Row]:
 
 def ratio(ours: Callable[[], Any], theirs: Callable[[], Any]) -> tuple[float, Contender]:
     """How many times as long as ours theirs takes."""
-    both = [Contender(ours), Contender(theirs)]
-    for order in turns((0, 1), ROUNDS):
-        for i in order:
-            both[i].block()
-    return both[1].seconds / both[0].seconds, both[0]
+    own, other = Contender(ours), Contender(theirs)
+    compete({"ours": own, "theirs": other})
+    return other.seconds / own.seconds, own
 
 
 def speed() -> list[Row]:

@@ -23,7 +23,7 @@ import numpy as np
 
 import fastnorm as fn
 from fastnorm._bench import machine
-from fastnorm._bench.timing import ROUNDS, Contender, turns
+from fastnorm._bench.timing import Contender, compete, turns
 
 TURN = 0.5  # seconds: some calls
 LAYERS, WIDTH, HEADS, SHAPE = 6, 512, 8, (8, 128, 512)
@@ -74,9 +74,7 @@ def forward(torch: Any, placement: str) -> dict[str, float]:
         "fastnorm": Contender(lambda: ours(x)),
         "torch": Contender(lambda: theirs(tensor), torch.inference_mode),
     }
-    for order in turns(list(contenders), ROUNDS):
-        for name in order:
-            contenders[name].block(TURN)
+    compete(contenders, seconds=TURN)
     return {name: c.seconds for name, c in contenders.items()}
 
 

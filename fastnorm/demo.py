@@ -8,7 +8,6 @@ installed, in PyTorch.
 from __future__ import annotations
 
 import io
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 import fastnorm as fn
 from fastnorm import _reference
+from fastnorm._bench.timing import Contender, compete
 
 Array: TypeAlias = NDArray[Any]
 Report: TypeAlias = Callable[[str], None]
@@ -227,25 +227,6 @@ def ulps(y: Array, exact: Array) -> float:
     return float(np.max(abs(y - exact) / unit))
 
 
-def interleaved(
-    calls: Mapping[str, Callable[[], object]], rounds: int = 5, block: float = 0.03
-) -> dict[str, float]:
-    """Time calls in turns: the median over the rounds, in milliseconds a call.
-
-    In every round each of them runs again and again for at least `block` seconds, so that what
-    slows the machine down for a while slows all of them down.
-    """
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            done, elapsed, start = 0, 0.0, time.perf_counter()
-            while elapsed < block:
-                call()
-                done, elapsed = done + 1, time.perf_counter() - start
-            times[name].append(1e3 * elapsed / done)
-    return {name: float(np.median(of_name)) for name, of_name in times.items()}
-
-
 @dataclass(frozen=True)
 class Comparison:
     """One norm's row of the table; the mappings are by contender."""
@@ -274,7 +255,9 @@ def compare(norm: Norm, x: Array, torch: Any, rounds: int) -> Comparison:
     """Check and then time a norm."""
     calls, exact = contenders(norm, x, torch), exactly(norm, x)
     errors = {name: ulps(call(), exact) for name, call in calls.items()}
-    times = interleaved(calls, rounds)
+    turns = {name: Contender(call) for name, call in calls.items()}
+    compete(turns, rounds)
+    times = {name: 1e3 * contender.seconds for name, contender in turns.items()}
     ratios = {name: time / times["fastnorm"] for name, time in times.items()}
     return Comparison(norm.name, norm.each, norm.over, times, ratios, errors)
 

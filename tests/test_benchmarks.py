@@ -9,7 +9,8 @@ import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
-from itertools import chain, repeat
+from functools import partial
+from itertools import chain, groupby, repeat
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,16 @@ def test_everyone_has_a_turn_in_every_round() -> None:
     orders = list(timing.turns("abc", 7))
     assert all(sorted(order) == ["a", "b", "c"] for order in orders)
     assert len({tuple(order) for order in orders}) > 3
+
+
+def test_contenders_compete_in_turn() -> None:
+    order: list[str] = []
+    contenders = {n: timing.Contender(partial(order.append, n)) for n in "ab"}
+    rounds: list[int] = []
+    timing.compete(contenders, 4, 1e-4, lambda: rounds.append(len(order)))
+    assert len(rounds) == 4
+    assert all(len(c.medians) == 4 and c.seconds > 0 for c in contenders.values())
+    assert "".join(n for n, _ in groupby(order)) == "abababab"
 
 
 def test_the_first_calls_of_a_block_are_not_counted() -> None:

@@ -381,16 +381,6 @@ def test_ulps_by_hand() -> None:
     assert np.isnan(demo.ulps(np.array([np.nan]), np.array([1.0])))
 
 
-def test_interleaved_takes_turns() -> None:
-    order: list[str] = []
-    calls = {name: (lambda name=name: order.append(name)) for name in "ab"}
-    times = demo.interleaved(calls, rounds=3, block=0.0001)
-    assert tuple(times) == ("a", "b")
-    assert min(times.values()) > 0
-    turns = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
-    assert "".join(turns) == "ababab"
-
-
 def test_what_is_not_a_number_is_null_in_json() -> None:
     row = demo.Comparison("batch", "channel", "N", {"numpy": 1.0}, {}, {"numpy": float("nan")})
     offset = demo.Offset("batch", 1e4, {"numpy": float("inf")}, {"numpy": 0.5})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 from datetime import date
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import fastnorm as fn
+from fastnorm.limits import processors
 
 LIBRARIES = ("numpy", "torch", "onnxruntime", "jax")
 
@@ -21,7 +21,7 @@ def facts() -> dict[str, Any]:
     config = fn.show_config("dicts") or {}
     return {
         "processor": processor(),
-        "cores": cores(),
+        "cores": processors(),
         "threads": fn.get_num_threads(),
         "caches": _caches(),
         "instruction set": config["cpu"]["instruction set used"],
@@ -42,12 +42,6 @@ def busy(seconds: float = 1.0) -> float | None:
     except ImportError:
         return None
     return float(psutil.cpu_percent(interval=seconds))
-
-
-def cores() -> int:
-    """Those this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 @cache

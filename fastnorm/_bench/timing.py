@@ -12,7 +12,7 @@ many at once, until what is timed takes 100 µs: reading the clock would cost to
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from timeit import Timer
@@ -76,6 +76,19 @@ def turns(names: Sequence[T], rounds: int) -> Iterator[list[T]]:
     for i in range(rounds):
         order = [*names[i % len(names) :], *names[: i % len(names)]]
         yield order[::-1] if i % 2 else order
+
+
+def compete(
+    contenders: Mapping[T, Contender],
+    rounds: int = ROUNDS,
+    seconds: float = BLOCK,
+    report: Callable[[], None] = lambda: None,
+) -> None:
+    """Time them all in turn; `report` is called before each round."""
+    for order in turns(list(contenders), rounds):
+        report()
+        for name in order:
+            contenders[name].block(seconds)
 
 
 def fastest(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 
 from fastnorm._bench.peers import PEERS
 from fastnorm._bench.rows import COPY, Row
+from fastnorm._bench.text import facts, seconds, size_of, times
 
 from .cases import SHOWN
 
@@ -37,29 +37,7 @@ TITLES = {
 }
 COMPARED = ("forward", "backward", "fused")
 
-# --- Numbers --------------------------------------------------------------------------------------
-
-
-def seconds(value: float) -> str:
-    """Three digits and a unit."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if value >= size:
-            return f"{_digits(value / size)} {unit}"
-    return f"{_digits(value / 1e-9)} ns"
-
-
-def _digits(value: float) -> str:
-    return f"{value:.3g}" if value < 99.95 else f"{value:.0f}"
-
-
-def times(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}" if value < 9.995 else f"{value:.1f}"
-
-
-def _size(count: float) -> str:
-    units = ("bytes", "kB", "MB", "GB")
-    power = min(int(math.log(count, 1024)), 3)
-    return f"{count / 1024**power:.3g} {units[power]}"
+# --- One row --------------------------------------------------------------------------------------
 
 
 def describe(row: Row) -> str:
@@ -157,7 +135,7 @@ def _cliff(rows: Sequence[Row]) -> str:
     lines = (
         [
             row["case"],
-            _size(row["bytes"] / 2),
+            size_of(row["bytes"] / 2),
             seconds(row["seconds"]["fastnorm"]),
             times(over),
             times(step),
@@ -332,20 +310,6 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 # --- The whole, and the README --------------------------------------------------------------------
-
-
-def facts(machine: dict[str, Any]) -> list[str]:
-    """The machine in short lines."""
-    busy = machine.get("busy")
-    busy = "an unknown share" if busy is None else f"{busy:.0f} % of the processors at the start"
-    caches = ", ".join(f"{level} {_size(size)}" for level, size in machine["caches"].items())
-    versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
-    return [
-        f"{machine['processor']}, {machine['cores']} cores; {machine['threads']} threads used",
-        f"instruction set {machine['instruction set']}" + (f"; {caches}" if caches else ""),
-        f"{machine['system']}, Python {machine['python']}, {versions}",
-        f"{machine['compiler'] or 'no C compiler'}; {machine['date']}; others used {busy}",
-    ]
 
 
 EXPLAINED = """\

@@ -9,19 +9,26 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import fastnorm as fn
+from fastnorm import bench
+from fastnorm._bench.cases import Case
+from fastnorm._bench.timing import BLOCK, ROUNDS
 from fastnorm._files.images import MODES
-from fastnorm._files.names import in_json, say, shown
+from fastnorm._files.names import CannotUse, in_json, say, shown
 from fastnorm._files.parts import MAX_PIXELS
+from fastnorm.arguments import ACTIVATIONS, did_you_mean
 from fastnorm.terminal import Progress, Rate, lacks, say_json, warn
 
 # More processes than any machine has use for.
 MOST_WORKERS = 1024
+# The share of the processors, in percent, beyond which others make times doubtful.
+BUSY = 20
 PICTURES = (".png", ".svg", ".pdf")
 
 
@@ -105,6 +112,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     # for tests: the side of the feature maps
     demo.add_argument("--size", type=_positive, default=256, help=argparse.SUPPRESS)
+
+    _add_bench(commands)
 
     about = "show versions, instruction sets, threads and backends"
     info = commands.add_parser("info", help=about, description=f"{about.capitalize()}.")
@@ -196,7 +205,118 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_bench(commands: Any) -> None:
+    about = "time norms beside NumPy, PyTorch, ONNX Runtime and JAX, and beside a copy"
+    parser = commands.add_parser(
+        "bench",
+        help=about,
+        description="Time norms beside peers and a copy. Public functions are called as a user "
+        "calls them, all in turn in one process; results are compared first. A result is a fresh "
+        "array in each call. The copy reads and writes as many bytes with np.copyto, into a fresh "
+        "array, on one thread or in parts on all, whichever is faster.",
+        epilog='Options of a call may stand in it: fastnorm bench "group_norm 8x256x32x32 '
+        '--num-groups 32" "layer_norm 4096x768 --backward". After it they are for all calls.',
+    )
+    parser.set_defaults(command=_bench)
+    parser.add_argument(
+        "calls", nargs="*", metavar="CALL", help='function and shape: "layer_norm 4096x768"'
+    )
+    parser.add_argument(
+        "--threads",
+        type=_list_of_threads,
+        metavar="N,N,...",
+        help=f"numbers of threads, one after the other (default: {fn.get_num_threads()})",
+    )
+    parser.add_argument(
+        "--peers",
+        type=_peers,
+        metavar="NAME,NAME,...",
+        help=f"of {', '.join(bench.PEERS)}; or none (default: {', '.join(bench.USUAL)}; those "
+        "that are installed)",
+    )
+    parser.add_argument(
+        "--load", type=_workers, default=0, metavar="N", help="processes kept busy beside it"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=_seconds,
+        default=BLOCK,
+        metavar="S",
+        help="of each turn, at least (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=_positive,
+        default=ROUNDS,
+        metavar="N",
+        help="in which each has a turn (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.add_argument("--plot", type=_picture, metavar="FILE", help="draw the times as bars")
+    _add_call_options(parser)
+
+
+def _add_call_options(parser: argparse.ArgumentParser) -> None:
+    """What may stand in a CALL, and after it; absent where it is not given."""
+    of_calls = parser.add_argument_group("options of calls")
+
+    def add(flag: str, **more: Any) -> None:
+        of_calls.add_argument(flag, default=argparse.SUPPRESS, **more)
+
+    add("--num-groups", type=_positive, metavar="N", help="of group_norm (32, where that divides)")
+    add(
+        "--layout",
+        type=_one_of(*bench.LAYOUTS),
+        metavar="NAME",
+        help=f"{' or '.join(bench.LAYOUTS)}",
+    )
+    add("--dtype", type=_one_of(*bench.DTYPES), metavar="NAME", help=", ".join(bench.DTYPES))
+    add("--backward", action="store_true", help="the gradients instead")
+    add(
+        "--activation",
+        type=_one_of(*ACTIVATIONS),
+        metavar="NAME",
+        help=f"after the norm: {', '.join(ACTIVATIONS)}",
+    )
+    add("--residual", action="store_true", help="an array added after the norm")
+    add("--training", action="store_true", help="batch_norm: statistics of the batch")
+    add("--axis", type=int, metavar="A", help="layer_norm: over axis 1, the channels, or -1")
+    add("--out", action="store_true", help="into an array that is there already")
+
+
+class _CallParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise CannotUse(message)
+
+
 # --- Arguments ------------------------------------------------------------------------------------
+
+
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def chosen(text: str) -> str:
+        if text not in choices:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not one of {', '.join(choices)}{did_you_mean(text, choices)}"
+            )
+        return text
+
+    return chosen
+
+
+def _list_of_threads(text: str) -> list[int]:
+    return list(dict.fromkeys(_workers(number.strip()) for number in text.split(",")))
+
+
+def _peers(text: str) -> list[str]:
+    if text == "none":
+        return []
+    return list(dict.fromkeys(_one_of(*bench.PEERS)(name.strip()) for name in text.split(",")))
+
+
+def _seconds(text: str) -> float:
+    if not 0 < _number(text) <= 60:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0, and 60 at most")
+    return float(text)
 
 
 def _positive(text: str) -> int:
@@ -289,6 +409,86 @@ def _demo(arguments: argparse.Namespace) -> int:
     else:
         say(f"{result.to_text()}\n\nThe picture is in {shown(picture_at)}", sys.stdout)
     return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    try:
+        cases = _cases(arguments)
+        names = arguments.peers
+        for name in names or ():
+            if (line := bench.missing(name)) is not None:
+                raise CannotUse(f"--peers {name} is not installed: {line}")
+    except CannotUse as error:
+        warn(str(error))
+        return 2
+    if arguments.plot and lacks("demo", "matplotlib"):
+        return 2
+    threads = arguments.threads or [fn.get_num_threads()]
+    if fn.get_backend() == "numpy":
+        warn("no compiled kernels in use: these are NumPy's times; see 'fastnorm info'")
+    with Progress(bench.steps(cases, threads, arguments.rounds)) as progress:
+        results = bench.run(
+            cases,
+            threads=threads,
+            names=bench.USUAL if names is None else names,
+            load=arguments.load,
+            seconds=arguments.seconds,
+            rounds=arguments.rounds,
+            report=progress,
+        )
+    busy = results["machine"]["busy"]
+    if busy is not None and busy > BUSY:
+        warn(f"others used {busy:.0f} % of the processors: these times may be far off")
+    wrong = [
+        f"{each['case']}: {each['absent'][n]}" for each in results["rows"] for n in each["wrong"]
+    ]
+    for told in wrong:
+        warn(f"WRONG RESULT, not timed: {told}")
+    if arguments.plot:
+        try:
+            bench.draw(results, arguments.plot)
+        except OSError as error:
+            warn(f"cannot write the picture: {error}")
+            return 2
+    if arguments.json:
+        say_json(results)
+    else:
+        say(bench.to_text(results), sys.stdout)
+    return 1 if wrong else 0
+
+
+def _cases(arguments: argparse.Namespace) -> list[Case]:
+    """What the calls ask for; the options after them are for all that take them."""
+    calls: list[list[str]] = []
+    for text in arguments.calls:
+        try:
+            words = shlex.split(text)
+        except ValueError as error:
+            raise CannotUse(f"CALL {text!r} cannot be read: {error}") from None
+        if calls and words and bench.SHAPE.fullmatch(words[0]):  # without quotes
+            calls[-1] += words
+        else:
+            calls.append(words)
+    if not calls:
+        raise CannotUse('bench needs a CALL, as in "layer_norm 4096x768"')
+    parser = _CallParser(prog="CALL", add_help=False, allow_abbrev=False)
+    _add_call_options(parser)
+    names = {flag[2:].replace("-", "_") for flag in bench.OPTIONS}
+    for_all = {name: value for name, value in vars(arguments).items() if name in names}
+    read = [bench.words_of(" ".join(words), words) for words in calls]
+    functions = {name for name, _, _ in read}
+    for option, function in bench.OWN.items():
+        if option in for_all and function not in functions:
+            raise CannotUse(f"--{option.replace('_', '-')} is of {function}, which is not called")
+    cases = []
+    for name, shape, words in read:
+        options = {k: v for k, v in for_all.items() if bench.OWN.get(k, name) == name}
+        try:
+            options |= vars(parser.parse_args(words))
+        except CannotUse as error:
+            raise CannotUse(f"CALL {name}: {error}") from None
+        cases.append(bench.case_of(name, shape, **options))
+    return cases
 
 
 def _placement(arguments: argparse.Namespace) -> int:

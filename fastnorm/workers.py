@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 
@@ -43,3 +45,39 @@ def interrupts_held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# It ends by itself when its stdin does: with the process that started it, however that goes.
+_BUSY = """
+import os, sys, threading
+threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
+print(flush=True)
+while True:
+    pass
+"""
+
+
+@contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """As many processes that compute for nothing, each on one thread, inside a ``with`` block."""
+    with ExitStack() as stack:
+        started = []
+        for _ in range(count):
+            with interrupts_held():
+                process = subprocess.Popen(
+                    [sys.executable, "-I", "-S", "-c", _BUSY],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                )
+                stack.callback(_end, process)
+            started.append(process)
+        for process in started:
+            if process.stdout is not None:
+                process.stdout.readline()  # it computes
+        yield
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with process:  # closes its pipes and waits
+        process.kill()

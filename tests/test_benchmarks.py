@@ -18,7 +18,7 @@ import pytest
 
 from benchmarks import cases, ceiling, gate, instructions, report
 from benchmarks import statistics as full_size
-from fastnorm._bench import copying, peers, timing
+from fastnorm._bench import copying, peers, text, timing
 from fastnorm._bench.cases import Case, data
 
 from .helpers import ROOT, run_python
@@ -308,7 +308,7 @@ def test_results_survive_being_written(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"),
+    ("value", "words"),
     [
         (1.5, "1.5 s"),
         (0.0123, "12.3 ms"),
@@ -317,8 +317,8 @@ def test_results_survive_being_written(tmp_path: Any) -> None:
         (5e-8, "50 ns"),
     ],
 )
-def test_seconds(value: float, text: str) -> None:
-    assert report.seconds(value) == text
+def test_seconds(value: float, words: str) -> None:
+    assert text.seconds(value) == words
 
 
 # --- Statistics at full size ----------------------------------------------------------------------

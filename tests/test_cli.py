@@ -65,7 +65,7 @@ def test_alone_it_prints_the_help(arguments: list[str]) -> None:
     command = [sys.executable, "-m", "fastnorm", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stderr == ""
-    for name in ("demo", "info", "placement", "stats"):
+    for name in ("bench", "demo", "info", "placement", "stats"):
         assert f"\n    {name}" in done.stdout
 
 

@@ -30,6 +30,10 @@ EXTRAS = PROJECT["optional-dependencies"]
 OTHERS = {
     ".": "this tree",
     "torch": "PyTorch, which .ci/run installs first",
+    "jax": "a peer of fastnorm bench",
+    "onnxruntime": "another",
+    "onnx": "what makes its models",
+    "ml_dtypes": "bfloat16 for NumPy",
     "mpich": "an MPI for mpi4py",
     "imagecodecs": "what tifffile decompresses with",
 }

@@ -15,6 +15,7 @@ Array = np.ndarray[Any, Any]
 
 _OPERATIONS = {op.label: op for op in OPERATIONS}
 
+GROUPS = 32  # of channels, where a name says nothing else
 SMALL = 8 * 768  # elements: up to here the call costs more than the arithmetic
 
 
@@ -37,6 +38,7 @@ class Case:
     def __str__(self) -> str:
         """A name for tables: "group_norm 8x256x32x32 channels-last + silu"."""
         words = [self.label.replace(" (normalized_shape)", ""), "x".join(map(str, self.shape))]
+        words += [f"num_groups={self.num_groups}"] if self.num_groups not in (None, GROUPS) else []
         words += ["channels-last"] if self.channels_last else []
         words += [self.dtype] if self.dtype != "float32" else []
         words += ["+ residual"] if self.residual else []

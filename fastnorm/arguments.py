@@ -21,7 +21,8 @@ from fastnorm.elsewhere import Elsewhere
 
 Array: TypeAlias = NDArray[Any]
 Axes: TypeAlias = int | Sequence[int]
-Activation: TypeAlias = Literal["relu", "silu", "gelu", "gelu_tanh"] | Callable[[Any], Any] | None
+Named: TypeAlias = Literal["relu", "silu", "gelu", "gelu_tanh"]
+Activation: TypeAlias = Named | Callable[[Any], Any] | None
 
 ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh")
 
@@ -133,13 +134,18 @@ def _instead(value: Any, name: str) -> str:
         return "give one"
     if isinstance(value, list | tuple):
         return "its parts must have the same shapes; write np.pad(...) to make them equal"
-    for method, arguments in (
-        ("toarray", ""),  # SciPy's sparse arrays
-        ("todense", ""),  # other sparse ones
-        ("to_numpy", "np.float64, na_value=np.nan"),  # pandas with pd.NA, or with other objects
+    missing = "bool, na_value=False" if name == "where" else "np.float64, na_value=np.nan"
+    for attribute, call in (
+        ("toarray", "toarray()"),  # SciPy's sparse arrays
+        ("todense", "todense()"),  # PyData's
+        ("to_dataarray", "to_dataarray()"),  # xarray's sets of arrays
+        ("isna", f"to_numpy({missing})"),  # pandas with pd.NA, or with other objects
+        ("collect", "collect()"),  # what Polars will compute
     ):
-        if hasattr(value, method):
-            return f"write {name}.{method}({arguments})"
+        if hasattr(value, attribute):
+            return f"write {name}.{call}"
+    if hasattr(getattr(value, "data", None), "todense"):  # a sparse array in one of xarray's
+        return f"write {name}.data.todense()"
     if hasattr(value, "__next__"):
         return f"write np.array(list({name}))"
     return f"write np.asarray({name}, np.float64)"

@@ -235,29 +235,123 @@ def test_sparse_arrays() -> None:
                 call(x)
 
 
-class Table:
-    """Columns of objects, as pandas has where a value is missing."""
+class Foreign:
+    """An array of a library that is not installed here, as far as a message asks."""
+
+    def __init__(self, *attributes: str, **others: Any) -> None:
+        self.__dict__.update(dict.fromkeys(attributes), **others)
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
-        return np.array([[1.0, None], [2.0, 3.0]], object)
-
-    def to_numpy(self) -> Any:
-        return None
-
-
-def test_tables() -> None:
-    with pytest.raises(TypeError, match=r"x is .*write x\.to_numpy\(np\.float64, na_value"):
-        fn.layer_norm(Table(), 2)
+        if "isna" in self.__dict__:  # a table in which a value is missing
+            return np.array([[1.0, None], [2.0, 3.0]], object)
+        raise RuntimeError("somebody else's words")
 
 
-def test_pandas() -> None:
+@pytest.mark.parametrize(
+    ("value", "write"),
+    [
+        (Foreign("isna", "to_numpy"), r"to_numpy\(np\.float64, na_value=np\.nan\)"),
+        (Foreign("toarray", "todense"), r"toarray\(\)"),
+        (Foreign("todense"), r"todense\(\)"),
+        (Foreign("to_dataarray", "to_array"), r"to_dataarray\(\)"),
+        (Foreign("to_numpy", data=Foreign("todense")), r"data\.todense\(\)"),
+        (Foreign("collect"), r"collect\(\)"),
+    ],
+)
+def test_what_to_write_for_what_cannot_be_read(value: Any, write: str) -> None:
+    for name, call in (
+        ("x", lambda: fn.layer_norm(value, 2)),
+        ("weight", lambda: fn.layer_norm(np.ones((2, 2)), 2, value)),
+        ("batch", lambda: fn.Moments().update(value)),
+    ):
+        with pytest.raises(TypeError, match=rf"^{name} is .*; write {name}\.{write}"):
+            call()
+
+
+def test_a_mask_of_missing_values() -> None:
+    with pytest.raises(TypeError, match=r"write where\.to_numpy\(bool, na_value=False\)"):
+        fn.layer_norm(np.ones((2, 2)), 2, where=Foreign("isna"))  # type: ignore[arg-type]
+
+
+# What gives 15 numbers in the rows of two dimensions, and that of one.
+TABLES: dict[str, tuple[str, Callable[[Any, Any], Any]]] = {
+    "pandas": (
+        "pandas",
+        lambda pandas, a: pandas.Series(a) if a.ndim == 1 else pandas.DataFrame(a),
+    ),
+    "xarray": ("xarray", lambda xarray, a: xarray.DataArray(a)),
+    "polars": (
+        "polars",
+        lambda polars, a: polars.Series(a) if a.ndim == 1 else polars.DataFrame(a),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables(name: str) -> None:
+    module, of = TABLES[name]
+    library = pytest.importorskip(module)
+    x, w = data((5, 3), F32), data((3,), F32, seed=1)
+    rows, row = of(library, x), of(library, w)
+    for _ in range(2):
+        y = fn.layer_norm(rows, 3, row, row, where=of(library, x > -9), residual=rows)
+        assert type(y) is np.ndarray
+        right = fn.layer_norm(x, 3, w, w, where=x > -9, residual=x)
+        # the sums' order is that of memory, in which a table's columns lie together
+        np.testing.assert_allclose(y, right, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(fn.moments(rows, 0), fn.moments(x, 0), rtol=1e-13)
+        m = fn.nn.BatchNorm(3)
+        m.load_state_dict({"running_mean": row, "running_var": row, "weight": row, "bias": row})
+        np.testing.assert_allclose(m(rows), fn.nn.BatchNorm(3)(x) * w + w, rtol=1e-5, atol=1e-5)
+        _, mean, rstd = fn.layer_norm(x, 3, return_stats=True)
+        dx, *_ = fn.layer_norm_backward(rows, rows, of(library, mean), of(library, rstd), 3)
+        assert type(dx) is np.ndarray
+    with pytest.raises(TypeError, match=r"out is a .*expected a NumPy array"):
+        fn.layer_norm(x, 3, out=rows)
+    assert fn.moments(row) == fn.moments(w)
+
+
+def test_tables_are_read_in_place() -> None:
+    from fastnorm.arguments import as_array
+
     pandas = pytest.importorskip("pandas")
-    x = data((4, 6), F32)
+    x = data((5, 3), F32)
     frame = pandas.DataFrame(x)
-    assert_same_bits(np.ascontiguousarray(fn.layer_norm(frame, 6)), fn.layer_norm(x, 6))
-    assert fn.moments(pandas.Series(x[0])) == fn.moments(x[0])
-    with pytest.raises(TypeError, match="x "):
-        fn.moments(pandas.Series([1.5, None, "a"]))
+    for table in (frame, frame.T, frame[[0, 1]], frame[0]):
+        assert np.shares_memory(as_array(table, "x"), table.to_numpy())
+    xarray = pytest.importorskip("xarray")
+    for array in (xarray.DataArray(x), xarray.Variable(("a", "b"), x), xarray.DataArray(x).T):
+        assert np.shares_memory(as_array(array, "x"), x)
+
+
+def test_tables_that_are_no_arrays() -> None:
+    pandas = pytest.importorskip("pandas")
+    # NumPy's meaning, not that of pandas, which leaves it out
+    assert np.isnan(fn.moments(pandas.Series([1.5, np.nan]))[0])
+    missing = pandas.DataFrame({"a": pandas.array([1, None], dtype="Int64"), "b": [1.5, 2.5]})
+    with pytest.raises(TypeError, match=r"write x\.to_numpy\(np\.float64, na_value=np\.nan\)"):
+        fn.moments(missing)
+    mean, _ = fn.moments(missing.to_numpy(np.float64, na_value=np.nan), 0, where=missing.notna())
+    np.testing.assert_array_equal(mean, [1.0, 2.0])
+    for words in (["a", "b"], [1.5, "a"]):
+        with pytest.raises(TypeError, match=r"^x "):
+            fn.moments(pandas.Series(words))
+    with pytest.raises(TypeError, match=r"x has dtype datetime64"):
+        fn.moments(pandas.Series(pandas.date_range("2020-01-01", periods=3)))
+    xarray = pytest.importorskip("xarray")
+    with pytest.raises(TypeError, match=r"write x\.to_dataarray\(\)"):
+        fn.moments(xarray.Dataset({"a": ("x", np.ones(3))}))
+
+
+def test_sparse_arrays_of_pydata() -> None:
+    sparse = pytest.importorskip("sparse")
+    x = sparse.COO.from_numpy(np.eye(3))
+    with pytest.raises(TypeError, match=r"write x\.todense\(\)"):
+        fn.layer_norm(x, 3)
+    assert fn.moments(x.todense()) == fn.moments(np.eye(3))
+    xarray = pytest.importorskip("xarray")
+    with pytest.raises(TypeError, match=r"write x\.data\.todense\(\)"):
+        fn.layer_norm(xarray.DataArray(x), 3)
 
 
 def test_nothing_is_imported_to_look_at_an_array() -> None:

@@ -47,7 +47,30 @@ reveal_type(m.std())  # is statistic
 reveal_type(fn.l2_normalize(x))  # is array
 norm = fn.nn.BatchNorm(4)
 reveal_type(norm(x))  # is array
-norm.weight, norm.running_mean, norm.num_batches_tracked
+reveal_type(norm.weight)  # is array or None
+reveal_type(norm.running_var)  # is array or None
+reveal_type(norm.num_batches_tracked)  # is array or None
+reveal_type(norm.num_features)  # is int
+reveal_type(norm.eps)  # is float
+reveal_type(norm.momentum)  # is float or None
+reveal_type(norm.training)  # is bool
+reveal_type(norm.grad)  # is arrays by name
+reveal_type(fn.nn.LayerNorm(3).bias)  # is array or None
+reveal_type(fn.nn.LayerNorm(3).normalized_shape)  # is shape
+reveal_type(fn.nn.GroupNorm(2, 4).num_groups)  # is int
+reveal_type(fn.nn.RMSNorm(3).eps)  # is float or None
+block = fn.nn.TransformerBlock(8, 2)
+reveal_type(block.d_model)  # is int
+reveal_type(block.causal)  # is bool
+norm.wieght  # no
+norm.runing_mean  # no
+norm.weight.shape  # no
+norm.momentum = "0.1"  # no
+fn.nn.InstanceNorm(4).num_feature  # no
+block.d_modell  # no
+block.placement = "sandwich"  # no
+fn.nn.TransformerBlock(8, 2, activation="Relu")  # no
+fn.nn.BatchNorm("4")  # no
 norm.load_state_dict(norm.state_dict())
 norm.load_statedict({})  # no
 fn.nn.LayerNorm(3).evall()  # no
@@ -68,6 +91,13 @@ KINDS = {
     "tuple of 2": rf"tuple\[{_ARRAY}, {_ARRAY}\]",
     "either": rf"{_ARRAY} \| tuple\[.*\]",
     "statistic": r"(numpy\.)?float64 \| (numpy\.)?ndarray\[.*float64\]\]",
+    "array or None": rf"{_ARRAY} \| None",
+    "arrays by name": rf"dict\[str, {_ARRAY}\]",
+    "shape": r"tuple\[int, \.\.\.\]",
+    "int": "int",
+    "float": "float",
+    "bool": "bool",
+    "float or None": r"float \| None|None \| float",
     "Moments": r"(fastnorm\.moments\.)?Moments",
 }
 

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 from fastnorm.arguments import (
     ACTIVATIONS,
     Array,
+    Named,
     as_array,
     check_ndim,
     computing_type,
@@ -353,7 +354,7 @@ def attention_backward(
 
 
 @_quiet
-def activation_backward(dy: ArrayLike, x: ArrayLike, y: ArrayLike, activation: str) -> Array:
+def activation_backward(dy: ArrayLike, x: ArrayLike, y: ArrayLike, activation: Named) -> Array:
     r"""Return the gradient of the `x` that an activation turned into `y`.
 
     With :math:`p = y/x`, the share that was let through, which is :math:`\Phi(x)` or

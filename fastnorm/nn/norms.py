@@ -58,14 +58,11 @@ def _kept(array: Array, x: ArrayLike) -> Array:
 class _Norm(Module):
     """A norm with a weight of ones and a bias of zeros, each of which may be None instead."""
 
-    weight: Any
-    bias: Any
+    weight: Array | None
+    bias: Array | None
 
-    def __init__(
-        self, shape: tuple[int, ...], eps: float | None, weight: bool, bias: bool, dtype: DTypeLike
-    ) -> None:
+    def __init__(self, shape: tuple[int, ...], weight: bool, bias: bool, dtype: DTypeLike) -> None:
         super().__init__()
-        self.eps: Any = eps if eps is None else check_eps(eps)
         kind = parameter_type(dtype)
         self._absent |= {"weight", "bias"}
         if weight:
@@ -94,9 +91,9 @@ class _Norm(Module):
 class _ChannelNorm(_Norm):
     """Batch and instance norm: one weight, bias and running statistic for each channel."""
 
-    running_mean: Any
-    running_var: Any
-    num_batches_tracked: Any
+    running_mean: Array | None
+    running_var: Array | None
+    num_batches_tracked: Array | None
 
     _ndims: tuple[int, ...] = ()  # the numbers of dimensions that are taken; none: 2 or more
 
@@ -112,7 +109,8 @@ class _ChannelNorm(_Norm):
         dtype: DTypeLike,
     ) -> None:
         self.num_features = count_of(num_features, "num_features")
-        super().__init__((self.num_features,), eps, bool(affine), bool(bias), dtype)
+        self.eps = check_eps(eps)
+        super().__init__((self.num_features,), bool(affine), bool(bias), dtype)
         self.momentum = momentum if momentum is None else check_momentum(momentum)
         self.affine = bool(affine)
         self.track_running_stats = bool(track_running_stats)
@@ -563,7 +561,8 @@ class GroupNorm(_Norm):
     ) -> None:
         self.num_channels = count_of(num_channels, "num_channels")
         self.num_groups = groups_of(num_groups, self.num_channels)
-        super().__init__((self.num_channels,), eps, bool(affine), bool(bias), dtype)
+        self.eps = check_eps(eps)
+        super().__init__((self.num_channels,), bool(affine), bool(bias), dtype)
         self.affine = bool(affine)
         self.channel_axis = channel_axis
 
@@ -657,7 +656,8 @@ class LayerNorm(_Norm):
     ) -> None:
         self.normalized_shape = _shape(normalized_shape)
         weight = bool(elementwise_affine)
-        super().__init__(self.normalized_shape, eps, weight, bool(bias), dtype)
+        self.eps = check_eps(eps)
+        super().__init__(self.normalized_shape, weight, bool(bias), dtype)
         self.elementwise_affine = weight
 
     def _forward(self, x: ArrayLike) -> tuple[Array, Saved]:
@@ -719,7 +719,8 @@ class RMSNorm(_Norm):
         dtype: DTypeLike = np.float32,
     ) -> None:
         self.normalized_shape = _shape(normalized_shape)
-        super().__init__(self.normalized_shape, eps, bool(elementwise_affine), False, dtype)
+        self.eps = eps if eps is None else check_eps(eps)
+        super().__init__(self.normalized_shape, bool(elementwise_affine), False, dtype)
         self.elementwise_affine = bool(elementwise_affine)
 
     def _forward(self, x: ArrayLike) -> tuple[Array, Saved]:

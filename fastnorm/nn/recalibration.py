@@ -81,8 +81,8 @@ def recalibrate(model: Callable[[Any], Any], batches: Iterable[ArrayLike]) -> in
                 "each channel"
             )
     for norm, moments in zip(norms, found):
-        norm.running_mean = moments.mean
-        norm.running_var = moments.var(ddof=1)
+        norm.running_mean = np.asarray(moments.mean)
+        norm.running_var = np.asarray(moments.var(ddof=1))
     return len(norms)
 
 

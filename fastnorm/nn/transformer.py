@@ -23,6 +23,7 @@ from fastnorm import backward, functional
 from fastnorm.arguments import (
     ACTIVATIONS,
     Array,
+    Named,
     as_array,
     check_eps,
     computing_type,
@@ -459,7 +460,7 @@ class TransformerBlock(_Transformer):
         *,
         placement: Placement = "pre",
         norm: Norm = "layer",
-        activation: str = "gelu",
+        activation: Named = "gelu",
         causal: bool = False,
         eps: float = 1e-5,
         rng: Random = None,
@@ -478,7 +479,7 @@ class TransformerBlock(_Transformer):
         self.dim_feedforward = count_of(hidden, "dim_feedforward")
         self.placement = _choice(placement, "placement", PLACEMENTS)
         self.norm = _choice(norm, "norm", NORMS)
-        self.activation: Any = _choice(activation, "activation", ACTIVATIONS)
+        self.activation: Named = _choice(activation, "activation", ACTIVATIONS)
         self.causal = bool(causal)
         self.eps = check_eps(eps)
         self.num_layers = count_of(num_layers, "num_layers")
@@ -722,7 +723,7 @@ class TransformerEncoder(_Transformer):
         *,
         placement: Placement = "pre",
         norm: Norm = "layer",
-        activation: str = "gelu",
+        activation: Named = "gelu",
         causal: bool = False,
         eps: float = 1e-5,
         rng: Random = None,

@@ -11,6 +11,7 @@ import os
 import re
 import textwrap
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -77,6 +78,9 @@ OPTIONS = {
 _OPTIONS = ", ".join(OPTIONS)
 # Those that only one function has.
 OWN = {"num_groups": "group_norm", "training": "batch_norm", "axis": "layer_norm"}
+# What is said of a model's norms, all of them; and those of its norms that have channels.
+OF_MODELS = ("layout", "dtype", "backward", "training")
+CHANNELS = ("batch_norm", "instance_norm", "group_norm")
 SHAPE = re.compile(r"[0-9]+(?:[x,][0-9]+)*")
 
 
@@ -121,12 +125,8 @@ def words_of(call: str, words: Sequence[str]) -> tuple[str, tuple[int, ...], lis
             options += WORDS[word]
         elif word.startswith("num_groups="):
             options += ["--num-groups", word.partition("=")[2]]
-        elif shape is None and SHAPE.fullmatch(word):
-            shape = tuple(_size(call, n) for n in re.split("[x,]", word))
         elif shape is None:
-            raise CannotUse(
-                f"CALL {call!r} has {word!r} for a shape, expected one like 8x256x32x32"
-            )
+            shape = shape_of(f"CALL {call!r}", word)
         else:
             near = did_you_mean(word, tuple(WORDS))
             raise CannotUse(f"CALL {call!r} has {word!r}, expected an option{near}")
@@ -135,10 +135,14 @@ def words_of(call: str, words: Sequence[str]) -> tuple[str, tuple[int, ...], lis
     return name, shape, options
 
 
-def _size(call: str, digits: str) -> int:
-    if len(digits) > 12 or int(digits) < 1:
-        raise CannotUse(f"CALL {call!r} has an axis of {digits} elements, expected 1 or more")
-    return int(digits)
+def shape_of(what: str, word: str) -> tuple[int, ...]:
+    """From "8x256x32x32"; `what` is for messages."""
+    if not SHAPE.fullmatch(word):
+        raise CannotUse(f"{what} has {word!r} for a shape, expected one like 8x256x32x32")
+    for digits in (sizes := re.split("[x,]", word)):
+        if len(digits) > 12 or int(digits) < 1:
+            raise CannotUse(f"{what} has an axis of {digits} elements, expected 1 or more")
+    return tuple(map(int, sizes))
 
 
 def case_of(
@@ -214,6 +218,71 @@ def case_of(
             f"most the {text.size_of(there)} that this machine has"
         )
     return case
+
+
+def of_model(
+    name: str,
+    given: tuple[int, ...] | None = None,
+    *,
+    layout: str = LAYOUTS[0],
+    training: bool = False,
+    **options: Any,
+) -> tuple[list[Case], dict[str, Any]]:
+    """The different calls of a PyTorch model's norms, and what is known of the model.
+
+    Parameters
+    ----------
+    name, given, training
+        As for `fastnorm._bench.models.norms_of`.
+    layout
+        Of the norms with channels on axis 1.
+    options
+        As for :func:`case_of`.
+
+    Raises
+    ------
+    CannotUse
+        If there is no such model here, or it cannot be run.
+    """
+    from fastnorm._bench.models import norms_of
+
+    try:
+        found = norms_of(name, given, training=training)
+    except ValueError as error:
+        raise CannotUse(f"--torch-model {name}: {error}") from None
+    counts: Counter[Case] = Counter()
+    for (function, shape, own), count in found.calls.items():
+        more = dict(own)
+        if len(shape) > 2 and (function.startswith(CHANNELS) or "axis" in more):
+            more["layout"] = layout
+        counts[case_of(function, shape, **more, **options)] += count
+    about = {
+        "name": name,
+        "library": found.source,
+        "input": found.given,
+        "norms": counts.total(),
+        "left out": dict(found.left_out),
+        "counts": list(counts.values()),
+    }
+    return list(counts), about
+
+
+def add_model(results: dict[str, Any], about: dict[str, Any]) -> None:
+    """Put the model into the results: each row's count, and the time of all its norms."""
+    rows, counts = results["rows"], about.pop("counts")
+    each = len(rows) // len(counts)  # numbers of threads
+    for i, r in enumerate(rows):
+        r["count"] = counts[i // each]
+    totals = []
+    for first in rows[:each]:
+        alike = [r for r in rows if r["threads"] == first["threads"]]
+        seconds = {
+            name: sum(r["count"] * r["seconds"][name] for r in alike)
+            for name in first["seconds"]
+            if all(name in r["seconds"] for r in alike)
+        }
+        totals.append({"threads": first["threads"], "seconds": seconds})
+    results["model"] = about | {"totals": totals}
 
 
 def _memory() -> float:
@@ -368,10 +437,12 @@ def to_text(results: dict[str, Any]) -> str:
     method = results["method"]
     parts = ["\n".join(text.facts(results["machine"]))]
     parts += [_table(each) for each in results["rows"]]
+    parts += [_model(results["model"])] if "model" in results else []
     turn = text.seconds(method["seconds"])
+    rounds = f"{method['rounds']} turn{'s' if method['rounds'] > 1 else ''}"
     load = f", beside {method['load']} busy processes" if method["load"] else ""
     parts.append(
-        f"time: the median of {method['rounds']} turns of {turn} or more{load}.\n"
+        f"time: the median of {rounds} of {turn} or more{load}.\n"
         "times: as long as fastnorm takes.\n"
         "spread: the middle half of the turns, as a share of the time.\n"
         "differs by: the most that any element differs from fastnorm's.\n"
@@ -408,6 +479,21 @@ def _table(each: Row) -> str:
     for name, reason in each["absent"].items():
         told.append(f"  {name}: {'WRONG RESULT, ' if name in each['wrong'] else ''}{reason}")
     told += [f"  {note}" for note in each["notes"]]
+    return "\n".join(told)
+
+
+def _model(model: dict[str, Any]) -> str:
+    """All norms of a model together."""
+    given = "x".join(map(str, model["input"]))
+    told = [f"all {model['norms']} norms of {model['library']}'s {model['name']}, input {given}"]
+    for total in model["totals"]:
+        seconds = total["seconds"]
+        own = seconds["fastnorm"]
+        parts = [f"{name} {text.seconds(t)} ({text.times(t / own)})" for name, t in seconds.items()]
+        told.append(f"  {_of_threads(total['threads'])}: {', '.join(parts)}")
+    if model["left out"]:
+        left = ", ".join(f"{count} {name}" for name, count in model["left out"].items())
+        told.append(f"  left out, as fastnorm has no such function: {left}")
     return "\n".join(told)
 
 

@@ -222,6 +222,15 @@ def _add_bench(commands: Any) -> None:
         "calls", nargs="*", metavar="CALL", help='function and shape: "layer_norm 4096x768"'
     )
     parser.add_argument(
+        "--torch-model",
+        metavar="NAME",
+        help="in place of CALL: the norms of a model of torchvision or transformers, as resnet50 "
+        "or bert, which is not downloaded",
+    )
+    parser.add_argument(
+        "--input", metavar="SHAPE", help="of the model: 8x3x224x224, or 4x512 tokens"
+    )
+    parser.add_argument(
         "--threads",
         type=_list_of_threads,
         metavar="N,N,...",
@@ -412,8 +421,12 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
+    model: dict[str, Any] | None = None
     try:
-        cases = _cases(arguments)
+        if arguments.torch_model is None:
+            cases = _cases(arguments)
+        else:
+            cases, model = _model(arguments)
         names = arguments.peers
         for name in names or ():
             if (line := bench.missing(name)) is not None:
@@ -436,6 +449,8 @@ def _bench(arguments: argparse.Namespace) -> int:
             rounds=arguments.rounds,
             report=progress,
         )
+    if model is not None:
+        bench.add_model(results, model)
     busy = results["machine"]["busy"]
     if busy is not None and busy > BUSY:
         warn(f"others used {busy:.0f} % of the processors: these times may be far off")
@@ -457,6 +472,23 @@ def _bench(arguments: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
+def _for_all(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of calls that stand after them."""
+    names = {flag[2:].replace("-", "_") for flag in bench.OPTIONS}
+    return {name: value for name, value in vars(arguments).items() if name in names}
+
+
+def _model(arguments: argparse.Namespace) -> tuple[list[Case], dict[str, Any]]:
+    if arguments.calls:
+        raise CannotUse(f"--torch-model is in place of CALL, which is {arguments.calls[0]!r}")
+    options = _for_all(arguments)
+    for name in options.keys() - set(bench.OF_MODELS):
+        raise CannotUse(f"--torch-model does not take --{name.replace('_', '-')}: it is of a CALL")
+    given = arguments.input
+    shape = None if given is None else bench.shape_of("--input", given)
+    return bench.of_model(arguments.torch_model, shape, **options)
+
+
 def _cases(arguments: argparse.Namespace) -> list[Case]:
     """What the calls ask for; the options after them are for all that take them."""
     calls: list[list[str]] = []
@@ -469,12 +501,13 @@ def _cases(arguments: argparse.Namespace) -> list[Case]:
             calls[-1] += words
         else:
             calls.append(words)
+    if arguments.input is not None:
+        raise CannotUse("--input is of --torch-model, which is not given")
     if not calls:
         raise CannotUse('bench needs a CALL, as in "layer_norm 4096x768"')
     parser = _CallParser(prog="CALL", add_help=False, allow_abbrev=False)
     _add_call_options(parser)
-    names = {flag[2:].replace("-", "_") for flag in bench.OPTIONS}
-    for_all = {name: value for name, value in vars(arguments).items() if name in names}
+    for_all = _for_all(arguments)
     read = [bench.words_of(" ".join(words), words) for words in calls]
     functions = {name for name, _, _ in read}
     for option, function in bench.OWN.items():

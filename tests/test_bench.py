@@ -9,14 +9,16 @@ import io
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -27,7 +29,7 @@ from hypothesis import strategies as st
 import fastnorm as fn
 from benchmarks import cases as table
 from fastnorm import bench, cli, workers
-from fastnorm._bench import machine, peers
+from fastnorm._bench import machine, models, peers
 from fastnorm._bench.cases import Case
 from fastnorm._bench.operations import OPERATIONS
 
@@ -345,6 +347,147 @@ def test_a_wrong_result_is_said_loudly(
     out, err = capsys.readouterr()
     assert "numpy: WRONG RESULT, numpy is off by" in out
     assert err.startswith("fastnorm: WRONG RESULT, not timed: layer_norm 4x8: numpy is off by")
+
+
+# --- Models ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def torchvision(torch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has a single model."""
+    nn = torch.nn
+
+    class FrozenNorm(nn.Module):
+        def forward(self, x: Any) -> Any:
+            return x
+
+    def get_model(name: str, weights: Any) -> Any:
+        assert (name, weights) == ("tiny", None)
+        layers = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1))
+        more = (nn.BatchNorm2d(8), nn.GroupNorm(2, 8), nn.InstanceNorm2d(8), FrozenNorm())
+        return nn.Sequential(*layers, *more, nn.Flatten(2), nn.LayerNorm([8, 36]))
+
+    models = ModuleType("torchvision.models")
+    models.list_models = lambda module: ["tiny"]  # type: ignore[attr-defined]
+    models.get_model = get_model  # type: ignore[attr-defined]
+    package = ModuleType("torchvision")
+    package.models = models  # type: ignore[attr-defined]
+    package.__spec__ = ModuleSpec("torchvision", None)
+    monkeypatch.setitem(sys.modules, "torchvision", package)
+    monkeypatch.setitem(sys.modules, "torchvision.models", models)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+
+
+@pytest.mark.usefixtures("torchvision")
+def test_the_norms_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    model = ("--torch-model", "tiny", "--input", "2x3x8x8", "--peers", "numpy")
+    found = told(capsys, *model, "--threads", "1,2", "--layout", "channels-last")
+    counts = {
+        "batch_norm (inference) 2x8x6x6 channels-last": 2,
+        "group_norm 2x8x6x6 num_groups=2 channels-last": 1,
+        "instance_norm 2x8x6x6 channels-last": 1,
+        "layer_norm 2x288": 1,
+    }
+    assert [(row["case"], row["threads"], row["count"]) for row in found["rows"]] == [
+        (case, n, count) for case, count in counts.items() for n in (1, 2)
+    ]
+    assert found["model"]["norms"] == 5
+    assert found["model"]["input"] == [2, 3, 8, 8]
+    assert found["model"]["left out"] == {"FrozenNorm": 1}
+    for total in found["model"]["totals"]:
+        rows = [row for row in found["rows"] if row["threads"] == total["threads"]]
+        for name in ("fastnorm", "numpy", "copy"):
+            expected = sum(row["count"] * row["seconds"][name] for row in rows)
+            assert total["seconds"][name] == pytest.approx(expected)
+    assert cli.main(["bench", *model, "--training", *SHORT]) == 0
+    out, _ = capsys.readouterr()
+    assert "batch_norm (training) 2x8x6x6, " in out
+    assert "all 5 norms of torchvision's tiny, input 2x3x8x8\n" in out
+    assert "left out, as fastnorm has no such function: 1 FrozenNorm" in out
+
+
+@pytest.mark.slow
+def test_a_model_of_transformers(torch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is downloaded, and nothing is said."""
+    pytest.importorskip("transformers")
+
+    def connect(*arguments: Any) -> NoReturn:
+        raise AssertionError("a network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    cases, about = bench.of_model("convnext", (2, 3, 64, 64))
+    assert Case("layer_norm (axis)", (2, 96, 16, 16)) in cases
+    assert Case("layer_norm (normalized_shape)", (2, 16, 16, 96)) in cases
+    assert about["norms"] == sum(about["counts"]) == 23
+    assert "HF_HUB_OFFLINE" not in os.environ
+    with pytest.raises(bench.CannotUse, match=r"no such model in .*; did you mean 'convnext'"):
+        bench.of_model("convnxt")
+
+
+def test_norms_by_other_names(torch: Any) -> None:
+    class T5LayerNorm(torch.nn.Module):
+        weight = torch.ones(8)
+
+    class LlamaRMSNorm(T5LayerNorm):
+        pass
+
+    class SomeNorm(torch.nn.Module):
+        pass
+
+    for module in (T5LayerNorm(), LlamaRMSNorm(), torch.nn.RMSNorm(8)):
+        assert models.call_of(module, (2, 5, 8)) == ("rms_norm", (2, 5, 8), ())
+    assert models.call_of(SomeNorm(), (2, 8)) is None
+    assert models.call_of(torch.nn.LayerNorm(8), (2, 8, 4, 4))[2] == (("axis", 1),)
+    assert models.call_of(torch.nn.LayerNorm(8), (2, 7)) is None
+    assert models.call_of(torch.nn.BatchNorm1d(8).eval(), (2, 8))[2] == (("training", False),)
+    own = torch.nn.BatchNorm1d(8, track_running_stats=False).eval()
+    assert models.call_of(own, (2, 8))[2] == (("training", True),)
+
+
+@pytest.mark.usefixtures("no_work", "torchvision")
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["tinny"], "no such model in torchvision; did you mean 'tiny'"),
+        (
+            ["tiny", "layer_norm 4x8"],
+            "--torch-model is in place of CALL, which is 'layer_norm 4x8'",
+        ),
+        (["tiny", "--activation", "silu"], "--torch-model does not take --activation"),
+        (["tiny", "--num-groups", "2"], "--torch-model does not take --num-groups"),
+        (["tiny", "--input", "2x3"], "torchvision's tiny cannot be run: "),
+        (["tiny", "--input", "2x0x3"], "--input has an axis of 0 elements"),
+        (["tiny", "--input", "many"], "--input has 'many' for a shape"),
+    ],
+)
+def test_unusable_models(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    err = refused(capsys, "--torch-model", *arguments)
+    assert err.count("\n") == 1
+    assert complaint in err
+
+
+@pytest.mark.usefixtures("no_work")
+def test_models_that_are_not_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "--input is of --torch-model" in refused(capsys, "layer_norm 4x8", "--input", "4x8")
+    for name in ("torchvision", "transformers"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert "pip install torch" in refused(capsys, "--torch-model", "resnet50")
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(__spec__=ModuleSpec("torch", None)))
+    assert "neither torchvision nor" in refused(capsys, "--torch-model", "resnet50")
+
+    def broken() -> NoReturn:
+        raise RuntimeError("built for another PyTorch")
+
+    package = SimpleNamespace(__spec__=ModuleSpec("torchvision", None))
+    monkeypatch.setitem(sys.modules, "torchvision", package)
+    monkeypatch.setitem(models._SOURCES, "torchvision", broken)
+    err = refused(capsys, "--torch-model", "resnet50")
+    assert "torchvision cannot be imported: built for another PyTorch" in err
 
 
 # --- What is printed and drawn --------------------------------------------------------------------

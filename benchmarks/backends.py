@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numba
@@ -33,15 +34,18 @@ BACKENDS = ("cython", "numba")
 def passes(case: Case, arrays: Data, name: str) -> Callable[[], None]:
     """What one backend does of a call: its described passes, carried out again."""
     kept: list[tuple[Callable[[Any], None], Any]] = []
-    forward, backward = backends._AVAILABLE[name]
+    backend = backends.at_hand[name]
 
     def keep(run: Callable[[Any], None], p: Any) -> None:
         p.key = None
         kept.append((run, p))
         run(p)
 
-    before = backends._AVAILABLE["numpy"]
-    backends._AVAILABLE["numpy"] = partial(keep, forward), partial(keep, backward)
+    recorder = SimpleNamespace(
+        forward=partial(keep, backend.forward), backward=partial(keep, backend.backward)
+    )
+    before = backends.at_hand["numpy"]
+    backends.at_hand["numpy"] = recorder  # type: ignore[assignment]
     try:
         with fn.backend("numpy"):
             if case.backward:
@@ -51,7 +55,7 @@ def passes(case: Case, arrays: Data, name: str) -> Callable[[], None]:
             else:
                 getattr(fn, case.operation.name)(arrays.x, **arguments(case, arrays))
     finally:
-        backends._AVAILABLE["numpy"] = before
+        backends.at_hand["numpy"] = before
 
     def again() -> None:
         for run, p in kept:

@@ -1,16 +1,7 @@
 """fastnorm: batch, layer, instance, group and RMS normalization for NumPy, fast and right."""
 
 from fastnorm import nn
-from fastnorm.backends import (
-    backend,
-    get_backend,
-    get_num_threads,
-    set_backend,
-    set_num_threads,
-    show_config,
-    threads,
-    trim_memory,
-)
+from fastnorm.backends import backend, get_backend, set_backend
 from fastnorm.backward import (
     batch_norm_backward,
     group_norm_backward,
@@ -18,6 +9,7 @@ from fastnorm.backward import (
     layer_norm_backward,
     rms_norm_backward,
 )
+from fastnorm.config import show_config
 from fastnorm.functional import (
     add_layer_norm,
     add_rms_norm,
@@ -36,6 +28,7 @@ from fastnorm.related import (
     weight_norm,
     weight_standardize,
 )
+from fastnorm.runtime import get_num_threads, set_num_threads, threads, trim_memory
 
 __version__ = "0.1.0"
 

@@ -31,7 +31,8 @@ from fastnorm.arguments import (
     unmask,
     whole,
 )
-from fastnorm.backends import (
+from fastnorm.backends import compute_backward
+from fastnorm.backends.fast_path import (
     BATCH,
     GROUP,
     INFERENCE,
@@ -39,7 +40,6 @@ from fastnorm.backends import (
     LAYER,
     RMS,
     Unplanned,
-    compute_backward,
     quick_backward,
 )
 from fastnorm.description import BackwardPass

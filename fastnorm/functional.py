@@ -33,7 +33,7 @@ from fastnorm.arguments import (
     unmask,
     whole,
 )
-from fastnorm.backends import (
+from fastnorm.backends.fast_path import (
     ADD_LAYER,
     ADD_RMS,
     BATCH,

@@ -19,9 +19,11 @@ from fastnorm.arguments import (
     mask_of,
     same_shape,
 )
-from fastnorm.backends import compute, empty_like, quick_forward
+from fastnorm.backends import compute
+from fastnorm.backends.fast_path import quick_forward
 from fastnorm.description import Pass, Scaling
 from fastnorm.elsewhere import Elsewhere, beside, host
+from fastnorm.runtime import empty_like
 
 # --- Results --------------------------------------------------------------------------------------
 

@@ -28,7 +28,8 @@ from fastnorm.arguments import (
     unmask,
     whole,
 )
-from fastnorm.backends import (
+from fastnorm.backends import compute
+from fastnorm.backends.fast_path import (
     ACTIVATION,
     LENGTH,
     RESPONSE,
@@ -36,7 +37,6 @@ from fastnorm.backends import (
     TANH,
     WEIGHT,
     Unplanned,
-    compute,
     quick_forward,
 )
 from fastnorm.description import Pass, Scaling

@@ -162,5 +162,50 @@ def test_kernels_that_were_not_built_are_no_fault(tmp_path: Path) -> None:
     assert (run.stdout, run.stderr) == (f"{others[0]}\n", "")
 
 
+def test_a_backend_is_one_file_and_one_line(tmp_path: Path) -> None:
+    """As CONTRIBUTING says: a module with five functions, and its name in a table."""
+    ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.pyd")
+    shutil.copytree(ROOT / "fastnorm", tmp_path / "fastnorm", ignore=ignored)
+    folder = tmp_path / "fastnorm/backends"
+    (folder / "loud.py").write_text(
+        "from fastnorm.backends.numpy import available, backward, moments, takes_whole\n"
+        "from fastnorm.backends import numpy\n"
+        "def forward(p):\n"
+        "    print('loud')\n"
+        "    numpy.forward(p)\n"
+    )
+    table = (folder / "__init__.py").read_text()
+    line = '"numpy": numpy}'
+    assert table.count(line) == 1
+    (folder / "__init__.py").write_text(
+        table.replace(
+            line, '"numpy": numpy, "loud": import_module("fastnorm.backends.loud")}'
+        ).replace("import os\n", "import os\nfrom importlib import import_module\n")
+    )
+    code = """
+import numpy as np, fastnorm as fn
+x = np.arange(48.0).reshape(2, 4, 6)
+with fn.backend("loud"):
+    y, mean, rstd = fn.group_norm(x, 2, return_stats=True)
+    dx, _, _ = fn.group_norm_backward(x, x, mean, rstd, 2)
+    print(fn.get_backend(), fn.show_config("dicts")["backends"], fn.moments(x)[0])
+fn.set_backend("numpy")
+assert np.array_equal(y, fn.group_norm(x, 2))
+assert np.array_equal(dx, fn.group_norm_backward(x, x, mean, rstd, 2)[0])
+try:
+    fn.set_backend("lout")
+except ValueError as error:
+    print(error)
+"""
+    run = run_python("-P", "-c", code, PYTHONPATH=str(tmp_path))
+    assert run.returncode == 0, run.stderr
+    first, second, third = run.stdout.splitlines()
+    assert first == "loud"
+    assert second.startswith("loud {'in use': 'loud', ")
+    assert "'loud'" in second
+    assert second.endswith("23.5")
+    assert "did you mean 'loud'" in third
+
+
 def test_helpers_do_not_leak_the_environment() -> None:
     assert "FASTNORM_BACKEND" not in os.environ

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 import fastnorm as fn
-from fastnorm import backends, limits
+from fastnorm import backends, limits, runtime
 from fastnorm._bench.operations import OPERATIONS
 
 from .helpers import (
@@ -53,7 +53,7 @@ by_choice = pytest.mark.parametrize("what", CHOICES)
 def _the_process_stays() -> Iterator[None]:
     backend, threads = fn.get_backend(), fn.get_num_threads()
     yield
-    assert backends._here.get() is None, "no choice is left behind"
+    assert runtime._here.get() is None, "no choice is left behind"
     fn.set_backend(backend)
     fn.set_num_threads(threads)
 
@@ -146,7 +146,7 @@ def test_generators_end_in_any_order(what: str) -> None:
     elsewhere(third.close)  # does nothing there
     assert elsewhere(get) == before
     copy_context().run(lambda: None)
-    backends._choose(())  # the third was closed where its choice is not
+    runtime._choose(())  # the third was closed where its choice is not
     assert get() == before
 
 
@@ -221,10 +221,10 @@ def test_both_choices_together() -> None:
         with fn.threads(5):
             assert (fn.get_backend(), fn.get_num_threads()) == ("numpy", 5)
         assert fn.get_backend() == "numpy"
-    with fn.threads(5), backends.serial():
+    with fn.threads(5), runtime.serial():
         assert fn.get_num_threads() == 5
-        assert backends._kernel_threads() == 1
-        assert elsewhere(backends._kernel_threads) != 1 or backends._threads == 1
+        assert runtime.kernel_threads() == 1
+        assert elsewhere(runtime.kernel_threads) != 1 or runtime._threads == 1
 
 
 @pytest.mark.skipif(not COMPILED, reason="plans are the compiled kernels'")
@@ -238,9 +238,9 @@ def test_calls_that_have_plans_ask_the_context(monkeypatch: pytest.MonkeyPatch) 
 
         return carry_out
 
-    for name, (forward, backward) in list(backends._AVAILABLE.items()):
-        spied = spy(name, forward), spy(name, backward)
-        monkeypatch.setitem(backends._AVAILABLE, name, spied)
+    for name, module in backends.at_hand.items():
+        for way in ("forward", "backward"):
+            monkeypatch.setattr(module, way, spy(name, getattr(module, way)))
     x = data((4, 50))
     fn.set_backend("cython")
     _, mean, rstd = fn.layer_norm(x, 50, return_stats=True)
@@ -365,7 +365,7 @@ def test_numba_heeds_a_limit_too(name: str) -> None:
     if not COMPILED:
         pytest.skip("without the compiled kernels nobody knows OpenMP's limits")
     with fn.backend(name), fn.threads(4), limited(1, user_api="openmp"):
-        assert backends._kernel_threads() == fn.get_num_threads() == 1
+        assert runtime.kernel_threads() == fn.get_num_threads() == 1
 
 
 HERE = limits.processors()
@@ -392,7 +392,7 @@ def test_numbers_in_the_environment(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert backends._default_threads() == threads
+    assert runtime._default_threads() == threads
 
 
 @pytest.mark.parametrize("value", ["²", "0", "-1", "4,2", "2.0", "many", "9" * 5000])
@@ -401,7 +401,7 @@ def test_bad_numbers_of_fastnorms_own_are_errors(
 ) -> None:
     monkeypatch.setenv("FASTNORM_NUM_THREADS", value)
     with pytest.raises(ValueError, match=r"FASTNORM_NUM_THREADS=.*1 or more"):
-        backends._default_threads()
+        runtime._default_threads()
 
 
 def test_an_import_survives_bad_numbers() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import fastnorm as fn
-from fastnorm import backends
+from fastnorm import runtime
 from fastnorm.nn import transformer
 
 from .helpers import F32, F64, Array, assert_same_bits, named
@@ -359,9 +359,9 @@ def test_kernels_have_their_threads_again_after_a_call() -> None:
     with pytest.raises(ValueError, match="'dance'"):
         modules[0](x)
     with fn.threads(3):
-        assert backends._kernel_threads() == 3
-        with backends.serial():
-            assert backends._kernel_threads() == 1
+        assert runtime.kernel_threads() == 3
+        with runtime.serial():
+            assert runtime.kernel_threads() == 1
             assert fn.get_num_threads() == 3
 
 
@@ -490,7 +490,7 @@ def test_small_modules_and_other_dtypes_start_no_threads(monkeypatch: pytest.Mon
             assert_same_bits(array, right[name])
         m = fn.nn.TransformerBlock(**large, dtype=np.float16)
         assert m.parameters()["linear1.weight"].std() == pytest.approx((2 / 1280) ** 0.5, rel=0.01)
-        monkeypatch.setattr(backends, "_forked", True)  # in a child of a fork
+        monkeypatch.setattr(runtime, "_forked", True)  # in a child of a fork
         fn.nn.TransformerBlock(**large)
 
 

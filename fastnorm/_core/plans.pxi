@@ -93,7 +93,7 @@ cdef Unplanned no_plan = Unplanned()
 cdef bint answering = True
 cdef int most_threads = 1
 cdef int allowed_threads = 1    # whoever asks for more
-cdef object scope = None        # the context's own choice (backends.py), once there has been one
+cdef object scope = None        # the context's own choice (runtime.py), once there has been one
 cdef int openmp_begun = fn_openmp_now()
 
 def set_state(bint answers, int threads, int allowed):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fastnorm._numba import scalar
 from fastnorm._numba.memory import SOURCES, STRICT, compiling, read_real, real, write
 
-# For float32 and for float64, in the order of backends.ACTIVATIONS from 1 on; 0 is none.
+# For float32 and for float64, in the order of backends.compiled.ACTIVATIONS from 1 on; 0 is none.
 _OURS = (
     (scalar.relu, scalar.relu),
     (scalar.silu32, scalar.silu64),
@@ -109,7 +109,8 @@ def address_of(activation: Any, kind: type) -> int:
     """The address of the compiled loop (see `_LOOP`) for a kind; 0 for no activation.
 
     `kind` is what is computed in, `np.float32` or `np.float64`. `activation` is a place in
-    `backends.ACTIVATIONS`, or a function compiled with `numba.njit`: of one number, one number.
+    `backends.compiled.ACTIVATIONS`, or a function that `numba.njit` has compiled: of one number,
+    one number.
     """
     if isinstance(activation, int) and activation == 0:
         return 0

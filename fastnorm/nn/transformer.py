@@ -30,11 +30,11 @@ from fastnorm.arguments import (
     is_float,
     read,
 )
-from fastnorm.backends import get_num_threads, serial
 from fastnorm.nn.functional import activation_backward, attention, attention_backward, linear
 from fastnorm.nn.module import Module, parameter_type
 from fastnorm.nn.norms import count_of
 from fastnorm.related import activate
+from fastnorm.runtime import get_num_threads, serial
 
 Placement: TypeAlias = Literal["pre", "post", "peri", "deepnorm"]
 Norm: TypeAlias = Literal["layer", "rms"]

@@ -481,6 +481,8 @@ def allowed(call: Call, x: Array, wide: Any) -> tuple[Array, Array]:
             error = error + w * 2.0**-52 * (8 + 2.0**-46 * ratio)
         else:
             error = error + w * 2.0**-44 * (1 + ratio)
+    if call.computing == F64 and "where" in call.plain and name not in NO_EPS:
+        apart = abs(expected(call, x, wide, *affine))  # where x was not selected
     if call.floats == BF16 and name not in ("activate", "dynamic_tanh", "local_response_norm"):
         error = error + 2.0**-19 * (abs(plain) + w)
     if name in ("local_response_norm", "dynamic_tanh"):

@@ -1,0 +1,199 @@
+"""Who computes. Everything above describes passes and knows no backend.
+
+To add one: write a module beside these with the functions of `base.Backend`, and name it in
+`MODULES`.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastnorm import _core, runtime
+from fastnorm.arguments import did_you_mean, shown
+from fastnorm.backends import cython, numba, numpy
+from fastnorm.backends.base import Backend
+from fastnorm.description import BackwardPass, Pass
+from fastnorm.elsewhere import Elsewhere, host
+
+Array = NDArray[Any]
+
+# All there are, the fastest first.
+MODULES: dict[str, Backend] = {"cython": cython, "numba": numba, "numpy": numpy}
+
+# Those that this installation has.
+at_hand = {name: module for name, module in MODULES.items() if module.available()}
+
+
+def in_use() -> Backend:
+    """The backend of this context."""
+    return at_hand[runtime.chosen_backend()]
+
+
+def compute(p: Pass) -> None:
+    """Carry out a pass on the backend in use, or where x is."""
+    if isinstance(p.x, Elsewhere):
+        p.x.compute(p)
+    else:
+        in_use().forward(p)
+
+
+def compute_backward(p: BackwardPass) -> None:
+    """Carry out a backward pass on the backend in use, or where x is; with a mask in NumPy."""
+    if p.mask is not None:
+        _masked_backward(p)
+    elif isinstance(p.x, Elsewhere):
+        p.x.compute_backward(p)
+    else:
+        in_use().backward(p)
+
+
+def _masked_backward(p: BackwardPass) -> None:
+    """In NumPy's memory and by its formulas: the kernels know of no masks here."""
+    if not isinstance(p.x, Elsewhere):
+        return numpy.backward(p)
+    names = ("x", "dy", "mean", "rstd", "weight", "mask")
+    operands: dict[str, Any] = {name: host(getattr(p, name)) for name in names}
+    results = {n: a for n in ("dx", "dweight", "dbias") if (a := getattr(p, n)) is not None}
+    here: dict[str, Any] = {n: np.empty(a.shape, a.dtype) for n, a in results.items()}
+    numpy.backward(replace(p, **operands, **here))
+    for name, array in results.items():
+        array.fill_from(p.x.placed(here[name]))
+    return None
+
+
+# Elements that moments are taken of at once where they are converted first: a few megabytes.
+BLOCK = 1 << 18
+
+
+def moments_at_once(dtype: np.dtype[Any]) -> int | None:
+    """How many elements `compute_moments` takes in one call; None for any number."""
+    return None if in_use().takes_whole(dtype) else BLOCK
+
+
+def compute_moments(x: Array, reduced: tuple[bool, ...], mask: Array | None, fields: Array) -> None:
+    """Fill `fields`, (5, ...) with the reduced axes as 1, with the moments of x.
+
+    They are count, mean, rest of the mean, sum of squared deviations from it, and its rest: each of
+    the two is an unevaluated sum of two doubles. `x` may be of integers or booleans.
+    """
+    if x.dtype.kind in "iu" and x.dtype.itemsize > 2:
+        x = x.astype(np.float64)
+    in_use().moments(x, reduced, mask, fields)
+
+
+# --- The choice -----------------------------------------------------------------------------------
+
+
+def failures() -> str:
+    """The compiled modules that are there and did not load, with the reasons."""
+    return "; ".join(f"{name}: {reason}" for name, reason in _core.failed.items())
+
+
+def _known(name: str) -> str:
+    """The backend that a name stands for, if there is one."""
+    names = ("auto", *MODULES)
+    if not isinstance(name, str) or name not in names:
+        raise ValueError(
+            f"no backend is called {shown(name)}: use one of {', '.join(map(repr, names))}"
+            + did_you_mean(name, names)
+        )
+    if name != "auto" and name not in at_hand:
+        raise ValueError(
+            f"this installation has no {name!r} backend, expected one of "
+            f"{', '.join(map(repr, at_hand))}; use one of those, or 'auto'"
+            + (f" ({failures()})" if name == "cython" and _core.failed else "")
+        )
+    return next(iter(at_hand)) if name == "auto" else name
+
+
+def set_backend(name: str) -> None:
+    """Choose who computes, for the whole process.
+
+    Inside ``with fn.backend(...)`` that block's own choice stays.
+
+    Parameters
+    ----------
+    name
+        ``"cython"``, ``"numba"`` (kernels compiled on first use, which takes seconds once),
+        ``"numpy"``, or ``"auto"``: the fastest at hand. Also read at import from the environment
+        variable ``FASTNORM_BACKEND``.
+
+    Raises
+    ------
+    ValueError
+        If there is no such backend, or this installation does not have it.
+
+    Examples
+    --------
+    >>> import fastnorm as fn
+    >>> fn.set_backend("numpy")
+    >>> fn.get_backend()
+    'numpy'
+    >>> fn.set_backend("auto")
+    """
+    runtime.set_process_backend(_known(name))
+
+
+def get_backend() -> str:
+    """Return the name of the backend that computes.
+
+    Returns
+    -------
+    str
+        Never ``"auto"``, but what it stands for.
+
+    Examples
+    --------
+    >>> import fastnorm as fn
+    >>> fn.get_backend() in ("cython", "numba", "numpy")
+    True
+    """
+    return runtime.chosen_backend()
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Use another backend inside a ``with`` block.
+
+    The choice is this context's: other threads and asyncio tasks keep theirs, tasks that are made
+    inside the block take it over, threads do not.
+
+    Parameters
+    ----------
+    name
+        As for :func:`set_backend`.
+
+    Raises
+    ------
+    ValueError
+        If there is no such backend, or this installation does not have it.
+
+    Examples
+    --------
+    >>> import fastnorm as fn
+    >>> with fn.backend("numpy"):
+    ...     print(fn.get_backend())
+    numpy
+    """
+    with runtime.scope(runtime.Choice(backend=_known(name))):
+        yield
+
+
+set_backend(os.environ.get("FASTNORM_BACKEND", "") or "auto")
+if _core.failed:
+    _used = f"the kernels for {_core.level_used} are" if _core.kernels else f"{get_backend()} is"
+    warnings.warn(
+        f"fastnorm could not load all of its compiled kernels, {_used} used instead "
+        f"({failures()}); installing fastnorm-kernels again, from source where that does not "
+        "help, builds them for this Python and NumPy",
+        RuntimeWarning,
+        stacklevel=2,
+    )

@@ -1,0 +1,39 @@
+"""The kernels that were compiled with the package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastnorm import _core
+from fastnorm.backends import compiled
+from fastnorm.description import BackwardPass, Pass
+
+Array = NDArray[Any]
+
+
+def available() -> bool:
+    """Whether there are any, and one of them loads."""
+    return _core.kernels is not None
+
+
+def forward(p: Pass) -> None:
+    """Carry out a pass over an array."""
+    compiled.forward(p, _core.kernels)
+
+
+def backward(p: BackwardPass) -> None:
+    """Carry out a pass back."""
+    compiled.backward(p, _core.kernels)
+
+
+def moments(x: Array, reduced: tuple[bool, ...], mask: Array | None, out: Array) -> None:
+    """Fill `out` with the moments of x."""
+    compiled.moments(x, reduced, mask, out, _core.kernels)
+
+
+def takes_whole(dtype: np.dtype[Any]) -> bool:
+    """All but integers of more than two bytes, which are converted."""
+    return not (dtype.kind in "iu" and dtype.itemsize > 2)

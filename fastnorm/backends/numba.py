@@ -1,0 +1,46 @@
+"""The kernels that Numba compiles on their first call."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastnorm.backends import compiled
+from fastnorm.description import BackwardPass, Pass
+
+Array = NDArray[Any]
+
+
+def available() -> bool:
+    """Whether Numba is installed."""
+    return find_spec("numba") is not None
+
+
+def forward(p: Pass) -> None:
+    """Carry out a pass over an array."""
+    from fastnorm._numba import cpu
+
+    compiled.forward(p, cpu)
+
+
+def backward(p: BackwardPass) -> None:
+    """Carry out a pass back."""
+    from fastnorm._numba import cpu
+
+    compiled.backward(p, cpu)
+
+
+def moments(x: Array, reduced: tuple[bool, ...], mask: Array | None, out: Array) -> None:
+    """Fill `out` with the moments of x."""
+    from fastnorm._numba import cpu
+
+    # its sums of doubles are pairs, of which those of parts merge to the same however they were cut
+    compiled.moments(x.astype(np.float64, copy=False), reduced, mask, out, cpu)
+
+
+def takes_whole(dtype: np.dtype[Any]) -> bool:
+    """Only float64."""
+    return dtype == np.float64

@@ -150,11 +150,51 @@ from fastnorm._numba import cpu, extents
 
 assert extents.CHECKED
 fn.set_backend("numba")
-x, long = np.ones((4, 5, 80), "f4"), np.ones((2, 2, 70001), "f4")
-long[0, 0, 0] = np.nan
-for array in (x, long, x[:, :, ::-1], x[:, ::-1]):
-    fn.instance_norm(array, activation="gelu")
-    fn.instance_norm(array, where=array > 0)
+
+def ones(*shape):
+    return np.ones(shape, "f4")
+
+x, long, rows, columns = ones(4, 5, 80), ones(2, 2, 70001), ones(9, 300), ones(600, 70)
+wide = ones(5, 300)
+wide[2, 7] = 3e38
+scales = np.full(5, 1e-35)
+
+def backward(x, wide=False, **options):
+    # of batch norm, whose groups are planes or columns
+    n = x.shape[1]
+    rstd = np.full(n, 1e35 if wide else 1.0)
+    return fn.batch_norm_backward(x, x, np.zeros(n), rstd, np.ones(n), **options)
+
+def backward_rows(x, rstd=1.0):
+    n = len(x)
+    return fn.layer_norm_backward(x, x, np.zeros((n, 1)), np.full((n, 1), rstd), x.shape[1])
+
+# How each kernel is reached: runs, rows one by one, columns; planes, rows and columns backward.
+CALLS = {
+    "runs": lambda: fn.instance_norm(x),
+    "rows": lambda: fn.layer_norm(rows, 300),
+    "columns": lambda: fn.batch_norm(columns, None, None, training=True),
+    "planes backward": lambda: backward(x),
+    "rows backward": lambda: backward_rows(rows),
+    "columns backward": lambda: backward(columns),
+}
+for bad in (np.nan, 3e38, 1e-42):
+    for array in (long, rows, columns):
+        array.flat[0] = bad
+    for array in (x, long, x[:, :, ::-1], x[:, ::-1]):
+        fn.instance_norm(array, activation="gelu")
+        fn.instance_norm(array, where=array > 0)
+        backward(array)
+    for array in (rows, rows[::-1], rows[:, :200], columns, columns[:, ::-1]):
+        fn.layer_norm(array, array.shape[1], np.ones(array.shape[1]), np.ones(array.shape[1]))
+        fn.batch_norm(array, None, None, training=True)
+        fn.add_layer_norm(array, array, array.shape[1])
+        fn.moments(array, 0)
+        for norm in (backward, backward_rows):
+            norm(array)
+        backward(array, wide=True)
+        backward(array, training=False)
+        backward_rows(array, 1e35)
 
 def found(what, call):
     try:
@@ -164,28 +204,42 @@ def found(what, call):
     else:
         raise SystemExit(f"{what} was not found")
 
-run, spans = cpu.run_pass, cpu.spans_of
+run_pass, run_backward, spans = cpu.run_pass, cpu.run_backward, cpu.spans_of
 
-def lie(name):
-    def pass_with_a_lie(layout, *arrays, **options):
+def lie(run, name):
+    def run_with_a_lie(layout, *arrays, **options):
         steps = dict(layout.strides)
         steps[name] = tuple(step * 2 if step > 1 else step for step in steps[name])
         return run(replace(layout, strides=steps), *arrays, **options)
-    return pass_with_a_lie
+    return run_with_a_lie
 
-for name in ("x", "y"):
-    cpu.run_pass = lie(name)
-    found(f"a stride of {name} twice as long", lambda: fn.instance_norm(x))
-cpu.run_pass = run
-# moments and scales are filled, of a tile the half by as many floats as a block has
-for part, size in ((0, 8 * 5), (3, 8 * 8), (5, 4 * 4096)):
-    cpu.spans_of = lambda *room: [
-        (low, low + size - 4 if i % 8 == part else high)
-        for i, (low, high) in enumerate(spans(*room))
-    ]
-    found(f"part {part} one number short", lambda: fn.instance_norm(long, where=long > 0))
+for threads in (2, 1):
+    fn.set_num_threads(threads)
+    for kernel, call in CALLS.items():
+        call()
+        for name in ("x", "dy", "dx") if "backward" in kernel else ("x", "y"):
+            cpu.run_pass, cpu.run_backward = lie(run_pass, name), lie(run_backward, name)
+            found(f"a stride of {name} twice as long, of {kernel}", call)
+            cpu.run_pass, cpu.run_backward = run_pass, run_backward
+
+# Each part of scratch memory that a kernel fills, by what goes there: one number less.
+PARTS = (
+    (lambda: fn.instance_norm(long, where=long > 0), 8, {0: 8 * 5, 3: 8 * 8, 5: 4 * 4096}),
+    (CALLS["columns"], 9, {0: 8 * 5 * 70, 4: 8 * 6 * 70, 5: 8 * 3 * 70, 6: 8 * 4 * 70}),
+    (CALLS["planes backward"], 2, {1: 8 * 32 * 5}),
+    (CALLS["rows backward"], 2, {1: 8 * 32}),
+    (CALLS["columns backward"], 3, {0: (8 * 10 + 4) * 70}),
+)
+for call, parts, sizes in PARTS:
+    for part, size in sizes.items():
+        cpu.spans_of = lambda *room: [
+            (low, low + size - 4 if i % parts == part else high)
+            for i, (low, high) in enumerate(spans(*room))
+        ]
+        found(f"part {part} of {parts}, one number short,", call)
 cpu.spans_of = spans
-fn.instance_norm(x)
+for call in CALLS.values():
+    call()
 """
 
 

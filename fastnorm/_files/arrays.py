@@ -13,6 +13,7 @@ import os
 import stat
 import struct
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -150,24 +151,27 @@ def _numbers(name: str, value: Any) -> list[float]:
 # --- Kinds of files -------------------------------------------------------------------------------
 
 
-class _File:
+class _File(ABC):
     """A file of arrays."""
 
+    @abstractmethod
     def names(self) -> list[str]:
-        raise NotImplementedError
+        """What its arrays are called."""
 
+    @abstractmethod
     def describe(self, key: str) -> Stored:
-        raise NotImplementedError
+        """Shape, dtype and what else is to be known of an array before it is read."""
 
+    @abstractmethod
     def stored(self, key: str) -> int:
         """How many bytes of the array there are."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, key: str, index: tuple[slice, ...], axes: tuple[int, ...]) -> Iterator[Array]:
-        raise NotImplementedError
+        """Numbers of an array in pieces, of which none is large; `axes` are those reduced."""
 
     def linked(self) -> str:
-        """What to say of arrays that are in other files."""
+        """What to say of arrays that are in other files; nothing where there can be none."""
         return ""
 
 

@@ -297,11 +297,9 @@ def _otherwise(path: str, page: Any, number: int, options: Options) -> Array:
         raise ValueError("it is cut short")
     shape = (page.imagelength * page.imagedepth, page.imagewidth, page.samplesperpixel)
     if page.compression in (*NONE, PACKBITS) or find_spec("imagecodecs") is not None:
-        try:
+        with suppress(NotImplementedError):  # of bits that tifffile cannot unpack: Pillow may
             array = page.asarray(squeeze=False, maxworkers=1)  # planes, depth, rows, columns, ...
             return np.moveaxis(array, 0, -2).reshape(shape)
-        except NotImplementedError:
-            pass
     with Path(path).open("rb") as again, suppress(OSError, ValueError):
         array = np.asarray(open_image(again, ("TIFF",), options.max_pixels, number))
         array = array.reshape(array.shape[0], array.shape[1], -1)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import random
 import re
+from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +15,7 @@ import fastnorm as fn
 
 from . import test_backward  # noqa: F401  has @given, which may not be met first within another
 from .fuzz.__main__ import run
-from .fuzz.cases import SIZES, Case, cases
+from .fuzz.cases import BAD, BESIDE, BY_LABEL, FLOATS, INTEGERS, SIZES, TARGETS, Case, cases, draw
 from .fuzz.checks import judge
 from .helpers import BACKENDS, ROOT
 
@@ -40,8 +44,75 @@ def test_sizes_go_beyond_every_block() -> None:
     assert not {n for n in lengths if not {n, n + 1} <= set(SIZES)}
 
 
+# Public names that compute nothing from an array.
+SETTINGS = {
+    "backend", "get_backend", "get_num_threads", "nn", "set_backend", "set_num_threads",
+    "show_config", "threads", "trim_memory",
+}  # fmt: skip
+LAYOUTS = {
+    "F", "last", "swapped", "front", "step", "pad", "flip", "odd", "extra", "misaligned", "swap",
+    "repeated", "windows", "locked",
+}  # fmt: skip
+
+
+def kinds_of(case: Case) -> Iterator[tuple[str, object]]:
+    op, shape = BY_LABEL[case["op"]], case["shape"]
+    yield "function", op.name.partition(".")[0]
+    if case.get("backward"):
+        yield "function", op.backward
+    for name, value in case.items():
+        if name.endswith("layout"):
+            yield from (("layout", key) for key in value if key not in ("axis", "order"))
+            yield "layout", value.get("order")
+    if "odd" in case["layout"] and 1 in shape:
+        yield "layout", "odd, on an axis of length 1"
+    yield "dtype", case["dtype"]
+    for name in ("where", "weight", "bias", "activation", "out", "running"):
+        yield name, case.get(name)
+    yield from (("bad", name) for name, _ in case["bad"])
+    yield from (("beside", operand) for operand, *_ in case["bad beside"])
+    yield from (("threads", n) for n in case["threads"])
+    yield from (("longer than", n) for n in (0, 4096, 27_700, 65_536) if max(shape) > n)
+    yield "larger than 2**20", math.prod(shape) > 1 << 20
+    yield from (("size", n) for n in shape if n < 2)
+    if "stranger" in case:
+        yield "stranger", case["stranger"][0]
+    yield from ((name, case.get(name)) for name in ("residual", "return_stats", "known"))
+
+
+def test_every_kind_of_call_is_drawn() -> None:
+    """Of 3,000 cases: each function and layout, and whatever else may be wrong with an argument."""
+    choose = random.Random(20).choice
+    drawn = Counter(kind for _ in range(3000) for kind in kinds_of(draw(choose, functions=True)))
+    wanted = {
+        "function": {name for name in fn.__all__ if name not in SETTINGS},
+        "layout": {*LAYOUTS, "odd, on an axis of length 1"},
+        "dtype": {*FLOATS, *INTEGERS},
+        "where": {"full", "last axis", "nothing", "everything"},
+        "weight": {"shared", "per sample", "full", None},
+        "bias": {"shared", "per sample", "full", None},
+        "activation": {"relu", "silu", "gelu", "gelu_tanh", "function"},
+        "out": {*TARGETS, "own", None},
+        "running": {None, "float32", "float64"},
+        "bad": set(BAD),
+        "beside": set(BESIDE),
+        "threads": {1, 2, 8},
+        "longer than": {0, 4096, 27_700, 65_536},
+        "larger than 2**20": {True},
+        "size": {0, 1},
+        "stranger": {"x", "weight", "bias", "residual", "dy"},
+        "residual": {*FLOATS, "x", None},
+        "return_stats": {True},
+        "known": {True, False},
+    }
+    missing = {(name, kind) for name, some in wanted.items() for kind in some} - drawn.keys()
+    assert not missing
+
+
 @settings(max_examples=25)
 @given(cases(largest=3000))
-def test_the_same_as_a_strategy(case: Case) -> None:
-    with fn.backend("numpy"):
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "numba"])  # which would compile
+def test_the_same_as_a_strategy(backend: str, case: Case) -> None:
+    """Hypothesis draws such cases, too, and makes a failing one small."""
+    with fn.backend(backend):
         judge(case)

@@ -16,17 +16,13 @@ Case = dict[str, Any]
 # --- Operations: those of the table, and others that it does not list -----------------------------
 
 
-def _linked_by_case(ndim: int, channel: int) -> tuple[int, ...]:
-    raise NotImplementedError("`checks` asks the case")
-
-
 def _other(label: str, *features: str, name: str = "", **more: Any) -> Operation:
     return Operation(
         label=label,
         name=name or label,
         description="",
         build=lambda r: {},
-        linked=_linked_by_case,
+        linked=lambda ndim, channel: (),  # or the axes that a case tells, see `operation_of`
         features=frozenset(features),
         **more,
     )
@@ -75,13 +71,26 @@ FLOATS = ("float32", "float64", "float16", "bfloat16")
 INTEGERS = ("uint8", "int8", "uint16", "int16", "int32", "uint32", "int64", "uint64", "bool")
 # Not one of which is supported, whatever NumPy takes them for.
 STRANGERS = (
-    "float8_e5m2", "float8_e4m3fn", "float8_e3m4", "float4_e2m1fn", "int4", "uint4",
+    *(n for n, t in vars(ml_dtypes).items() if isinstance(t, type) and issubclass(t, np.generic)),
     "longdouble", "complex64", "datetime64[s]", "S4",
 )  # fmt: skip
+STRANGERS = tuple(name for name in STRANGERS if name not in FLOATS)
 
 PLACES = ("x", "x", "x", "weight", "bias", "residual", "dy", "running_mean")
 
-BAD = ("nan", "inf", "-inf", "max", "-max", "1e31", "-3e38", "1e-33", "1e300", "1e-300", "least")
+BAD = (
+    "nan", "inf", "-inf", "max", "-max", "1e31", "-3e38", "1e38", "1e-38", "1e-33", "1e300",
+    "1e-300", "least",
+)  # fmt: skip
+BESIDE = (
+    "weight",
+    "bias",
+    "residual",
+    "running_mean",
+    "running_var",
+    "dy",
+)  # others where such are
+TARGETS = ("x", "residual", "weight", "bias", "where", "shifted", "reversed")  # what out may be
 VALUES = ("normal", "offset", "constant", "two", "scales", "huge", "tiny", "subnormal", "range")
 
 
@@ -205,6 +214,10 @@ def draw(
         for name in some(choose, 1, 3, BAD):
             place = sum(choose(DIGIT) << 4 * place for place in range(6)) / 2**24
             case["bad"].append([name, place])
+    case["bad beside"] = []
+    if one_in(choose, 8):
+        place = choose(DIGIT) / 16
+        case["bad beside"] = [[choose(BESIDE), choose(BAD), place] for _ in range(2)]
     case["threads"] = choose([[1, 2, 8], [2, 1, 8], [8, 2, 1], [1, 8, 1]])
     case["past"] = choose([[], [1], [2], [0, 1]])  # calls whose results go past the caches
     case["known"] = one_in(choose, 2)  # a plain call of this shape was made before
@@ -239,10 +252,11 @@ def draw(
         case["activation"] = often(choose, None, choice, 2)
     if "out" in op.features:
         case["out"] = choose([None, "own"])
-        targets = ["x", "residual", "weight", "shifted", "reversed"]
-        case["out"] = often(choose, case["out"], targets, 2)
+        case["out"] = often(choose, case["out"], TARGETS, 2)
         case["out layout"] = layout(choose, output=True)
         case["shift"] = choose([1, -1, 3, 64, -1000])
+    if "return_stats" in op.features:
+        case["return_stats"] = one_in(choose, 3)
     if op.label in ("standardize", "moments", "Moments.update"):
         case["ddof"] = choose([0, 1])
     if op.backward:

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from fastnorm._bench import machine, models, peers
 from fastnorm._bench.cases import Case
 from fastnorm._bench.operations import OPERATIONS
 
-from .helpers import run_python
+from .helpers import ROOT, run_python
 
 SHORT = ("--seconds", "1e-4", "--rounds", "1")
 AT_HAND = [name for name in bench.USUAL if bench.missing(name) is None]
@@ -549,6 +550,30 @@ def test_plot_without_matplotlib(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     err = refused(capsys, "layer_norm 4x8", "--plot", str(tmp_path / "x.png"))
     assert "pip install 'fastnorm-kernels[demo]'" in err
+
+
+def documented() -> list[str]:
+    """The commands that README and the documentation show."""
+    pages = (ROOT / name for name in ("README.md", "docs/bench.rst"))
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    return re.findall(r"^ *\$ fastnorm (bench .*)$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", documented())
+def test_documented_commands_can_be_used(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their models are not looked for."""
+    monkeypatch.setattr(bench, "of_model", lambda name, shape, **options: ([name, shape], {}))
+    arguments = cli._parser().parse_args(shlex.split(command, comments=True))
+    if arguments.torch_model is None:
+        assert cli._cases(arguments)
+    else:
+        assert cli._model(arguments)
+
+
+def test_the_first_documented_command(capsys: pytest.CaptureFixture[str]) -> None:
+    command = shlex.split(documented()[0], comments=True)
+    assert cli.main([*command, *SHORT, "--peers", "numpy"]) == 0
+    assert "group_norm 8x256x32x32, 1 thread\n" in capsys.readouterr().out
 
 
 # --- The machine ----------------------------------------------------------------------------------

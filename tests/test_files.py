@@ -8,9 +8,12 @@ import os
 import pickle
 import socket
 import struct
+import subprocess
+import sys
 import tracemalloc
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -689,6 +692,83 @@ def test_hdf5_stays_in_its_file(capsys: pytest.CaptureFixture[str], tmp_path: Pa
         assert (status > 0, out) == (True, ""), name
         assert said in err
     assert run(capsys, tmp_path / "d.h5", "--key", "y")[0] == 0
+
+
+def virtual(file: Any, name: str, source: str, shape: tuple[int, ...] = (4,)) -> None:
+    """Write a virtual HDF5 dataset, whose first four numbers are those of another in the file."""
+    import h5py
+
+    layout = h5py.VirtualLayout(shape, "f4")
+    layout[:4] = h5py.VirtualSource(".", source, (4,))
+    file.create_virtual_dataset(name, layout)
+
+
+def virtual_of_itself(file: Any) -> None:
+    virtual(file, "a", "a")
+
+
+def virtual_in_a_circle(file: Any) -> None:
+    virtual(file, "a", "b")
+    virtual(file, "b", "a")
+
+
+def virtual_giant(file: Any) -> None:
+    file["b"] = np.arange(4, dtype="f4")
+    virtual(file, "a", "b", (1 << 43,))
+
+
+def groups_in_groups(file: Any) -> None:
+    import h5py
+
+    group = file.id
+    for _ in range(20_000):
+        group = h5py.h5g.create(group, b"g")
+    h5py.Group(group)["a"] = np.arange(3.0)
+
+
+def hdf5(write: Callable[[Any], None]) -> Callable[[Path], None]:
+    def written(path: Path) -> None:
+        with pytest.importorskip("h5py").File(path, "w", libver="latest") as file:
+            write(file)
+
+    return written
+
+
+# Files of some kilobytes that would end the process, or take hours, or gigabytes: how they are
+# written, and the reason why they are not read.
+HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "itself.h5": (hdf5(virtual_of_itself), "'a' is virtual"),
+    "circle.h5": (hdf5(virtual_in_a_circle), "'a' is virtual"),
+    "virtual.h5": (hdf5(virtual_giant), "'a' is virtual"),
+    "groups.h5": (hdf5(groups_in_groups), "more than 100 groups one inside the other"),
+}
+# As much address space as Python and the libraries need, and what one block may take.
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+from fastnorm import cli
+sys.exit(cli.main(["stats", *sys.argv[1:]]))
+"""
+
+
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What a process of little memory says of each of `HOSTILE`, and of a good file beside them."""
+    root = tmp_path_factory.mktemp("hostile")
+    np.savez(root / "good.npz", a=np.arange(4.0))
+    for name, (write, _) in HOSTILE.items():
+        write(root / name)
+    command = [sys.executable, "-c", LIMITED, str(root), "--skip-bad", "--json", "--key", "a"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert json.loads(done.stdout)["count"] == 4, done.stderr
+    said = (line.partition(f"left out {root}{os.sep}")[2] for line in done.stderr.splitlines())
+    return {name: reason for name, _, reason in (line.partition(": ") for line in said)}
+
+
+@posix
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_are_refused(refusals: dict[str, str], name: str) -> None:
+    assert HOSTILE[name][1] in refusals[name]
 
 
 def test_archives_are_streamed(tmp_path: Path) -> None:

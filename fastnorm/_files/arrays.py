@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -43,6 +44,8 @@ _CODECS = """
     zstd
 """
 CODECS = frozenset(_CODECS.split())
+# How many groups of an HDF5 file may lie one inside the other.
+DEEP = 100
 
 
 @dataclass
@@ -307,43 +310,63 @@ class _Npz(_File):
 
 
 class _Hdf5(_File):
-    """Neither links to other files nor numbers that lie in other files are followed."""
+    """Neither links to other files nor numbers that lie in other files or datasets are followed."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
 
     def names(self) -> list[str]:
-        import h5py
-
-        found: list[str] = []
-
-        def note(name: str, item: Any) -> None:
-            if isinstance(item, h5py.Dataset):
-                found.append(name)
-
-        self._file.visititems(note)  # visits no links but hard ones
-        return found
+        return self._found[0]
 
     def linked(self) -> str:
-        import h5py
-
-        found: list[str] = []
-
-        def note(_: str, item: Any) -> None:
-            if isinstance(item, h5py.Group):
-                links = ((name, item.get(name, getlink=True)) for name in item)
-                base = "" if item.name == "/" else f"{item.name[1:]}/"
-                found.extend(base + n for n, link in links if isinstance(link, h5py.ExternalLink))
-
-        note("", self._file)
-        self._file.visititems(note)
+        found = self._found[1]
         if not found:
             return ""
         names = ", ".join(map(repr, found))
         return f" (links to other files are not followed: {names}; give these files themselves)"
 
+    @cached_property
+    def _found(self) -> tuple[list[str], list[str]]:
+        """The names of all arrays, each once and by hard links, and of links to other files.
+
+        HDF5's own walk takes a hundred thousand groups one inside the other on the C stack.
+        """
+        import h5py
+
+        arrays: list[str] = []
+        links: list[str] = []
+        seen, waiting = set[tuple[int, int]](), [("", self._file)]
+        while waiting:
+            base, group = waiting.pop()
+            if base.count("/") > DEEP:
+                raise ValueError(f"it has more than {DEEP} groups one inside the other")
+            inside = []
+            # a name with a slash in it would lead somewhere else
+            for name in (n for n in group if "/" not in n and n != "."):
+                link = group.get(name, getclass=True, getlink=True)
+                if link is h5py.ExternalLink:
+                    links.append(base + name)
+                if link is not h5py.HardLink:
+                    continue
+                item = group[name]
+                info = h5py.h5o.get_info(item.id)
+                if (info.fileno, info.addr) in seen:
+                    continue
+                seen.add((info.fileno, info.addr))
+                if isinstance(item, h5py.Dataset):
+                    arrays.append(base + name)
+                elif isinstance(item, h5py.Group):
+                    inside.append((f"{base}{name}/", item))
+            waiting += reversed(inside)
+        return arrays, links
+
     def describe(self, key: str) -> Stored:
         dataset = self._file[key]
+        if dataset.is_virtual:  # before its shape is asked for, which can open what it is made of
+            raise ValueError(
+                f"{key!r} is virtual: made up of other datasets, which are not followed; give "
+                "these themselves"
+            )
         if dataset.shape is None:
             raise ValueError(f"{key!r} is empty: it has no shape")
         if dataset.external:
@@ -351,17 +374,13 @@ class _Hdf5(_File):
                 f"the numbers of {key!r} are in another file, {dataset.external[0][0]!r}, which is "
                 "not followed"
             )
-        if dataset.is_virtual and any(s.file_name != "." for s in dataset.virtual_sources()):
-            raise ValueError(f"{key!r} is made up of other files, which are not followed")
         check_numeric(dataset.dtype, repr(key))
         names = ("_FillValue", "missing_value", "scale_factor", "add_offset", "_Unsigned")
         attributes = {name: dataset.attrs[name] for name in names if name in dataset.attrs}
         return Stored(dataset.shape, dataset.dtype, dataset.chunks, attributes)
 
     def stored(self, key: str) -> int:
-        dataset = self._file[key]
-        # a virtual one says 0: it is bounded by those that it is made of
-        return int(dataset.nbytes if dataset.is_virtual else dataset.id.get_storage_size())
+        return int(self._file[key].id.get_storage_size())
 
     def read(self, key: str, index: tuple[slice, ...], axes: tuple[int, ...]) -> Iterator[Array]:
         yield np.asarray(self._file[key][index])

@@ -85,6 +85,12 @@ class _Parser(argparse.ArgumentParser):
         """Name what cannot be used, in a form that is safe to print."""
         super().error(shown(message))
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        # "--option=--" has no value for argparse, which goes on with an empty list instead of one
+        if action.option_strings and action.nargs is None and arg_strings == ["--"]:
+            self.error(f"argument {'/'.join(action.option_strings)}: '--' is no value")
+        return super()._get_values(action, arg_strings)
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fastnorm", description="Normalization for NumPy arrays on the CPU.")

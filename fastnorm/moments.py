@@ -31,6 +31,7 @@ from fastnorm.arguments import (
     mask_of,
     number,
     reduced_axes,
+    shown,
     unmask,
     whole_numbers,
 )
@@ -588,7 +589,16 @@ class Moments:
         comm
             A communicator of mpi4py. Every process must call this; one that has seen nothing takes
             part with an empty accumulator.
+
+        Raises
+        ------
+        TypeError
+            If it is no such communicator.
         """
+        if not hasattr(comm, "allgather"):
+            raise TypeError(
+                f"comm is {shown(comm)}, expected a communicator of mpi4py; write MPI.COMM_WORLD"
+            )
         total = Moments(self._axis)
         for part in comm.allgather(self):
             total.merge(part)
@@ -651,14 +661,19 @@ class Moments:
                 "expected what to_dict() returns"
             )
         found = cls(d["axis"])
-        if d["count"] is None:
+        if all(d.get(name) is None for name in FIELDS):
             return found
-        try:
-            parts = [np.asarray(d[name]) for name in FIELDS if name in d]
-        except ValueError:
-            raise ValueError(
-                "Moments.from_dict got rows of different lengths, expected what to_dict() returns"
-            ) from None
+        parts = []
+        for name in FIELDS:
+            if name not in d:
+                continue
+            try:
+                parts.append(np.asarray(d[name]))
+            except ValueError:
+                raise ValueError(
+                    f"{name} of these moments has rows of different lengths, expected what "
+                    "to_dict() returns"
+                ) from None
         shape = _checked_axis(d.get("shape"), "shape")
         if shape is None:
             shape = parts[0].shape

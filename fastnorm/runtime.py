@@ -164,7 +164,7 @@ def serial() -> AbstractContextManager[None]:
 
 def _number_of_threads(n: int) -> int:
     if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
-        raise ValueError(f"num_threads is {n!r}, and must be a whole number, 1 or more")
+        raise ValueError(f"num_threads is {n!r:.60}, expected a whole number, 1 or more")
     return int(n)
 
 

@@ -256,7 +256,7 @@ def test_attributes_are_the_arrays_themselves() -> None:
 WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("BatchNorm", {"num_features": 0}, ValueError, "num_features is 0"),
     ("BatchNorm", {"num_features": 8, "eps": -1}, ValueError, "eps is -1"),
-    ("InstanceNorm", {"num_features": 2.5}, ValueError, "num_features is 2.5"),
+    ("InstanceNorm", {"num_features": 2.5}, TypeError, "num_features is 2.5"),
     ("GroupNorm", {"num_groups": 3, "num_channels": 8}, ValueError, "does not divide the 8"),
     ("LayerNorm", {"normalized_shape": ()}, ValueError, "normalized_shape is empty"),
     ("LayerNorm", {"normalized_shape": (3, -1)}, ValueError, "normalized_shape is -1"),

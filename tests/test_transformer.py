@@ -599,7 +599,7 @@ def test_nan_stays_in_its_sample() -> None:
         (lambda: fn.nn.TransformerBlock(8, 2, activation="tanh"), "activation is 'tanh', expected"),
         (lambda: fn.nn.TransformerBlock(8, 2, eps=-1.0), "eps is -1.0"),
         (lambda: fn.nn.TransformerEncoder(0, 8, 2), "num_layers is 0"),
-        (lambda: fn.nn.Adam({}, betas=(0.9, 1.0)), "betas are"),
+        (lambda: fn.nn.Adam({}, betas=(0.9, 1.0)), "betas is"),
         (lambda: fn.nn.linear(np.zeros(3), np.zeros((3, 2))), "write weight.T"),
         (lambda: fn.nn.attention(*map(np.zeros, [(2, 3), (2, 4), (2, 4)])), "attention got"),
         (lambda: fn.nn.cross_entropy(np.zeros((2, 3)), np.zeros(2)), "integers of shape"),

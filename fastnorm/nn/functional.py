@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -12,14 +13,42 @@ from fastnorm.arguments import (
     Array,
     Named,
     as_array,
+    check_flag,
     check_ndim,
     computing_type,
+    did_you_mean,
     is_float,
+    is_masked,
+    number,
     read,
+    shown,
+    whole,
 )
 
 # NaN and infinity are ordinary data here.
 _quiet = np.errstate(all="ignore")
+
+
+def _check_into(
+    out: Array | None, shape: tuple[int, ...], dtype: np.dtype[Any], name: str = "out"
+) -> None:
+    """Refuse an array to write into that is none, or of another shape or dtype than the result."""
+    write = f"write np.empty({shape}, np.{dtype})"
+    if out is None:
+        return
+    if not isinstance(out, np.ndarray) or is_masked(out):
+        raise TypeError(f"{name} is {shown(out)}, expected a NumPy array; {write}")
+    if out.shape != shape or out.dtype != dtype or not out.flags.writeable:
+        kind = "" if out.flags.writeable else "read-only "
+        raise ValueError(
+            f"{name} is a {kind}array of shape {out.shape} and dtype {out.dtype}, expected one of "
+            f"shape {shape} and dtype {dtype} to write into; {write}"
+        )
+
+
+def _scale_of(scale: float | None, size: int) -> float:
+    """The scale of scores of vectors of this size."""
+    return max(size, 1) ** -0.5 if scale is None else number(scale, "scale")
 
 
 def _alike(of: str, **given: ArrayLike) -> list[Array]:
@@ -82,6 +111,12 @@ def linear(
             "the other way round"
         )
     shape = (*rows.shape[:-1], len(matrix))
+    _check_into(out, shape, np.result_type(rows, matrix))
+    if out is not None and not out.flags.c_contiguous:
+        raise ValueError(
+            "out is not C-contiguous, expected one piece of memory in order; write "
+            "np.empty(...), and copy the result"
+        )
     # one product for all leading axes
     y: Array = np.matmul(
         rows.reshape(math.prod(shape[:-1]), rows.shape[-1]),
@@ -129,6 +164,7 @@ def softmax(x: ArrayLike, *, out: Array | None = None) -> Array:
     """
     scores = _computed(x, "x")
     check_ndim(scores, 1, "softmax", "(..., classes)")
+    _check_into(out, scores.shape, scores.dtype)
     # the largest becomes 0, so that no exponential overflows; never -inf - -inf
     least = np.finfo(scores.dtype).min
     y: Array = np.subtract(scores, scores.max(-1, keepdims=True, initial=least), out=out)
@@ -172,6 +208,7 @@ def softmax_backward(dy: ArrayLike, y: ArrayLike, *, out: Array | None = None) -
     """
     slope, shares = _alike("softmax_backward", dy=dy, y=y)
     check_ndim(shares, 1, "softmax_backward", "(..., classes)")
+    _check_into(out, shares.shape, np.result_type(slope, shares))
     common = np.einsum("...i,...i->...", slope, shares)[..., None]
     dx: Array = np.subtract(slope, common, out=out)
     dx *= shares
@@ -259,8 +296,14 @@ def attention(
             f"attention got query, key and value of shapes {q.shape}, {k.shape} and {v.shape}, "
             "expected (..., L, D), (..., S, D) and (..., S, E), whose leading axes broadcast"
         )
+    causal, factor = check_flag(causal, "causal"), _scale_of(scale, q.shape[-1])
+    kind = np.result_type(q, k)
+    ahead = np.broadcast_shapes(q.shape[:-2], k.shape[:-2])
+    _check_into(weights, (*ahead, q.shape[-2], k.shape[-2]), kind, "weights")
+    ahead = np.broadcast_shapes(ahead, v.shape[:-2])
+    _check_into(out, (*ahead, q.shape[-2], v.shape[-1]), np.result_type(kind, v))
     scores: Array = np.matmul(q, k.swapaxes(-1, -2), out=weights)
-    scores *= q.shape[-1] ** -0.5 if scale is None else scale
+    scores *= factor
     if mask is not None:
         added = read(mask, "mask")
         if not is_float(added.dtype):
@@ -343,7 +386,12 @@ def attention_backward(
             f"attention_backward got {shapes}; expected dy (..., L, E), query (..., L, D), key "
             "(..., S, D), value (..., S, E) and weights (..., L, S), of the same leading axes"
         )
-    s = q.shape[-1] ** -0.5 if scale is None else scale
+    s = _scale_of(scale, q.shape[-1])
+    if not (isinstance(out, tuple) and len(out) == 3):
+        raise TypeError(f"out is {shown(out)}, expected a tuple of three arrays, each may be None")
+    kind = np.result_type(slope, w, q, k, v)
+    for into, like in zip(out, (q, k, v)):
+        _check_into(into, like.shape, kind)
     dvalue = np.matmul(w.swapaxes(-1, -2), slope, out=out[2])
     dscores = np.matmul(slope, v.swapaxes(-1, -2))
     softmax_backward(dscores, w, out=dscores)
@@ -394,7 +442,10 @@ def activation_backward(dy: ArrayLike, x: ArrayLike, y: ArrayLike, activation: N
     array([0., 1.])
     """
     if not (isinstance(activation, str) and activation in ACTIVATIONS):
-        raise ValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+        raise ValueError(
+            f"activation is {shown(activation)}, expected one of {', '.join(ACTIVATIONS)}"
+            + did_you_mean(activation, ACTIVATIONS)
+        )
     gradient, before, after = _alike("activation_backward", dy=dy, x=x, y=y)
     if activation == "relu":
         return np.where(before > 0, gradient, 0)
@@ -460,7 +511,7 @@ def cross_entropy(
             f"dtype {right.dtype}, expected (..., classes) and integers of shape (...); write "
             "np.moveaxis(scores, 1, -1) where the classes are on axis 1"
         )
-    classes = s.shape[-1]
+    classes, ignore_index = s.shape[-1], whole(ignore_index, "ignore_index")
     counted = right != ignore_index
     wrong = right[counted & ((right < 0) | (right >= classes))]
     if wrong.size:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from fastnorm.arguments import Array, is_float, read
+from fastnorm.arguments import Array, check_flag, is_float, read, shown
 
 
 class LoadedState(NamedTuple):
@@ -138,7 +138,7 @@ class Module(ABC):
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode to training, or with False to inference; return the module."""
-        self.training = bool(mode)
+        self.training = check_flag(mode, "mode")
         return self
 
     def eval(self) -> Self:
@@ -192,6 +192,7 @@ class Module(ABC):
                 f"{of} got a {type(state).__name__}, expected arrays by name, as state_dict() "
                 "returns them"
             )
+        strict = check_flag(strict, "strict")
         given, own = dict(state), self._parameters | self._buffers
         missing = [name for name in own if name not in given and name != "num_batches_tracked"]
         unknown = [name for name in given if name not in own]
@@ -239,11 +240,11 @@ def parameter_type(dtype: DTypeLike) -> np.dtype[Any]:
     """The dtype of parameters, None for float32; refuse what is no float."""
     try:
         found = np.dtype(np.float32 if dtype is None else dtype)
-    except TypeError:
+    except (TypeError, ValueError, SyntaxError):
         found = None
     if found is None or not is_float(found):
         raise TypeError(
-            f"dtype is {dtype if found is None else found!s}, expected float16, bfloat16, float32 "
-            "or float64 for parameters"
+            f"dtype is {shown(dtype) if found is None else found}, expected float16, bfloat16, "
+            "float32 or float64 for parameters"
         )
     return found

@@ -16,12 +16,15 @@ from fastnorm.arguments import (
     channel_axis_of,
     channel_parameter,
     check_eps,
+    check_flag,
     check_momentum,
     computing_type,
     groups_of,
     require_two,
     same_shape,
     unmask,
+    whole,
+    whole_numbers,
 )
 from fastnorm.moments import FIELDS, Moments, Scales, fields_of, normalised_by, scales_of
 from fastnorm.nn.module import Module, parameter_type
@@ -39,9 +42,11 @@ def _named(gradients: tuple[Array, ...]) -> Gradients:
 
 def count_of(value: int, name: str) -> int:
     """Return a number of features, channels or layers; refuse what is no such number."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{name} is {value!r}, expected a whole number, 1 or more")
-    return int(value)
+    expected = "a whole number, 1 or more"
+    found = whole(value, name, expected)
+    if found < 1:
+        raise ValueError(f"{name} is {found}, expected {expected}")
+    return found
 
 
 def _numbers(x: ArrayLike) -> Array:
@@ -110,11 +115,11 @@ class _ChannelNorm(_Norm):
     ) -> None:
         self.num_features = count_of(num_features, "num_features")
         self.eps = check_eps(eps)
-        super().__init__((self.num_features,), bool(affine), bool(bias), dtype)
+        self.affine = check_flag(affine, "affine")
+        super().__init__((self.num_features,), self.affine, check_flag(bias, "bias"), dtype)
         self.momentum = momentum if momentum is None else check_momentum(momentum)
-        self.affine = bool(affine)
-        self.track_running_stats = bool(track_running_stats)
-        self.channel_axis = channel_axis
+        self.track_running_stats = check_flag(track_running_stats, "track_running_stats")
+        self.channel_axis = whole(channel_axis, "channel_axis")
         self._absent |= {"running_mean", "running_var", "num_batches_tracked"}
         if track_running_stats:
             kind = parameter_type(dtype)
@@ -562,9 +567,9 @@ class GroupNorm(_Norm):
         self.num_channels = count_of(num_channels, "num_channels")
         self.num_groups = groups_of(num_groups, self.num_channels)
         self.eps = check_eps(eps)
-        super().__init__((self.num_channels,), bool(affine), bool(bias), dtype)
-        self.affine = bool(affine)
-        self.channel_axis = channel_axis
+        self.affine = check_flag(affine, "affine")
+        super().__init__((self.num_channels,), self.affine, check_flag(bias, "bias"), dtype)
+        self.channel_axis = whole(channel_axis, "channel_axis")
 
     def _forward(self, x: ArrayLike) -> tuple[Array, Saved]:
         array = _numbers(x)
@@ -602,8 +607,7 @@ class GroupNorm(_Norm):
 
 
 def _shape(normalized_shape: Axes) -> tuple[int, ...]:
-    sizes = normalized_shape
-    shape = (sizes,) if isinstance(sizes, int | np.integer) else tuple(sizes)
+    shape = whole_numbers(normalized_shape, "normalized_shape")
     if not shape:
         raise ValueError("normalized_shape is empty, expected one size or more")
     return tuple(count_of(n, "normalized_shape") for n in shape)
@@ -655,9 +659,9 @@ class LayerNorm(_Norm):
         dtype: DTypeLike = np.float32,
     ) -> None:
         self.normalized_shape = _shape(normalized_shape)
-        weight = bool(elementwise_affine)
+        weight = check_flag(elementwise_affine, "elementwise_affine")
         self.eps = check_eps(eps)
-        super().__init__(self.normalized_shape, weight, bool(bias), dtype)
+        super().__init__(self.normalized_shape, weight, check_flag(bias, "bias"), dtype)
         self.elementwise_affine = weight
 
     def _forward(self, x: ArrayLike) -> tuple[Array, Saved]:
@@ -720,8 +724,8 @@ class RMSNorm(_Norm):
     ) -> None:
         self.normalized_shape = _shape(normalized_shape)
         self.eps = eps if eps is None else check_eps(eps)
-        super().__init__(self.normalized_shape, bool(elementwise_affine), False, dtype)
-        self.elementwise_affine = bool(elementwise_affine)
+        self.elementwise_affine = check_flag(elementwise_affine, "elementwise_affine")
+        super().__init__(self.normalized_shape, self.elementwise_affine, False, dtype)
 
     def _forward(self, x: ArrayLike) -> tuple[Array, Saved]:
         weight, shape = self._affine["weight"], self.normalized_shape

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fastnorm.arguments import Array, as_array, check_eps, is_float, read
+from fastnorm.arguments import Array, as_array, check_eps, is_float, read, shown
 
 
 class Adam:
@@ -67,7 +67,7 @@ class Adam:
         except (TypeError, ValueError):
             first = second = np.nan
         if not (0 <= first < 1 and 0 <= second < 1):
-            raise ValueError(f"betas are {betas!r}, expected two numbers from 0 to below 1")
+            raise ValueError(f"betas is {shown(betas)}, expected two numbers from 0 to below 1")
         if not isinstance(parameters, Mapping):
             raise TypeError(
                 f"parameters is a {type(parameters).__name__}, expected arrays by name; write "
@@ -77,7 +77,7 @@ class Adam:
             if not (isinstance(p, np.ndarray) and is_float(p.dtype) and p.flags.writeable):
                 kind = f"array of {p.dtype}" if isinstance(p, np.ndarray) else type(p).__name__
                 raise TypeError(
-                    f"parameter {name!r} is a {kind}, expected a NumPy array of floats that is "
+                    f"{name!r} of parameters is a {kind}, expected a NumPy array of floats that is "
                     "changed in place"
                 )
             read(p, f"parameter {name!r}")  # which must hide nothing

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fastnorm.arguments import shown
 from fastnorm.moments import Moments
 from fastnorm.nn.norms import BatchNorm
 
@@ -41,6 +42,8 @@ def recalibrate(model: Callable[[Any], Any], batches: Iterable[ArrayLike]) -> in
     ValueError
         If there is no batch norm with running statistics, or no data. Nothing has changed then, nor
         after an error in `model`.
+    TypeError
+        If `batches` cannot be gone through.
 
     References
     ----------
@@ -61,6 +64,12 @@ def recalibrate(model: Callable[[Any], Any], batches: Iterable[ArrayLike]) -> in
             f"recalibrate found no BatchNorm with running statistics in {type(model).__name__}; "
             "give it a BatchNorm, or an object whose attributes lead to some"
         )
+    try:
+        batches = iter(batches)
+    except TypeError:
+        raise TypeError(
+            f"batches is {shown(batches)}, expected arrays one after the other; write [x] for one"
+        ) from None
     try:
         for norm in norms:
             norm._recorded = Moments(1)

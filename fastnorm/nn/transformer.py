@@ -26,9 +26,12 @@ from fastnorm.arguments import (
     Named,
     as_array,
     check_eps,
+    check_flag,
     computing_type,
+    did_you_mean,
     is_float,
     read,
+    shown,
 )
 from fastnorm.nn.functional import activation_backward, attention, attention_backward, linear
 from fastnorm.nn.module import Module, parameter_type
@@ -60,7 +63,10 @@ _LATER: Any = object()  # instead of a block's rng: whoever makes it draws its w
 
 def _choice(value: Any, name: str, choices: tuple[str, ...]) -> Any:
     if not (isinstance(value, str) and value in choices):
-        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
+        raise ValueError(
+            f"{name} is {shown(value)}, expected one of {', '.join(map(repr, choices))}"
+            + did_you_mean(value, choices)
+        )
     return value
 
 
@@ -174,7 +180,7 @@ class _Transformer(Module):
             for i, part in enumerate(parts):
                 scaled = len(parts) == 1 or i == 2
                 weights.append((part, (6 / sum(part.shape)) ** 0.5 * (beta if scaled else 1.0)))
-        _draw(weights, np.random.default_rng(rng))
+        _draw(weights, _generator(rng))
 
     @abstractmethod
     def _run(
@@ -276,6 +282,16 @@ class _Transformer(Module):
     @abstractmethod
     def _options(self) -> dict[str, Any]:
         """What `repr` shows."""
+
+
+def _generator(rng: Random) -> np.random.Generator:
+    try:
+        return np.random.default_rng(rng)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"rng is {shown(rng)}, expected a generator of np.random, a whole number of at least 0 "
+            "as the seed of one, or None"
+        ) from None
 
 
 def _sum(x: Array, branch: Array | None) -> Array:
@@ -480,10 +496,10 @@ class TransformerBlock(_Transformer):
         self.placement = _choice(placement, "placement", PLACEMENTS)
         self.norm = _choice(norm, "norm", NORMS)
         self.activation: Named = _choice(activation, "activation", ACTIVATIONS)
-        self.causal = bool(causal)
+        self.causal = check_flag(causal, "causal")
         self.eps = check_eps(eps)
         self.num_layers = count_of(num_layers, "num_layers")
-        self.bias = bool(bias)
+        self.bias = check_flag(bias, "bias")
         self._alpha = (2 * self.num_layers) ** 0.25 if placement == "deepnorm" else 1.0
         self._first = placement in ("pre", "peri")  # norms before attention and network
         kind = parameter_type(dtype)
@@ -758,7 +774,11 @@ class TransformerEncoder(_Transformer):
         self.d_model, self.num_heads = block.d_model, block.num_heads
         self.dim_feedforward, self.placement = block.dim_feedforward, block.placement
         self.norm, self.eps = block.norm, block.eps
-        self.final_norm = placement in ("pre", "peri") if final_norm is None else bool(final_norm)
+        self.final_norm = (
+            placement in ("pre", "peri")
+            if final_norm is None
+            else check_flag(final_norm, "final_norm")
+        )
         for name, array in block.parameters().items():
             if self.final_norm and name.startswith("norm1."):  # alike: of ones, and zeros
                 self._add_parameter(name.replace("norm1", "norm"), array.copy())

@@ -66,10 +66,21 @@ def unmask(value: Any, where: ArrayLike | None = None) -> tuple[Any, Any]:
     return array, ~hidden if chosen is None else chosen & ~hidden
 
 
+def plain(value: Any) -> Array | None:
+    """An array of NumPy's as a view of the plain kind; None for anything else.
+
+    What a subclass says of its shape, dtype or flags need not be so. The view stays what it is when
+    the code of another argument changes the array.
+    """
+    return np.ndarray.view(value, np.ndarray) if issubclass(type(value), np.ndarray) else None
+
+
 def read(value: Any, name: str) -> Array:
     """`value` as an array of NumPy's: its own memory wherever that is possible."""
-    if type(value) is np.ndarray or isinstance(value, Elsewhere):
+    if isinstance(value, Elsewhere):
         return value
+    if (own := plain(value)) is not None and not is_masked(value):
+        return own
     value, chosen = unmask(value)
     if chosen is not None:
         raise ValueError(
@@ -461,41 +472,48 @@ def check_activation(activation: Activation) -> Activation:
     )
 
 
-def check_out(out: Array | None, x: Array) -> None:
-    """Refuse an `out` of another type, memory, dtype or shape than x, or a read-only one."""
+def check_out(out: Array | None, x: Array) -> Array | None:
+    """`out` as a plain array; refuse another type, memory, dtype or shape than that of x.
+
+    And a read-only one.
+    """
     if out is None:
-        return
+        return None
     shape, dtype = x.shape, x.dtype
     if isinstance(x, Elsewhere) and not isinstance(out, Elsewhere):
         raise TypeError(
             f"out is a {type(out).__name__}, expected an array where x is; write an empty array "
             "like x of the library that made it"
         )
-    if not isinstance(out, np.ndarray) or is_masked(out):
+    own = out if isinstance(out, Elsewhere) else plain(out)
+    if own is None or is_masked(out):
         raise TypeError(
             f"out is a {type(out).__name__}, expected a NumPy array; write "
             + ("out.data" if is_masked(out) else "np.empty_like(x)")
         )
-    if out.dtype.newbyteorder("=") != dtype.newbyteorder("="):
+    if own.dtype.type is not dtype.type:  # in any byte order
         raise TypeError(
-            f"out has dtype {out.dtype}, expected {dtype} as x has; write np.empty_like(x)"
+            f"out has dtype {own.dtype}, expected {dtype} as x has; write np.empty_like(x)"
         )
-    if out.shape != shape:
+    if own.shape != shape:
         raise ValueError(
-            f"out has shape {out.shape}, expected {shape} as x has; write np.empty_like(x)"
+            f"out has shape {own.shape}, expected {shape} as x has; write np.empty_like(x)"
         )
-    if not out.flags.writeable:
+    if not own.flags.writeable:
         raise ValueError("out is read-only, expected a writable array; write np.empty_like(x)")
+    return own
 
 
 def check_running(
     mean: ArrayLike | None, var: ArrayLike | None, channels: int, *, written: bool
-) -> None:
-    """Check running statistics; those that are `written` must be arrays that can be."""
+) -> tuple[Array | None, Array | None]:
+    """Running statistics as plain arrays; those that are `written` must be arrays that can be."""
+    found: list[Array | None] = []
     for name, value in (("running_mean", mean), ("running_var", var)):
         if value is None:
+            found.append(None)
             continue
-        if written and not isinstance(value, np.ndarray):
+        if written and not issubclass(type(value), np.ndarray):
             raise TypeError(
                 f"{name} is a {type(value).__name__}, expected a NumPy array: it is updated in "
                 f"place; write np.{'zeros' if name == 'running_mean' else 'ones'}({channels})"
@@ -509,6 +527,8 @@ def check_running(
             raise TypeError(f"{name} has dtype {array.dtype}, expected a float dtype")
         if written and not array.flags.writeable:
             raise ValueError(f"{name} is read-only, and is updated in place; write {name}.copy()")
+        found.append(array)
+    return found[0], found[1]
 
 
 def statistic(value: ArrayLike, name: str, shape: tuple[int, ...], of: str) -> Array:

@@ -192,7 +192,7 @@ def batch_norm(
     check_ndim(array, 2, "batch_norm", "(N, C, ...)")
     axis = channel_axis_of(array, channel_axis, "batch_norm", samples=False)
     channels = array.shape[axis]
-    check_running(running_mean, running_var, channels, written=training)
+    means, variances = check_running(running_mean, running_var, channels, written=training)
     w = channel_parameter(weight, "weight", array, axis)
     b = channel_parameter(bias, "bias", array, axis)
     view = channels_second(axis)
@@ -206,15 +206,15 @@ def batch_norm(
         "statistics": (channels,),
     }
     if not training:
-        if running_mean is None or running_var is None:
+        if means is None or variances is None:
             raise ValueError(
                 "batch_norm got training=False without running_mean and running_var, which it "
                 "then normalises with; give both, or write training=True"
             )
         place = (1, channels) + (1,) * (array.ndim - 2)
         given = (
-            as_array(running_mean, "running_mean").astype(np.float64, order="C").reshape(place),
-            as_array(running_var, "running_var").astype(np.float64, order="C").reshape(place),
+            as_array(means, "running_mean").astype(np.float64, order="C").reshape(place),
+            as_array(variances, "running_var").astype(np.float64, order="C").reshape(place),
         )
         # In the order of memory: where the channels are neighbours all rows at once, for which the
         # scales are computed once; otherwise every sample on its own.
@@ -233,7 +233,7 @@ def batch_norm(
         if array.size:
             parts = (1, channels)
             mean, var = mean.reshape(parts), var.reshape(parts)
-            update(running_mean, running_var, mean, var, counts, momentum)
+            update(means, variances, mean, var, counts, momentum)
     if return_stats:
         return y, mean.reshape(channels), rstd.reshape(channels)
     return y
@@ -394,7 +394,7 @@ def instance_norm(
         return y, mean, rstd
     axis = channel_axis_of(array, channel_axis, "instance_norm")
     samples, channels = array.shape[0], array.shape[axis]
-    check_running(running_mean, running_var, channels, written=True)
+    means, variances = check_running(running_mean, running_var, channels, written=True)
     w = channel_parameter(weight, "weight", array, axis)
     b = channel_parameter(bias, "bias", array, axis)
     positions = tuple(a for a in range(1, array.ndim) if a != axis)
@@ -422,7 +422,7 @@ def instance_norm(
     )
     mean, var = mean.reshape(samples, channels), var.reshape(samples, channels)
     if array.size:
-        update(running_mean, running_var, mean, var, counts, momentum)
+        update(means, variances, mean, var, counts, momentum)
     if return_stats:
         return y, mean, rstd.reshape(samples, channels)
     return y

@@ -112,7 +112,8 @@ def run(
         activation = check_activation(activation)
     mask = mask_of(where, array)
     added = None if residual is None else same_shape(residual, "residual", array)
-    check_out(out, array)
+    # last, when no other argument's code can change it any more
+    into = check_out(out, array)
     weight, bias, added, addend, mask = (
         beside(array, operand) for operand in (weight, bias, added, addend, mask)
     )
@@ -127,8 +128,6 @@ def run(
             (rstd,) = unknown(array, mean.shape, 1)
         else:
             rstd = rstd_of(var, options.get("eps", 0.0))
-    # a subclass of NumPy's arrays is written as the plain array that it is
-    into = out if out is None or isinstance(out, Elsewhere) else np.asarray(out)
     # a function of the user's may raise half way: what `out` holds is then as it was
     direct = None if callable(activation) and not isinstance(array, Elsewhere) else into
     y = destination(array, direct, array, added, mask, weight, bias)
@@ -254,8 +253,7 @@ def update(
                 there = beside(mean, counts.astype(np.float64, order="C"))
             running.average(parts, there, momentum, unbiased)
         elif running is not None:
-            plain = np.asarray(running)  # whatever subclass it is of
-            moved.append((plain, _moved(plain, host(parts), counts, momentum, unbiased)))
+            moved.append((running, _moved(running, host(parts), counts, momentum, unbiased)))
     # both are there before the first is written: without memory for it none is
     for running, values in moved:
         running[...] = values

@@ -81,8 +81,13 @@ ATTACKS: tuple[Attack, ...] = (
     ),
     Attack("numbers beyond every range", tests("tests/test_range.py")),
     Attack(
-        "wrong arguments, arrays of other libraries",
-        tests("tests/test_errors.py", "tests/test_arguments.py", "tests/test_array_kinds.py"),
+        "wrong arguments, arrays of other libraries, objects that lie",
+        tests(
+            "tests/test_errors.py",
+            "tests/test_arguments.py",
+            "tests/test_array_kinds.py",
+            "tests/test_hostile.py",
+        ),
     ),
     Attack("hostile files and command lines", tests("tests/test_files.py", "tests/test_cli.py")),
     Attack("states of modules", tests("tests/test_modules_like_pytorch.py")),

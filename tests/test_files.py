@@ -734,6 +734,59 @@ def hdf5(write: Callable[[Any], None]) -> Callable[[Path], None]:
     return written
 
 
+def zarr_3(path: Path, **said: Any) -> Path:
+    """Write a Zarr array "a" of four floats, without a chunk; return where the chunk belongs."""
+    by_default: dict[str, Any] = {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": [4],
+        "data_type": "float32",
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [4]}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": 0,
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+        "attributes": {},
+    }
+    (path / "a").mkdir(parents=True)
+    (path / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group"}', encoding="utf-8")
+    (path / "a" / "zarr.json").write_text(json.dumps(by_default | said), encoding="utf-8")
+    return path / "a" / "c" / "0"
+
+
+def link_to_pipes(path: Path) -> None:
+    chunk = zarr_3(path)
+    pipes = path.parent / "pipes"
+    pipes.mkdir()
+    os.mkfifo(pipes / "0")
+    chunk.parent.symlink_to(pipes)
+
+
+def link_to_a_folder(path: Path) -> None:
+    chunk = zarr_3(path)
+    chunk.parent.symlink_to(path.parent / "elsewhere")
+    (path.parent / "elsewhere").mkdir()
+    (path.parent / "elsewhere" / "0").write_bytes(bytes(16))
+
+
+def link_to_a_file(path: Path) -> None:
+    chunk = zarr_3(path)
+    (path.parent / "secret").write_bytes(bytes(16))
+    chunk.parent.mkdir()
+    chunk.symlink_to(path.parent / "secret")
+
+
+def linked_metadata(path: Path) -> None:
+    chunk = zarr_3(path / "there").parents[1]
+    (path / "a").mkdir()
+    (path / "a" / "zarr.json").symlink_to(chunk / "zarr.json")
+
+
+def pipe_in_a_store(path: Path) -> None:
+    chunk = zarr_3(path)
+    chunk.parent.mkdir()
+    os.mkfifo(chunk)
+
+
 # Files of some kilobytes that would end the process, or take hours, or gigabytes: how they are
 # written, and the reason why they are not read.
 HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -741,6 +794,11 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "circle.h5": (hdf5(virtual_in_a_circle), "'a' is virtual"),
     "virtual.h5": (hdf5(virtual_giant), "'a' is virtual"),
     "groups.h5": (hdf5(groups_in_groups), "more than 100 groups one inside the other"),
+    "pipes.zarr": (link_to_pipes, "'c' in it is a link, which is not followed"),
+    "folder.zarr": (link_to_a_folder, "'c' in it is a link, which is not followed"),
+    "file.zarr": (link_to_a_file, "'0' in it is a link, which is not followed"),
+    "metadata.zarr": (linked_metadata, "'zarr.json' in it is a link, which is not followed"),
+    "pipe.zarr": (pipe_in_a_store, "'0' in it is no file"),
 }
 # As much address space as Python and the libraries need, and what one block may take.
 LIMITED = """

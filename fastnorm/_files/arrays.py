@@ -395,16 +395,19 @@ class _Zarr(_File):
         self._root = path
 
     def names(self) -> list[str]:
-        found = []
-        for folder, inside, files in os.walk(self._root):
-            inside.sort()
-            array = ".zarray" in files
-            if "zarr.json" in files:
-                array = _json(Path(folder, "zarr.json")).get("node_type") == "array"
+        found, waiting = [], [self._root]
+        while waiting:
+            folder = waiting.pop()
+            inside, files = _entries(folder)
+            marks = {entry.name for entry in files}
+            array = ".zarray" in marks
+            if "zarr.json" in marks:
+                array = _json(folder / "zarr.json").get("node_type") == "array"
             if array:
-                inside.clear()  # only chunks
-                name = Path(folder).relative_to(self._root).as_posix()
+                name = folder.relative_to(self._root).as_posix()
                 found.append("" if name == "." else name)
+            else:  # what is in an array are only chunks
+                waiting += (Path(entry) for entry in reversed(inside))
         return found
 
     def describe(self, key: str) -> Stored:
@@ -427,14 +430,12 @@ class _Zarr(_File):
         return stored
 
     def stored(self, key: str) -> int:
-        """The size of all chunks, which must be files: to open a pipe would wait for ever."""
-        total = 0
-        for folder, _, files in os.walk(self._root / key):
-            for name in files:
-                found = Path(folder, name).stat()
-                if not stat.S_ISREG(found.st_mode):
-                    raise ValueError(f"{name!r} in it is no file")
-                total += found.st_size
+        """The size of all chunks."""
+        total, waiting = 0, [self._root / key]
+        while waiting:
+            inside, files = _entries(waiting.pop())
+            total += sum(entry.stat(follow_symlinks=False).st_size for entry in files)
+            waiting += map(Path, inside)
         return total
 
     def read(self, key: str, index: tuple[slice, ...], axes: tuple[int, ...]) -> Iterator[Array]:
@@ -443,6 +444,22 @@ class _Zarr(_File):
         store = zarr.storage.LocalStore(self._root / key, read_only=True)
         array = zarr.open_array(store, mode="r")
         yield np.asarray(array[index] if index else array[...])
+
+
+def _entries(folder: Path) -> tuple[list[os.DirEntry[str]], list[os.DirEntry[str]]]:
+    """Return the folders and the files in a folder of a Zarr store, which must hold nothing else.
+
+    Zarr follows links, and so would read what is elsewhere; to open a pipe it would wait for ever.
+    """
+    with os.scandir(folder) as entries:
+        found = sorted(entries, key=lambda entry: entry.name)
+    for entry in found:
+        if entry.is_symlink():
+            raise ValueError(f"{entry.name!r} in it is a link, which is not followed; copy it")
+        if not (entry.is_dir() or entry.is_file()):
+            raise ValueError(f"{entry.name!r} in it is no file")
+    inside = [entry for entry in found if entry.is_dir()]
+    return inside, [entry for entry in found if not entry.is_dir()]
 
 
 def _json(path: Path) -> dict[str, Any]:

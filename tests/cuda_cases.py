@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import ml_dtypes
 import numba
 import numpy as np
 import pytest
@@ -610,6 +611,102 @@ def test_a_neighbour_far_from_zero_changes_nothing() -> None:
     others = [0, 1, 3]
     for a, b in zip(before, after, strict=True):
         assert_same_bits(a[:, others], b[:, others])
+
+
+# --- Strides and bad numbers, beyond each block ---------------------------------------------------
+
+# Groups of more chunks than a block has threads, in one case than a warp sums alone; in runs and in
+# columns, the last chunk not whole.
+LONG: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "layer_norm": ((2, 1099), {"axis": 1}),
+    "batch_norm": ((299, 3), {"training": True}),
+    "group_norm": ((2, 4, 3, 61), {"num_groups": 2}),
+    "instance_norm": ((2, 2, 299), {}),
+}
+
+
+def turned(x: Array) -> Iterator[Array]:
+    """The same numbers where an axis runs backwards, or has a gap behind it."""
+    for axis in {1, x.ndim - 1}:
+        back = tuple(slice(None, None, -1 if a == axis else 1) for a in range(x.ndim))
+        yield x[back].copy()[back]
+        wide = np.full([n + 3 * (a == axis) for a, n in enumerate(x.shape)], np.nan, x.dtype)
+        cut = tuple(slice(1, n + 1) if a == axis else slice(None) for a, n in enumerate(x.shape))
+        wide[cut] = x
+        yield wide[cut]
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_each_operand_by_its_own_strides(name: str) -> None:
+    shape, given = LONG[name]
+    x = data(shape, F32, 2.0)
+    dy = data(shape, F32, seed=1)
+    norm, backward = getattr(fn, name), getattr(fn, f"{name}_backward")
+    y, *stats = norm(x, **given, return_stats=True)
+    gradients = backward(dy, x, *stats, **given)
+    for view in turned(x):
+        # sums may go another way round: of at most 1099 terms
+        np.testing.assert_allclose(norm(view, **given), y, rtol=2e-6, atol=2e-6)
+        for ours_, right in zip(backward(dy, view, *stats, **given), gradients, strict=True):
+            np.testing.assert_allclose(ours_, right, 2e-5, 2e-5)
+        whole = view.base if view.base is not None else view
+        kept = whole.copy()
+        assert norm(x, **given, out=view) is view
+        np.testing.assert_allclose(view, y, rtol=2e-6, atol=2e-6)
+        view[...] = x
+        assert_same_bits(whole, kept)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38])
+@pytest.mark.parametrize("name", LONG)
+def test_a_bad_number_anywhere_stays_in_its_group(name: str, bad: float) -> None:
+    shape, given = LONG[name]
+    x = data(shape, F32, 2.0)
+    norm = getattr(fn, name)
+    before = norm(x, **given, return_stats=True)
+    op = next(op for op in OPERATIONS if op.name == name and op.label != "layer_norm (axis)")
+    ids = op.group_ids(shape, num_groups=given.get("num_groups"))
+    for place in (0, x.size // 2 + 1, x.size - 1):
+        spoilt = x.copy()
+        spoilt.flat[place] = bad
+        y, mean, rstd = norm(spoilt, **given, return_stats=True)
+        hit = ids == ids.flat[place]
+        assert_same_bits(y[~hit], before[0][~hit])
+        right = getattr(ours, name)(spoilt, **given, return_stats=True)
+        if np.isfinite(bad):
+            assert_close(y, right[0].astype(np.longdouble), 16)
+        else:
+            assert np.isnan(y[hit]).all()
+        for ours_, others in zip((mean, rstd), right[1:], strict=True):
+            np.testing.assert_allclose(ours_, others, rtol=1e-12)
+
+
+def strangers() -> list[str]:
+    """Every other dtype of ml_dtypes that is as long as one that is read."""
+    types = [t for t in vars(ml_dtypes).values() if isinstance(t, type)]
+    found = [np.dtype(t) for t in types if issubclass(t, np.generic)]
+    return [d.name for d in found if d.itemsize in (1, 2) and d != BF16]
+
+
+@pytest.mark.parametrize("name", strangers())
+def test_other_types_of_ml_dtypes_are_refused(name: str) -> None:
+    dtype = np.dtype(getattr(ml_dtypes, name))
+    x, good = np.zeros((3, 4), dtype), data((3, 4), F32)
+    for letters in (x.dtype.str, f"|V{dtype.itemsize}"):
+        bad = Said(np.zeros((3, 4), f"V{dtype.itemsize}"), typestr=letters)
+        bad.dtype = dtype
+        calls: list[Any] = [
+            lambda bad=bad: ours.layer_norm(bad, 4),
+            lambda bad=bad: ours.layer_norm(Said(good), 4, out=bad),
+            lambda bad=bad: ours.layer_norm(Said(good), 4, residual=bad),
+            lambda bad=bad: ours.layer_norm(Said(good), axis=(0, 1), weight=bad),
+            lambda bad=bad: ours.layer_norm_backward(
+                bad, Said(good), *(Said(np.ones((3, 1))) for _ in range(2)), 4
+            ),
+        ]
+        for call_it in calls:
+            with pytest.raises(TypeError, match="dtype"):
+                call_it()
 
 
 # --- Arrays of every library ----------------------------------------------------------------------

@@ -174,6 +174,13 @@ def test_every_requirement_has_a_lower_bound(extra: str) -> None:
     assert pinned in ([], ["transformers==5.24.0"])
 
 
+def test_kernels_are_compiled_for_the_oldest_numpy() -> None:
+    """They load with it then, whichever NumPy they were built with."""
+    (numpy,) = (line for line in requirements("build-system") if parts(line)["name"] == "numpy")
+    named = f"NPY_{parts(numpy)['version'].replace('.', '_')}_API_VERSION"
+    assert f'("NPY_TARGET_VERSION", "{named}")' in (ROOT / "setup.py").read_text(encoding="utf-8")
+
+
 def test_a_library_has_one_bound() -> None:
     bounds: dict[str, set[str]] = {}
     for line in requirements("build-system", *EXTRAS):

@@ -1,6 +1,7 @@
 """Run the attacks on fastnorm, and print one table: attack, inputs tried, faults found.
 
-    python -m tests.trust             all of them
+    python -m tests.trust             all of them, below a quarter of an hour on two cores
+    python -m tests.trust --long      the same with forty times as many random calls: hours
     python -m tests.trust fuzz files  those whose names have one of these words
 
 An attack is one line of `ATTACKS`: what it is called, what runs it, and how its inputs are counted.
@@ -8,6 +9,7 @@ An attack is one line of `ATTACKS`: what it is called, what runs it, and how its
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -50,6 +52,8 @@ class Attack:
     command: tuple[str, ...]
     """What Python is called with."""
     count: Callable[[str], Counts] = tests_counted
+    examples: int = 0
+    """How many random calls it is told to make, where it makes any."""
 
 
 def tests(*choice: str) -> tuple[str, ...]:
@@ -59,13 +63,15 @@ def tests(*choice: str) -> tuple[str, ...]:
 ATTACKS: tuple[Attack, ...] = (
     Attack(
         "fuzz: random calls on fenced memory",
-        ("-m", "tests.fuzz", "--examples", "3000"),
+        ("-m", "tests.fuzz"),
         examples_counted,
+        500,  # for each backend and instruction set
     ),
     Attack(
         "fuzz: on kernels with sanitizers and every bound checked",
-        ("-m", "tests.sanitize", "--short", "--examples", "1000"),
+        ("-m", "tests.sanitize", "--short"),
         both_counted,
+        500,
     ),
     Attack(
         "bounds: numbers out of range, odd strides, wrong descriptions",
@@ -90,6 +96,7 @@ ATTACKS: tuple[Attack, ...] = (
         ),
     ),
     Attack("hostile files and command lines", tests("tests/test_files.py", "tests/test_cli.py")),
+    Attack("what is installed, and by what", tests("tests/test_supply.py")),
     Attack("states of modules", tests("tests/test_modules_like_pytorch.py")),
     Attack(
         "peers' own cases: ONNX, PyTorch, SciPy, scikit-learn",
@@ -98,7 +105,12 @@ ATTACKS: tuple[Attack, ...] = (
 )
 
 
-def main(words: list[str]) -> int:
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.trust", description=__doc__)
+    parser.add_argument("words", nargs="*", metavar="WORD", help="of the names of attacks")
+    parser.add_argument("--long", action="store_true", help="20,000 random calls for each kind")
+    given = parser.parse_args()
+    words = given.words
     chosen = [a for a in ATTACKS if not words or any(word in a.name for word in words)]
     width = max((len(a.name) for a in chosen), default=6)
     print(f"{'attack':{width}}  {'inputs':>8}  {'faults':>6}  {'s':>5}", flush=True)
@@ -106,6 +118,8 @@ def main(words: list[str]) -> int:
     for attack in chosen:
         began = time.monotonic()
         command = [sys.executable, *attack.command]
+        if attack.examples:
+            command += ["--examples", str(attack.examples * (40 if given.long else 1))]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         tried, faults = attack.count(done.stdout)
         # one that ended badly without a count, or tried nothing, is no good news
@@ -120,4 +134,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

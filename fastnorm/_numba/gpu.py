@@ -139,7 +139,8 @@ def on_device(x: Any) -> OnDevice:
     """Show an array of any library as an `OnDevice`."""
     memory = library_of(x).memory(x)
     dtype = memory.dtype
-    if dtype.kind not in "biufc" and dtype.name != "bfloat16":
+    numpys = dtype.kind in "biufc" and dtype.type.__module__ == "numpy"
+    if not numpys and dtype.name != "bfloat16":
         raise TypeError(
             f"an array on the GPU has dtype {dtype}, expected float16, bfloat16, float32, float64, "
             "or integers or booleans; convert it in its library first"
@@ -533,8 +534,10 @@ def _gradient_sums(
         operands["mean"] = p.mean
     if weighted and p.weight is not None:
         operands["weight"] = p.weight
-    stays = ("rstd", "mean") if same else ()
-    layout, operands, finish = _described(operands, reduced, stays, ("stats", "seconds"))
+    # all of them, or none: the kernels walk rstd and mean by the strides of the sums
+    statistics = ("stats", "seconds", "rstd", "mean")
+    stays, written = (statistics, ()) if same else ((), statistics[:2])
+    layout, operands, finish = _described(operands, reduced, stays, written)
     x: Any = operands["x"]
     plan, aligned, groups, parts, per, blocks, team = _geometry(operands, layout)
     a, b, *_, columns = layout.dims

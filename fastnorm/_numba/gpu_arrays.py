@@ -77,7 +77,13 @@ def _memory_of(interface: dict[str, Any], named: Any = None) -> Memory:
     if not all(_is_whole(n) and n >= 0 for n in shape):
         raise refused(f"shape {shape!r}")
     # the simulator's arrays have a dtype whose letters say nothing of it
-    letters = np.dtype(interface["typestr"])
+    try:
+        letters = np.dtype(interface["typestr"])
+    except TypeError:
+        raise TypeError(
+            f"an array on the GPU has dtype {interface['typestr']!r}, expected float16, bfloat16, "
+            "float32 or float64; write x.astype('float32') in its library first"
+        ) from None
     dtype = np.dtype(named or letters)
     if letters.itemsize != dtype.itemsize or letters.isnative != dtype.isnative:
         raise refused(f"typestr {interface['typestr']!r} for dtype {dtype}")

@@ -850,7 +850,7 @@ def runs(kind: str, other: str, team: int, mode: int, activation: Any, first: bo
             m2 = second + left
             if centred:
                 mean, rest, m2, again = moments_of_sums(count, one, m2, pivot)
-                if double or again:
+                if (double or again) and abs(mean) < math.inf:  # beside an infinity it is that
                     pivot = mean
                     one, second, left, number = sums_about(
                         x, xp, mask, mp, ms, s, cols, low, high, lane, aligned, pivot, unit
@@ -1083,7 +1083,7 @@ def column_moments(kind: str) -> Any:
             mine = tid < across and column + tid < columns
             if cuda.syncthreads_or(1 if (mine and again) or double else 0):
                 # a column's result must not depend on its neighbours: each for itself
-                repeated = again or double
+                repeated = (again or double) and abs(mean) < math.inf
                 pivot = mean if repeated else pivot
                 spread(pivot, shared, tid, first, pivots)
                 sums_about(

@@ -271,3 +271,26 @@ def test_every_operand_is_walked_by_its_own_strides(
     finally:
         if _core.kernels is not None:
             _core.kernels.set_stream_above(_core.last_cache())
+
+
+def test_an_activation_that_changes_x_when_it_is_looked_up() -> None:
+    """What is kept of known calls is asked only with what Numba has compiled."""
+    numba = pytest.importorskip("numba")
+    square = numba.njit(lambda v: v * v)
+    x = np.ones((512, 1024), np.float32)
+    for _ in range(2):
+        fn.layer_norm(x, 1024, activation=square)
+
+    class Hostile:
+        def __call__(self, v: float) -> float:
+            return v
+
+        def __hash__(self) -> int:
+            x.resize((1, 1), refcheck=False)
+            return hash(square)
+
+        def __eq__(self, other: object) -> bool:
+            return True
+
+    with pytest.raises((ValueError, TypeError), match="activation"):
+        fn.layer_norm(x, 1024, activation=Hostile())  # type: ignore[arg-type]

@@ -373,12 +373,10 @@ cdef bint push_options(Key* k, object x, object weight, object bias, object resi
         return False
     if activation is not None:
         if type(activation) is not str:
-            if not callable(activation):
+            # another type's hash could change arrays that are in the key
+            if type(activation) is not user_type:
                 return False
-            try:
-                code = user_loops.get((activation, computing_kind(x)))
-            except TypeError:
-                return False    # without a hash
+            code = user_loops.get((activation, computing_kind(x)))
             push(k, -9)
             # it may raise half way: what `out` holds is then as it was
             return out is None and code is not None and push_number(k, code)
@@ -400,13 +398,14 @@ cdef bint push_out(Key* k, object x, object weight, object bias, object residual
 
 cdef dict activation_codes = {"relu": RELU, "silu": SILU, "gelu": GELU, "gelu_tanh": GELU_TANH}
 cdef dict user_loops = {}       # addresses, by function and type that is computed in
+cdef object user_type = None    # of all these functions: Numba's
 
 cdef object raise_again = None  # of a function and type: what it raised
 
 def know(function, bint double_, Py_ssize_t address, again):
     """Tell the quick door the compiled loop of a user's activation, and who raises what it raised."""
-    global raise_again
-    raise_again = again
+    global raise_again, user_type
+    raise_again, user_type = again, type(function)
     user_loops[function, cnp.NPY_FLOAT64 if double_ else cnp.NPY_FLOAT32] = address
 
 def quick_forward(Py_ssize_t kind, first, second, x, weight, bias, eps, return_stats,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import fastnorm as fn
 
-from .helpers import BF16, F32, assert_same_bits, data
+from .helpers import BACKENDS, BF16, F32, assert_same_bits, data, layouts
 
 SHAPE = (3, 4, 5)
 
@@ -63,6 +63,98 @@ def test_a_mask_that_hides_nothing_and_one_beside_a_where() -> None:
         assert_same_bits(fn.layer_norm(np.ma.array(x, mask=mask), 6), fn.layer_norm(x, 6))
     chosen = np.ma.array(x > -9, mask=x < 0)  # of x > -9 it is not known where x is hidden
     assert_same_bits(fn.layer_norm(x, 6, where=chosen), fn.layer_norm(x, 6, where=x >= 0))
+
+
+# Functions of statistics, and what comes back of each beside arrays: (of x and where, gradients).
+PATHS: dict[str, Callable[..., Any]] = {
+    **WITH_WHERE,
+    "channels last": lambda x, **o: fn.group_norm(x, 1, channel_axis=-1, **o),
+    "layer_norm of two axes": lambda x, **o: fn.layer_norm(x, axis=(2, 1), **o),
+    "with what follows": lambda x, **o: fn.layer_norm(
+        x, 5, np.arange(5.0), np.ones(5), residual=np.ones(SHAPE, F32), activation="relu", **o
+    ),
+    "moments": lambda x, **o: fn.moments(x, (0, 2), ddof=1, **o),
+    "standardize": lambda x, **o: fn.standardize(x, 1, **o),
+    "standardize with ddof": lambda x, **o: fn.standardize(x, ddof=1, **o),
+    "Moments": lambda x, **o: fn.Moments((0, 2)).update(x, **o).var(),
+    "Moments.from_array": lambda x, **o: fn.Moments.from_array(x, -1, **o).mean,
+    "LayerNorm": lambda x, **o: fn.nn.LayerNorm(5)(x),
+    "BatchNorm": lambda x, **o: fn.nn.BatchNorm(4)(x),
+    "InstanceNorm1d": lambda x, **o: fn.nn.InstanceNorm1d(4)(x),
+    "gradients": lambda x, **o: fn.layer_norm_backward(
+        np.ones(SHAPE, F32), x, *fn.layer_norm(x, 5, return_stats=True, **o)[1:], 5, **o
+    ),
+}
+OF_MODULES: dict[str, Callable[..., Any]] = {
+    "LayerNorm": lambda x, **o: fn.layer_norm(x, 5, **o),
+    "BatchNorm": WITH_WHERE["batch_norm"],
+    "InstanceNorm1d": WITH_WHERE["instance_norm"],
+}
+
+
+def hide(x: Any, hidden: Any, how: str) -> tuple[Any, dict[str, Any]]:
+    """An x of which this is hidden, by its own mask, by `where`, or a part by each."""
+    own, other = {
+        "mask": (hidden, None),
+        "where": (None, hidden),
+        "both": (hidden & (x > 0), hidden & (x <= 0)),
+        "overlapping": (hidden, hidden & (x > 0)),
+    }[how]
+    where = {} if other is None else {"where": ~other}
+    return (x if own is None else np.ma.array(x, mask=own)), where
+
+
+# On Numba each path is compiled, for minutes; tests/fuzz draws masks there.
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "numba"])
+@settings(max_examples=80)
+@given(st.data())
+def test_masks_on_any_path(backend: str, draw: st.DataObject) -> None:
+    """Whatever hides elements, wherever they lie: statistics do not see what is under a mask."""
+    name = draw.draw(st.sampled_from(list(PATHS)))
+    ways = ["mask"] if name in OF_MODULES else ["mask", "where", "both", "overlapping"]
+    how = draw.draw(st.sampled_from(ways))
+    x = masked(np.random.default_rng(draw.draw(st.integers(0, 9))))
+    hidden, plain = x.mask, x.data
+    lie, lies = draw.draw(st.sampled_from(list(layouts(plain))))
+    if lies.dtype.isnative is False and name == "with what follows":
+        return  # a residual of another byte order than x
+    given_x, where = hide(lies, hidden, how)
+    function = OF_MODULES.get(name, PATHS[name])
+    with fn.backend(backend):
+        found, right = PATHS[name](given_x, **where), function(plain, where=~hidden)
+    other = plain.copy()
+    other[hidden] = 77  # statistics alone do not see it
+    seen = name.lower() in ("moments", "moments.from_array")
+    given_x, where = hide(other, hidden, how)
+    again = PATHS[name](given_x, **where) if seen else right
+    found, right, again = (v if isinstance(v, tuple) else (v,) for v in (found, right, again))
+    for a, b, c in zip(found, right, again, strict=True):
+        assert not np.ma.isMaskedArray(a)
+        # a hundred roundings to float32, of the largest number: what was hidden is normalised too
+        scale = 1.0 + abs(np.nan_to_num(np.asarray(b, np.float64))).max()
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * scale, err_msg=f"{name} {lie} {how}")
+        np.testing.assert_allclose(c, b, rtol=1e-13, atol=1e-13)
+
+
+@settings(max_examples=40)
+@given(st.data())
+def test_masks_under_dask(draw: st.DataObject) -> None:
+    da = pytest.importorskip("dask.array")
+    name = draw.draw(st.sampled_from([n for n in PATHS if n not in (*OF_MODULES, "gradients")]))
+    how = draw.draw(st.sampled_from(["mask", "where", "both", "overlapping"]))
+    x = masked(np.random.default_rng(draw.draw(st.integers(0, 9))))
+    given_x, where = hide(x.data, x.mask, how)
+    chunks = tuple(draw.draw(st.integers(1, n)) for n in SHAPE)
+    lazy = da.from_array(given_x, chunks=chunks)
+    if where and draw.draw(st.booleans()):
+        where = {"where": da.from_array(where["where"], chunks=2)}
+    found, right = PATHS[name](lazy, **where), PATHS[name](x.data, where=~x.mask)
+    found, right = (v if isinstance(v, tuple) else (v,) for v in (found, right))
+    for a, b in zip(found, right, strict=True):
+        computed = a.compute() if hasattr(a, "compute") else a
+        assert not np.ma.isMaskedArray(computed)
+        scale = 1.0 + abs(np.asarray(b, np.float64)).max()
+        np.testing.assert_allclose(computed, b, rtol=0, atol=1e-5 * scale)
 
 
 def test_masks_in_a_list() -> None:

@@ -274,8 +274,8 @@ def add_model(results: dict[str, Any], about: dict[str, Any]) -> None:
     for i, r in enumerate(rows):
         r["count"] = counts[i // each]
     totals = []
-    for first in rows[:each]:
-        alike = [r for r in rows if r["threads"] == first["threads"]]
+    for i, first in enumerate(rows[:each]):
+        alike = rows[i::each]
         seconds = {
             name: sum(r["count"] * r["seconds"][name] for r in alike)
             for name in first["seconds"]
@@ -379,14 +379,14 @@ def _compared(
         contenders = {"fastnorm": own.contender()}
         expected = [_wide(array) for array in own.answer(own.call())]
         absent: dict[str, str] = {}
-        wrong: list[str] = []
+        different: list[str] = []
         difference: dict[str, float] = {}
         for name in names:
             try:
                 peer = peers.checked(name, case, arrays, expected)
             except peers.Absent as reason:
                 absent[name] = str(reason)
-                wrong += [name] if isinstance(reason, peers.Wrong) else []
+                different += [name] if isinstance(reason, peers.Wrong) else []
             else:
                 contenders[name] = peer.contender()
                 difference[name] = peer.difference
@@ -403,7 +403,7 @@ def _compared(
             threads=threads,
             difference=difference,
             absent=absent,
-            wrong=wrong,
+            different=different,
             notes=_notes(contenders, threads),
         )
 
@@ -477,7 +477,7 @@ def _table(each: Row) -> str:
     told = [f"{each['case']}, {_of_threads(each['threads'])}{count}"]
     told += [line.rstrip() for line in aligned]
     for name, reason in each["absent"].items():
-        told.append(f"  {name}: {'WRONG RESULT, ' if name in each['wrong'] else ''}{reason}")
+        told.append(f"  {name}: {'DIFFERENT, ' if name in each['different'] else ''}{reason}")
     told += [f"  {note}" for note in each["notes"]]
     return "\n".join(told)
 

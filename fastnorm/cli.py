@@ -20,9 +20,10 @@ from fastnorm import bench
 from fastnorm._bench.cases import Case
 from fastnorm._bench.timing import BLOCK, ROUNDS
 from fastnorm._files.images import MODES
-from fastnorm._files.names import CannotUse, in_json, say, shown
+from fastnorm._files.names import CannotUse, in_json, reason_of, say, shown
 from fastnorm._files.parts import MAX_PIXELS
 from fastnorm.arguments import ACTIVATIONS, did_you_mean
+from fastnorm.runtime import MOST_THREADS
 from fastnorm.terminal import Progress, Rate, lacks, say_json, warn
 
 # More processes than any machine has use for.
@@ -319,7 +320,12 @@ def _one_of(*choices: str) -> Callable[[str], str]:
 
 
 def _list_of_threads(text: str) -> list[int]:
-    return list(dict.fromkeys(_workers(number.strip()) for number in text.split(",")))
+    counts = dict.fromkeys(_positive(number.strip()) for number in text.split(","))
+    if max(counts) > MOST_THREADS:
+        raise argparse.ArgumentTypeError(
+            f"{str(max(counts))!r} is more than the {MOST_THREADS} threads that kernels start here"
+        )
+    return list(counts)
 
 
 def _peers(text: str) -> list[str]:
@@ -409,8 +415,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         return 2
     from fastnorm import demo
 
-    if fn.get_backend() == "numpy":
-        warn("no compiled kernels in use: these are NumPy's times; see 'fastnorm info'")
+    _warn_of_slow_times()
     with Progress(demo.STEPS) as progress:
         result, picture = demo.run(arguments.size, arguments.threads, progress)
     try:
@@ -424,6 +429,11 @@ def _demo(arguments: argparse.Namespace) -> int:
     else:
         say(f"{result.to_text()}\n\nThe picture is in {shown(picture_at)}", sys.stdout)
     return 0
+
+
+def _warn_of_slow_times() -> None:
+    if fn.get_backend() == "numpy":
+        warn("no compiled kernels in use: these are NumPy's times; see 'fastnorm info'")
 
 
 def _bench(arguments: argparse.Namespace) -> int:
@@ -443,28 +453,33 @@ def _bench(arguments: argparse.Namespace) -> int:
     if arguments.plot and lacks("demo", "matplotlib"):
         return 2
     threads = arguments.threads or [fn.get_num_threads()]
-    if fn.get_backend() == "numpy":
-        warn("no compiled kernels in use: these are NumPy's times; see 'fastnorm info'")
-    with Progress(bench.steps(cases, threads, arguments.rounds)) as progress:
-        results = bench.run(
-            cases,
-            threads=threads,
-            names=bench.USUAL if names is None else names,
-            load=arguments.load,
-            seconds=arguments.seconds,
-            rounds=arguments.rounds,
-            report=progress,
-        )
+    _warn_of_slow_times()
+    try:
+        with Progress(bench.steps(cases, threads, arguments.rounds)) as progress:
+            results = bench.run(
+                cases,
+                threads=threads,
+                names=bench.USUAL if names is None else names,
+                load=arguments.load,
+                seconds=arguments.seconds,
+                rounds=arguments.rounds,
+                report=progress,
+            )
+    except (OSError, MemoryError) as error:  # processes cannot be started, for example
+        warn(f"this cannot be timed: {reason_of(error)}")
+        return 1
     if model is not None:
         bench.add_model(results, model)
     busy = results["machine"]["busy"]
     if busy is not None and busy > BUSY:
         warn(f"others used {busy:.0f} % of the processors: these times may be far off")
-    wrong = [
-        f"{each['case']}: {each['absent'][n]}" for each in results["rows"] for n in each["wrong"]
+    different = [
+        f"{each['case']}: {each['absent'][n]}"
+        for each in results["rows"]
+        for n in each["different"]
     ]
-    for told in wrong:
-        warn(f"WRONG RESULT, not timed: {told}")
+    for told in different:
+        warn(f"DIFFERENT RESULT, not timed: {told}")
     if arguments.plot:
         try:
             bench.draw(results, arguments.plot)
@@ -475,7 +490,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         say_json(results)
     else:
         say(bench.to_text(results), sys.stdout)
-    return 1 if wrong else 0
+    return 1 if different else 0
 
 
 def _for_all(arguments: argparse.Namespace) -> dict[str, Any]:

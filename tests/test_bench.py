@@ -95,7 +95,6 @@ def calls() -> Iterator[str]:
         call = f"{name} {'4x8x5x6' if op.min_ndim > 1 else '6x8'}{own.get(op.label, '')}"
         yield call
         yield f"{call} --dtype float64"
-        yield f"{call} --dtype float16"
         if "channel_axis" in op.features or "axis" in op.label:
             yield f"{call} --layout channels-last"
         if op.backward:
@@ -103,8 +102,9 @@ def calls() -> Iterator[str]:
             yield f"{call} --dtype bfloat16 --backward"
         if "activation" in op.features:
             yield f"{call} --activation silu"
+            yield f"{call} --activation silu --residual"
             yield f"{call} --activation gelu --residual"
-            yield f"{call} --activation gelu_tanh --dtype bfloat16"
+            yield f"{call} --activation gelu_tanh --dtype float16"
             yield f"{call} --activation relu --residual"
             yield f"{call} --residual"
         if "out" in op.features:

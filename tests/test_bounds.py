@@ -14,7 +14,7 @@ import fastnorm as fn
 from fastnorm import _core
 from fastnorm.layout import describe, steps_of
 
-from .helpers import assert_fence, guarded, guarded_copy
+from .helpers import BACKENDS, assert_fence, guarded, guarded_copy
 
 # What leaves a float's range, or its precision, and takes a way of its own through the kernels.
 BAD = (np.nan, np.inf, -np.inf, -3e38, 1e31, 1e-39)
@@ -294,3 +294,31 @@ def test_an_activation_that_changes_x_when_it_is_looked_up() -> None:
 
     with pytest.raises((ValueError, TypeError), match="activation"):
         fn.layer_norm(x, 1024, activation=Hostile())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("shared", ["weight", "x", "residual"])
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "numpy"])
+def test_out_over_an_operand_beside_numbers_out_of_range(
+    name: str, shared: str, layout: str
+) -> None:
+    """What a group's type cannot hold is stepped again: from what was there before."""
+    rng = np.random.default_rng(0)
+    shape = (3, 40)
+    operands = {n: rng.normal(1.0, 0.3, shape) for n in ("x", "weight", "residual")}
+    operands["x"][:, 7] = np.finfo(np.float64).max / 4
+    operands["x"][1] *= 1e-300
+    axis = 1 if layout == "rows" else 0
+    with fn.backend(name):
+        right = fn.rms_norm(
+            operands["x"], axis=axis, weight=operands["weight"], residual=operands["residual"]
+        )
+        copies = {n: array.copy() for n, array in operands.items()}
+        found = fn.rms_norm(
+            copies["x"],
+            axis=axis,
+            weight=copies["weight"],
+            residual=copies["residual"],
+            out=copies[shared],
+        )
+    np.testing.assert_array_equal(found, right)

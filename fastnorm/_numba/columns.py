@@ -444,7 +444,9 @@ def columns_step(q, a, b, c, width, piece, scale, along, any_wide, tile, spare, 
         if folded and (q.stream == 0 or (y | (width * size_of(kind))) % 64 == 0):
             row_folded(q, x, y, residual, along, width, q.stream != 0, kind)
             continue
-        target = y if q.direct else tile
+        # what is wide is read once more, and may lie where y does
+        direct = q.direct and not any_wide
+        target = y if direct else tile
         step_row(x, target, width, along, width, w, v, wv, bv, kind, tiled)
         if any_wide:
             w = 0 if q.activation_first else weight
@@ -473,5 +475,5 @@ def columns_step(q, a, b, c, width, piece, scale, along, any_wide, tile, spare, 
             activate(q, target, width)
         if q.activation_first:
             affine(target, weight, bias, wv, bv, width, kind)
-        if not q.direct:
+        if not direct:
             deliver(tile, spare, y, width, q.stream != 0, kind)

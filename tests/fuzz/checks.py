@@ -666,7 +666,9 @@ def _check_numbers(call: Call, results: Results, bad: Array) -> None:
     op, x, case = call.op, call.plain["x"], call.case
     if x.dtype.kind in "iub":
         x = x.astype(np.float64)  # what is computed with, of which a large one is no whole number
-    wide = np.longdouble if call.computing == F64 and x.size <= MANY else np.float64
+    extreme = case["bad"] or case["values"] in ("huge", "tiny", "subnormal", "range")
+    longer = call.computing == F64 and (x.size <= MANY or extreme)
+    wide = np.longdouble if longer else np.float64
     ordinary = case["values"] in ("normal", "offset") and not case["bad"]
     if op.name == "global_response_norm" and not ordinary:
         return

@@ -250,6 +250,8 @@ def batch_norm_backward(
     ------
     ValueError
         For shapes that do not fit.
+    AxisError
+        If `x` has no such axis: ``np.exceptions.AxisError``, which is a ValueError, too.
     TypeError
         For dtypes other than real numbers.
 
@@ -321,6 +323,8 @@ def instance_norm_backward(
     ------
     ValueError
         For shapes that do not fit.
+    AxisError
+        If `x` has no such axis: ``np.exceptions.AxisError``, which is a ValueError, too.
     TypeError
         For dtypes other than real numbers.
 
@@ -388,6 +392,8 @@ def group_norm_backward(
     ------
     ValueError
         If `num_groups` does not divide the channels, or shapes do not fit.
+    AxisError
+        If `x` has no such axis: ``np.exceptions.AxisError``, which is a ValueError, too.
     TypeError
         For dtypes other than real numbers.
 
@@ -503,6 +509,8 @@ def layer_norm_backward(
     ------
     ValueError
         For both or neither of `normalized_shape` and `axis`, or shapes that do not fit.
+    AxisError
+        If `x` has no such axis: ``np.exceptions.AxisError``, which is a ValueError, too.
     TypeError
         For dtypes other than real numbers.
 
@@ -574,6 +582,8 @@ def rms_norm_backward(
     ------
     ValueError
         For both or neither of `normalized_shape` and `axis`, or shapes that do not fit.
+    AxisError
+        If `x` has no such axis: ``np.exceptions.AxisError``, which is a ValueError, too.
     TypeError
         For dtypes other than real numbers.
 

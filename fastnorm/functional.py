@@ -120,7 +120,8 @@ def batch_norm(
         (C,), any float dtype. In training they may be None and are otherwise updated in place,
         ``running = (1 - momentum) * running + momentum * batch``, with the unbiased variance.
     weight, bias
-        (C,), or (N, C) or any shape that broadcasts against `x` for parameters of each sample.
+        (C,), a number or (1,); or (N, C) or any shape that broadcasts against `x` for parameters of
+        each sample.
     training
         Whether statistics come from the batch.
     momentum
@@ -143,6 +144,8 @@ def batch_norm(
     ValueError
         For shapes that do not fit; in inference without running statistics; in training with one
         value per channel. Nothing has been written then.
+    AxisError
+        If `x` has no such axis: ``np.exceptions.AxisError``, which is a ValueError, too.
     TypeError
         For dtypes other than real numbers.
 
@@ -292,8 +295,8 @@ def instance_norm(
         (C,), any float dtype. With `use_input_stats` they may be None and are otherwise updated
         in place with the average over the samples of their means and unbiased variances.
     weight, bias
-        (C,), or (N, C) (conditional instance norm, AdaIN) or any shape that broadcasts against
-        `x` (SPADE) for parameters of each sample.
+        (C,), a number or (1,); or (N, C) (conditional instance norm, AdaIN) or any shape that
+        broadcasts against `x` (SPADE) for parameters of each sample.
     use_input_stats
         Whether statistics come from `x`; otherwise they are the running statistics.
     momentum
@@ -316,6 +319,8 @@ def instance_norm(
     ValueError
         For shapes that do not fit; without `use_input_stats` and without running statistics; with
         `use_input_stats` and one position per channel.
+    AxisError
+        If `x` has no such axis: ``np.exceptions.AxisError``, which is a ValueError, too.
     TypeError
         For dtypes other than real numbers.
 
@@ -474,8 +479,8 @@ def group_norm(
     num_groups
         How many groups the C channels form; a divisor of C.
     weight, bias
-        (C,), or (N, C) (FiLM) or any shape that broadcasts against `x` for parameters of each
-        sample.
+        (C,), a number or (1,); or (N, C) (FiLM) or any shape that broadcasts against `x` for
+        parameters of each sample.
     eps
         Added to the variance, in the units of x squared.
     channel_axis
@@ -494,6 +499,8 @@ def group_norm(
     ValueError
         If `num_groups` does not divide the channels, or shapes do not fit; of one sample with one
         value per group, as in PyTorch.
+    AxisError
+        If `x` has no such axis: ``np.exceptions.AxisError``, which is a ValueError, too.
     TypeError
         For dtypes other than real numbers.
 
@@ -612,8 +619,9 @@ def layer_norm(
         The trailing shape to normalise over: an int or a sequence of ints. Give either this or
         `axis`.
     weight, bias
-        The shape `normalized_shape`, or that of the axes in `axis`; or any shape that broadcasts
-        against `x`, such as (N, 1, D) (AdaLN), for parameters of each sample.
+        The shape `normalized_shape`, or that of the axes in `axis`, or what broadcasts to it, such
+        as a number; or any shape that broadcasts against `x`, such as (N, 1, D) (AdaLN), for
+        parameters of each sample.
     eps
         Added to the variance, in the units of x squared.
     axis
@@ -631,6 +639,8 @@ def layer_norm(
     ------
     ValueError
         For both or neither of `normalized_shape` and `axis`, or shapes that do not fit.
+    AxisError
+        If `x` has no such axis: ``np.exceptions.AxisError``, which is a ValueError, too.
     TypeError
         For dtypes other than real numbers.
 
@@ -731,8 +741,8 @@ def rms_norm(
         The trailing shape to normalise over: an int or a sequence of ints. Give either this or
         `axis`.
     weight
-        The shape `normalized_shape`, or that of the axes in `axis`; or any shape that broadcasts
-        against `x` for parameters of each sample.
+        The shape `normalized_shape`, or that of the axes in `axis`, or what broadcasts to it, such
+        as a number; or any shape that broadcasts against `x` for parameters of each sample.
     eps
         Added to the mean square, in the units of x squared; None is the machine epsilon of the
         type that is computed in (float32 for half precision), as in PyTorch since 2.13.
@@ -754,6 +764,8 @@ def rms_norm(
     ------
     ValueError
         For both or neither of `normalized_shape` and `axis`, or shapes that do not fit.
+    AxisError
+        If `x` has no such axis: ``np.exceptions.AxisError``, which is a ValueError, too.
     TypeError
         For dtypes other than real numbers.
 

@@ -319,7 +319,9 @@ def moments(
     Raises
     ------
     ValueError
-        For axes that `x` does not have, or a `where` that does not fit.
+        For a `where` that does not fit.
+    AxisError
+        If `x` has no such axis: ``np.exceptions.AxisError``, which is a ValueError, too.
     TypeError
         For dtypes other than real numbers.
 
@@ -390,7 +392,9 @@ def standardize(
     Raises
     ------
     ValueError
-        For axes that `x` does not have, or a `where` or `out` that does not fit.
+        For a `where` or `out` that does not fit.
+    AxisError
+        If `x` has no such axis: ``np.exceptions.AxisError``, which is a ValueError, too.
     TypeError
         For dtypes other than real numbers.
 

@@ -84,7 +84,9 @@ def l2_normalize(
     Raises
     ------
     ValueError
-        For an axis that `x` does not have, or an `out` that does not fit.
+        For an `out` that does not fit.
+    AxisError
+        If `x` has no such axis: ``np.exceptions.AxisError``, which is a ValueError, too.
     TypeError
         For dtypes other than real numbers.
 
@@ -152,6 +154,8 @@ def local_response_norm(
     ------
     ValueError
         For shapes or a `size` that do not fit.
+    AxisError
+        If `x` has no such axis: ``np.exceptions.AxisError``, which is a ValueError, too.
     TypeError
         For dtypes other than real numbers.
 
@@ -253,6 +257,8 @@ def weight_norm(v: ArrayLike, g: ArrayLike, *, axis: Axes | None = 0) -> Array:
     ------
     ValueError
         For shapes that do not fit.
+    AxisError
+        If `x` has no such axis: ``np.exceptions.AxisError``, which is a ValueError, too.
     TypeError
         For dtypes other than real numbers.
 
@@ -351,7 +357,7 @@ def global_response_norm(
         (N, C, ...), or with the channels on `channel_axis`; at least 2 dimensions. The norms are
         over the positions.
     weight, bias
-        (C,), or (N, C) or any shape that broadcasts against `x`.
+        (C,), a number or (1,); or (N, C) or any shape that broadcasts against `x`.
     eps
         Added to the mean norm, in the units of x.
     channel_axis
@@ -366,6 +372,8 @@ def global_response_norm(
     ------
     ValueError
         For shapes that do not fit.
+    AxisError
+        If `x` has no such axis: ``np.exceptions.AxisError``, which is a ValueError, too.
     TypeError
         For dtypes other than real numbers.
 

@@ -199,6 +199,12 @@ def test_swapped_arguments(call: Any, argument: str) -> None:
         call()
 
 
+def test_docstrings_tell_of_axes() -> None:
+    for name in RIGHT:
+        told = "AxisError" in (getattr(fn, name).__doc__ or "")
+        assert told == bool(signature(name).keys() & {"axis", "channel_axis"}), name
+
+
 def test_an_axis_that_is_not_there() -> None:
     for call in (
         lambda: fn.moments(X, axis=4),

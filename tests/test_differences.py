@@ -160,6 +160,36 @@ def _(torch: Any) -> None:
     assert (fn.nn.softmax(x) == 0).all()
 
 
+@row("Fewer queries than keys")
+def _(torch: Any) -> None:
+    q, k = np.ones((1, 2)), np.ones((3, 2))
+    v = np.array([[1.0], [2.0], [6.0]])
+    given = (torch.from_numpy(a) for a in (q, k, v))
+    theirs = torch.nn.functional.scaled_dot_product_attention(*given, is_causal=True)
+    assert theirs.item() == 1
+    assert fn.nn.attention(q, k, v, causal=True)[0].item() == pytest.approx(3.0)
+
+
+@row("Masked arrays")
+def _(torch: Any) -> None:
+    x = np.ma.masked_equal([1.0, 3.0, 9.0], 9.0)
+    assert np.ma.isMaskedArray(x - x.mean())
+    np.testing.assert_array_equal(np.asarray(fn.layer_norm(x, 3, eps=0.0)), [-1.0, 1.0, 7.0])
+    assert type(fn.layer_norm(x, 3)) is np.ndarray
+
+
+@row("Missing values")
+def _(torch: Any) -> None:
+    x = np.array([1.0, np.nan, 3.0])
+    assert np.isnan(fn.moments(x)[0])
+    assert fn.moments(x, where=~np.isnan(x))[0] == 2
+    pandas = pytest.importorskip("pandas")
+    series = pandas.Series(x)
+    assert series.mean() == 2
+    assert np.isnan(fn.moments(series)[0])
+    assert fn.moments(series, where=series.notna())[0] == 2
+
+
 @row("Constant data")
 def _(torch: Any) -> None:
     stats = pytest.importorskip("scipy.stats")

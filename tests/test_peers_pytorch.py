@@ -158,6 +158,51 @@ def cross_entropy(
     return [np.asarray(loss)], lambda dy: (back * dy,)
 
 
+def softmax(x: Any, dim: int, dtype: Any = None) -> Any:
+    moved = np.moveaxis(np.atleast_1d(x), dim, -1)
+    y = fn.nn.softmax(moved)
+
+    def back(dy: Any) -> Any:
+        dx = fn.nn.softmax_backward(np.moveaxis(np.atleast_1d(dy), dim, -1), y)
+        return (np.moveaxis(dx, -1, dim).reshape(x.shape),)
+
+    return [np.moveaxis(y, -1, dim)], back
+
+
+def activation(name: str) -> Any:
+    def activate(x: Any, inplace: bool = False, *, approximate: str = "none") -> Any:
+        kind: Any = {"none": name, "tanh": "gelu_tanh"}.get(approximate, approximate)
+        y = fn.nn.activate(np.atleast_1d(x), kind)
+
+        def back(dy: Any) -> Any:
+            dx = fn.nn.activation_backward(np.atleast_1d(dy), np.atleast_1d(x), y, kind)
+            return (dx.reshape(x.shape),)
+
+        return [y], back
+
+    return activate
+
+
+def linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    return [fn.nn.linear(x, weight, bias)], None
+
+
+def attention(
+    query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0,
+    is_causal: bool = False, *, scale: Any = None, enable_gqa: bool = False,
+) -> Any:  # fmt: skip
+    mask = attn_mask
+    if mask is not None and mask.dtype == bool:
+        mask = np.where(mask, 0.0, -np.inf)
+    y, weights = fn.nn.attention(query, key, value, mask, causal=is_causal, scale=scale)
+
+    def back(dy: Any) -> Any:
+        return fn.nn.attention_backward(dy, query, key, value, weights, scale=scale)
+
+    alike = query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
+    return [y], back if alike else None  # there are no gradients of what is broadcast
+
+
 CALLS = {
     "nn.functional.batch_norm": batch_norm,
     "native_batch_norm": native_batch_norm,
@@ -170,6 +215,12 @@ CALLS = {
     "nn.functional.normalize": normalize,
     "nn.functional.local_response_norm": local_response_norm,
     "nn.functional.cross_entropy": cross_entropy,
+    "softmax": softmax,
+    "nn.functional.relu": activation("relu"),
+    "nn.functional.silu": activation("silu"),
+    "nn.functional.gelu": activation("gelu"),
+    "nn.functional.linear": linear,
+    "nn.functional.scaled_dot_product_attention": attention,
     "var_mean": var_mean,
 }
 
@@ -187,6 +238,10 @@ def different(name: str, given: dict[str, Any]) -> str | None:
 
 def not_ours(name: str, given: dict[str, Any]) -> bool:
     """Whether a sample uses an option that the function here does not have."""
+    if name == "nn.functional.scaled_dot_product_attention":
+        # "Fewer queries than keys"
+        shifted = given.get("is_causal") and given["query"].shape[-2] != given["key"].shape[-2]
+        return bool(given.get("dropout_p", 0.0) or given.get("enable_gqa") or shifted)
     if name != "nn.functional.cross_entropy":
         return False
     plain = given.get("reduction", "mean") == "mean" and given["target"].dtype.kind == "i"
@@ -225,7 +280,8 @@ def test_samples_of_functions(name: str, operators: dict[str, Any]) -> None:
         seed = torch.Generator().manual_seed(1)
         dy = torch.randn(theirs[0].shape, dtype=torch.float64, generator=seed)
         first = next(iter(signature.parameters))
-        wanted = [tensors.get(key) for key in (first, "weight", "bias")]
+        names = ("query", "key", "value") if first == "query" else (first, "weight", "bias")
+        wanted = [tensors.get(key) for key in names]
         there = [i for i, t in enumerate(wanted) if t is not None and t.requires_grad]
         gradients = torch.autograd.grad(theirs[0], [wanted[i] for i in there], dy)
         own = back(dy.numpy())

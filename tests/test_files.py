@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
 import pickle
@@ -27,7 +28,7 @@ from fastnorm._files import arrays, parts
 from fastnorm._files.names import CannotRead, CannotUse
 from fastnorm._files.parts import Options
 
-from .helpers import Array
+from .helpers import Array, run_python
 
 posix = pytest.mark.skipif(os.name != "posix", reason="files that only POSIX has")
 UNIT = 2.0**-53
@@ -844,6 +845,33 @@ def test_archives_are_streamed(tmp_path: Path) -> None:
         tracemalloc.stop()
         assert peak < 3.5 * parts.BLOCK
         assert np.mean(found.total.mean) == pytest.approx(mean.mean(), rel=1e-13)
+
+
+LIMITED = """
+import resource, sys
+from fastnorm.cli import main
+resource.setrlimit(resource.RLIMIT_DATA, (300_000_000, 300_000_000))
+sys.exit(main(["stats", sys.argv[1], "--workers", "1"]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit of what is allocated, not of maps")
+def test_a_small_archive_of_a_large_array(tmp_path: Path) -> None:
+    """Of 400 megabytes, in a process that may have 300."""
+    piece = np.zeros(1_000_000)
+    header = io.BytesIO()
+    said = {"descr": piece.dtype.str, "fortran_order": False, "shape": (50, piece.size)}
+    np.lib.format.write_array_header_1_0(header, said)
+    with (
+        zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open("x.npy", "w") as file,
+    ):
+        file.write(header.getvalue())
+        for _ in range(50):
+            file.write(piece.tobytes())
+    assert (tmp_path / "x.npz").stat().st_size < 2_000_000
+    run = run_python("-c", LIMITED, str(tmp_path / "x.npz"), OMP_NUM_THREADS="1")
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize("said", [(1, 5), (3, 5), (10**12, 10**9), (0, -1)])

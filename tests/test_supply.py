@@ -67,7 +67,8 @@ def asked_for(text: str) -> list[str]:
             if word["name"]:
                 found.append(word["name"])
             at = word.end()
-            if text[at : at + 1] != " ":
+            ends = word[0][-1:] in "\"'" and word[0][0] not in "\"'"  # a string with the command
+            if ends or text[at : at + 1] != " ":
                 break
             at += 1
     return found

@@ -7,6 +7,7 @@ in the other files.
 from __future__ import annotations
 
 import importlib
+import io
 import multiprocessing
 import os
 import threading
@@ -669,3 +670,29 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     run = run_python("-c", ONCE, NUMBA_CACHE_DIR=str(folder))
     assert run.returncode == 0, run.stderr
     assert abs(float(run.stdout)) < 1e-12
+
+
+# --- What is said while it compiles ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_who_waits_at_a_terminal_is_told_why_once(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first call takes some seconds; a program whose output goes elsewhere stays silent."""
+    from fastnorm._numba import memory
+
+    said = io.StringIO()
+    monkeypatch.setattr(said, "isatty", lambda: terminal)
+    monkeypatch.setattr(memory.sys, "stderr", said)
+    monkeypatch.setattr(memory, "_told", False)
+    monkeypatch.setattr(memory, "PATIENCE", 60.0)
+    with memory.compiling():
+        pass  # soon enough
+    assert said.getvalue() == ""
+    monkeypatch.setattr(memory, "PATIENCE", 0.001)
+    for _ in range(2):
+        with memory.compiling():
+            time.sleep(0.2)
+    line = "fastnorm: Numba compiles the kernels, for some seconds, once: they are kept on disk\n"
+    assert said.getvalue() == (line if terminal else "")

@@ -91,6 +91,7 @@ ATTACKS: tuple[Attack, ...] = (
         tests(
             "tests/test_errors.py",
             "tests/test_arguments.py",
+            "tests/test_wrong_values.py",
             "tests/test_array_kinds.py",
             "tests/test_hostile.py",
         ),

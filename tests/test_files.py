@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import bz2
+import gzip
 import io
 import json
+import lzma
 import os
 import pickle
 import socket
@@ -632,6 +635,59 @@ def test_zarr_is_opened_for_numbers_alone(
     assert not flag.exists()
 
 
+NUMCODECS: list[list[dict[str, Any]]] = [
+    [{"id": "zlib"}],
+    [{"id": "gzip"}],
+    [{"id": "bz2"}],
+    [{"id": "lzma"}],
+    [{"id": "lz4"}],
+    [{"id": "zstd"}],
+    *([{"id": "blosc", "cname": name}] for name in ("lz4", "zstd", "zlib", "blosclz")),
+    [{"id": "shuffle"}, {"id": "zlib"}],
+    [{"id": "crc32"}, {"id": "zlib"}],
+    [{"id": "delta", "dtype": "<i4"}, {"id": "bz2"}],
+    [{"id": "astype", "encode_dtype": "<i8", "decode_dtype": "<i4"}, {"id": "zstd"}],
+    [{"id": "fixedscaleoffset", "offset": 0, "scale": 1, "dtype": "<i4", "astype": "<i2"}],
+    [{"id": "zlib"}, {"id": "fletcher32"}],
+]
+
+
+@pytest.mark.parametrize("codecs", NUMCODECS, ids=lambda c: " ".join(x["id"] for x in c))
+@pytest.mark.parametrize("random", [False, True], ids=["alike", "random"])
+def test_codecs_of_zarr(tmp_path: Path, codecs: list[dict[str, Any]], random: bool) -> None:
+    """What can be packed, or not at all, by every codec that is read."""
+    numcodecs = pytest.importorskip("numcodecs")
+    pytest.importorskip("zarr")
+    rng = np.random.default_rng(0)
+    x = rng.integers(-9999, 9999 if random else -9998, (100, 300), "i4")
+    chunk = x
+    for codec in codecs:
+        chunk = numcodecs.get_codec(codec).encode(chunk)
+    said: dict[str, Any] = {"shape": [100, 300], "chunks": [100, 300], "dtype": "<i4"}
+    last = codecs[-1] if codecs[-1]["id"] not in ("fletcher32", "fixedscaleoffset") else None
+    filters = codecs[:-1] if last else codecs
+    zarr_2(tmp_path / "x.zarr", b"", filters=filters or None, compressor=last, **said)
+    (tmp_path / "x.zarr" / "a" / "0.0").write_bytes(bytes(chunk))
+    assert_moments(of(tmp_path / "x.zarr", "zarr"), x, None)
+
+
+@pytest.mark.parametrize("location", ["start", "end"])
+@pytest.mark.parametrize("block", [64, parts.BLOCK])
+def test_shards_of_zarr(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str, block: int
+) -> None:
+    """By single chunks and by whole shards."""
+    zarr = pytest.importorskip("zarr")
+    codec = zarr.codecs.ShardingCodec(chunk_shape=(5, 5), index_location=location)
+    x = random("f4", (20, 20), 0)
+    path = tmp_path / "x.zarr"
+    zarr.create_array(
+        path, shape=x.shape, chunks=(10, 20), dtype="f4", serializer=codec, compressors=None
+    )[...] = x
+    monkeypatch.setattr(arrays, "BLOCK", block)
+    assert_moments(of(path, "zarr"), x, None)
+
+
 def test_zarr_of_version_3_too(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     zarr = pytest.importorskip("zarr")
     x = random("f4", (20, 20), 0)
@@ -788,6 +844,104 @@ def pipe_in_a_store(path: Path) -> None:
     os.mkfifo(chunk)
 
 
+BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
+MEGABYTES = {
+    "shape": [1 << 20],
+    "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [1 << 20]}},
+}
+
+
+def sharded(chunk: int, *codecs: Any) -> dict[str, Any]:
+    told = {"chunk_shape": [chunk], "codecs": codecs, "index_codecs": [BYTES]}
+    return {"name": "sharding_indexed", "configuration": told}
+
+
+def coded(*codecs: Any) -> Callable[[Path], None]:
+    """Write a Zarr array that is said to be coded so."""
+
+    def written(path: Path) -> None:
+        chunk = zarr_3(path, codecs=codecs[0] if codecs[0] in (None, "bytes") else codecs)
+        chunk.parent.mkdir()
+        chunk.write_bytes(pickle.dumps(Bomb(path.parent / "unpickled")))
+
+    return written
+
+
+def bomb(codec: str, times: int = 192) -> bytes:
+    """Up to three megabytes that unpack to three gigabytes of zeros."""
+    if codec == "blosc":  # as its header says
+        packed = bytearray(pytest.importorskip("numcodecs").Blosc().encode(np.zeros(4, "f4")))
+        packed[4:8] = struct.pack("<I", 2**31 - 64)
+        return bytes(packed)
+    if codec == "lz4":
+        return struct.pack("<I", 2**31 - 64) + bytes(4)
+    if codec == "zstd":  # of a size that it does not say: blocks of one byte, repeated 128 K times
+        block = (1 << 1 | 1 << 17 << 3).to_bytes(3, "little") + b"\0"
+        return b"\x28\xb5\x2f\xfd\0\x70" + block * (3 << 13) + b"\1\0\0"
+    if codec == "zlib":  # only its checksum is wrong, which comes too late
+        pack = zlib.compressobj()
+        header = pack.compress(b"") + pack.flush(zlib.Z_FULL_FLUSH)
+        return header + (pack.compress(bytes(1 << 24)) + pack.flush(zlib.Z_FULL_FLUSH)) * times
+    pack_all: Any = {"bz2": bz2, "lzma": lzma, "gzip": gzip}[codec].compress
+    return bytes(pack_all(bytes(1 << 24)) * 192)  # files in these formats may follow one another
+
+
+def packed(codec: str) -> Callable[[Path], None]:
+    def written(path: Path) -> None:
+        name = f"numcodecs.{codec}" if codec in ("bz2", "lz4", "lzma", "zlib") else codec
+        told = {"cname": "lz4", "clevel": 5, "shuffle": "noshuffle", "blocksize": 0, "typesize": 4}
+        level = {"zstd": {"level": 0, "checksum": False}, "gzip": {"level": 5}, "blosc": told}
+        codec_of = {"name": name, "configuration": level.get(codec, {})}
+        chunk = zarr_3(path, codecs=[BYTES, codec_of], **MEGABYTES)
+        chunk.parent.mkdir()
+        chunk.write_bytes(bomb(codec))
+
+    return written
+
+
+def zarr_2(path: Path, chunk: bytes, **said: Any) -> None:
+    (path / "a").mkdir(parents=True)
+    (path / ".zgroup").write_text('{"zarr_format": 2}', encoding="utf-8")
+    (path / "a" / ".zarray").write_text(json.dumps(ZARR | said), encoding="utf-8")
+    (path / "a" / "0").write_bytes(chunk)
+
+
+def packed_twice(path: Path) -> None:
+    by_zlib = {"id": "zlib", "level": 1}
+    zarr_2(path, zlib.compress(bomb("zlib")), compressor=by_zlib, filters=[by_zlib])
+
+
+def long_texts(path: Path) -> None:
+    to_text = {"id": "astype", "encode_dtype": "|u1", "decode_dtype": "<U100000000"}
+    zarr_2(path, bytes(24), filters=[to_text])
+
+
+def growing(path: Path) -> None:
+    """Filters that make eight bytes of each, one after the other."""
+    twice = {"id": "astype", "encode_dtype": "|u1", "decode_dtype": "<f8"}
+    zarr_2(path, bytes(3000), filters=[twice] * 8)
+
+
+def bomb_in_a_shard(path: Path) -> None:
+    told = {"name": "numcodecs.zlib", "configuration": {"level": 1}}
+    chunk = zarr_3(path, codecs=[sharded(1 << 19, BYTES, told)], **MEGABYTES)
+    chunk.parent.mkdir()
+    data = bomb("zlib", 96)
+    chunk.write_bytes(data + struct.pack("<4Q", 0, len(data), 0, len(data)))
+
+
+def shard_of_many(path: Path) -> None:
+    grid = {"name": "regular", "configuration": {"chunk_shape": [1 << 30]}}
+    zarr_3(path, codecs=[sharded(1, BYTES)], chunk_grid=grid, shape=[1 << 30])
+
+
+def sparse_chunk(path: Path) -> None:
+    chunk = zarr_3(path)
+    chunk.parent.mkdir()
+    with chunk.open("wb") as file:
+        file.truncate(1 << 33)
+
+
 # Files of some kilobytes that would end the process, or take hours, or gigabytes: how they are
 # written, and the reason why they are not read.
 HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -800,6 +954,31 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "file.zarr": (link_to_a_file, "'0' in it is a link, which is not followed"),
     "metadata.zarr": (linked_metadata, "'zarr.json' in it is a link, which is not followed"),
     "pipe.zarr": (pipe_in_a_store, "'0' in it is no file"),
+    "nested.zarr": (
+        coded(sharded(2, sharded(1, {"name": "numcodecs.pickle"}))),
+        "shards in shards",
+    ),
+    "pickle.zarr": (
+        coded(sharded(2, {"name": "numcodecs.pickle"})),
+        "'pickle', which is not known",
+    ),
+    "index.zarr": (
+        coded(sharded(2) | {"configuration": {"chunk_shape": [2]}}),
+        "not that of an array",
+    ),
+    "word.zarr": (coded("bytes"), "'bytes' where codecs are expected"),
+    "none.zarr": (coded(None), "None where codecs are expected"),
+    "number.zarr": (coded(5), "5 where a codec is expected"),
+    **{
+        f"{codec}.zarr": (packed(codec), f"by {codec}, and unpacks to more than 4,259,840 bytes")
+        for codec in ("blosc", "bz2", "gzip", "lz4", "lzma", "zlib", "zstd")
+    },
+    "twice.zarr": (packed_twice, "it is packed by zlib, and by 'zlib' after that"),
+    "texts.zarr": (long_texts, "what 'astype' gives has dtype <U100000000"),
+    "growing.zarr": (growing, "its filters make 1 bytes of 24"),
+    "shard.zarr": (bomb_in_a_shard, "by zlib, and unpacks to more than 2,162,688 bytes"),
+    "shards.zarr": (shard_of_many, "its shards have 1,073,741,824 chunks"),
+    "sparse.zarr": (sparse_chunk, "'c/0' in it has 8,589,934,592 bytes"),
 }
 # As much address space as Python and the libraries need, and what one block may take.
 LIMITED = """

@@ -10,6 +10,7 @@ import binascii
 import json
 import math
 import os
+import reprlib
 import stat
 import struct
 import zipfile
@@ -36,14 +37,19 @@ from fastnorm._files.parts import (
     check_giant,
     check_numeric,
 )
+from fastnorm._files.unpacking import PACKINGS, check_unpacks
 
-# What a Zarr array may be coded with: nothing that makes objects.
-_CODECS = """
-    adler32 astype bitround blosc bytes bz2 crc32 crc32c delta fixedscaleoffset fletcher32 gzip
-    jenkins_lookup3 lz4 lzma packbits pcodec quantize sharding_indexed shuffle transpose zfpy zlib
-    zstd
+# What a Zarr array may be coded with, besides packings whose size can be seen before: nothing that
+# makes objects, or more than it says.
+_FILTERS = """
+    adler32 astype bitround bytes crc32 crc32c delta fixedscaleoffset fletcher32 jenkins_lookup3
+    packbits quantize shuffle transpose
 """
-CODECS = frozenset(_CODECS.split())
+FILTERS = frozenset(_FILTERS.split())
+# How many chunks a shard may have.
+CHUNKS = 1 << 20
+# What may come with a chunk besides its numbers: checksums, what a packing adds.
+SLACK = 1 << 16
 # How many groups of an HDF5 file may lie one inside the other.
 DEEP = 100
 
@@ -56,6 +62,55 @@ class Stored:
     dtype: np.dtype[Any]
     chunks: tuple[int, ...] | None = None
     attributes: dict[str, Any] | None = None
+    packing: Packing | None = None  # of a Zarr array
+
+
+@dataclass
+class Packing:
+    """How the chunks of a Zarr array are packed: what is undone first."""
+
+    unpacked: int  # bytes that a chunk unpacks to
+    name: str = ""  # none: they are not packed
+    behind: int = 0  # bytes of checksums behind a chunk
+    shard: Shard | None = None
+
+    @property
+    def largest(self) -> int:
+        """The most bytes that a chunk can be packed to by what finds nothing to leave out."""
+        return self.unpacked + self.unpacked // 64 + SLACK
+
+    def check(self, data: bytes) -> None:
+        """Refuse a chunk that would unpack to more than its numbers."""
+        if len(data) > self.largest:
+            raise ValueError(f"a chunk of it is packed to {len(data):,} bytes, more than it can be")
+        if self.name:
+            check_unpacks(data[: len(data) - self.behind], self.name, self.unpacked + SLACK)
+
+
+@dataclass
+class Shard:
+    """Where the chunks of a Zarr array lie in a file of many."""
+
+    chunks: int
+    behind: int  # bytes of a checksum behind the index
+    dtype: str  # of the index
+    first: bool  # whether the index comes first
+
+    @property
+    def index(self) -> int:
+        """How many bytes the index has."""
+        return 16 * self.chunks + self.behind
+
+    def places(self, index: bytes, size: int) -> list[tuple[int, int]]:
+        """Return from where to where in a file of this size each chunk lies."""
+        if len(index) != self.index:
+            raise ValueError("a shard of it is cut short")
+        pairs = np.frombuffer(index, self.dtype, 2 * self.chunks).reshape(-1, 2)
+        places = [(a, a + n) for a, n in pairs.tolist() if a != 2**64 - 1 or n != 2**64 - 1]
+        least = self.index if self.first else 0
+        if any(a < least or b > size for a, b in places):
+            raise ValueError("a shard of it says that chunks lie where none can be")
+        return places
 
 
 def source_of(path: str, kind: str, group: str, key: str, options: Options) -> Source:
@@ -148,7 +203,9 @@ def _numbers(name: str, value: Any) -> list[float]:
                 return list(struct.unpack("<d", base64.b64decode(value, validate=True)))
         return [float(v) for v in np.ravel(np.asarray(value))]
     except (ValueError, TypeError, struct.error, binascii.Error):
-        raise ValueError(f"its attribute {name} is {value!r}, expected a number") from None
+        raise ValueError(
+            f"its attribute {name} is {reprlib.repr(value)}, expected a number"
+        ) from None
 
 
 # --- Kinds of files -------------------------------------------------------------------------------
@@ -441,9 +498,56 @@ class _Zarr(_File):
     def read(self, key: str, index: tuple[slice, ...], axes: tuple[int, ...]) -> Iterator[Array]:
         import zarr
 
-        store = zarr.storage.LocalStore(self._root / key, read_only=True)
-        array = zarr.open_array(store, mode="r")
+        packing = self.describe(key).packing
+        assert packing is not None
+        array = zarr.open_array(_checked(self._root / key, packing), mode="r")
         yield np.asarray(array[index] if index else array[...])
+
+
+def _checked(folder: Path, packing: Packing) -> Any:
+    """Return a store of Zarr's that checks chunks before they are unpacked."""
+    import zarr
+
+    def check(key: str, part: Any) -> None:
+        """Of a part of a file, or of all of it: its size, before it is read."""
+        try:
+            size = (folder / key).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return  # a chunk that is not there
+        most, shard = packing.largest, packing.shard
+        if isinstance(part, zarr.abc.store.RangeByteRequest):
+            size = part.end - part.start
+        elif part is None and shard is not None:
+            most = most * shard.chunks + shard.index
+        elif part is not None:
+            return  # the index behind the chunks
+        if not 0 <= size <= most:
+            raise ValueError(f"{key!r} in it has {size:,} bytes, more than its numbers can have")
+
+    class Checked(zarr.storage.WrapperStore):
+        async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
+            if key.rpartition("/")[2] in ("zarr.json", ".zarray", ".zattrs", ".zgroup"):
+                return await super().get(key, prototype, byte_range)
+            check(key, byte_range)
+            found = await super().get(key, prototype, byte_range)
+            if found is None:
+                return None
+            data, shard = found.to_bytes(), packing.shard
+            if shard is None:
+                packing.check(data)
+            elif byte_range is None:
+                index = data[: shard.index] if shard.first else data[-shard.index :]
+                for start, end in shard.places(index, len(data)):
+                    packing.check(data[start:end])
+            elif isinstance(byte_range, zarr.abc.store.SuffixByteRequest) or (
+                shard.first and byte_range.start == 0
+            ):
+                shard.places(data, (folder / key).stat().st_size)
+            else:
+                packing.check(data)
+            return found
+
+    return Checked(zarr.storage.LocalStore(folder, read_only=True))
 
 
 def _entries(folder: Path) -> tuple[list[os.DirEntry[str]], list[os.DirEntry[str]]]:
@@ -476,14 +580,58 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _sizes(values: Any, least: int) -> tuple[int, ...]:
     if not isinstance(values, list) or not all(type(n) is int and n >= least for n in values):
-        raise ValueError(f"its metadata have {values!r} where sizes are expected")
+        raise ValueError(f"its metadata have {reprlib.repr(values)} where sizes are expected")
     return tuple(values)
 
 
-def _check_codecs(names: Any) -> None:
-    for name in names:
-        if not isinstance(name, str) or name.removeprefix("numcodecs.") not in CODECS:
-            raise ValueError(f"it is coded by {name!r}, which is not known to give numbers only")
+def _codec(said: Any, name: str) -> tuple[str, dict[str, Any]]:
+    """Return a codec's name and what it is told, from metadata that have its name under `name`."""
+    if isinstance(said, dict) and isinstance(said.get(name), str):
+        told = said if name == "id" else said.get("configuration") or {}
+        if isinstance(told, dict):
+            return said[name].removeprefix("numcodecs."), told
+    raise ValueError(f"it has {reprlib.repr(said)} where a codec is expected")
+
+
+def _packing(coded: Any, name: str, size: int) -> Packing:
+    """Return what is undone first of a chunk of so many bytes, coded one codec after the other."""
+    if not isinstance(coded, list):
+        raise ValueError(f"it has {reprlib.repr(coded)} where codecs are expected")
+    packing = Packing(size)
+    for codec, told in (_codec(said, name) for said in coded):
+        if packing.name:
+            if codec not in ("crc32c", "fletcher32") or told.get("location", "end") != "end":
+                raise ValueError(f"it is packed by {packing.name}, and by {codec!r} after that")
+            packing.behind += 4
+        elif codec in PACKINGS:
+            packing.name = codec
+        elif codec in FILTERS:
+            # of whatever sizes the numbers are that a filter gets and gives
+            packing.unpacked = math.ceil(packing.unpacked * _growth(codec, told))
+            if not size // 8 <= packing.unpacked <= MOST:
+                raise ValueError(f"its filters make {packing.unpacked:,} bytes of {size:,}")
+        elif codec == "sharding_indexed":
+            raise ValueError("it has shards in shards, or shards that are coded as a whole")
+        else:
+            raise ValueError(f"it is coded by {codec!r}, which is not known to give numbers only")
+    return packing
+
+
+def _growth(codec: str, told: dict[str, Any]) -> float:
+    """How much larger a filter makes what it codes; each dtype that it is told must be numbers."""
+    sizes = {}
+    for key in ("dtype", "astype", "encode_dtype", "decode_dtype"):
+        if key in told:
+            if not isinstance(told[key], str):
+                raise ValueError(f"{codec!r} has {key} {reprlib.repr(told[key])}")
+            dtype = np.dtype(told[key])
+            check_numeric(dtype, f"what {codec!r} gives")
+            sizes[key] = dtype.itemsize
+    if "encode_dtype" in sizes and "decode_dtype" in sizes:
+        return sizes["encode_dtype"] / sizes["decode_dtype"]
+    if "astype" in sizes and "dtype" in sizes:
+        return sizes["astype"] / sizes["dtype"]
+    return 1 / 8 if codec == "packbits" else 1
 
 
 def _version_2(said: dict[str, Any]) -> Stored:
@@ -491,9 +639,12 @@ def _version_2(said: dict[str, Any]) -> Stored:
         raise TypeError(f"the array has dtype {said['dtype']}, expected real numbers")
     dtype = np.dtype(said["dtype"])
     check_numeric(dtype, "the array")
-    coded = [*(said.get("filters") or []), *([said["compressor"]] if said["compressor"] else [])]
-    _check_codecs(c["id"] for c in coded)
-    return Stored(_sizes(said["shape"], 0), dtype, _sizes(said["chunks"], 1))
+    chunks = _sizes(said["chunks"], 1)
+    filters, compressor = said.get("filters") or [], said["compressor"]
+    if compressor is not None and isinstance(filters, list):
+        filters = [*filters, compressor]
+    packing = _packing(filters, "id", math.prod(chunks) * dtype.itemsize)
+    return Stored(_sizes(said["shape"], 0), dtype, chunks, packing=packing)
 
 
 def _version_3(said: dict[str, Any]) -> Stored:
@@ -501,13 +652,32 @@ def _version_3(said: dict[str, Any]) -> Stored:
         raise TypeError(f"the array has data type {said['data_type']}, expected real numbers")
     dtype = np.dtype(said["data_type"])
     check_numeric(dtype, "the array")
-    codecs, chunks = said["codecs"], said["chunk_grid"]["configuration"]["chunk_shape"]
-    _check_codecs(c["name"] for c in codecs)
-    for codec in codecs:
-        if codec["name"] == "sharding_indexed":
-            inner = codec["configuration"]
-            chunks = inner["chunk_shape"]
-            _check_codecs(c["name"] for c in [*inner["codecs"], *inner.get("index_codecs", [])])
-    return Stored(
-        _sizes(said["shape"], 0), dtype, _sizes(chunks, 1), dict(said.get("attributes") or {})
-    )
+    codecs, shard = said["codecs"], None
+    chunks = _sizes(_codec(said["chunk_grid"], "name")[1]["chunk_shape"], 1)
+    if isinstance(codecs, list) and len(codecs) == 1:
+        codec, told = _codec(codecs[0], "name")
+        if codec == "sharding_indexed":
+            inner = _sizes(told["chunk_shape"], 1)
+            shard = _shard(told, chunks, inner)
+            codecs, chunks = told["codecs"], inner
+    packing = _packing(codecs, "name", math.prod(chunks) * dtype.itemsize)
+    packing.shard = shard
+    attributes = said.get("attributes") or {}
+    if not isinstance(attributes, dict):
+        raise ValueError(f"it has {reprlib.repr(attributes)} where attributes are expected")
+    return Stored(_sizes(said["shape"], 0), dtype, chunks, attributes, packing)
+
+
+def _shard(told: dict[str, Any], outer: tuple[int, ...], inner: tuple[int, ...]) -> Shard:
+    """Read what a sharding codec is told of the index; shards in shards are not read."""
+    if len(inner) != len(outer) or any(n % m for n, m in zip(outer, inner)):
+        raise ValueError(f"it has shards of {outer} and chunks of {inner}")
+    count = math.prod(outer) // math.prod(inner)
+    if count > CHUNKS:
+        raise ValueError(f"its shards have {count:,} chunks, more than {CHUNKS:,}")
+    coded = [_codec(said, "name") for said in told["index_codecs"]]
+    if [name for name, _ in coded] not in (["bytes"], ["bytes", "crc32c"]):
+        raise ValueError("its shards have an index that is not of bytes, and crc32c at most")
+    order = ">" if coded[0][1].get("endian") == "big" else "<"
+    first = told.get("index_location", "end") == "start"
+    return Shard(count, 4 * (len(coded) - 1), f"{order}u8", first)

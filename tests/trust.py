@@ -130,7 +130,8 @@ def main() -> int:
         took = time.monotonic() - began
         print(f"{attack.name:{width}}  {tried:8}  {faults:6}  {took:5.0f}", flush=True)
         if broken:
-            print((done.stdout + done.stderr)[-3000:], file=sys.stderr, flush=True)
+            # a crash is told at the beginning of what Python prints then, a failed test at the end
+            print(done.stdout[-3000:], done.stderr[:3000], sep="\n", file=sys.stderr, flush=True)
     return 1 if failed or not chosen else 0
 
 

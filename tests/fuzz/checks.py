@@ -728,17 +728,15 @@ def _check_backward(call: Call, bad: Array) -> None:
     from tests import test_backward as back  # pytest and hypothesis with it
 
     case, op = call.case, call.op
-    if "where" in call.arrays:
-        return
     forward = {k: v for k, v in call.options.items() if k not in ("activation", "return_stats")}
-    given = {n: a for n, a in call.arrays.items() if n not in ("x", "residual", "where")}
+    given = {n: a for n, a in call.arrays.items() if n not in ("x", "residual")}
     call.restore()
     call.out = None
     result = getattr(fn, op.name)(call.arrays["x"], **given, **forward, return_stats=True)
     call.restore()
     memory = Call.__new__(Call)
     memory.__dict__ |= call.__dict__
-    memory.arenas = {n: a for n, a in call.arenas.items() if n in ("x", "weight")}
+    memory.arenas = {n: a for n, a in call.arenas.items() if n in ("x", "weight", "where")}
     memory.arrays = {}
     for arena in memory.arenas.values():
         arena.written = []
@@ -752,7 +750,7 @@ def _check_backward(call: Call, bad: Array) -> None:
     memory.spoil("dy")
     for arena in memory.arenas.values():
         arena.remember()
-    p = call.options | {n: a for n, a in call.arrays.items() if n == "weight"}
+    p = call.options | {n: a for n, a in call.arrays.items() if n in ("weight", "where")}
     keywords = back.keywords(op, p)
     x, dy = call.arrays["x"], memory.arrays["dy"]
 
@@ -778,7 +776,7 @@ def _check_backward(call: Call, bad: Array) -> None:
     if w is not None and (case["weight scale"] != 1.0):
         return
     plain = call.plain["x"]
-    p = call.options | ({} if w is None else {"weight": w})
+    p = call.options | {n: a for n, a in call.plain.items() if n in ("weight", "where")}
     if op.name == "batch_norm":
         p["training"] = call.options["training"]
     slope = Call._plainly(dy)

@@ -550,6 +550,39 @@ def test_inside_compiled_code_refused() -> None:
         assert inside_instance(np.ones(shape, F32)).shape == shape
 
 
+@numba.njit
+def every_option(x: Any, shape: Any, w: Any, eps: Any, mean: Any, momentum: Any, ddof: Any) -> Any:
+    fn.layer_norm(x, shape, w, None, eps)
+    fn.batch_norm(x, mean, mean, None, None, False, momentum, eps)
+    return fn.moments(x, None, ddof)
+
+
+@pytest.mark.slow
+def test_options_inside_compiled_code_are_those_outside() -> None:
+    """What the front door refuses is refused: shapes and numbers when it runs, types before."""
+    x, nan, inf = data((2, 3, 4), F32), np.nan, np.inf
+    right: dict[str, Any] = {"shape": (3, 4), "w": x[0], "eps": 0.0, "mean": np.ones(3, F32)}
+    right |= {"momentum": 1.0, "ddof": 0.0}
+    every_option(x, *right.values())
+    wrong: list[tuple[str, Any, type[Exception]]] = [
+        *(("eps", eps, ValueError) for eps in (-1.0, nan, inf)),
+        *(("momentum", momentum, ValueError) for momentum in (7.0, -0.1, nan)),
+        *(("ddof", ddof, ValueError) for ddof in (nan, inf, -inf)),
+        ("w", x[0].T.copy(), ValueError),  # (4, 3): as many numbers
+        ("mean", np.ones(4, F32), ValueError),
+        *((name, True, numba.TypingError) for name in ("eps", "momentum", "ddof", "shape")),
+        ("w", x[0].ravel(), numba.TypingError),
+        ("w", x[0] * 1j, numba.TypingError),
+        ("mean", np.ones((3, 1), F32), numba.TypingError),
+        ("mean", np.ones(3, np.int64), numba.TypingError),
+    ]
+    for name, value, error in wrong:
+        with pytest.raises(error):
+            every_option(x, *(right | {name: value}).values())
+    with pytest.raises(numba.TypingError, match="weight or bias"):
+        inside_group(x, np.ones((3, 1), F32), None)
+
+
 @pytest.mark.slow
 def test_norms_are_known_without_an_import() -> None:
     """Numba itself finds them, by an entry point of the installed package."""

@@ -181,29 +181,115 @@ def _compiled(function: Any) -> Any:
     return overload(function, jit_options=options, strict=False)
 
 
-def _number(value: Any, n: Any, kind: Any) -> Any:
-    """A weight or bias as n numbers of the type that is computed in; of None no numbers."""
+def _number(value: Any, shape: Any, kind: Any) -> Any:
+    """A weight or bias of this shape, flat, in the type that is computed in; of None no numbers."""
     raise TypeError("for compiled code")
 
 
 @_compiled(_number)
-def _compiled_number(value: Any, n: Any, kind: Any) -> Any:
+def _compiled_number(value: Any, shape: Any, kind: Any) -> Any:
     if _is_none(value):
-        return lambda value, n, kind: np.empty(0, kind)
-    if not isinstance(value, types.Array):
+        return lambda value, shape, kind: np.empty(0, kind)
+    real = types.Float | types.Integer | types.Boolean
+    if not isinstance(value, types.Array) or not isinstance(value.dtype, real):
         raise TypingError(
-            f"weight or bias is a {value} inside compiled code, expected an array or None"
+            f"weight or bias is a {value} inside compiled code, expected an array of real numbers, "
+            "or None"
         )
+    message = (
+        "weight or bias has not the shape that is normalised together, or one number for each "
+        "channel: inside compiled code no other shape is taken"
+    )
+    if value.ndim != len(shape):
+        raise TypingError(f"{message}; got {value}, expected {len(shape)} dimensions")
 
-    def given(value, n, kind):
-        if value.size != n:
-            raise ValueError(
-                "weight or bias has not as many elements as are normalised together, or as there "
-                "are channels: inside compiled code no other shape is taken"
-            )
+    def given(value, shape, kind):
+        for i in range(len(shape)):
+            if value.shape[i] != shape[i]:
+                raise ValueError(message)
         return np.ascontiguousarray(value).astype(kind).ravel()
 
     return given
+
+
+def _check_running(value: Any, channels: Any) -> Any:
+    """Refuse running statistics that are not one float for each channel."""
+    raise TypeError("for compiled code")
+
+
+@_compiled(_check_running)
+def _compiled_check_running(value: Any, channels: Any) -> Any:
+    if not (
+        isinstance(value, types.Array) and value.ndim == 1 and isinstance(value.dtype, types.Float)
+    ):
+        raise TypingError(
+            f"running_mean or running_var is a {value} inside compiled code, expected an array of "
+            "floats, one for each channel"
+        )
+
+    def check(value, channels):
+        if value.size != channels:
+            raise ValueError("running_mean and running_var must have one number for each channel")
+
+    return check
+
+
+def _between(value: Any, least: Any, most: Any, name: Any) -> Any:
+    """A number, option or flag of the caller's; refuse one that is not between these two."""
+    raise TypeError("for compiled code")
+
+
+@_compiled(_between)
+def _compiled_between(value: Any, least: Any, most: Any, name: Any) -> Any:
+    own = getattr(value, "value", value)  # of an argument that was left out
+    if not isinstance(own, types.Float | types.Integer | float | int) or isinstance(own, bool):
+        raise TypingError(
+            f"eps, momentum or ddof is a {value} inside compiled code, expected a finite number"
+        )
+
+    def check(value, least, most, name):
+        if not (least <= value <= most and abs(value) < math.inf):
+            raise ValueError(name)
+        return value
+
+    return check
+
+
+EPS = "eps must be a finite number, 0 or more, such as 1e-5"
+MOMENTUM = "momentum must be a number from 0 to 1"
+
+
+def _flag(value: Any, name: Any) -> Any:
+    """A flag of the caller's; refuse what is neither True nor False, nor 0 or 1."""
+    raise TypeError("for compiled code")
+
+
+@_compiled(_flag)
+def _compiled_flag(value: Any, name: Any) -> Any:
+    own = getattr(value, "value", value)
+    if not isinstance(own, types.Boolean | types.Integer | bool):
+        raise TypingError(
+            f"training or use_input_stats is a {value} inside compiled code, expected True or False"
+        )
+
+    def check(value, name):
+        if value != 0 and value != 1:
+            raise ValueError(name)
+        return value != 0
+
+    return check
+
+
+def _groups(value: Any) -> Any:
+    """A number of groups."""
+    raise TypeError("for compiled code")
+
+
+@_compiled(_groups)
+def _compiled_groups(value: Any) -> Any:
+    if not isinstance(value, types.Integer):
+        raise TypingError(f"num_groups is a {value} inside compiled code, expected a whole number")
+    return lambda value: value
 
 
 @inner
@@ -213,7 +299,7 @@ def address(numbers):
 
 
 def _trailing(shape: Any, normalized_shape: Any) -> Any:
-    """How many elements a row has."""
+    """The trailing shape, a tuple."""
     raise TypeError("for compiled code")
 
 
@@ -225,27 +311,34 @@ def _compiled_trailing(shape: Any, normalized_shape: Any) -> Any:
         def last(shape, normalized_shape):
             if len(shape) < 1 or shape[len(shape) - 1] != normalized_shape:
                 raise ValueError(message)
-            return normalized_shape
+            return (normalized_shape,)
 
         return last
     if isinstance(normalized_shape, types.UniTuple):
 
         def several(shape, normalized_shape):
-            n = 1
             before = len(shape) - len(normalized_shape)
             if before < 0:
                 raise ValueError(message)
             for i in range(len(normalized_shape)):
                 if shape[before + i] != normalized_shape[i]:
                     raise ValueError(message)
-                n *= normalized_shape[i]
-            return n
+            return normalized_shape
 
         return several
     raise TypingError(
         f"normalized_shape is a {normalized_shape} inside compiled code, expected the trailing "
         "shape of x: a whole number, or a tuple of them"
     )
+
+
+@inner
+def product(shape):
+    """How many elements a row of this shape has."""
+    n = 1
+    for size in shape:
+        n *= size
+    return n
 
 
 # --- The norms ------------------------------------------------------------------------------------
@@ -259,13 +352,14 @@ def layer_norm(
     kind = _kind(x, "layer_norm")
 
     def compiled(x, normalized_shape, weight=None, bias=None, eps=1e-5):
-        n = _trailing(x.shape, normalized_shape)
-        w = _number(weight, n, kind)
-        b = _number(bias, n, kind)
+        own = _trailing(x.shape, normalized_shape)
+        w = _number(weight, own, kind)
+        b = _number(bias, own, kind)
+        _between(eps, 0.0, math.inf, EPS)
         source = np.ascontiguousarray(x)
         y = np.empty(x.shape, kind)
         if x.size > 0:
-            rows(source, y, n, w, b, True, eps, kind)
+            rows(source, y, product(own), w, b, True, eps, kind)
         return y
 
     return compiled
@@ -291,12 +385,13 @@ def rms_norm(x: Any, normalized_shape: Any, weight: Any = None, eps: Any = None)
 
 @inner
 def _rms(x, normalized_shape, weight, eps, kind):
-    n = _trailing(x.shape, normalized_shape)
-    w = _number(weight, n, kind)
+    own = _trailing(x.shape, normalized_shape)
+    w = _number(weight, own, kind)
+    _between(eps, 0.0, math.inf, EPS)
     source = np.ascontiguousarray(x)
     y = np.empty(x.shape, kind)
     if x.size > 0:
-        rows(source, y, n, w, np.empty(0, kind), False, eps, kind)
+        rows(source, y, product(own), w, np.empty(0, kind), False, eps, kind)
     return y
 
 
@@ -309,8 +404,9 @@ def _grouped(x, groups, weight, bias, eps, kind):
         raise ValueError("num_groups does not divide the channels of x, which are on axis 1")
     if x.size == groups:
         raise ValueError("group_norm got one value per group, expected at least 2")
-    w = _number(weight, c, kind)
-    b = _number(bias, c, kind)
+    w = _number(weight, (c,), kind)
+    b = _number(bias, (c,), kind)
+    _between(eps, 0.0, math.inf, EPS)
     source = np.ascontiguousarray(x)
     y = np.empty(x.shape, kind)
     if x.size > 0:
@@ -337,7 +433,7 @@ def group_norm(
     kind = _channels_kind(x, "group_norm")
 
     def compiled(x, num_groups, weight=None, bias=None, eps=1e-5):
-        return _grouped(x, num_groups, weight, bias, eps, kind)
+        return _grouped(x, _groups(num_groups), weight, bias, eps, kind)
 
     return compiled
 
@@ -358,7 +454,8 @@ def instance_norm(
         x, running_mean=None, running_var=None, weight=None, bias=None,
         use_input_stats=True, momentum=0.1, eps=1e-5,
     ):  # fmt: skip
-        if not use_input_stats:
+        _between(momentum, 0.0, 1.0, MOMENTUM)
+        if not _flag(use_input_stats, "use_input_stats must be True or False"):
             raise ValueError("instance_norm got use_input_stats=False without running statistics")
         if 0 < x.size == x.shape[0] * x.shape[1]:
             raise ValueError("instance_norm got one position per channel, expected at least 2")
@@ -380,15 +477,17 @@ def batch_norm(
     def compiled(
         x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
     ):
-        if training:
+        if _flag(training, "training must be True or False"):
             raise ValueError(
                 "batch_norm inside compiled code is for inference: training must be False"
             )
         c = x.shape[1]
-        if running_mean.size != c or running_var.size != c:
-            raise ValueError("running_mean and running_var must have one number for each channel")
-        w = _number(weight, c, kind)
-        b = _number(bias, c, kind)
+        _check_running(running_mean, c)
+        _check_running(running_var, c)
+        w = _number(weight, (c,), kind)
+        b = _number(bias, (c,), kind)
+        _between(eps, 0.0, math.inf, EPS)
+        _between(momentum, 0.0, 1.0, MOMENTUM)
         source = np.ascontiguousarray(x)
         y = np.empty(x.shape, kind)
         if x.size > 0:
@@ -422,6 +521,7 @@ def moments_of(x: Any, axis: Any = None, ddof: Any = 0) -> Any:
         raise TypingError("moments inside compiled code is of all of x: axis must be None")
 
     def compiled(x, axis=None, ddof=0):
+        _between(ddof, -math.inf, math.inf, "ddof must be a finite number: 0, or 1")
         mean = math.nan
         var = math.nan
         source = np.ascontiguousarray(x)

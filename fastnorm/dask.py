@@ -67,12 +67,19 @@ def _is_known(x: Any) -> None:
         )
 
 
+def _operand(value: Any, name: str) -> Any:
+    """What came in beside x: an array of Dask's, or of NumPy's; refuse what a mask hides."""
+    if not isinstance(value, da.Array):
+        return arguments.read(value, name)
+    return value.map_blocks(arguments.read, name) if arguments.is_masked(value._meta) else value
+
+
 def _lazy(value: Any, x: Any) -> Any:
     """An array that broadcasts against x, in chunks that lie as those of x do."""
     chunks = tuple(c if n == m else -1 for n, m, c in zip(value.shape, x.shape, x.chunks))
     if isinstance(value, da.Array):
         return value.rechunk(chunks)
-    return da.from_array(np.asarray(value), chunks=chunks)
+    return da.from_array(value, chunks=chunks)
 
 
 def _parameter(
@@ -81,6 +88,7 @@ def _parameter(
     """A weight or bias with as many axes as x; None stays None."""
     if value is None:
         return None
+    value = _operand(value, name)
     if not isinstance(value, da.Array):
         value = arguments.as_array(value, name)
     elif not is_float(value.dtype):
@@ -104,12 +112,15 @@ def _beside(x: Any, where: Any, residual: Any) -> Operands:
     """`where` and `residual` of the shape and in the chunks of x."""
     given: Operands = {}
     if where is not None:
-        mask = where if isinstance(where, da.Array) else np.asarray(where)
-        checked = arguments.mask_of(np.empty(mask.shape, mask.dtype), _shaped(x))
-        assert checked is not None
-        given["where"] = _lazy(_broadcast(mask, x.shape), x)
+        if isinstance(where, da.Array):
+            mask = da.ma.filled(where, False) if arguments.is_masked(where._meta) else where
+            arguments.mask_of(np.empty(mask.shape, mask.dtype), _shaped(x))  # checks
+            mask = da.broadcast_to(mask, x.shape)
+        else:
+            mask = arguments.mask_of(where, _shaped(x))
+        given["where"] = _lazy(mask, x)
     if residual is not None:
-        added = residual if isinstance(residual, da.Array) else np.asarray(residual)
+        added = _operand(residual, "residual")
         arguments.same_shape(np.broadcast_to(np.empty((), added.dtype), added.shape), "residual", x)
         given["residual"] = _lazy(added, x)
     return given
@@ -118,12 +129,6 @@ def _beside(x: Any, where: Any, residual: Any) -> Operands:
 def _shaped(x: Any) -> Any:
     """Something of the shape of x that holds no memory."""
     return np.broadcast_to(np.empty((), x.dtype), x.shape)
-
-
-def _broadcast(array: Any, shape: tuple[int, ...]) -> Any:
-    if isinstance(array, da.Array):
-        return da.broadcast_to(array, shape)
-    return np.broadcast_to(array, shape)
 
 
 def _given(**operands: Any) -> Operands:
@@ -358,6 +363,7 @@ def _normalised(
 
 def _channels_axis(x: Any, channel_axis: int, of: str, *, samples: bool = True) -> int:
     arguments.check_ndim(x, 2, of, "(N, C, ...)")
+    _is_known(x)
     return arguments.channel_axis_of(x, channel_axis, of, samples=samples)
 
 
@@ -625,6 +631,7 @@ def layer_norm(
     """As :func:`fastnorm.layer_norm`."""
     _refuse_out(out)
     arguments.check_ndim(x, 1, "layer_norm", "(..., D)")
+    _is_known(x)
     axes = arguments.layer_axes(x, normalized_shape, axis, "layer_norm")
     place = _on_axes(x, axes)
     affine = _given(
@@ -662,10 +669,10 @@ def rms_norm(
     """As :func:`fastnorm.rms_norm`."""
     _refuse_out(out)
     arguments.check_ndim(x, 1, "rms_norm", "(..., D)")
+    _is_known(x)
     axes = arguments.layer_axes(x, normalized_shape, axis, "rms_norm")
     if weight is not None and weight_offset:
-        weight = (weight if isinstance(weight, da.Array) else np.asarray(weight)).astype("f8")
-        weight = weight + weight_offset
+        weight = _operand(weight, "weight").astype("f8") + weight_offset
     eps = arguments.machine_epsilon(_dtype(x)) if eps is None else check_eps(eps)
     y, _, rstd = _normalised(
         x,
@@ -685,11 +692,19 @@ def rms_norm(
 
 def _sum(x: Any, addend: Any) -> Any:
     kind = computing_type(x.dtype)
+    x, seen = arguments.unmask(x)
     with np.errstate(all="ignore"):
-        return (x.astype(kind) + addend.astype(kind)).astype(x.dtype)
+        total = (x.astype(kind) + addend.astype(kind)).astype(x.dtype)
+    # what is hidden is added, too, and stays hidden
+    return total if seen is None else np.ma.array(total, mask=~seen)
+
+
+def _without_mask(x: Any) -> Any:
+    return arguments.unmask(x)[0]
 
 
 def _total(x: Any, residual: Any) -> Any:
+    _is_known(x)
     x = x.astype(_dtype(x))
     added = _beside(x, None, residual)["residual"]
     return _each(_sum, x, {"addend": added}, x.dtype)
@@ -705,7 +720,8 @@ def add_layer_norm(
 ) -> tuple[Any, Any]:
     """As :func:`fastnorm.add_layer_norm`."""
     total = _total(x, residual)
-    return layer_norm(total, normalized_shape, weight, bias, eps), total
+    y = layer_norm(total, normalized_shape, weight, bias, eps)
+    return y, _each(_without_mask, total, {}, total.dtype)
 
 
 def add_rms_norm(
@@ -713,7 +729,8 @@ def add_rms_norm(
 ) -> tuple[Any, Any]:
     """As :func:`fastnorm.add_rms_norm`."""
     total = _total(x, residual)
-    return rms_norm(total, normalized_shape, weight, eps), total
+    y = rms_norm(total, normalized_shape, weight, eps)
+    return y, _each(_without_mask, total, {}, total.dtype)
 
 
 # --- Their relatives ------------------------------------------------------------------------------
@@ -752,7 +769,7 @@ def weight_norm(v: Any, g: Any, *, axis: Axes | None = 0) -> Any:
     arguments.check_ndim(v, 1, "weight_norm", "(C, ...)")
     kept = () if axis is None else arguments.layer_axes(v, None, axis, "weight_norm")
     keepdims = tuple(n if a in kept else 1 for a, n in enumerate(v.shape))
-    lengths = g if isinstance(g, da.Array) else arguments.as_array(g, "g")
+    lengths = _operand(g, "g") if isinstance(g, da.Array) else arguments.as_array(g, "g")
     if lengths.shape == tuple(v.shape[a] for a in kept) and len(kept) <= 1:
         lengths = lengths.reshape(keepdims)
     if lengths.shape != keepdims:
@@ -797,7 +814,7 @@ def local_response_norm(
         _call,
         names=(),
         function=related.local_response_norm,
-        depth={axis: (size // 2, (size - 1) // 2)},
+        depth={axis: tuple(min(n, x.shape[axis] - 1) for n in (size // 2, (size - 1) // 2))},
         boundary="none",
         dtype=_dtype(x),
         meta=np.empty((0,) * x.ndim, _dtype(x)),
@@ -806,7 +823,7 @@ def local_response_norm(
 
 
 def _scaled(x: Any, factor: Any, bias: Any) -> Any:
-    array = arguments.as_array(x, "x")
+    array = arguments.as_array(arguments.unmask(x)[0], "x")
     with np.errstate(all="ignore"):
         factor = factor.astype(computing_type(array.dtype))
     axes = [a for a, n in enumerate(factor.shape) if n == 1]
@@ -880,7 +897,7 @@ def _gradients(
         kind = kind if is_float(kind) else np.dtype(np.float64)
     w = _parameter(np.ones(own) if weight is None else weight, "weight", x, place, wide=True)
     w = w + offset if weight is not None and offset else w
-    slope = _lazy(dy if isinstance(dy, da.Array) else np.asarray(dy), x)
+    slope = _lazy(_operand(dy, "dy"), x)
     if slope.shape != x.shape:
         raise ValueError(f"dy has shape {slope.shape}, expected that of x, {x.shape}")
     shared = tuple(a for a, n in enumerate(w.shape) if n == 1 != x.shape[a])
@@ -928,13 +945,14 @@ def _gradients(
 
 
 def _wide(x: Any) -> Any:
-    return np.asarray(arguments.unmask(x)[0]).astype(np.float64)
+    return _without_mask(x).astype(np.float64)
 
 
 def _chosen(x: Any, where: Any = None) -> Any:
     """Which elements of a chunk statistics are of."""
     x, where = arguments.unmask(x, where)
-    return np.broadcast_to(True if where is None else where, x.shape)
+    mask = arguments.mask_of(where, x)
+    return np.broadcast_to(True, x.shape) if mask is None else mask
 
 
 def _chunk_gradients(
@@ -992,7 +1010,8 @@ def _statistic(value: Any, name: str, x: Any, shape: tuple[int, ...], place: Any
             f"{name} has shape {np.shape(value)}, expected {shape}; give {of} what the forward "
             "function returned with return_stats=True"
         )
-    lazy = value if isinstance(value, da.Array) else da.from_array(np.asarray(value))
+    own = _operand(value, name)
+    lazy = own if isinstance(own, da.Array) else da.from_array(own)
     return _lazy(place(lazy.astype(np.float64)), x)
 
 
@@ -1083,6 +1102,7 @@ def _rows(
     offset: float = 0.0,
 ) -> Any:
     arguments.check_ndim(x, 1, of, "(..., D)")
+    _is_known(x)
     axes = arguments.layer_axes(x, normalized_shape, axis, of)
     shape = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
     m = None if mean is None else _statistic(mean, "mean", x, shape, lambda s: s, of)

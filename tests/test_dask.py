@@ -313,6 +313,79 @@ def test_whole_groups_stay_in_their_chunks(name: str) -> None:
 # --- What cannot be -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("op", OPERATIONS, ids=named)
+def test_masked_chunks_in_every_operation(op: Operation) -> None:
+    """As NumPy's masked arrays, in chunks that hold their groups whole and in those that do not."""
+    x = np.random.default_rng(0).standard_normal((6, 8, 5, 7))
+    masked = np.ma.array(x, mask=np.random.default_rng(1).random(x.shape) < 0.2)
+    p = op.parameters(x.shape, F64, np.random.default_rng(0))
+    right = [np.asarray(part) for part in outputs(call(op, masked, p))]
+    for chunks in ((6, 8, 5, 7), (2, 4, 5, 7), (2, 2, 2, 7)):
+        found = lazily(op, masked, p, chunks)
+        for y, own in zip(found, right, strict=True):
+            assert not isinstance(y, np.ma.MaskedArray)
+            np.testing.assert_allclose(y, own, rtol=1e-10, atol=1e-12)
+
+
+def test_masked_operands_are_refused_or_hide() -> None:
+    """What a mask hides beside a lazy x is not taken for data; a mask of `where` is False."""
+    v, seen = np.random.default_rng(0).standard_normal((2, 4, 6, 5))
+    x, where = da.from_array(v, chunks=(2, 6, 5)), np.ma.array(v > 0, mask=seen > 1)
+    hides, five = np.ma.array(v, mask=seen > 1), np.ma.masked_equal([1.0, 2, 3, 4, 5], 4)
+    _, mean, rstd = fn.layer_norm(v, 5, return_stats=True)
+    hidden = np.ma.masked_greater(mean, 0)
+    for own in (lambda a: a, lambda a: da.from_array(a, chunks=a.shape)):
+        calls = (
+            lambda own=own: fn.layer_norm(x, 5, own(five)),
+            lambda own=own: fn.rms_norm(x, 5, own(five), weight_offset=1.0),
+            lambda own=own: fn.layer_norm(x, 5, residual=own(hides)),
+            lambda own=own: fn.add_layer_norm(x, own(hides), 5)[1],
+            lambda own=own: fn.layer_norm_backward(own(hides), x, mean, rstd, 5)[0],
+            lambda own=own: fn.layer_norm_backward(v, x, own(hidden), rstd, 5)[0],
+            lambda own=own: fn.layer_norm_backward(v, x, mean, rstd, 5, own(five))[0],
+        )
+        for refused in calls:
+            with pytest.raises(ValueError, match="masked array that hides"):
+                refused().compute()
+        for lazy, right in (
+            (fn.layer_norm(x, 5, where=own(where)), fn.layer_norm(v, 5, where=where)),
+            (fn.moments(x, where=own(where))[1], fn.moments(v, where=where)[1]),
+        ):
+            np.testing.assert_allclose(lazy.compute(), right, rtol=1e-12)
+
+
+def test_unknown_chunks_are_refused_at_once() -> None:
+    v = np.random.default_rng(0).standard_normal((4, 6, 5))
+    lazy = da.from_array(v, chunks=(2, 3, 5))
+    unknown = [
+        da.map_blocks(lambda block: block, lazy, chunks=chunks, dtype=float)
+        for chunks in (((np.nan, np.nan), (3, 3), (5,)), ((2, 2), (np.nan, np.nan), (5,)))
+    ]
+    w = np.ones(6)
+    _, mean, rstd = fn.instance_norm(v, return_stats=True)
+    for x in unknown:
+        for call_ in (
+            lambda x=x: fn.local_response_norm(x, 3),
+            lambda x=x: fn.group_norm(x, 2),
+            lambda x=x: fn.batch_norm(x, w, w),
+            lambda x=x: fn.batch_norm(x, training=True),
+            lambda x=x: fn.instance_norm(x),
+            lambda x=x: fn.global_response_norm(x, w, w),
+            lambda x=x: fn.layer_norm(x, 5),
+            lambda x=x: fn.add_rms_norm(x, v, 5),
+            lambda x=x: fn.instance_norm_backward(v, x, mean, rstd),
+            lambda x=x: fn.rms_norm_backward(v, x, rstd[..., None], 5),
+        ):
+            with pytest.raises(ValueError, match="compute_chunk_sizes"):
+                call_()
+
+
+def test_a_response_of_more_channels_than_there_are() -> None:
+    x = np.random.default_rng(0).standard_normal((2, 6, 3))
+    y = fn.local_response_norm(da.from_array(x, chunks=(1, 2, 3)), 101).compute()
+    np.testing.assert_array_equal(y, fn.local_response_norm(x, 101))
+
+
 def test_errors_come_at_once() -> None:
     x = da.ones((4, 6, 5), chunks=2)
     wrong: list[tuple[Any, type[Exception], str]] = [

@@ -10,6 +10,7 @@ import operator
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence, Set
+from itertools import islice
 from numbers import Real
 from typing import Any, Literal, TypeAlias
 
@@ -64,6 +65,20 @@ def unmask(value: Any, where: ArrayLike | None = None) -> tuple[Any, Any]:
         return array, where
     chosen = mask_of(where, array)
     return array, ~hidden if chosen is None else chosen & ~hidden
+
+
+def asked(value: Any, name: str, otherwise: Any = None) -> Any:
+    """An attribute of an object that may be anybody's, and whose code may raise anything."""
+    try:
+        return getattr(value, name, otherwise)
+    except Exception:
+        return otherwise
+
+
+def shape_of(value: Any) -> tuple[Any, ...]:
+    """The shape of anything; () of what has none."""
+    shape = asked(value, "shape")
+    return shape if isinstance(shape, tuple) else ()
 
 
 def plain(value: Any) -> Array | None:
@@ -153,11 +168,11 @@ def _instead(value: Any, name: str) -> str:
         ("isna", f"to_numpy({missing})"),  # pandas with pd.NA, or with other objects
         ("collect", "collect()"),  # what Polars will compute
     ):
-        if hasattr(value, attribute):
+        if asked(value, attribute) is not None:
             return f"write {name}.{call}"
-    if hasattr(getattr(value, "data", None), "todense"):  # a sparse array in one of xarray's
+    if asked(asked(value, "data"), "todense") is not None:  # a sparse array in one of xarray's
         return f"write {name}.data.todense()"
-    if hasattr(value, "__next__"):
+    if asked(value, "__next__") is not None:
         return f"write np.array(list({name}))"
     return f"write np.asarray({name}, np.float64)"
 
@@ -247,12 +262,20 @@ def check_ndim(x: Array, least: int, of: str, shape: str) -> None:
 
 def shown(value: Any) -> str:
     """What came in, short enough for a message."""
-    shape = getattr(value, "shape", ())
-    if isinstance(shape, tuple) and shape:
+    if shape := shape_of(value):
         kind = "an array" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
-        return f"{kind} of shape {shape}"
-    text = repr(value)
-    return text if len(text) <= 80 else f"a {type(value).__name__}"
+        return f"{kind} of shape {shown(tuple(shape))}"
+    try:
+        text = repr(value)
+    except Exception:  # of an int with thousands of digits, and of whatever somebody wrote
+        text = ""
+    if text and len(text) <= 80:
+        return text
+    return (
+        "a number of more than 80 digits"
+        if isinstance(value, int)
+        else (f"a {type(value).__name__}")
+    )
 
 
 def number(value: Any, name: str, expected: str = "a finite number") -> float:
@@ -302,26 +325,29 @@ def whole(value: Any, name: str, expected: str = "a whole number") -> int:
     try:
         if not isinstance(value, bool | np.bool_):
             return operator.index(value)
-    except TypeError:
+    except Exception:  # a TypeError, or what somebody's `__index__` raises
         pass
     raise TypeError(
         f"{name} is {shown(value)}, expected {expected}, such as 1"
-        + ("; the array x comes first" if getattr(value, "shape", ()) else "")
+        + ("; the array x comes first" if shape_of(value) else "")
     )
 
 
 def whole_numbers(value: Any, name: str) -> tuple[int, ...]:
     """Return one whole number or a sequence of them as a tuple."""
     expected = "a whole number or a tuple of whole numbers"
-    if hasattr(value, "__index__") and not getattr(value, "shape", ()):
+    if asked(value, "__index__") is not None and not shape_of(value):
         return (whole(value, name, expected),)
     # an array of data that came in an option's place may be large
-    odd = isinstance(value, str | bytes | Set | Mapping) or len(getattr(value, "shape", ())) > 1
+    odd = isinstance(value, str | bytes | Set | Mapping) or len(shape_of(value)) > 1
     try:
-        items = [] if odd else list(value)
-    except TypeError:
+        # no array has more axes than these, and what gives numbers may never end
+        items = [] if odd else list(islice(value, MOST_AXES + 3))
+        odd |= len(items) > MOST_AXES + 2
+        odd |= np.dtype(asked(value, "dtype", int)).kind not in "iu"
+    except Exception:  # whatever somebody's code raises
         odd = True
-    if odd or getattr(value, "dtype", np.dtype(int)).kind not in "iu":
+    if odd:
         return (whole(value, name, expected),)  # refused
     return tuple(whole(item, name, expected) for item in items)
 
@@ -357,7 +383,7 @@ def channel_axis_of(x: Array, channel_axis: int, of: str, *, samples: bool = Tru
     given = whole(channel_axis, "channel_axis")
     if not -x.ndim <= given < x.ndim:
         raise AxisError(
-            f"{of} got channel_axis={channel_axis} for x of shape {x.shape}, expected "
+            f"{of} got channel_axis={shown(channel_axis)} for x of shape {x.shape}, expected "
             f"{-x.ndim} to {x.ndim - 1}; write channel_axis=1 for (N, C, ...), -1 for (N, ..., C)"
         )
     axis = given % x.ndim
@@ -544,21 +570,26 @@ def statistic(value: ArrayLike, name: str, shape: tuple[int, ...], of: str) -> A
 
 def require_two(counts: Array, of: str, instead: str, per: str = "channel") -> None:
     """Refuse statistics of a single value: their variance is 0, and 0/0 where it is unbiased."""
-    if counts.size and counts.min() == 1:
+    if counts.size and counts.min() == 1:  # `counts` has no memory for each that is alike
         raise ValueError(
             f"{of} got one value per {per} to take statistics from, expected at least 2: nothing "
             f"but the bias is left of one; {instead}"
         )
 
 
+def _divisors(n: int, near: int) -> list[int]:
+    """Up to 12 divisors of n, of those that are found in a millisecond the nearest."""
+    small = [d for d in range(1, min(math.isqrt(n), 1 << 14) + 1) if n % d == 0]
+    return sorted(sorted({*small, *(n // d for d in small)}, key=lambda d: abs(d - near))[:12])
+
+
 def groups_of(num_groups: int, channels: int) -> int:
     """Return num_groups; refuse one that does not divide the channels."""
     groups = whole(num_groups, "num_groups")
     if groups < 1 or channels % groups:
-        divisors = [n for n in range(1, channels + 1) if channels % n == 0]
         raise ValueError(
-            f"num_groups={num_groups} does not divide the {channels} channels; "
-            f"use one of {', '.join(map(str, divisors[-12:]))}"
+            f"num_groups={shown(num_groups)} does not divide the {channels} channels; use "
+            + (f"one of {', '.join(map(str, _divisors(channels, groups)))}" if channels else "1")
         )
     return groups
 
@@ -584,12 +615,13 @@ def layer_axes(
     if normalized_shape is None:
         if not given:
             raise ValueError(
-                f"{of} got axis={axis!r} for x of shape {x.shape}, expected one or more axes"
+                f"{of} got axis={shown(axis)} for x of shape {x.shape}, expected one or more axes"
             )
         return axes_of(x, axis, of)
     if not given or x.shape[x.ndim - len(given) :] != given or len(given) > x.ndim:
         raise ValueError(
-            f"{of} got normalized_shape={normalized_shape!r} for x of shape {x.shape}, expected "
-            f"its trailing shape; write x.shape[-1] for the last axis, or axis=... for any others"
+            f"{of} got normalized_shape={shown(normalized_shape)} for x of shape {x.shape}, "
+            "expected its trailing shape; write x.shape[-1] for the last axis, or axis=... for any "
+            "others"
         )
     return tuple(range(x.ndim - len(given), x.ndim))

@@ -50,6 +50,7 @@ from fastnorm.passes import (
     channels_second,
     counted,
     delivered,
+    handed_out,
     new_like,
     run,
     split_groups,
@@ -238,7 +239,7 @@ def batch_norm(
             mean, var = mean.reshape(parts), var.reshape(parts)
             update(means, variances, mean, var, counts, momentum)
     if return_stats:
-        return y, mean.reshape(channels), rstd.reshape(channels)
+        return y, handed_out(mean, channels), handed_out(rstd, channels)
     return y
 
 
@@ -429,7 +430,7 @@ def instance_norm(
     if array.size:
         update(means, variances, mean, var, counts, momentum)
     if return_stats:
-        return y, mean, rstd.reshape(samples, channels)
+        return y, handed_out(mean, samples, channels), handed_out(rstd, samples, channels)
     return y
 
 
@@ -565,7 +566,7 @@ def group_norm(
         statistics=(samples, groups),
     )
     if return_stats:
-        return y, mean.reshape(samples, groups), rstd.reshape(samples, groups)
+        return y, handed_out(mean, samples, groups), handed_out(rstd, samples, groups)
     return y
 
 
@@ -691,7 +692,9 @@ def layer_norm(
         key=found.key,
         statistics=tuple(1 if a in axes else n for a, n in enumerate(array.shape)),
     )
-    return (y, mean, rstd) if return_stats else y
+    if return_stats:
+        return y, handed_out(mean, *mean.shape), handed_out(rstd, *rstd.shape)
+    return y
 
 
 @overload
@@ -825,7 +828,7 @@ def rms_norm(
         key=key,
         statistics=tuple(1 if a in axes else n for a, n in enumerate(array.shape)),
     )
-    return (y, rstd) if return_stats else y
+    return (y, handed_out(rstd, *rstd.shape)) if return_stats else y
 
 
 def add_layer_norm(

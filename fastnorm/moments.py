@@ -30,6 +30,7 @@ from fastnorm.arguments import (
     computing_type,
     mask_of,
     number,
+    plain,
     reduced_axes,
     shown,
     unmask,
@@ -420,7 +421,7 @@ def standardize(
         raise ValueError(f"standardize got one number, {array}, expected an array to compare it in")
     if ddof == 0:
         return run(x, array, axes, eps=eps, where=where, **shared)[0]
-    if where is None:
+    if where is None or not array.size:
         # sqrt(n / (n - ddof) var + eps) in terms of a variance with ddof = 0
         count = math.prod(array.shape[axis] for axis in axes)
         left = (count - ddof) / count if count > ddof else np.nan
@@ -682,9 +683,14 @@ class Moments:
         if shape is None:
             shape = parts[0].shape
         if any(n < 0 for n in shape):
-            raise ValueError(f"Moments.from_dict got shape={list(shape)}, expected 0 or more each")
+            raise ValueError(f"Moments.from_dict got shape={shown(shape)}, expected 0 or more each")
         if not math.prod(shape):  # lists of nothing have lost their shape
-            parts = [part if part.size else part.reshape(shape) for part in parts]
+            try:
+                parts = [part if part.size else part.reshape(shape) for part in parts]
+            except ValueError:
+                raise ValueError(
+                    f"Moments.from_dict got shape={shown(shape)}, expected what an array can have"
+                ) from None
         found._fields = _checked_fields(found._axis, shape, parts)
         return found
 
@@ -705,9 +711,10 @@ class Moments:
             raise ValueError("this is no state of Moments, expected what pickle.dumps made of one")
         axis, fields = _checked_axis(state[0]), state[1]
         if fields is not None:
-            if not isinstance(fields, np.ndarray) or not fields.ndim:
+            own = plain(fields)
+            if own is None or not own.ndim:
                 raise TypeError("this is no state of Moments, expected an array of their fields")
-            fields = _checked_fields(axis, fields.shape[1:], [np.asarray(f) for f in fields])
+            fields = _checked_fields(axis, own.shape[1:], list(own[: len(FIELDS) + 1]))
         self._axis, self._fields = axis, fields
 
     def __repr__(self) -> str:
@@ -724,7 +731,7 @@ def _checked_axis(axis: Any, name: str = "axis") -> tuple[int, ...] | None:
         return None
     axes = whole_numbers(axis, name)
     if name == "axis" and len(set(axes)) != len(axes):
-        raise ValueError(f"axis is {axis!r}, expected different axes")
+        raise ValueError(f"axis is {shown(axis)}, expected different axes")
     return axes
 
 
@@ -741,18 +748,19 @@ def _checked_fields(
     """Fields that came from outside as one array; refuse what cannot be the moments of anything."""
     if len(parts) not in (len(FIELDS) - 1, len(FIELDS)):
         raise ValueError(f"these are {len(parts)} fields of moments, expected {len(FIELDS)}")
-    fields = np.zeros([len(FIELDS), *shape])
-    for i, (name, part) in enumerate(zip(FIELDS, parts, strict=False)):
+    for name, part in zip(FIELDS, parts, strict=False):
         if part.dtype.kind not in "fiu":
             raise TypeError(
                 f"{name} of these moments has dtype {part.dtype}, expected real numbers"
             )
         if part.shape != shape:
             raise ValueError(
-                f"{name} of these moments has shape {part.shape}, and they are of shape {shape}: "
-                "fields of different shapes, expected one"
+                f"{name} of these moments has shape {part.shape}, and they are of shape "
+                f"{shown(shape)}: fields of different shapes, expected one"
             )
-        with np.errstate(all="ignore"):
+    fields = np.zeros([len(FIELDS), *shape])
+    with np.errstate(all="ignore"):
+        for i, part in enumerate(parts):
             fields[i] = part
     count, mean, rest, m2, m2_rest, exponent = fields
     finite = np.isfinite(mean)

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 from fastnorm.arguments import (
     Activation,
     Array,
+    asked,
     check_activation,
     check_out,
     is_float,
@@ -58,7 +59,7 @@ def delivered(y: Array, x: ArrayLike, out: Array | None = None) -> Array:
         elif y is not out:
             np.copyto(out, y)
         return out
-    dtype = getattr(x, "dtype", y.dtype)
+    dtype = asked(x, "dtype")
     if isinstance(dtype, np.dtype) and not dtype.isnative and is_float(dtype):
         return y.astype(dtype)
     return y
@@ -78,7 +79,16 @@ def unknown(array: Array, shape: Sequence[int], count: int = 3) -> tuple[Array, 
     """Room for mean, var and rstd; not a number where there is nothing to take them of."""
     if isinstance(array, Elsewhere) and array.size:
         return tuple(array.new(shape, np.float64) for _ in range(count))
-    return tuple(beside(array, part) for part in np.full([count, *shape], np.nan))
+    if array.size or isinstance(array, Elsewhere):
+        return tuple(beside(array, part) for part in np.full([count, *shape], np.nan))
+    # an array of nothing may have more groups than memory has room for
+    return (np.broadcast_to(np.nan, shape),) * count
+
+
+def handed_out(statistic: Array, *shape: int) -> Array:
+    """A statistic of this shape for the caller, whose own it is to write."""
+    own = statistic if statistic.flags.writeable else statistic.copy()
+    return own.reshape(shape)
 
 
 def _as_it_is(array: Array) -> Array:
@@ -229,9 +239,10 @@ def exponents_of(largest: Array) -> Array:
 
 def counted(where: ArrayLike | None, array: Array, axes: tuple[int, ...]) -> Array:
     """How many elements enter each statistic, in the order of the axes that stay."""
-    if where is None:
-        kept = [n for a, n in enumerate(array.shape) if a not in axes]
-        return np.broadcast_to(math.prod(array.shape[a] for a in axes), kept)
+    if where is None or not array.size:
+        # one number for all, which broadcasts to each, and none where there is no statistic
+        kept = [min(n, 1) for a, n in enumerate(array.shape) if a not in axes]
+        return np.full(kept, math.prod(array.shape[a] for a in axes))
     mask: Any = mask_of(host(where), array)
     return np.asarray(np.count_nonzero(mask, axis=axes))
 

@@ -24,6 +24,7 @@ from fastnorm.arguments import (
     layer_axes,
     number,
     parameter,
+    shown,
     spread,
     unmask,
     whole,
@@ -171,8 +172,10 @@ def local_response_norm(
     array([[0.5      , 0.5547002]])
     """
     size = whole(size, "size", "a whole number of channels, 1 or more")
-    if size < 1:
-        raise ValueError(f"size is {size}, expected a whole number of channels, 1 or more")
+    if not 1 <= size < 1 << 63:
+        raise ValueError(
+            f"size is {shown(size)}, expected a whole number of channels, 1 or more, below 2^63"
+        )
     alpha, beta, k = number(alpha, "alpha"), number(beta, "beta"), number(k, "k")
     if (door := door_of(x)) is not None:
         return send(door, local_response_norm, locals())
@@ -183,6 +186,8 @@ def local_response_norm(
     y = new_like(array)
     if isinstance(array, Elsewhere):
         array.respond(y, axis, size, alpha, beta, k)
+        return delivered(y, x)
+    if not array.size:  # of which there may be any number of samples
         return delivered(y, x)
     chosen = np.broadcast_to(np.True_ if where is None else where, array.shape)
     moved, result, counted = (np.moveaxis(a, axis, 1) for a in (array, y, chosen))

@@ -34,9 +34,19 @@ OURS = (
 )  # fmt: skip
 
 
+@functools.cache
+def _has_driver() -> bool:
+    return SIMULATED or bool(cuda.is_available())
+
+
 def carry_out(function: Callable[..., Any], given: dict[str, Any]) -> Any:
     """Call one of them with arguments of which some are on a GPU: x is."""
     placed = {name: on_device(v) if handles(v) else v for name, v in given.items()}
+    if not _has_driver():
+        raise RuntimeError(
+            f"{function.__name__} got an array on a GPU, and CUDA's driver cannot be loaded here, "
+            "expected one that can; install it, or write x.get() or x.cpu() for the host's memory"
+        )
     _meet([v for v in placed.values() if isinstance(v, OnDevice)])
     return _delivered(function(**placed))
 

@@ -71,28 +71,32 @@ def _memory_of(interface: dict[str, Any], named: Any = None) -> Memory:
             "array as CuPy, PyTorch and Numba make it; write x.copy() in its library first"
         )
 
-    if interface.get("mask") is not None:
+    try:
+        shape, strides = tuple(interface["shape"]), interface.get("strides")
+        strides = None if strides is None else tuple(strides)
+        typestr, (address, readonly) = interface["typestr"], interface["data"]
+        mask = interface.get("mask")
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise refused("something else") from None
+    if mask is not None:
         raise refused("a mask")
-    shape = tuple(interface["shape"])
     if not all(_is_whole(n) and n >= 0 for n in shape):
         raise refused(f"shape {shape!r}")
     # the simulator's arrays have a dtype whose letters say nothing of it
     try:
-        letters = np.dtype(interface["typestr"])
-    except TypeError:
+        letters = np.dtype(typestr)
+        dtype = letters if named is None else np.dtype(named)
+    except (TypeError, ValueError):
         raise TypeError(
-            f"an array on the GPU has dtype {interface['typestr']!r}, expected float16, bfloat16, "
+            f"an array on the GPU has dtype {typestr!r}, expected float16, bfloat16, "
             "float32 or float64; write x.astype('float32') in its library first"
         ) from None
-    dtype = np.dtype(named or letters)
     if letters.itemsize != dtype.itemsize or letters.isnative != dtype.isnative:
-        raise refused(f"typestr {interface['typestr']!r} for dtype {dtype}")
-    strides = interface.get("strides")
+        raise refused(f"typestr {typestr!r} for dtype {dtype}")
     if strides is None:
         strides = dense_strides(shape, (0,) * len(shape), dtype.itemsize)
     if len(strides) != len(shape) or not all(_is_whole(step) for step in strides):
         raise refused(f"strides {strides!r} for shape {shape}")
-    address, readonly = interface["data"]
     if address is not None and not _is_whole(address):
         raise refused(f"address {address!r}")
     address = int(address or 0)

@@ -20,6 +20,7 @@ from fastnorm.arguments import (
     is_float,
     is_masked,
     number,
+    plain,
     read,
     shown,
     whole,
@@ -36,12 +37,13 @@ def _check_into(
     write = f"write np.empty({shape}, np.{dtype})"
     if out is None:
         return
-    if not isinstance(out, np.ndarray) or is_masked(out):
+    own = plain(out)
+    if own is None or is_masked(out):
         raise TypeError(f"{name} is {shown(out)}, expected a NumPy array; {write}")
-    if out.shape != shape or out.dtype != dtype or not out.flags.writeable:
-        kind = "" if out.flags.writeable else "read-only "
+    if own.shape != shape or own.dtype != dtype or not own.flags.writeable:
+        kind = "" if own.flags.writeable else "read-only "
         raise ValueError(
-            f"{name} is a {kind}array of shape {out.shape} and dtype {out.dtype}, expected one of "
+            f"{name} is a {kind}array of shape {own.shape} and dtype {own.dtype}, expected one of "
             f"shape {shape} and dtype {dtype} to write into; {write}"
         )
 
@@ -165,6 +167,8 @@ def softmax(x: ArrayLike, *, out: Array | None = None) -> Array:
     scores = _computed(x, "x")
     check_ndim(scores, 1, "softmax", "(..., classes)")
     _check_into(out, scores.shape, scores.dtype)
+    if not scores.size:  # of any number of rows
+        return np.subtract(scores, 0, out=out)
     # the largest becomes 0, so that no exponential overflows; never -inf - -inf
     least = np.finfo(scores.dtype).min
     y: Array = np.subtract(scores, scores.max(-1, keepdims=True, initial=least), out=out)
@@ -512,6 +516,11 @@ def cross_entropy(
             "np.moveaxis(scores, 1, -1) where the classes are on axis 1"
         )
     classes, ignore_index = s.shape[-1], whole(ignore_index, "ignore_index")
+    if not -(1 << 63) <= ignore_index < 1 << 64:
+        raise ValueError(
+            f"ignore_index is {shown(ignore_index)}, expected an integer that a target can have, "
+            "such as -100"
+        )
     counted = right != ignore_index
     wrong = right[counted & ((right < 0) | (right >= classes))]
     if wrong.size:

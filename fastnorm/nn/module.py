@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
@@ -234,6 +235,16 @@ def _numbers(value: Any, name: str) -> Array:
         if value.dtype == torch.bfloat16:
             value = value.float()
     return read(value, name)
+
+
+def check_room(of: str, shapes: Iterable[tuple[int, ...]], dtype: np.dtype[Any]) -> None:
+    """Refuse parameters of more bytes than an address can tell apart."""
+    shapes = list(shapes)
+    if sum(map(math.prod, shapes)) * dtype.itemsize >= 1 << 63:
+        raise ValueError(
+            f"{of} got sizes that make parameters of shape {', '.join(map(shown, shapes))}, "
+            "expected some that memory can have; use smaller ones"
+        )
 
 
 def parameter_type(dtype: DTypeLike) -> np.dtype[Any]:

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from fastnorm import backward, functional
 from fastnorm.arguments import (
+    MOST_AXES,
     Array,
     Axes,
     as_array,
@@ -22,12 +23,13 @@ from fastnorm.arguments import (
     groups_of,
     require_two,
     same_shape,
+    shown,
     unmask,
     whole,
     whole_numbers,
 )
 from fastnorm.moments import FIELDS, Moments, Scales, fields_of, normalised_by, scales_of
-from fastnorm.nn.module import Module, parameter_type
+from fastnorm.nn.module import Module, check_room, parameter_type
 from fastnorm.passes import update
 
 Saved = tuple[Any, ...]
@@ -45,7 +47,7 @@ def count_of(value: int, name: str) -> int:
     expected = "a whole number, 1 or more"
     found = whole(value, name, expected)
     if found < 1:
-        raise ValueError(f"{name} is {found}, expected {expected}")
+        raise ValueError(f"{name} is {shown(found)}, expected {expected}")
     return found
 
 
@@ -69,6 +71,7 @@ class _Norm(Module):
     def __init__(self, shape: tuple[int, ...], weight: bool, bias: bool, dtype: DTypeLike) -> None:
         super().__init__()
         kind = parameter_type(dtype)
+        check_room(type(self).__name__, [shape], kind)
         self._absent |= {"weight", "bias"}
         if weight:
             self._add_parameter("weight", np.ones(shape, kind))
@@ -608,8 +611,10 @@ class GroupNorm(_Norm):
 
 def _shape(normalized_shape: Axes) -> tuple[int, ...]:
     shape = whole_numbers(normalized_shape, "normalized_shape")
-    if not shape:
-        raise ValueError("normalized_shape is empty, expected one size or more")
+    if not 0 < len(shape) <= MOST_AXES:
+        raise ValueError(
+            f"normalized_shape has {len(shape)} sizes, expected one or more, up to {MOST_AXES}"
+        )
     return tuple(count_of(n, "normalized_shape") for n in shape)
 
 

@@ -6,7 +6,16 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fastnorm.arguments import Array, as_array, check_eps, is_float, read, shown
+from fastnorm.arguments import (
+    Array,
+    as_array,
+    check_eps,
+    is_float,
+    number,
+    plain,
+    read,
+    shown,
+)
 
 
 class Adam:
@@ -63,7 +72,7 @@ class Adam:
         eps: float = 1e-8,
     ) -> None:
         try:
-            first, second = (float(beta) for beta in betas)
+            first, second = (number(beta, "betas") for beta in betas)
         except (TypeError, ValueError):
             first = second = np.nan
         if not (0 <= first < 1 and 0 <= second < 1):
@@ -74,8 +83,9 @@ class Adam:
                 "m.parameters()"
             )
         for name, p in parameters.items():
-            if not (isinstance(p, np.ndarray) and is_float(p.dtype) and p.flags.writeable):
-                kind = f"array of {p.dtype}" if isinstance(p, np.ndarray) else type(p).__name__
+            own = plain(p)
+            if own is None or not (is_float(own.dtype) and own.flags.writeable):
+                kind = type(p).__name__ if own is None else f"array of {own.dtype}"
                 raise TypeError(
                     f"{name!r} of parameters is a {kind}, expected a NumPy array of floats that is "
                     "changed in place"

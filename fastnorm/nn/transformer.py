@@ -34,7 +34,7 @@ from fastnorm.arguments import (
     shown,
 )
 from fastnorm.nn.functional import activation_backward, attention, attention_backward, linear
-from fastnorm.nn.module import Module, parameter_type
+from fastnorm.nn.module import Module, check_room, parameter_type
 from fastnorm.nn.norms import count_of
 from fastnorm.related import activate
 from fastnorm.runtime import get_num_threads, serial
@@ -287,7 +287,7 @@ class _Transformer(Module):
 def _generator(rng: Random) -> np.random.Generator:
     try:
         return np.random.default_rng(rng)
-    except (TypeError, ValueError):
+    except Exception:  # NumPy's, and whatever somebody's object raises
         raise TypeError(
             f"rng is {shown(rng)}, expected a generator of np.random, a whole number of at least 0 "
             "as the seed of one, or None"
@@ -489,7 +489,8 @@ class TransformerBlock(_Transformer):
         self.num_heads = count_of(num_heads, "num_heads")
         if d % self.num_heads:
             raise ValueError(
-                f"num_heads is {num_heads}, expected a divisor of d_model, which is {d_model}"
+                f"num_heads is {shown(num_heads)}, expected a divisor of d_model, which is "
+                f"{shown(d_model)}"
             )
         hidden = 4 * d if dim_feedforward is None else dim_feedforward
         self.dim_feedforward = count_of(hidden, "dim_feedforward")
@@ -510,6 +511,7 @@ class TransformerBlock(_Transformer):
             "linear1": (self.dim_feedforward, d),
             "linear2": (d, self.dim_feedforward),
         }
+        check_room(type(self).__name__, sizes.values(), kind)
         for name, matrix in zip(sizes, _together(sizes.values(), kind)):
             joint = "_" if name == "self_attn.in_proj" else "."
             self._add_parameter(f"{name}{joint}weight", matrix)

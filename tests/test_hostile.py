@@ -236,7 +236,7 @@ def test_an_out_of_strings() -> None:
 def test_what_only_says_it_is_on_a_gpu(interface: Any) -> None:
     pytest.importorskip("numba")
     x: Any = type("Device", (), {"__cuda_array_interface__": interface})()
-    with pytest.raises((ValueError, TypeError), match="an array on the GPU has .*, expected"):
+    with pytest.raises((ValueError, TypeError), match=r"an array on the GPU has .*, expected"):
         fn.layer_norm(x, 2)
 
 

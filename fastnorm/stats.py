@@ -26,7 +26,7 @@ import fastnorm as fn
 from fastnorm._files.arrays import source_of
 from fastnorm._files.histogram import Histogram
 from fastnorm._files.names import CannotRead, CannotUse, reason_of
-from fastnorm._files.parts import Block, Options, Part, Source, axes_of
+from fastnorm._files.parts import Block, Options, Part, Source, axes_of, check_statistics
 from fastnorm._files.reading import blocks_of
 from fastnorm._files.walk import Files
 from fastnorm.arguments import as_numbers
@@ -118,7 +118,9 @@ def _axes(part: Part, block: Block, options: Options) -> tuple[int, ...]:
 
 def _kept(part: Part, block: Block, options: Options) -> tuple[int, ...]:
     axes = _axes(part, block, options)
-    return tuple(n for axis, n in enumerate(block.array.shape) if axis not in axes)
+    kept = tuple(n for axis, n in enumerate(block.array.shape) if axis not in axes)
+    check_statistics(kept)
+    return kept
 
 
 def _like(part: Part, block: Block, options: Options) -> Options:

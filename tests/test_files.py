@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import bz2
+import functools
 import gzip
 import io
 import json
@@ -867,6 +868,7 @@ def coded(*codecs: Any) -> Callable[[Path], None]:
     return written
 
 
+@functools.cache
 def bomb(codec: str, times: int = 192) -> bytes:
     """Up to three megabytes that unpack to three gigabytes of zeros."""
     if codec == "blosc":  # as its header says
@@ -942,6 +944,64 @@ def sparse_chunk(path: Path) -> None:
         file.truncate(1 << 33)
 
 
+def bomb_in_hdf5(file: Any) -> None:
+    told: dict[str, Any] = {"chunks": (1 << 19,), "compression": "gzip"}
+    dataset = file.create_dataset("a", (1 << 19,), "f4", **told)
+    dataset.id.write_direct_chunk((0,), bomb("zlib", 96))
+
+
+def same_bytes_often(file: Any) -> None:
+    """Small chunks that are packed to more than they can be."""
+    dataset = file.create_dataset("a", (64,), "f4", chunks=(64,), compression="gzip")
+    dataset.id.write_direct_chunk((0,), bomb("zlib", 96))
+
+
+def packed_by_another(file: Any) -> None:
+    file.create_dataset("a", (64,), "i4", chunks=(64,), scaleoffset=3)
+
+
+def small_chunks(file: Any) -> None:
+    file.create_dataset("a", (1 << 33,), "u1", chunks=(1,))
+
+
+def without_number(file: Any) -> None:
+    file["a"] = np.zeros(1 << 21, "f4")
+    file["a"].attrs["missing_value"] = np.arange(1, 4001).astype("f4")
+
+
+def sparse_tiff(width: int, bands: int, bits: int, pages: int, tile: int = 0) -> Any:
+    """Write pages without what is in their strip or tile."""
+
+    def written(path: Path) -> None:
+        data = bytearray(b"II*\0" + struct.pack("<I", 8))
+        for i in range(pages):
+            form = 3 if bits > 8 else 1
+            tags = {256: width, 257: width, 258: bits, 259: 1, 262: 1, 277: bands, 284: 1}
+            tags |= {273: 0, 278: width, 279: 0} if not tile else {}
+            tags |= {322: tile, 323: tile, 324: 0, 325: 0} if tile else {}
+            tags |= {339: form}
+            after = len(data) + 2 + 12 * len(tags) + 4
+            data += struct.pack("<H", len(tags))
+            for tag, value in sorted(tags.items()):
+                data += struct.pack("<HHII", tag, 4, 1, value)
+            data += struct.pack("<I", after if i < pages - 1 else 0)
+        path.write_bytes(data)
+
+    return written
+
+
+def long_header(path: Path) -> None:
+    """Of three gigabytes, it says; packed."""
+    start = b"\x93NUMPY\2\0" + struct.pack("<I", 3 << 30)
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open("a.npy", "w", force_zip64=True) as file,
+    ):
+        file.write(start)
+        for _ in range(16):
+            file.write(bytes(1 << 24))
+
+
 # Files of some kilobytes that would end the process, or take hours, or gigabytes: how they are
 # written, and the reason why they are not read.
 HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -949,6 +1009,15 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "circle.h5": (hdf5(virtual_in_a_circle), "'a' is virtual"),
     "virtual.h5": (hdf5(virtual_giant), "'a' is virtual"),
     "groups.h5": (hdf5(groups_in_groups), "more than 100 groups one inside the other"),
+    "bomb.h5": (hdf5(bomb_in_hdf5), "by zlib, and unpacks to more than 1,073,741,824 bytes"),
+    "often.h5": (hdf5(same_bytes_often), "a chunk of it is packed to 1,566,247 bytes"),
+    "other.h5": (hdf5(packed_by_another), "it is packed by filter 6 of HDF5"),
+    "chunks.h5": (hdf5(small_chunks), "the rest is empty"),
+    "none.h5": (hdf5(without_number), "4,000 numbers are none, more than 64"),
+    "header.npz": (long_header, "EOF: reading array header, expected 3221225472 bytes got 65524"),
+    "pages.tif": (sparse_tiff(13_000, 1, 64, 400), "the rest is empty"),
+    "tiles.tif": (sparse_tiff(13_000, 1, 8, 1, 1 << 26), "the rest is empty"),
+    "bands.tif": (sparse_tiff(13_000, 5000, 8, 1), "the rest is empty"),
     "pipes.zarr": (link_to_pipes, "'c' in it is a link, which is not followed"),
     "folder.zarr": (link_to_a_folder, "'c' in it is a link, which is not followed"),
     "file.zarr": (link_to_a_file, "'0' in it is a link, which is not followed"),
@@ -980,12 +1049,12 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "shards.zarr": (shard_of_many, "its shards have 1,073,741,824 chunks"),
     "sparse.zarr": (sparse_chunk, "'c/0' in it has 8,589,934,592 bytes"),
 }
-# As much address space as Python and the libraries need, and what one block may take.
+# The command, in a process that may have so many bytes more.
 LIMITED = """
 import resource, sys
-resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-from fastnorm import cli
-sys.exit(cli.main(["stats", *sys.argv[1:]]))
+from fastnorm.cli import main
+resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv[1]),) * 2)
+sys.exit(main(["stats", *sys.argv[2:]]))
 """
 
 
@@ -996,7 +1065,8 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     np.savez(root / "good.npz", a=np.arange(4.0))
     for name, (write, _) in HOSTILE.items():
         write(root / name)
-    command = [sys.executable, "-c", LIMITED, str(root), "--skip-bad", "--json", "--key", "a"]
+    arguments = ["4_000_000_000", str(root), "--skip-bad", "--json", "--key", "a", "--workers", "1"]
+    command = [sys.executable, "-c", LIMITED, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert json.loads(done.stdout)["count"] == 4, done.stderr
     said = (line.partition(f"left out {root}{os.sep}")[2] for line in done.stderr.splitlines())
@@ -1007,6 +1077,57 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_files_are_refused(refusals: dict[str, str], name: str) -> None:
     assert HOSTILE[name][1] in refusals[name]
+
+
+def test_more_means_than_fit(tmp_path: Path) -> None:
+    """A hundred million, of files of a kilobyte."""
+    with pytest.importorskip("h5py").File(tmp_path / "x.h5", "w") as file:
+        file.create_dataset("x", (1, 10**8), "u1", chunks=(1, 1 << 20))
+    with (tmp_path / "x.npy").open("wb") as file:
+        said = {"descr": "<f4", "fortran_order": False, "shape": (0, 10**8)}
+        np.lib.format.write_array_header_1_0(file, said)
+    for name, kind in (("x.h5", "hdf5"), ("x.npy", "npy")):
+        with pytest.raises(CannotRead, match="it has 100,000,000 means, more than 16,777,216"):
+            of(tmp_path / name, kind, axis=(0,))
+
+
+def test_a_column_of_large_chunks(tmp_path: Path) -> None:
+    """To have the means of all columns, all chunks beside one another are held."""
+    with pytest.importorskip("h5py").File(tmp_path / "x.h5", "w") as file:
+        file.create_dataset("x", (1 << 20, 1 << 12), "u1", chunks=(1 << 20, 1))
+    with pytest.raises(CannotRead, match="4,294,967,296 bytes of it are held at once"):
+        of(tmp_path / "x.h5", "hdf5", axis=(0,))
+
+
+def test_one_large_chunk_with_a_scale(tmp_path: Path) -> None:
+    """Its numbers become doubles some megabytes at a time."""
+    with pytest.importorskip("h5py").File(tmp_path / "x.h5", "w") as file:
+        x = file.create_dataset("x", (1 << 26,), "u1", chunks=(1 << 26,), fillvalue=3)
+        x.attrs.update({"scale_factor": 2.0, "_FillValue": np.uint8(7)})
+    tracemalloc.start()
+    total = of(tmp_path / "x.h5", "hdf5").total
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (total.count, total.mean) == (1 << 26, 6.0)
+    assert peak < (1 << 26) + 24 * parts.BLOCK
+
+
+@pytest.mark.parametrize("how", ["gzip", "shuffled gzip", "checked gzip", "lzf", "szip", "none"])
+@pytest.mark.parametrize("size", [1000, 1 << 20])
+def test_packings_of_hdf5(tmp_path: Path, how: str, size: int) -> None:
+    """Small chunks and large ones, of which one has not been written."""
+    h5py = pytest.importorskip("h5py")
+    name = how.split()[-1]
+    packing = {"compression": None if name == "none" else name}
+    packing |= {"shuffle": how == "shuffled gzip", "fletcher32": how == "checked gzip"}
+    x = random("u2", (size * 2 + size // 2,), 0)
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        dataset = file.create_dataset("x", x.shape, "u2", chunks=(size,), **packing)
+        dataset[:size] = x[:size]
+        dataset[2 * size :] = x[2 * size :]
+    x[size : 2 * size] = 0
+    total = of(tmp_path / "x.h5", "hdf5").total
+    assert (total.count, total.mean) == (x.size, pytest.approx(x.mean(), rel=1e-12))
 
 
 def test_archives_are_streamed(tmp_path: Path) -> None:
@@ -1026,14 +1147,6 @@ def test_archives_are_streamed(tmp_path: Path) -> None:
         assert np.mean(found.total.mean) == pytest.approx(mean.mean(), rel=1e-13)
 
 
-LIMITED = """
-import resource, sys
-from fastnorm.cli import main
-resource.setrlimit(resource.RLIMIT_DATA, (300_000_000, 300_000_000))
-sys.exit(main(["stats", sys.argv[1], "--workers", "1"]))
-"""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="a limit of what is allocated, not of maps")
 def test_a_small_archive_of_a_large_array(tmp_path: Path) -> None:
     """Of 400 megabytes, in a process that may have 300."""
@@ -1049,7 +1162,7 @@ def test_a_small_archive_of_a_large_array(tmp_path: Path) -> None:
         for _ in range(50):
             file.write(piece.tobytes())
     assert (tmp_path / "x.npz").stat().st_size < 2_000_000
-    run = run_python("-c", LIMITED, str(tmp_path / "x.npz"), OMP_NUM_THREADS="1")
+    run = run_python("-c", LIMITED, "300_000_000", str(tmp_path / "x.npz"), OMP_NUM_THREADS="1")
     assert run.returncode == 0, run.stderr
 
 

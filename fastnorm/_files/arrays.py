@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import io
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import stat
 import struct
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,7 @@ from fastnorm._files.names import CannotUse
 from fastnorm._files.parts import (
     BLOCK,
     MOST,
+    NODATA,
     Array,
     Block,
     Options,
@@ -36,6 +38,9 @@ from fastnorm._files.parts import (
     axes_of,
     check_giant,
     check_numeric,
+    check_statistics,
+    indices,
+    there,
 )
 from fastnorm._files.unpacking import PACKINGS, check_unpacks
 
@@ -46,10 +51,19 @@ _FILTERS = """
     packbits quantize shuffle transpose
 """
 FILTERS = frozenset(_FILTERS.split())
+# What a chunk takes, at least: to find it, and to say where it is.
+CHUNK = 1 << 13
 # How many chunks a shard may have.
 CHUNKS = 1 << 20
 # What may come with a chunk besides its numbers: checksums, what a packing adds.
 SLACK = 1 << 16
+# Filters of HDF5: those that pack, and those that do not.
+PACKERS = {1: "zlib", 4: "szip", 32000: "lzf"}
+SHUFFLE, FLETCHER32 = 2, 3
+# What a chunk of HDF5 of so many bytes can be packed to unpacks to less than MOST.
+PACKED = 900_000
+# Where the header of an .npy ends, at the latest.
+HEADER = 1 << 16
 # How many groups of an HDF5 file may lie one inside the other.
 DEEP = 100
 
@@ -63,6 +77,14 @@ class Stored:
     chunks: tuple[int, ...] | None = None
     attributes: dict[str, Any] | None = None
     packing: Packing | None = None  # of a Zarr array
+
+    def cost(self, block: Iterable[int]) -> int:
+        """How many bytes a block of this shape takes, in whole chunks, the smallest ones too."""
+        block = tuple(block)
+        if self.chunks is None:
+            return math.prod(block) * self.dtype.itemsize
+        count = math.prod(-(-n // step) for n, step in zip(block, self.chunks))
+        return count * max(math.prod(self.chunks) * self.dtype.itemsize, CHUNK)
 
 
 @dataclass
@@ -79,10 +101,14 @@ class Packing:
         """The most bytes that a chunk can be packed to by what finds nothing to leave out."""
         return self.unpacked + self.unpacked // 64 + SLACK
 
+    def check_size(self, size: int) -> None:
+        """Refuse a chunk that is packed to more bytes than it can be."""
+        if size > self.largest:
+            raise ValueError(f"a chunk of it is packed to {size:,} bytes, more than its numbers")
+
     def check(self, data: bytes) -> None:
         """Refuse a chunk that would unpack to more than its numbers."""
-        if len(data) > self.largest:
-            raise ValueError(f"a chunk of it is packed to {len(data):,} bytes, more than it can be")
+        self.check_size(len(data))
         if self.name:
             check_unpacks(data[: len(data) - self.behind], self.name, self.unpacked + SLACK)
 
@@ -126,19 +152,26 @@ def source_of(path: str, kind: str, group: str, key: str, options: Options) -> S
         key = key or names[0]
         array = file.describe(key)
         check_numeric(array.dtype, "the array")
-        size = math.prod(array.shape) * array.dtype.itemsize
-        check_giant(size, file.stored(key), "the array")
+        check_giant(array.cost(array.shape), file.stored(key), "the array")
         axes = axes_of(len(array.shape), array.shape, options, path)
+        check_statistics(tuple(n for axis, n in enumerate(array.shape) if axis not in axes))
         if array.chunks and math.prod(array.chunks) * array.dtype.itemsize > MOST:
             raise ValueError(f"its chunks have the shape {array.chunks}, more than {MOST:,} bytes")
         if kind == "npz":  # a member can only be read from its beginning on
             return Source(path, kind, group, key)
-        return Source(path, kind, group, key, _cuts(array, axes))
+        cuts = _cuts(array, axes)
+        held = array.cost(step for _, step in cuts)
+        if held > MOST:
+            raise ValueError(
+                f"with this --axis and its chunks of {array.chunks}, {held:,} bytes of it are held "
+                f"at once, more than {MOST:,}; cut it into other chunks"
+            )
+        return Source(path, kind, group, key, cuts)
 
 
 def _cuts(array: Stored, axes: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     """Steps to blocks of BLOCK bytes at most where that can be, along the axes that are reduced."""
-    size = math.prod(array.shape) * array.dtype.itemsize
+    size = array.cost(array.shape)
     cuts = []
     for axis, n in enumerate(array.shape):
         step = n
@@ -162,7 +195,9 @@ def array_blocks(part: Part, options: Options) -> Iterator[Block]:
         for numbers in file.read(part.key, part.index, axes):
             if unsigned and numbers.dtype.kind == "i":
                 numbers = numbers.view(numbers.dtype.str.replace("i", "u"))
-            yield Block(numbers, _sort(numbers.dtype, own), **own)
+            # a chunk can be large, and what is made of its numbers larger
+            for piece in indices(_cuts(Stored(numbers.shape, numbers.dtype), axes)):
+                yield Block(numbers[piece], _sort(numbers.dtype, own), **own)
 
 
 def _sort(dtype: np.dtype[Any], own: dict[str, Any]) -> str:
@@ -177,6 +212,8 @@ def _conventions(attributes: dict[str, Any]) -> dict[str, Any]:
     for name in ("_FillValue", "missing_value"):
         if name in attributes:
             nodata += _numbers(name, attributes[name])
+    if len(nodata) > NODATA:
+        raise ValueError(f"it says that {len(nodata):,} numbers are none, more than {NODATA}")
     own: dict[str, Any] = {"nodata": tuple(dict.fromkeys(nodata))} if nodata else {}
     for name, field in (("scale_factor", "scale"), ("add_offset", "offset")):
         if name in attributes:
@@ -253,16 +290,19 @@ def _opened(path: str, kind: str) -> Iterator[_File]:
 
 def _header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     """Return what the header of an .npy says: shape, whether in Fortran's order, dtype."""
-    version = np.lib.format.read_magic(file)
+    # NumPy would read a header of four gigabytes before it finds it too long
+    start = io.BytesIO(file.read(HEADER))
+    version = np.lib.format.read_magic(start)
     if version == (1, 0):
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(start)
     elif version == (2, 0):
-        shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
+        shape, fortran, dtype = np.lib.format.read_array_header_2_0(start)
     else:
         raise ValueError(f"it has version {version} of NumPy's format, expected 1.0 or 2.0")
     check_numeric(dtype, "the array")
     if any(n < 0 for n in shape):
         raise ValueError(f"its header says that it has shape {shape}")
+    file.seek(start.tell())
     return shape, fortran, dtype
 
 
@@ -276,8 +316,7 @@ class _Npy(_File):
         size = self._start + math.prod(self._shape) * self._dtype.itemsize
         if size > found.st_size:
             raise ValueError(f"it is cut short: {found.st_size:,} bytes of {size:,}")
-        # where it is known how much of a file is there
-        self._there = getattr(found, "st_blocks", found.st_size // 512) * 512
+        self._there = there(found)
 
     def names(self) -> list[str]:
         return [""]
@@ -432,15 +471,52 @@ class _Hdf5(_File):
                 "not followed"
             )
         check_numeric(dataset.dtype, repr(key))
+        self._packing(dataset)
         names = ("_FillValue", "missing_value", "scale_factor", "add_offset", "_Unsigned")
         attributes = {name: dataset.attrs[name] for name in names if name in dataset.attrs}
         return Stored(dataset.shape, dataset.dtype, dataset.chunks, attributes)
 
     def stored(self, key: str) -> int:
-        return int(self._file[key].id.get_storage_size())
+        dataset, path = self._file[key], Path(self._file.filename)
+        stored, (packing, _) = int(dataset.id.get_storage_size()), self._packing(dataset)
+        if packing:
+            packed = Packing(math.prod(dataset.chunks) * dataset.dtype.itemsize)
+            dataset.id.chunk_iter(lambda chunk: packed.check_size(chunk.size))
+            if stored > path.stat().st_size:
+                raise ValueError(f"it says that {stored:,} bytes of it are stored, in less")
+        return min(stored, there(path.stat()))
+
+    def _packing(self, dataset: Any) -> tuple[str, int]:
+        """Return what packs the chunks and the how manieth filter that is."""
+        plist = dataset.id.get_create_plist()
+        codes = [plist.get_filter(i)[0] for i in range(plist.get_nfilters())]
+        places = [i for i, code in enumerate(codes) if code in PACKERS]
+        for code in codes:
+            if code not in (*PACKERS, SHUFFLE, FLETCHER32):
+                raise ValueError(
+                    f"it is packed by filter {code} of HDF5, expected gzip, szip or lzf; h5repack "
+                    "changes that"
+                )
+        if not places:
+            return "", 0
+        if any(code != FLETCHER32 for code in codes[places[0] + 1 :]):
+            raise ValueError("it is packed, and by another filter after that")
+        return PACKERS[codes[places[0]]], places[0]
 
     def read(self, key: str, index: tuple[slice, ...], axes: tuple[int, ...]) -> Iterator[Array]:
-        yield np.asarray(self._file[key][index])
+        dataset = self._file[key]
+        packing, place = self._packing(dataset)
+        large = packing and math.prod(dataset.chunks) * dataset.dtype.itemsize > PACKED
+        if large or packing == "szip":
+            for chunk in dataset.iter_chunks(index):
+                start = (piece.start - piece.start % n for piece, n in zip(chunk, dataset.chunks))
+                try:
+                    left_out, data = dataset.id.read_direct_chunk(tuple(start))
+                except RuntimeError:
+                    continue  # it has not been written
+                if not left_out >> place & 1:
+                    check_unpacks(data, packing, MOST)
+        yield np.asarray(dataset[index])
 
 
 class _Zarr(_File):
@@ -491,7 +567,7 @@ class _Zarr(_File):
         total, waiting = 0, [self._root / key]
         while waiting:
             inside, files = _entries(waiting.pop())
-            total += sum(entry.stat(follow_symlinks=False).st_size for entry in files)
+            total += sum(there(entry.stat(follow_symlinks=False)) for entry in files)
             waiting += map(Path, inside)
         return total
 
@@ -567,7 +643,7 @@ def _entries(folder: Path) -> tuple[list[os.DirEntry[str]], list[os.DirEntry[str
 
 
 def _json(path: Path) -> dict[str, Any]:
-    if not stat.S_ISREG(path.stat().st_mode) or path.stat().st_size > 1 << 26:
+    if not stat.S_ISREG(path.stat().st_mode) or path.stat().st_size > 1 << 24:
         raise ValueError(f"{path.name} is no file of metadata")
     try:
         said = json.loads(path.read_bytes())

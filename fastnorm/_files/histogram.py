@@ -19,6 +19,7 @@ class Histogram:
     """
 
     MOST = 512  # bins
+    CHANNELS = 1 << 14
 
     exponent: int = 0
     start: int = 0
@@ -39,6 +40,8 @@ class Histogram:
             return rows.reshape(math.prod(rows.shape[: x.ndim - len(axes)]), -1)
 
         rows = in_rows(x)
+        if len(rows) > cls.CHANNELS:
+            raise ValueError(f"it has {len(rows):,} channels, too many for histograms")
         integers = rows.dtype.kind in "biu"
         wide = rows if integers else rows.astype(np.float64)
         finite = np.ones(rows.shape, bool) if integers else np.isfinite(wide)

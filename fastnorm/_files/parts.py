@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -20,8 +21,12 @@ BLOCK = 8 << 20
 # What is read at once where they cannot: a chunk of a file, a row, an image for --axis.
 MOST = 1 << 30
 # An array of so many bytes of which so small a share is stored is taken for a mistake or a trap:
-# reading it would take hours, and find nothing but the fill value.
-GIANT, SHARE = 1 << 40, 1000
+# reading it would take long, and find nothing but the fill value.
+GIANT, SHARE = 1 << 36, 1000
+# How many statistics there may be: each takes some dozens of bytes, in each process.
+STATISTICS = 1 << 24
+# How many numbers a file may say stand for none.
+NODATA = 64
 # An image's pixels, unless --max-pixels says otherwise: Pillow's own limit.
 MAX_PIXELS = 178_956_970
 
@@ -52,9 +57,14 @@ class Source:
 
     def parts(self) -> Iterator[Part]:
         """Return the parts in order."""
-        pieces = [[slice(i, min(i + step, n)) for i in range(0, n, step)] for n, step in self.cuts]
-        for index in itertools.product(*pieces):
+        for index in indices(self.cuts):
             yield Part(self.path, self.kind, self.group, self.key, index)
+
+
+def indices(cuts: tuple[tuple[int, int], ...]) -> Iterator[tuple[slice, ...]]:
+    """Return the blocks of an array, of each of whose axes the length and the step are given."""
+    pieces = [[slice(i, min(i + step, n)) for i in range(0, n, step)] for n, step in cuts]
+    return itertools.product(*pieces)
 
 
 @dataclass(frozen=True)
@@ -86,10 +96,13 @@ class Block:
     def left_out(self, options: Options) -> Array | None:
         """Return a mask of the numbers that do not count; None where all do."""
         own = self.nodata if options.nodata is None else (*self.nodata, options.nodata)
-        hits = [hit for value in own if (hit := _equal(self.array, value)) is not None]
-        if options.ignore_nan and self.array.dtype.kind == "f":
-            hits.append(np.isnan(self.array))
-        return np.logical_or.reduce(hits) if hits else None
+        also = (math.nan,) if options.ignore_nan and self.array.dtype.kind == "f" else ()
+        mask: Array | None = None
+        for value in (*own, *also):
+            hit = _equal(self.array, value)
+            if hit is not None:
+                mask = hit if mask is None else mask | hit
+        return mask
 
     def numbers(self) -> Array:
         """Return what the stored numbers stand for."""
@@ -122,6 +135,19 @@ def axes_of(ndim: int, shape: tuple[int, ...], options: Options, path: str) -> t
             f"{-ndim} to {ndim - 1}"
         )
     return tuple(sorted(places))
+
+
+def check_statistics(kept: tuple[int, ...]) -> None:
+    """Refuse more statistics than memory is taken for."""
+    if math.prod(kept) > STATISTICS:
+        raise ValueError(
+            f"with this --axis it has {math.prod(kept):,} means, more than {STATISTICS:,}"
+        )
+
+
+def there(found: os.stat_result) -> int:
+    """Return how many bytes of a file are there, where that is known."""
+    return min(found.st_size, max(getattr(found, "st_blocks", found.st_size) * 512, 4096))
 
 
 def check_giant(nominal: int, stored: int, name: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fastnorm._files.arrays import array_blocks
 from fastnorm._files.images import pillow_blocks
-from fastnorm._files.parts import MOST, SHARE, Block, Options, Part
+from fastnorm._files.parts import MOST, SHARE, Block, Options, Part, there
 from fastnorm._files.tiff import BEGINNINGS, tiff_blocks
 from fastnorm._files.walk import TIFF
 
@@ -35,9 +35,9 @@ def blocks_of(part: Part, options: Options) -> Iterator[Block]:
         return
     with Path(part.path).open("rb") as file:
         found = os.fstat(file.fileno())
-        there = getattr(found, "st_blocks", found.st_size // 512) * 512
-        if found.st_size > MOST and there * SHARE < found.st_size:
-            raise ValueError(f"of its {found.st_size:,} bytes only {there:,} are stored")
+        stored = there(found)
+        if found.st_size > MOST and stored * SHARE < found.st_size:
+            raise ValueError(f"of its {found.st_size:,} bytes only {stored:,} are stored")
         beginning = file.read(4)
         file.seek(0)
         tiff = beginning in BEGINNINGS

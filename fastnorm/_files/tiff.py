@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
 import zlib
 from collections.abc import Callable, Iterator
@@ -20,7 +21,17 @@ from typing import Any, BinaryIO, TypeAlias
 import numpy as np
 
 from fastnorm._files.images import check_pixels, frame_blocks, in_pieces, open_image, pieces
-from fastnorm._files.parts import BLOCK, MOST, Array, Block, Options, Part, check_numeric
+from fastnorm._files.parts import (
+    BLOCK,
+    MOST,
+    Array,
+    Block,
+    Options,
+    Part,
+    check_giant,
+    check_numeric,
+    there,
+)
 
 Tile: TypeAlias = tuple[int, int, Array]  # from which row and column on, and the pixels
 
@@ -65,6 +76,8 @@ def tiff_blocks(part: Part, file: BinaryIO, options: Options) -> Iterator[Block]
             pages = (tiff.pages[i] for i in range(number))
             full = [i for i, page in enumerate(pages) if not (page.is_reduced or page.is_mask)]
             complaints.check()
+            size = sum(_stacked(tiff, tiff.pages[i]) * _size(tiff.pages[i]) for i in full)
+            check_giant(size, there(os.fstat(file.fileno())), "it")
             for i in full or range(number):
                 yield from _page_blocks(part.path, file, tiff, i, options)
                 complaints.check()
@@ -100,6 +113,16 @@ def _page_blocks(
         if array.dtype == np.bool_:  # bits are shown as 0 and 255, as those of a PNG are
             array = array.astype(np.uint8) * np.uint8(255)
         yield from pieces(path, array, colour, options, nodata=nodata)
+
+
+def _size(page: Any) -> int:
+    """How many bytes a page unpacks to, in whole tiles."""
+    height, width = page.imagelength, page.imagewidth
+    if page.is_tiled and page.tilelength and page.tilewidth:
+        height += -height % page.tilelength
+        width += -width % page.tilewidth
+    bits = height * page.imagedepth * width * page.samplesperpixel * page.bitspersample
+    return int(bits) // 8
 
 
 def _is_plain(page: Any) -> bool:
@@ -180,8 +203,8 @@ def _tiles(file: BinaryIO, page: Any, shift: int) -> Iterator[Tile]:
     if len(offsets) != planes * each or len(counts) != planes * each:
         raise ValueError(f"it has {len(offsets)} strips or tiles, expected {planes * each}")
     row = width * samples * itemsize
-    if row > MOST // 16:
-        raise ValueError(f"its rows have {row:,} bytes, more than {MOST // 16:,}")
+    if row * planes > MOST // 16:
+        raise ValueError(f"its rows have {row * planes:,} bytes, more than {MOST // 16:,}")
     for i in range(each):
         top, left = i // across * height, i % across * width
         packed = page.compression in DEFLATE
@@ -190,9 +213,13 @@ def _tiles(file: BinaryIO, page: Any, shift: int) -> Iterator[Tile]:
         rows, step = min(height, length - top), max(1, BLOCK // 4 // (row * planes))
         for first in range(0, rows, step):
             now = min(step, rows - first)
-            parts = [_unpacked(read, now, width, samples, page) for read in readers]
-            array = np.concatenate(parts, axis=2) if planes > 1 else parts[0]
-            yield top + first, left, array[:, : full - left]
+            parts = [
+                _left_out(now, min(width, full - left), samples, page)
+                if read is None
+                else _unpacked(read, now, width, samples, page)[:, : full - left]
+                for read in readers
+            ]
+            yield top + first, left, np.concatenate(parts, axis=2) if planes > 1 else parts[0]
 
 
 def _reader(file: BinaryIO, offset: int, count: int, packed: bool) -> Callable[[int], bytes] | None:
@@ -233,14 +260,17 @@ def _reader(file: BinaryIO, offset: int, count: int, packed: bool) -> Callable[[
     return read
 
 
+def _left_out(rows: int, width: int, samples: int, page: Any) -> Array:
+    """Return rows of a strip or tile that is not in the file."""
+    return np.full((rows, width, samples), page.nodata, page.dtype.newbyteorder("="))
+
+
 def _unpacked(
-    read: Callable[[int], bytes] | None, rows: int, width: int, samples: int, page: Any
+    read: Callable[[int], bytes], rows: int, width: int, samples: int, page: Any
 ) -> Array:
     """Return the next rows of a strip or tile, in the machine's byte order."""
     dtype = page.dtype.newbyteorder("=")
     shape = (rows, width, samples)
-    if read is None:
-        return np.full(shape, page.nodata, dtype)
     data = read(math.prod(shape) * dtype.itemsize)
     if page.predictor == 3:
         # the differences of a row's bytes, and these by their significance
@@ -296,6 +326,11 @@ def _otherwise(path: str, page: Any, number: int, options: Options) -> Array:
     if any(o + n > size for o, n in zip(page.dataoffsets, page.databytecounts)):
         raise ValueError("it is cut short")
     shape = (page.imagelength * page.imagedepth, page.imagewidth, page.samplesperpixel)
+    if math.prod(shape) * page.dtype.itemsize > 8 * options.max_pixels:
+        raise ValueError(
+            f"it has {math.prod(shape) * page.dtype.itemsize:,} bytes, packed so that they are "
+            f"held as a whole, more than 8 for each of {options.max_pixels:,} pixels; --max-pixels"
+        )
     if page.compression in (*NONE, PACKBITS) or find_spec("imagecodecs") is not None:
         with suppress(NotImplementedError):  # of bits that tifffile cannot unpack: Pillow may
             array = page.asarray(squeeze=False, maxworkers=1)  # planes, depth, rows, columns, ...

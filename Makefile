@@ -39,9 +39,9 @@ PREPARE = @+test -n '$(PYTHON)' || { echo 'fastnorm needs Python 3.11 or newer a
 help:
 	@echo 'make demo      build fastnorm, run the demonstration'
 	@echo 'make test      build fastnorm, run the tests (PyTorch tests skip where it is absent)'
+	@echo 'make test-quick  one case of each test: 90 seconds'
 	@echo 'make fuzz      random calls of every function on fenced memory, each backend and CPU'
 	@echo 'make trust     every attack of tests/trust.py, as a table: inputs tried, faults found'
-	@echo 'make test-quick  a choice of them that takes a minute'
 	@echo 'make test-oldest the tests with the oldest of everything that pyproject.toml allows'
 	@echo 'make sanitize  build with sanitizers and every bound checked, run random calls and the table'
 	@echo 'make lint      ruff check, ruff format --check, mypy, lint-imports'
@@ -59,7 +59,7 @@ help:
 	@echo 'EXTRAS="torch" packages to add to it when it is made'
 	@echo 'PIP_ARGS="-q"  arguments of every pip install'
 	@echo 'EXAMPLES=20000 BACKEND=cython CPU=x86-64-v3 SEED=1  what fuzz tries, where, and from where on'
-	@echo 'ARGS="-k rms"  arguments of the program that demo, test, bench or bench-gate runs'
+	@echo 'ARGS="-k rms"  arguments of what the target runs: pytest of test, test-quick and bench, else the program'
 
 demo:
 	$(PREPARE) $(STAMPS)/demo

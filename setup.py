@@ -75,7 +75,7 @@ OPENMP_PROBE = "#include <omp.h>\nint fastnorm_probe(void) { return omp_get_max_
 
 NO_COMPILER = """
 fastnorm: no C compiler that can build Python extensions was found, so the compiled kernels are
-left out. The package works without them, at NumPy's speed. To get them, install a C compiler
+left out. Numba compiles others when they are first called. To get these, install a C compiler
 (and, where they are a package of their own, the Python headers) and install fastnorm again.
 """
 NO_OPENMP = """

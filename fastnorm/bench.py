@@ -7,7 +7,6 @@ are such calls. `case_of` makes of one what `fastnorm._bench` times.
 from __future__ import annotations
 
 import math
-import os
 import re
 import textwrap
 import warnings
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 
 import fastnorm as fn
+from fastnorm import limits
 from fastnorm._bench import copying, machine, peers, text
 from fastnorm._bench.cases import GROUPS, Array, Case, data
 from fastnorm._bench.operations import OPERATIONS
@@ -29,7 +29,6 @@ from fastnorm._bench.rows import COPY, Row, row
 from fastnorm._bench.timing import BLOCK, ROUNDS, Contender, compete
 from fastnorm._files.names import CannotUse
 from fastnorm.arguments import ACTIVATIONS, did_you_mean
-from fastnorm.limits import processors
 from fastnorm.workers import busy_processes
 
 FUNCTIONS = tuple(dict.fromkeys(op.name for op in OPERATIONS))
@@ -211,7 +210,7 @@ def case_of(
         raise CannotUse("--dtype bfloat16 needs ml_dtypes: pip install ml_dtypes")
     last = layout != LAYOUTS[0]
     case = Case(op.label, shape, num_groups, last, dtype, backward, activation, residual, out)
-    needed, there = ARRAYS * max(case.bytes, 4 * math.prod(shape)), _memory()
+    needed, there = ARRAYS * max(case.bytes, 4 * math.prod(shape)), limits.memory()
     if case.bytes > MOST or needed > there:
         raise CannotUse(
             f"{given} would take {text.size_of(needed)} with its results and copies, expected at "
@@ -283,14 +282,6 @@ def add_model(results: dict[str, Any], about: dict[str, Any]) -> None:
         }
         totals.append({"threads": first["threads"], "seconds": seconds})
     results["model"] = about | {"totals": totals}
-
-
-def _memory() -> float:
-    """Bytes of memory the machine has, where the system tells."""
-    try:
-        return float(os.sysconf("SC_PHYS_PAGES")) * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not on Windows
-        return float(MOST)
 
 
 def missing(name: str) -> str | None:
@@ -414,7 +405,7 @@ def _wide(array: Array) -> Array:
 
 def _notes(contenders: dict[str, Contender], threads: int) -> list[str]:
     """In what the comparison is not one of equals."""
-    cores = processors()
+    cores = limits.processors()
     notes = []
     if threads > cores:
         notes.append(f"{_of_threads(threads)} share {cores} cores")

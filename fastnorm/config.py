@@ -45,12 +45,17 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
         )
     from importlib.metadata import PackageNotFoundError, version
 
-    versions = {"python": platform.python_version(), "numpy": np.__version__}
-    for name, distribution in (("fastnorm", "fastnorm-kernels"), ("numba", "numba")):
-        try:
-            versions[name] = version(distribution)
-        except PackageNotFoundError:
-            versions[name] = "not installed"
+    import fastnorm
+
+    versions = {
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "fastnorm": fastnorm.__version__,
+    }
+    try:
+        versions["numba"] = version("numba")
+    except PackageNotFoundError:
+        versions["numba"] = "not installed"
     config: dict[str, Any] = {
         "versions": versions,
         "cpu": {

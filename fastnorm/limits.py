@@ -81,8 +81,14 @@ def memory_limit(root: Path = ROOT) -> tuple[int, Path, Path] | None:
     return tightest if tightest is not None and tightest[0] < _installed() else None
 
 
+def memory() -> int:
+    """Bytes of memory that this process can have: the machine's, or its control group's limit."""
+    limit = memory_limit()
+    return _installed() if limit is None else limit[0]
+
+
 def _installed() -> int:
-    """Bytes of memory that the machine has."""
+    """Bytes of memory that the machine has; more than any has where the system does not tell."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):

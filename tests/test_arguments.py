@@ -48,7 +48,6 @@ RIGHT: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 ARRAYS = {"x", "v", "w", "dy", "residual", "mean", "rstd", "weight", "bias", "g", "alpha"}
-OPTIONAL = {"weight", "bias", "residual", "where", "out", "running_mean", "running_var"}
 
 NOT_ARRAYS = ["abc", [[1.0], [1.0, 2.0]], 1j, object(), {"a": 1}, np.ones(8, "M8[s]"), b"ab"]
 NOT_INTEGERS = [1.0, 1.9, "1", "t", True, np.True_, 1j, [1.5], np.array(1.0), object(), b"1"]
@@ -88,8 +87,6 @@ WRONG: dict[str, list[Any]] = {
     "activation": ["Relu", "swish", "", 1, np.tanh, ["relu"], abs, X, object(), b"relu"],
     "out": [X.tolist(), np.empty(X.shape), X[:3].copy(), "abc", 1.0, (X,), X.astype(">f8")],
 }
-# in whose place None stands for what is usual
-USUAL_NONE = {"axis", "eps"}
 
 
 def signature(name: str) -> dict[str, inspect.Parameter]:

@@ -43,7 +43,7 @@ def silent(step: str) -> None:
 
 
 def test_gradients_by_depth() -> None:
-    """What issue 7 asks for: theorem 1 of Xiong et al. says -1/2 and 0.
+    """Theorem 1 of Xiong et al. says -1/2 and 0.
 
     The slopes of single seeds from 2 to 48 layers are off by about 0.03, here by 0.05.
     """
@@ -91,7 +91,7 @@ def test_gradient_is_that_of_the_second_matrix() -> None:
 
 
 def test_residual_stream_against_lemma_2() -> None:
-    """Post-LN 3d/2 within 5 %, Pre-LN within the bounds, as issue 7 asks for.
+    """Post-LN 3d/2 within 5 %, Pre-LN within the bounds.
 
     The size of one layer of one network varies by 2 / sqrt(d), a sixth; the mean of 24 layers of 4
     networks by 2 %. At layer 0, where the bounds meet, by 2 / sqrt(16 * 8 * 4 * 128) = 1 %.

@@ -24,7 +24,7 @@ N, L = 3, 7
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 OTHERS = ("peri", "deepnorm")
 
-# What issue 7 asks for. A result here is some hundred roundings of numbers of order 1 away from its
+# A result here is some hundred roundings of numbers of order 1 away from its
 # input: 1e-14 in float64 and 1e-5 in float32, where errors of different signs leave about 1e-6.
 CLOSE = {F64: 1e-10, F32: 1e-5}
 

@@ -887,12 +887,12 @@ cdef int back_owner(Back* q, Py_ssize_t owner, int threads, real* kind) noexcept
             pass
         elif threads == 1:
             failed = some_back_steps(q, owner, 0, steps, s, kind)
-            fn_check_fence()
+            fn_check_store_fence()
         else:
             for turn in prange(turns, num_threads=threads, schedule="dynamic"):
                 # the last read are the first written: what is still in cache is read from there
                 failed |= some_back_steps(q, owner, steps - steps * (turn + 1) // turns, steps - steps * turn // turns, s, kind)
-                fn_check_fence()
+                fn_check_store_fence()
     close_arena(&m)
     return failed
 
@@ -937,12 +937,12 @@ cdef int run_back(Back* q, real* kind) noexcept nogil:
         parts = <double*>take(&m, tasks * 2 * q.cells * sizeof(double))
     if q.threads == 1:
         failed = back_tasks(q, 0, tasks, parts, kind)
-        fn_check_fence()
+        fn_check_store_fence()
     else:
         turns = min(tasks, <Py_ssize_t>(8 * q.threads))
         for turn in prange(turns, num_threads=q.threads, schedule="dynamic"):
             failed |= back_tasks(q, tasks * turn // turns, tasks * (turn + 1) // turns, parts, kind)
-            fn_check_fence()
+            fn_check_store_fence()
     if parts != NULL:
         if not failed:
             merge_parts(q, parts)

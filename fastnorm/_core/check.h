@@ -10,31 +10,31 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* The process ends here, before memory that is not ours is touched. */
+/* The process ends here: before a kernel leaves what it was given, or where one has left its scratch. */
 static void fn_broken(const char *what) {
-    fprintf(stderr, "fastnorm: out of bounds: %s\n", what);
+    fprintf(stderr, "fastnorm check failed: %s\n", what);
     abort();
 }
 
-/* Fences are written behind each piece of scratch memory, and read when it is given back. */
-#define FN_FENCE 64
-static inline void fn_set_fence(char *at) { memset(at, 0xA5, FN_FENCE); }
-static inline int fn_fence_stands(const char *at) {
-    for (int i = 0; i < FN_FENCE; i++)
+/* Guard bytes are written behind each piece of scratch memory, and read when it is given back. */
+#define FN_GUARD 64
+static inline void fn_fill_guard(char *at) { memset(at, 0xA5, FN_GUARD); }
+static inline int fn_guard_intact(const char *at) {
+    for (int i = 0; i < FN_GUARD; i++)
         if (at[i] != (char)0xA5) return 0;
     return 1;
 }
 
-/* Whether this thread has written past the caches since its last fence. */
+/* Whether this thread has non-temporal stores that no store fence has followed yet. */
 #if FN_CHECKED
-static __thread int fn_unfenced;
-#define FN_UNFENCED(v) (fn_unfenced = (v))
+static __thread int fn_stores_pending;
+#define FN_STORES_PENDING(v) (fn_stores_pending = (v))
 #else
-#define FN_UNFENCED(v) ((void)0)
+#define FN_STORES_PENDING(v) ((void)0)
 #endif
-static inline void fn_check_fence(void) {
+static inline void fn_check_store_fence(void) {
 #if FN_CHECKED
-    if (fn_unfenced) fn_broken("results past the caches that no fence follows");
+    if (fn_stores_pending) fn_broken("non-temporal stores that no store fence follows");
 #endif
 }
 

@@ -201,7 +201,7 @@ cdef int shared_items(Pass* q, Scratch* h, real* kind) noexcept nogil:
         for turn in prange(turns, num_threads=q.threads, schedule="dynamic"):
             # the last read are the first written: what is still in cache is read from there
             some_steps(q, total - total * (turn + 1) // turns, total - total * turn // turns, scales, h + threadid(), kind)
-            fn_check_fence()
+            fn_check_store_fence()
     close_arena(&m)
     return 0
 
@@ -242,7 +242,7 @@ cdef int run_items(Pass* q, real* kind) noexcept nogil:
             return 1
         lay_out(q, &one, &one.arena, kind)
         whole_items(q, 0, q.items, &one, kind)
-        fn_check_fence()
+        fn_check_store_fence()
         close_scratch(&one, 1)
         return 0
     h = <Scratch*>malloc(q.threads * sizeof(Scratch))
@@ -264,12 +264,12 @@ cdef int share_out(Pass* q, Scratch* h, real* kind) noexcept nogil:
         turns = min(q.items, q.threads)
         for turn in prange(turns, num_threads=q.threads, schedule="static"):
             whole_items(q, q.items * turn // turns, q.items * (turn + 1) // turns, h + threadid(), kind)
-            fn_check_fence()
+            fn_check_store_fence()
         return 0
     turns = min(q.items, 8 * q.threads)
     for turn in prange(turns, num_threads=q.threads, schedule="dynamic"):
         whole_items(q, q.items * turn // turns, q.items * (turn + 1) // turns, h + threadid(), kind)
-        fn_check_fence()
+        fn_check_store_fence()
     return 0
 
 # ---- the door --------------------------------------------------------------------------------

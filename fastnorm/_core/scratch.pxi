@@ -4,11 +4,11 @@
 # pieces are listed once, in a function that runs twice: to count, and to hand out.
 
 cdef extern from "check.h" nogil:
-    int FN_CHECKED, FN_FENCE
+    int FN_CHECKED, FN_GUARD
     void fn_broken(const char*) noexcept
-    void fn_set_fence(char*) noexcept
-    bint fn_fence_stands(const char*) noexcept
-    void fn_check_fence() noexcept
+    void fn_fill_guard(char*) noexcept
+    bint fn_guard_intact(const char*) noexcept
+    void fn_check_store_fence() noexcept
 
 cdef extern from "blocks.h" nogil:
     size_t fn_trim() noexcept
@@ -24,7 +24,7 @@ cdef struct Arena:
     bint lent                   # not from malloc
     Py_ssize_t size             # bytes taken so far
     int pieces
-    char* fences[PIECES]        # where each piece ends
+    char* guards[PIECES]        # where each piece ends
 
 cdef inline void count_pieces(Arena* m) noexcept nogil:
     """Let the next pieces be counted."""
@@ -62,12 +62,12 @@ cdef inline char* take(Arena* m, Py_ssize_t size) noexcept nogil:
     cdef char* piece = NULL if m.memory == NULL else m.start + m.size
     m.size += (size + LINE - 1) & -LINE
     if FN_CHECKED:
-        m.size += FN_FENCE
+        m.size += FN_GUARD
         if m.pieces == PIECES:
             fn_broken("more pieces than an arena has")
         if piece != NULL:
-            m.fences[m.pieces] = piece + size
-            fn_set_fence(piece + size)
+            m.guards[m.pieces] = piece + size
+            fn_fill_guard(piece + size)
         m.pieces += 1
     return piece
 
@@ -75,7 +75,7 @@ cdef inline void close_arena(Arena* m) noexcept nogil:
     cdef int i
     if FN_CHECKED and m.memory != NULL:
         for i in range(m.pieces):
-            if not fn_fence_stands(m.fences[i]):
+            if not fn_guard_intact(m.guards[i]):
                 fn_broken("a piece of scratch memory was written beyond its end")
     if not m.lent:
         free(m.memory)

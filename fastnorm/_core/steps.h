@@ -13,7 +13,7 @@ static inline void fn_stream(char *FN_RESTRICT to, const char *FN_RESTRICT from,
 #if defined(__SSE2__)
     size_t head = (size_t)(-(uintptr_t)to % 64);
     if (n >= 256 + head) {
-        FN_UNFENCED(1);
+        FN_STORES_PENDING(1);
         memcpy(to, from, head);
         to += head, from += head, n -= head;
 #if defined(__AVX__)
@@ -31,7 +31,7 @@ static inline void fn_stream(char *FN_RESTRICT to, const char *FN_RESTRICT from,
 }
 /* What is stepped goes past the caches a line at a time. */
 FN_INLINE void fn_stream_line(void *to, const void *from) {
-    FN_UNFENCED(1);
+    FN_STORES_PENDING(1);
 #if defined(__AVX512F__)
     _mm512_stream_si512((__m512i *)to, _mm512_loadu_si512(from));
 #elif defined(__SSE2__)
@@ -42,7 +42,7 @@ FN_INLINE void fn_stream_line(void *to, const void *from) {
 #endif
 }
 static inline void fn_stream_fence(void) {
-    FN_UNFENCED(0);
+    FN_STORES_PENDING(0);
 #if defined(__SSE2__)
     _mm_sfence();
 #endif

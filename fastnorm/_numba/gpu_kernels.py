@@ -58,7 +58,6 @@ MOST_ROW_PARTS = 256  # of columns
 A, B, P, S, C, NEIGHBOURS, STRIDES = range(7)
 (X, Y, OTHER, TOTAL, MASK, WEIGHT, BIAS, STATS) = range(8)
 OPERANDS = 8
-PLAN = STRIDES + 5 * OPERANDS
 
 
 def depth_of(width: int) -> int:

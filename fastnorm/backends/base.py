@@ -13,7 +13,7 @@ Array = NDArray[Any]
 
 
 class Backend(Protocol):
-    """One way to compute; `fastnorm.backends.numpy` is the shortest."""
+    """One way to compute; `fastnorm.backends.numpy` is one without kernels."""
 
     def available(self) -> bool:
         """Whether this installation has what it needs; nothing optional is imported to tell."""

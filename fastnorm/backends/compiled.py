@@ -116,7 +116,7 @@ def _activation(p: Pass, kernels: Any) -> dict[str, Any]:
 
 
 def backward(p: BackwardPass, kernels: Any) -> None:
-    """Do the same with a pass back."""
+    """Lay a pass back out in five dimensions and run it: in copies if it has none."""
     operands = {"x": p.x, "dy": p.dy, "dx": p.dx, "rstd": p.rstd, "dweight": p.dweight}
     if p.mean is not None:
         operands["mean"] = p.mean
@@ -190,7 +190,7 @@ def _spread_backward(p: BackwardPass, kernels: Any) -> None:
 def moments(
     x: Array, reduced: tuple[bool, ...], mask: Array | None, fields: Array, kernels: Any
 ) -> None:
-    """Do the same with the moments alone."""
+    """Lay x out in five dimensions and take its moments: in copies if it has none."""
     given = {"x": x, "fields": fields} | ({} if mask is None else {"mask": mask})
     turn = tuple(slice(None, None, -1 if stride < 0 else 1) for stride in x.strides)
     operands = {n: a[(slice(None), *turn)] if n == "fields" else a[turn] for n, a in given.items()}

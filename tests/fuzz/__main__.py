@@ -226,9 +226,13 @@ def settings_of(backends: list[str], cpus: list[str]) -> list[tuple[str, str]]:
     used = config["cpu"]["instruction set used"]
     known = LEVELS[: LEVELS.index(used) + 1] if used in LEVELS else ("",)
     pairs = []
-    for backend in backends or at_hand:
+    for backend in backends or (["cython"] if cpus else at_hand):
         if backend not in at_hand:
             raise SystemExit(f"no backend {backend!r} here: there are {', '.join(at_hand)}")
+        if cpus and backend != "cython":
+            raise SystemExit(f"--cpu chooses among Cython's kernels, and {backend!r} has none")
+        if beyond := [cpu for cpu in cpus if cpu not in known]:
+            raise SystemExit(f"no kernels for {beyond[0]} here: there are {', '.join(known)}")
         every = (cpus or known[::-1]) if backend == "cython" else [""]
         pairs += [(backend, cpu) for cpu in every]
     return pairs

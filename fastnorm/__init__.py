@@ -9,7 +9,7 @@ from fastnorm.backward import (
     layer_norm_backward,
     rms_norm_backward,
 )
-from fastnorm.config import show_config
+from fastnorm.config import VERSION, show_config
 from fastnorm.functional import (
     add_layer_norm,
     add_rms_norm,
@@ -30,7 +30,7 @@ from fastnorm.related import (
 )
 from fastnorm.runtime import get_num_threads, set_num_threads, threads, trim_memory
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "Moments",

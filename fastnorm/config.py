@@ -12,6 +12,8 @@ from fastnorm import _core, backends
 from fastnorm.arguments import did_you_mean, shown
 from fastnorm.runtime import get_num_threads
 
+VERSION = "0.1.0"
+
 
 def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     """Show versions, instruction sets, threads and backends.
@@ -45,12 +47,10 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
         )
     from importlib.metadata import PackageNotFoundError, version
 
-    import fastnorm
-
     versions = {
         "python": platform.python_version(),
         "numpy": np.__version__,
-        "fastnorm": fastnorm.__version__,
+        "fastnorm": VERSION,
     }
     try:
         versions["numba"] = version("numba")

@@ -612,9 +612,8 @@ class GroupNorm(_Norm):
 def _shape(normalized_shape: Axes) -> tuple[int, ...]:
     shape = whole_numbers(normalized_shape, "normalized_shape")
     if not 0 < len(shape) <= MOST_AXES:
-        raise ValueError(
-            f"normalized_shape has {len(shape)} sizes, expected one or more, up to {MOST_AXES}"
-        )
+        has = f"has {len(shape)} sizes" if shape else "is empty"
+        raise ValueError(f"normalized_shape {has}, expected one size or more, up to {MOST_AXES}")
     return tuple(count_of(n, "normalized_shape") for n in shape)
 
 

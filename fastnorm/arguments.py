@@ -75,6 +75,12 @@ def asked(value: Any, name: str, otherwise: Any = None) -> Any:
         return otherwise
 
 
+def has(value: Any, name: str) -> bool:
+    """Whether an object that may be anybody's has an attribute."""
+    missing = object()
+    return asked(value, name, missing) is not missing
+
+
 def shape_of(value: Any) -> tuple[Any, ...]:
     """The shape of anything; () of what has none."""
     shape = asked(value, "shape")
@@ -168,11 +174,11 @@ def _instead(value: Any, name: str) -> str:
         ("isna", f"to_numpy({missing})"),  # pandas with pd.NA, or with other objects
         ("collect", "collect()"),  # what Polars will compute
     ):
-        if asked(value, attribute) is not None:
+        if has(value, attribute):
             return f"write {name}.{call}"
-    if asked(asked(value, "data"), "todense") is not None:  # a sparse array in one of xarray's
+    if has(asked(value, "data"), "todense"):  # a sparse array in one of xarray's
         return f"write {name}.data.todense()"
-    if asked(value, "__next__") is not None:
+    if has(value, "__next__"):
         return f"write np.array(list({name}))"
     return f"write np.asarray({name}, np.float64)"
 
@@ -336,7 +342,7 @@ def whole(value: Any, name: str, expected: str = "a whole number") -> int:
 def whole_numbers(value: Any, name: str) -> tuple[int, ...]:
     """Return one whole number or a sequence of them as a tuple."""
     expected = "a whole number or a tuple of whole numbers"
-    if asked(value, "__index__") is not None and not shape_of(value):
+    if has(value, "__index__") and not shape_of(value):
         return (whole(value, name, expected),)
     # an array of data that came in an option's place may be large
     odd = isinstance(value, str | bytes | Set | Mapping) or len(shape_of(value)) > 1

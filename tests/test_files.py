@@ -969,7 +969,7 @@ def without_number(file: Any) -> None:
     file["a"].attrs["missing_value"] = np.arange(1, 4001).astype("f4")
 
 
-def sparse_tiff(width: int, bands: int, bits: int, pages: int, tile: int = 0) -> Any:
+def sparse_tiff(width: int, bands: int, bits: int, pages: int, tile: int = 0, sort: int = 0) -> Any:
     """Write pages without what is in their strip or tile."""
 
     def written(path: Path) -> None:
@@ -979,7 +979,7 @@ def sparse_tiff(width: int, bands: int, bits: int, pages: int, tile: int = 0) ->
             tags = {256: width, 257: width, 258: bits, 259: 1, 262: 1, 277: bands, 284: 1}
             tags |= {273: 0, 278: width, 279: 0} if not tile else {}
             tags |= {322: tile, 323: tile, 324: 0, 325: 0} if tile else {}
-            tags |= {339: form}
+            tags |= {254: sort, 339: form}
             after = len(data) + 2 + 12 * len(tags) + 4
             data += struct.pack("<H", len(tags))
             for tag, value in sorted(tags.items()):
@@ -1017,6 +1017,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "header.npz": (long_header, "EOF: reading array header, expected 3221225472 bytes got 65524"),
     "pages.tif": (sparse_tiff(13_000, 1, 64, 400), "the rest is empty"),
     "tiles.tif": (sparse_tiff(13_000, 1, 8, 1, 1 << 26), "the rest is empty"),
+    "overviews.tif": (sparse_tiff(13_000, 1, 64, 400, sort=1), "the rest is empty"),
     "bands.tif": (sparse_tiff(13_000, 5000, 8, 1), "the rest is empty"),
     "pipes.zarr": (link_to_pipes, "'c' in it is a link, which is not followed"),
     "folder.zarr": (link_to_a_folder, "'c' in it is a link, which is not followed"),

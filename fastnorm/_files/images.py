@@ -135,10 +135,11 @@ def _deep_png(image: Any, file: BinaryIO, raw: str, options: Options) -> Array:
     if raw == "LA;16B":
         both = _bytes_of(image, "RGBA")
         return np.ascontiguousarray(both).view(">u2")
-    high = _bytes_of(image, raw)
+    both = _bytes_of(image, raw).astype(np.uint16)
+    both <<= 8
     file.seek(0)
-    low = _bytes_of(open_image(file, ("PNG",), options.max_pixels), raw.replace("16B", "16L"))
-    return (high.astype(np.uint16) << 8) | low
+    both |= _bytes_of(open_image(file, ("PNG",), options.max_pixels), raw.replace("16B", "16L"))
+    return both
 
 
 def _bytes_of(image: Any, raw: str) -> Array:

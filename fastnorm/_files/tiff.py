@@ -73,10 +73,13 @@ def tiff_blocks(part: Part, file: BinaryIO, options: Options) -> Iterator[Block]
         with tifffile.TiffFile(file) as tiff:
             number = len(tiff.pages)
             complaints.check()
-            pages = (tiff.pages[i] for i in range(number))
-            full = [i for i, page in enumerate(pages) if not (page.is_reduced or page.is_mask)]
+            full, size = [], 0
+            for i in range(number):
+                page = tiff.pages[i]
+                size += _stacked(tiff, page) * _size(page)
+                if not (page.is_reduced or page.is_mask):
+                    full.append(i)
             complaints.check()
-            size = sum(_stacked(tiff, tiff.pages[i]) * _size(tiff.pages[i]) for i in full)
             check_giant(size, there(os.fstat(file.fileno())), "it")
             for i in full or range(number):
                 yield from _page_blocks(part.path, file, tiff, i, options)

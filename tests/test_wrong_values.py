@@ -150,7 +150,7 @@ def test_options_of_functions(draw: st.DataObject) -> None:
         kind = "beta"
     value = draw.draw(WRONG[kind])
     right = RIGHT[name]
-    if value is None and (argument, name[:3]) == ("eps", "rms"):
+    if value is None and argument == "eps" and "rms" in name:
         return  # what is usual there
     given_ = {k: v for k, v in right.items() if not (argument == "axis" and k[-6:] == "_shape")}
     refused(lambda: getattr(fn, name)(**given_ | {argument: value}), argument)

@@ -28,7 +28,6 @@ from fastnorm._bench.operations import OPERATIONS, Operation, Parameters
 from fastnorm.layout import SHORT_RUN
 
 from .helpers import (
-    BACKENDS,
     BF16,
     COMPILED,
     DTYPES,
@@ -707,9 +706,7 @@ def test_batch_norm_in_inference(layout: str) -> None:
         assert (abs(value - terms.sum(axis=(0, 2, 3))) <= (90 + 3) * epsilon(F64) * size).all()
 
 
-# The Cython kernels multiply what is out of range by 0.
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "cython"], indirect=True)
-@pytest.mark.usefixtures("backend")
+@on_every_backend
 @pytest.mark.parametrize("bad", ["max", "inf", "nan"])
 @pytest.mark.parametrize("weights", ["none", "shared", "per sample"])
 @by_layout

@@ -423,19 +423,25 @@ cdef void wide_step(Back* q, Slopes* s, Py_ssize_t k, Py_ssize_t first, Py_ssize
         xhat = (<double>x[i] - s.mean[j]) * s.rstd[j]
         if w != NULL:
             weight = w[i if along else 0]
-        dx[i] = <real>(s.rstd[j] * dy[i] * weight - s.first[j] - xhat * s.second[j])
+        dx[i] = <real>(s.rstd[j] * dy[i] * weight - s.first[j] - (xhat * s.second[j] if q.training else 0.0))
         if gw != NULL:
             g = i if along else 0
             gw[g] += dy[i] * xhat
             gb[g] += dy[i]
 
+cdef inline void step_apart(const real* dy, Py_ssize_t n, const real* wr, Py_ssize_t along, real* dx) noexcept nogil:
+    """dx of n elements by given statistics, in which x, out of range or not, has no part."""
+    cdef Py_ssize_t i
+    for i in range(n):
+        dx[i] = dy[i] * wr[i * along]
+
 cdef void step_runs(Back* q, Item it, Slopes* s, Py_ssize_t f, Py_ssize_t last, char* tiles, real* kind) noexcept nogil:
     """dx of elements [f, last) of each group of runs, where the weight does not differ inside."""
     cdef Py_ssize_t p, t, n, i, j, k, limit = SPAN
     cdef Py_ssize_t ahead = q.x.p if it.width > 1 and q.p > 1 else 0
-    cdef bint raw = q.brief and not s.any_wide
+    cdef bint raw = q.brief and q.training and not s.any_wide
     cdef bint straight = raw or (native(q.dx.storage, kind) and not q.stream)
-    cdef bint together = straight and (raw or (native(q.x.storage, kind) and native(q.dy.storage, kind)))
+    cdef bint together = straight and q.training and (raw or (native(q.x.storage, kind) and native(q.dy.storage, kind)))
     cdef real* tile = <real*>tiles
     # other threads step other planes of these groups: a plane's weights are not kept in `s`
     cdef real[BUNDLE] of_planes
@@ -466,6 +472,8 @@ cdef void step_runs(Back* q, Item it, Slopes* s, Py_ssize_t f, Py_ssize_t last, 
                     wr[k] = <real>(weight_of(q, it, p, t, k) * s.rstd[k])
             if s.wide[i]:
                 wide_step(q, s, i, 0, n, x, dy, NULL, weight_of(q, one, p, t, 0), dx, NULL, NULL)
+            elif not q.training:
+                step_apart(dy, n, wr + i, 0, dx)
             elif real is double:
                 fn_back_planes_double(x, q.x.b, dy, q.dy.b, j - i, n, ahead, dx, q.dx.b,
                                       <double*>s.hi + i, <double*>s.r + i, <double*>s.shift + i, wr + i, <double*>s.c1 + i, <double*>s.c2 + i)
@@ -500,7 +508,7 @@ cdef void step_rows(Back* q, Item it, Slopes* s, Py_ssize_t f, Py_ssize_t last, 
         x = ready(&q.x, it, p, t, n, False, tile, BLOCK)
         dy = ready(&q.dy, it, p, t, n, False, other, BLOCK)
         dx_step = q.dx.s // size
-        if together and not s.any_wide:
+        if together and q.training and not s.any_wide:
             rows = min(last - f, q.s - t)
             if q.stream:
                 # in short stretches between which reads go on: 1.25 times as fast
@@ -516,6 +524,8 @@ cdef void step_rows(Back* q, Item it, Slopes* s, Py_ssize_t f, Py_ssize_t last, 
             if s.wide[i]:
                 for c in range(i, j):
                     wide_step(q, s, 0, c, c + 1, x, dy, NULL, weight_of(q, it, p, t, c), dx, NULL, NULL)
+            elif not q.training:
+                step_apart(dy + i, j - i, <real*>s.wr + i, 1, dx + i)
             elif real is float:
                 fn_back_rows_float(x + i, q.x.s // size, dy + i, q.dy.s // size, dx + i, dx_step, rows, j - i,
                     <float*>s.hi + i, <float*>s.r + i, <float*>s.shift + i, <float*>s.wr + i, <float*>s.c1 + i, <float*>s.c2 + i)
@@ -558,7 +568,7 @@ cdef void collect_runs(Back* q, const Item* items, Slopes* s, int count, Py_ssiz
         w = room
     for k in range(count):
         any_wide |= s[k].any_wide
-    raw = q.brief and not any_wide
+    raw = q.brief and q.training and not any_wide
     straight = raw or (native(q.dx.storage, kind) and not q.stream)
     fits(n, CHUNK, "a tile of runs that share their weights")
     for k in range(count):
@@ -576,6 +586,11 @@ cdef void collect_runs(Back* q, const Item* items, Slopes* s, int count, Py_ssiz
                 wide_step(q, &s[k], 0, 0, n, x[k], dy[k], w, 1.0, dx[k], gw, gb)
             else:
                 collect(x + k, dy + k, dx + k, terms + 5 * k, n, 1, False, w, gw, gb)
+    if not q.training:
+        for k in range(count):
+            if not s[k].any_wide:
+                for i in range(n):
+                    dx[k][i] = dy[k][i] * (w[i] * terms[5 * k + 1])  # x has no part in it
     if not straight:
         for k in range(count):
             deliver(dx[k], n, place(&q.dx, items[k], p, t), q.dx.storage, q.stream, tiles + (2 * k + 1) * CHUNK * sizeof(real))
@@ -589,7 +604,7 @@ cdef void collect_row(Back* q, Item it, Slopes* s, Py_ssize_t p, Py_ssize_t t, d
     cdef real* dx = <real*>place(&q.dx, it, p, t) if straight else tile
     cdef real* room = tile + 2 * BLOCK
     cdef const real* w = weights_along(q, it, p, t, it.width, room)
-    cdef Py_ssize_t i, j, g, along = q.dweight.c != 0
+    cdef Py_ssize_t i, j, k, g, along = q.dweight.c != 0
     rows_there(&q.dx, it, p, t, 1)
     fits(it.width, BLOCK, "a tile of a row, backward")
     if w == NULL:
@@ -605,6 +620,9 @@ cdef void collect_row(Back* q, Item it, Slopes* s, Py_ssize_t p, Py_ssize_t t, d
             fn_back_row_collect_float(x + i, dy + i, dx + i, j - i, <float*>s.hi + i, <float*>s.r + i, <float*>s.shift + i, <float*>s.c1 + i, <float*>s.c2 + i, w + g, along, gw + g, gb + g)
         else:
             fn_back_row_collect_double(x + i, dy + i, dx + i, j - i, <double*>s.hi + i, <double*>s.r + i, <double*>s.shift + i, <double*>s.c1 + i, <double*>s.c2 + i, w + g, along, gw + g, gb + g)
+        if not q.training and not s.wide[i]:
+            for k in range(i, j):
+                dx[k] = dy[k] * (w[k * along] * (<real*>s.r)[k])  # x has no part in it
         i = j
     if not straight:
         deliver(dx, it.width, place(&q.dx, it, p, t), q.dx.storage, q.stream, <char*>(tile + BLOCK))

@@ -10,6 +10,7 @@ An attack is one line of `ATTACKS`: what it is called, what runs it, and how its
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -19,6 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+
+# Of threads on mixed shapes; from 20 on, tests/test_allocation.py makes a million calls.
+STRESS_SECONDS = "30"
 
 Counts = tuple[int, int]  # inputs tried, faults found
 
@@ -78,7 +82,7 @@ ATTACKS: tuple[Attack, ...] = (
         tests("tests/test_bounds.py", "tests/test_numba_safety.py"),
     ),
     Attack("memory: fences, kept blocks", tests("tests/test_fences.py", "tests/test_memory.py")),
-    Attack("threads", tests("tests/test_determinism.py", "tests/test_threads.py", "-k", "threads")),
+    Attack("threads", tests("tests/test_threads.py", "tests/test_determinism.py", "-k", "threads")),
     Attack("forks, signals, other processes", tests("tests/test_processes.py")),
     Attack("no memory, and what is left of calls", tests("tests/test_allocation.py")),
     Attack(
@@ -121,7 +125,13 @@ def main() -> int:
         command = [sys.executable, *attack.command]
         if attack.examples:
             command += ["--examples", str(attack.examples * (40 if given.long else 1))]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            command,
+            env=os.environ | {"FASTNORM_STRESS_SECONDS": STRESS_SECONDS},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
         tried, faults = attack.count(done.stdout)
         # one that ended badly without a count, or tried nothing, is no good news
         broken = done.returncode != 0 or not tried

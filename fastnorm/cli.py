@@ -20,7 +20,7 @@ from fastnorm import bench
 from fastnorm._bench.cases import Case
 from fastnorm._bench.timing import BLOCK, ROUNDS
 from fastnorm._files.images import MODES
-from fastnorm._files.names import CannotUse, in_json, reason_of, say, shown
+from fastnorm._files.names import CannotUse, escaped, in_json, reason_of, say
 from fastnorm._files.parts import MAX_PIXELS
 from fastnorm.arguments import ACTIVATIONS, did_you_mean
 from fastnorm.runtime import MOST_THREADS
@@ -84,7 +84,7 @@ def _drop_output() -> None:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Name what cannot be used, in a form that is safe to print."""
-        super().error(shown(message))
+        super().error(escaped(message))
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
         # "--option=--" has no value for argparse, which goes on with an empty list instead of one
@@ -279,7 +279,12 @@ def _add_call_options(parser: argparse.ArgumentParser) -> None:
     def add(flag: str, **more: Any) -> None:
         of_calls.add_argument(flag, default=argparse.SUPPRESS, **more)
 
-    add("--num-groups", type=_positive, metavar="N", help="of group_norm (32, where that divides)")
+    add(
+        "--num-groups",
+        type=_positive,
+        metavar="N",
+        help="of group_norm (32, or what divides that too)",
+    )
     add(
         "--layout",
         type=_one_of(*bench.LAYOUTS),
@@ -427,7 +432,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     if arguments.json:
         say_json(result.to_dict() | {"picture": in_json(picture_at)})
     else:
-        say(f"{result.to_text()}\n\nThe picture is in {shown(picture_at)}", sys.stdout)
+        say(f"{result.to_text()}\n\nThe picture is in {escaped(picture_at)}", sys.stdout)
     return 0
 
 

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from types import TracebackType
 from typing import Any
 
-from fastnorm._files.names import say, shown
+from fastnorm._files.names import escaped, say
 
 # The extra in pyproject.toml, and what it brings: {import: distribution}.
 EXTRAS = {
@@ -47,7 +47,7 @@ def _finite(value: Any) -> Any:
 
 def warn(text: str) -> None:
     """Print a message on stderr."""
-    say(f"fastnorm: {shown(text)}", sys.stderr)
+    say(f"fastnorm: {escaped(text)}", sys.stderr)
 
 
 def lacks(extra: str, *modules: str) -> bool:

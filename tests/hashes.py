@@ -114,7 +114,11 @@ def all_hashes(backends: list[str], levels: list[str]) -> dict[str, str]:
 
 def main() -> int:
     """Write a file of hashes, or compare with one."""
-    parser = argparse.ArgumentParser(prog="python -m tests.hashes", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.hashes",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("action", choices=["write", "compare", "explore"])
     parser.add_argument("what", help="the file; with explore, a backend")
     parser.add_argument("--backend", action="append", help="cython (the default), numba or numpy")

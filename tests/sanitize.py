@@ -68,7 +68,11 @@ def environment(level: str) -> dict[str, str]:
 
 def main() -> int:
     """Build and run; 0 if nothing was found."""
-    parser = argparse.ArgumentParser(prog="python -m tests.sanitize", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.sanitize",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--examples", type=int, default=2000, help="random calls")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--all", action="store_true", help="every instruction set")

@@ -16,7 +16,7 @@ class CannotRead(Exception):
         super().__init__(f"cannot read {path}: {reason}")
 
 
-def shown(text: str) -> str:
+def escaped(text: str) -> str:
     """`text` with what a terminal would obey, or cannot show, written as escapes.
 
     Names of files and of arrays in them are other people's: a line break would forge a message, and
@@ -24,10 +24,10 @@ def shown(text: str) -> str:
     """
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else _escaped(c) for c in text)
+    return "".join(c if c.isprintable() else _escape_of(c) for c in text)
 
 
-def _escaped(character: str) -> str:
+def _escape_of(character: str) -> str:
     # a byte of a name that is not UTF-8 stands in the text as half of a surrogate pair
     if "\udc80" <= character <= "\udcff":
         return f"\\x{ord(character) - 0xDC00:02x}"

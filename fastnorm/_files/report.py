@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastnorm._files.histogram import Histogram
-from fastnorm._files.names import shown
+from fastnorm._files.names import escaped
 
 
 def summary(moments: Any, scale: float) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def normalize_line(moments: Any, scale: float) -> str:
 
 def table(groups: Mapping[str, Any], total: Any, scale: float) -> str:
     """Return a row for each group and channel, and for all groups together where there are some."""
-    named = [(shown(name), moments) for name, moments in sorted(groups.items())]
+    named = [(escaped(name), moments) for name, moments in sorted(groups.items())]
     if len(named) > 1:
         named.append(("all", total))
     rows = []

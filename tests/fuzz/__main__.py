@@ -239,7 +239,11 @@ def settings_of(backends: list[str], cpus: list[str]) -> list[tuple[str, str]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.fuzz",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--examples", type=int, default=20_000, help="for each backend and CPU")
     parser.add_argument("--backend", action="append", default=[])
     parser.add_argument("--cpu", action="append", default=[], choices=LEVELS)

@@ -90,7 +90,7 @@ def work(task: Sequence[Part], options: Options) -> Found:
 def _found_in(part: Part, options: Options) -> Found:
     found = Found(parts=1)
     for block in blocks_of(part, options):
-        if not options.sort:
+        if not options.number_kind:
             options = _like(part, block, options)
         _check_like(part, block, options)
         left_out = block.left_out(options)
@@ -125,27 +125,29 @@ def _kept(part: Part, block: Block, options: Options) -> tuple[int, ...]:
 
 def _like(part: Part, block: Block, options: Options) -> Options:
     """Return options that hold all that follows to what this block is."""
-    return replace(options, shape=_kept(part, block, options), sort=block.sort, first=part.path)
+    return replace(
+        options, shape=_kept(part, block, options), number_kind=block.number_kind, first=part.path
+    )
 
 
 def _check_like(part: Part, block: Block, options: Options) -> None:
     """Refuse numbers that do not belong with those of the first file."""
     kept, image = _kept(part, block, options), part.kind == "image"
-    if (kept, block.sort) == (options.shape, options.sort):
+    ours, theirs = block.number_kind, options.number_kind
+    if (kept, ours) == (options.shape, theirs):
         return
     first = options.first if options.first != part.path else "another page of it"
-    can = options.mode is None and {block.sort.split()[0], options.sort.split()[0]} == {"uint8"}
+    can = options.mode is None and {ours.split()[0], theirs.split()[0]} == {"uint8"}
     advice = "write --mode RGB to convert them all" if image and can else "give them separately"
     if image and options.axis is None and kept != options.shape:
         assert options.shape is not None
         raise ValueError(
-            f"it has {kept[0]} channels, and {first} has {options.shape[0]} ({block.sort} and "
-            f"{options.sort}); {advice}"
-        )
-    if block.sort != options.sort:
-        raise ValueError(
-            f"it is {block.sort}, and {first} is {options.sort}, which do not belong together; "
+            f"it has {kept[0]} channels, and {first} has {options.shape[0]} ({ours} and {theirs}); "
             f"{advice}"
+        )
+    if ours != theirs:
+        raise ValueError(
+            f"it is {ours}, and {first} is {theirs}, which do not belong together; {advice}"
         )
     raise ValueError(f"its statistics have shape {kept}, and those of {first} {options.shape}")
 

@@ -197,10 +197,10 @@ def array_blocks(part: Part, options: Options) -> Iterator[Block]:
                 numbers = numbers.view(numbers.dtype.str.replace("i", "u"))
             # a chunk can be large, and what is made of its numbers larger
             for piece in indices(_cuts(Stored(numbers.shape, numbers.dtype), axes)):
-                yield Block(numbers[piece], _sort(numbers.dtype, own), **own)
+                yield Block(numbers[piece], _number_kind(numbers.dtype, own), **own)
 
 
-def _sort(dtype: np.dtype[Any], own: dict[str, Any]) -> str:
+def _number_kind(dtype: np.dtype[Any], own: dict[str, Any]) -> str:
     """Floats of all sizes go together; integers of different sizes have different ranges."""
     scaled = "scale" in own or "offset" in own
     return "floats" if dtype.kind == "f" or scaled else dtype.newbyteorder("=").name

@@ -79,7 +79,7 @@ class Options:
     max_pixels: int = MAX_PIXELS
     # What the first part is that could be read; all others must be alike.
     shape: tuple[int, ...] | None = None  # of the statistics; None before any are known
-    sort: str = ""
+    number_kind: str = ""
     first: str = ""  # its path
 
 
@@ -88,7 +88,7 @@ class Block:
     """Numbers, and what their file says about them."""
 
     array: Array
-    sort: str  # what they are; numbers of different sorts do not belong together
+    number_kind: str  # what they are; numbers of different sorts do not belong together
     nodata: tuple[float, ...] = ()  # numbers that stand for none
     scale: float = 1.0
     offset: float = 0.0

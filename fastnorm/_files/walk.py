@@ -78,7 +78,7 @@ class Files:
             raise CannotUse(f"cannot open {str(path)!r}: {reason_of(error)}") from None
         folder = stat.S_ISDIR(mode)
         if not folder and not stat.S_ISREG(mode):
-            raise CannotUse(f"{str(path)!r} is {_sort(mode)}, expected a file or a folder")
+            raise CannotUse(f"{str(path)!r} is {_file_kind(mode)}, expected a file or a folder")
         kind = kind_of(path, folder)
         if kind is None and not folder:
             raise CannotUse(
@@ -149,14 +149,14 @@ class Files:
         if kind is None and folder:
             waiting.append(path)
         elif kind is not None and not folder and not stat.S_ISREG(mode):
-            self._complain(path, f"it is {_sort(mode)}, no file")
+            self._complain(path, f"it is {_file_kind(mode)}, no file")
         elif kind is not None:
             self._add(path, kind)
         elif suffix in UNREAD:
             self.passed[suffix] += 1
 
 
-def _sort(mode: int) -> str:
+def _file_kind(mode: int) -> str:
     if stat.S_ISFIFO(mode):
         return "a pipe"
     if stat.S_ISSOCK(mode):

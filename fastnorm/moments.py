@@ -772,6 +772,7 @@ def _checked_fields(
             ),
             (~(np.isfinite(rest) & np.isfinite(m2_rest)) & finite, "rests that are finite"),
             (finite & ~((m2 >= 0) & (m2 < np.inf)), "an m2 that is finite and not negative"),
+            ((count == 0) & (m2 > 0), "an m2 of 0 where nothing was counted"),
             (~((abs(exponent) <= 1100) & (exponent % 1 == 0)), "exponents that are whole numbers"),
         )
     for wrong, message in checks:

@@ -444,6 +444,7 @@ ODD_FIELDS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"mean": [[1.0], [1.0, 2.0]]}, ValueError, "different lengths"),
     ({"mean_rest": [math.nan, 0.0]}, ValueError, "rests"),
     ({"m2_rest": [math.inf, 0.0]}, ValueError, "rests"),
+    ({"count": [0.0, 1.0]}, ValueError, "nothing was counted"),
     ({"exponent": [0.5, 0.0]}, ValueError, "exponents"),
     ({"exponent": [1e9, 0.0]}, ValueError, "exponents"),
     ({"axis": None}, ValueError, "over all axes"),

@@ -231,13 +231,13 @@ def test_arrays(
 
 
 def test_blocks_are_whole_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    chunked = arrays.Stored((100, 3, 70), np.dtype("f4"), (8, 3, 50))
-    assert arrays._cuts(chunked, (0, 1, 2)) == ((100, 100), (3, 3), (70, 70))
-    monkeypatch.setattr(arrays, "BLOCK", 20 * 3 * 70 * 4)
+    chunked = arrays.Stored((800, 3, 100), np.dtype("f4"), (64, 3, 50))
+    assert arrays._cuts(chunked, (0, 1, 2)) == ((800, 800), (3, 3), (100, 100))
+    monkeypatch.setattr(arrays, "BLOCK", 160 * 3 * 100 * 4)
     cuts = arrays._cuts(chunked, (0, 2))
     blocks = [part.index for part in arrays.Source("x", "zarr", cuts=cuts).parts()]
-    assert [b[0].start for b in blocks] == list(range(0, 100, 16))
-    assert all(b[1:] == (slice(0, 3), slice(0, 70)) for b in blocks)
+    assert [b[0].start for b in blocks] == list(range(0, 800, 128))
+    assert all(b[1:] == (slice(0, 3), slice(0, 100)) for b in blocks)
 
 
 def test_several_arrays_in_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

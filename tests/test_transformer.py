@@ -734,7 +734,7 @@ def test_benchmark(
     """In small: it compares the answers, and prints a ratio for each row."""
     from benchmarks import transformer as benchmark
 
-    small = {"LAYERS": 2, "WIDTH": 16, "HEADS": 2, "SHAPE": (2, 3, 16), "ROUNDS": 1, "TURN": 0.01}
+    small = {"LAYERS": 2, "WIDTH": 16, "HEADS": 2, "SHAPE": (2, 3, 16), "TURN": 0.01}
     for name, value in small.items():
         monkeypatch.setattr(benchmark, name, value)
     monkeypatch.setattr(benchmark, "FIRST", dict.fromkeys(("fastnorm", "torch"), "pass"))

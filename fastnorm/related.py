@@ -418,10 +418,13 @@ def global_response_norm(
         if not good.all():
             axes = range(2, array.ndim)
             low, high = extremes(moved, axes)
-            exponent = exponents_of(np.maximum(-low, high))
+            exponent = np.where(good, 0, exponents_of(np.maximum(-low, high)))
             with np.errstate(all="ignore"):
                 near = np.ldexp(moved, -exponent)
-            compute(Pass(near, None, reduced, mean, var, rstd, centred=False))
+            # it may lie otherwise in memory than x: the sums of the others are as they were
+            mean, again, rstd = unknown(array, places)
+            compute(Pass(near, None, reduced, mean, again, rstd, centred=False))
+            var = np.where(good, squares, again)
     with np.errstate(all="ignore"):
         length = np.sqrt(host(var) * math.prod(moved.shape[2:]))
         factor = 1.0 + w.astype(np.float64) * relative_lengths(length, exponent, 1, eps)

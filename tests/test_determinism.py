@@ -432,3 +432,17 @@ def test_statistics_of_bfloat16_do_not_depend_on_the_stores() -> None:
         _core.kernels.set_stream_above(_core.last_cache())
     for a, b in zip(usual, past):
         assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.finfo(np.float64).max, 1e-300])
+def test_a_response_does_not_depend_on_a_sample_out_of_range(bad: float) -> None:
+    """Which is rescaled first, in memory of another order."""
+    memory = np.random.default_rng(0).normal(size=(17, 5, 14))
+    x = memory.T[::2]
+    assert x.shape == (7, 5, 17)
+    weight, bias = np.linspace(0.5, 1.5, 5), np.zeros(5)
+    usual = fn.global_response_norm(x, weight, bias)
+    x[3] = np.copysign(bad, x[3])
+    found = fn.global_response_norm(x, weight, bias)
+    others = [0, 1, 2, 4, 5, 6]
+    assert_same_bits(found[others], usual[others])

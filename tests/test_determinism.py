@@ -446,3 +446,23 @@ def test_a_response_does_not_depend_on_a_sample_out_of_range(bad: float) -> None
     found = fn.global_response_norm(x, weight, bias)
     others = [0, 1, 2, 4, 5, 6]
     assert_same_bits(found[others], usual[others])
+
+
+@pytest.mark.parametrize("places", [(3,), (0, 7), (1, 2, 1024)], ids=str)
+@on_kernels
+def test_gradients_of_weights_beside_groups_out_of_range(
+    name: str, places: tuple[int, ...]
+) -> None:
+    """Four groups are added up at a time, which one out of range must not shift."""
+    x, dy = np.random.default_rng(0).normal(size=(2, 1025, 17)).astype(np.float32)
+    for place in places:
+        x[place, 5] = np.finfo(np.float32).max
+    found = []
+    with fn.backend(name):
+        _, rstd = fn.rms_norm(x, 17, return_stats=True)
+        for threads in (1, 2, 8):
+            with fn.threads(threads):
+                found.append(fn.rms_norm_backward(dy, x, rstd, 17))
+    for gradients in found[1:]:
+        for a, b in zip(gradients, found[0], strict=True):
+            assert_same_bits(a, b)

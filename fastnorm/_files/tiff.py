@@ -335,7 +335,8 @@ def _otherwise(path: str, page: Any, number: int, options: Options) -> Array:
             f"held as a whole, more than 8 for each of {options.max_pixels:,} pixels; --max-pixels"
         )
     if page.compression in (*NONE, PACKBITS) or find_spec("imagecodecs") is not None:
-        with suppress(NotImplementedError):  # of bits that tifffile cannot unpack: Pillow may
+        # tifffile raises this for depths that it does not unpack; Pillow, below, reads some of them
+        with suppress(NotImplementedError):
             array = page.asarray(squeeze=False, maxworkers=1)  # planes, depth, rows, columns, ...
             return np.moveaxis(array, 0, -2).reshape(shape)
     with Path(path).open("rb") as again, suppress(OSError, ValueError):

@@ -400,7 +400,9 @@ def step_sharers(q, owner, first, last, p, t, n, gw, gb, tile, kind, stored):
         near = q.b - b if not q.own_b else q.a - a
         if q.own_b:
             near = near if q.b == 1 else 1  # their terms lie apart
-        if min(last - i, near, q.together) == TOGETHER and not (q.own_a and q.own_b):
+        # beside one out of range all are taken alone, and the fours after it begin where they would
+        left = min(last - i, q.together - (i - first) % q.together)
+        if min(left, near) == TOGETHER and not (q.own_a and q.own_b):
             count = TOGETHER
         terms = q.terms + size * (a * q.b + b)
         for k in range(count):

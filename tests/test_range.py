@@ -427,3 +427,30 @@ def test_results_overflow_silently(dtype: Any) -> None:
     weight = np.ones((1, 1, 5, 6), dtype)
     _, _, dbias = fn.group_norm_backward(dy, x, mean, rstd, 1, weight)
     assert np.isinf(dbias.astype(F64)).all()
+
+
+# --- Beyond the others ----------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("weight", [0.0, 2.0**-30])
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("shape", [(4, 5), (3, 5000), (2, 6, 10)])
+def test_what_a_mask_leaves_out(shape: tuple[int, ...], dtype: Any, weight: float) -> None:
+    # far from the group that it is normalised by, but not with its weight
+    size = math.prod(shape[1:])
+    x = np.random.default_rng(0).normal(size=(shape[0], size)).astype(dtype)
+    x[1, -1], x[-1, 1] = np.finfo(dtype).max, -np.finfo(dtype).max
+    where = abs(x) < 100
+    x, where = x.reshape(shape), where.reshape(shape)
+    order = [(0, 1), (1, 0)] if x.ndim == 2 else [(0, 1, 2), (0, 2, 1), (2, 1, 0)]
+    w = np.full(shape[1:], weight, dtype)
+    b = np.linspace(-1, 1, w.size, dtype=dtype).reshape(w.shape)
+    given = {"weight": w, "bias": b, "eps": 0.0, "where": where}
+    exact = reference.layer_norm(x, shape[1:], **given, dtype=np.longdouble)
+    for axes in order:
+        laid = x.transpose(axes).copy().transpose(np.argsort(axes))
+        with np.errstate(all="ignore"):
+            y = fn.layer_norm(laid, shape[1:], **given)
+        assert np.isfinite(y).all()
+        assert_near(y, exact, 1e-6, 1e-6)

@@ -16,6 +16,7 @@
 # bitwise the same for any number of threads.
 
 from cython.parallel cimport prange, threadid
+from libc.float cimport DBL_MAX, FLT_MAX
 from libc.math cimport INFINITY, NAN, fabs, frexp, isfinite, ldexp, rint, sqrt
 from libc.stdint cimport int8_t, int16_t, uint8_t, uint16_t
 from libc.stdlib cimport free, malloc

@@ -186,7 +186,7 @@ cdef inline void run_step(Pass* q, Item it, Scale* s, Py_ssize_t k, Run r, Scrat
                 folding.folded, folding.wide = True, s.wide + k
                 step(q, &folding, 0, x, y, residual, NULL, NULL, r.n, h, kind)
                 return
-        elif q.straight and not s.wide[k] and not q.activation_first:
+        elif q.straight and not s.wide[k] and not q.activation_first and not (q.given and weight != NULL):
             fn_step_float(<const float*>x, <float*>y, r.n, <float*>s.hi + k, <float*>s.r + k, <float*>s.shift + k,
                           <const float*>weight, <const float*>bias, <const float*>residual, False, q.weight.s != 0, q.bias.s != 0, q.activation)
             return
@@ -241,7 +241,7 @@ cdef void runs_step(Pass* q, Item it, Scale* s, Py_ssize_t first, Py_ssize_t las
             f += r.n
             continue
         past = real is float and goes_past(q, it, s, r)
-        if real is double or s.any_wide or not (q.straight or past):
+        if real is double or s.any_wide or not (q.straight or past) or (q.given and not q.foldable):
             # by way of tiles, which hold a block
             r.n = min(stretch(q, it, 0, r), <Py_ssize_t>BLOCK)
         for k in range(it.width):

@@ -32,16 +32,39 @@ cdef inline void activate(double* t, Py_ssize_t n, Activation activation) noexce
     elif activation == TANH:
         fn_tanh_double(t, n)
 
-cdef inline void step_wide(Scale* s, Py_ssize_t k, bint columns, const real* x, real* y, const real* w, bint wv,
-                           const real* b, bint bv, Py_ssize_t n) noexcept nogil:
+cdef inline bint leaves_range(const real* x, Py_ssize_t n, const real* hi, const real* r, bint columns) noexcept nogil:
+    """Whether (x - hi) r is beyond what its type holds, though the scale is not.
+
+    Only of numbers that the statistics are not of: left out by a mask, or where those were given.
+    A weight may bring the product back.
+    """
+    cdef Py_ssize_t i
+    cdef double largest = FLT_MAX if real is float else DBL_MAX
+    cdef bint found = False
+    for i in range(n):
+        found |= fabs((<double>x[i] - hi[i if columns else 0]) * r[i if columns else 0]) >= largest
+    return found
+
+cdef inline void step_wide(Pass* q, Scale* s, Py_ssize_t k, bint beyond, const real* x, real* y, const real* w,
+                           bint wv, const real* b, bint bv, Py_ssize_t n) noexcept nogil:
     """What the computing type cannot hold, in double: rare."""
     cdef Py_ssize_t i, j
-    cdef double v
+    cdef double v, weight, unit
     for i in range(n):
-        j = i if columns else k
-        if s.wide[j]:
-            v = ((<double>x[i] * s.unit[j] - s.mean[j]) - s.rest[j]) * s.rstd[j]
-            y[i] = <real>(v * (w[i if wv else 0] if w != NULL else 1.0) + (b[i if bv else 0] if b != NULL else 0.0))
+        j = i if q.columns else k
+        if s.wide[j] or (beyond and not isfinite(y[i])):
+            unit = 1.0
+            if s.any_wide:
+                unit = s.unit[j]        # else neither filled in, nor the others for each neighbour
+            elif real is float and q.columns:
+                j = i // q.neighbours
+            weight = w[i if wv else 0] if w != NULL else 1.0
+            v = (<double>x[i] * unit - s.mean[j]) - s.rest[j]
+            if isfinite(v * s.rstd[j]):
+                v = v * s.rstd[j] * weight
+            else:
+                v = v * (s.rstd[j] * weight)
+            y[i] = <real>(v + (b[i if bv else 0] if b != NULL else 0.0))
 
 cdef inline void step(Pass* q, Scale* s, Py_ssize_t k, const char* x, char* y, const char* residual,
                       const char* weight, const char* bias, Py_ssize_t n, Scratch* h, real* kind) noexcept nogil:
@@ -61,6 +84,7 @@ cdef inline void step(Pass* q, Scale* s, Py_ssize_t k, const char* x, char* y, c
     cdef bint wv = weight != NULL and (q.weight.c if q.columns else q.weight.s) != 0
     cdef bint bv = bias != NULL and (q.bias.c if q.columns else q.bias.s) != 0
     cdef bint wide = s.any_wide if q.columns else s.wide[k]
+    cdef bint beyond = False
     cdef bint direct = native(q.y.storage, kind) and not q.stream and not wide
     cdef real* target = <real*>y if direct else tile
     cdef Py_ssize_t offset = 0 if q.columns else k
@@ -91,13 +115,17 @@ cdef inline void step(Pass* q, Scale* s, Py_ssize_t k, const char* x, char* y, c
         e = third
     if q.activation_first:
         w, b, wv, bv = NULL, NULL, False, False
+    if (q.mask.data != NULL or (q.given and not q.foldable)) and w != NULL and not s.folded and leaves_range(source, n, hi, r, q.columns):
+        wide = beyond = True
+        target = tile
+        fits(n * sizeof(real), h.tile_size, "the tile of what leaves the range")
     if real is float:
         if wide:
             if s.folded:
                 fn_step_folded(source, target, n, hi, r, shift, NULL, q.columns, IDENTITY)
             else:
                 fn_step_float(source, target, n, hi, r, shift, w, b, NULL, q.columns, wv, bv, IDENTITY)
-            step_wide(s, k, q.columns, source, target, w, wv, b, bv, n)
+            step_wide(q, s, k, beyond, source, target, w, wv, b, bv, n)
             if e != NULL or activation != IDENTITY:
                 fn_step_folded(target, target, n, &NOTHING, &ONE, &MINUS_NOTHING, e, False, activation)
         elif (user != NULL and FN_HAS_FMA and not q.columns and e == NULL and source != target
@@ -119,7 +147,7 @@ cdef inline void step(Pass* q, Scale* s, Py_ssize_t k, const char* x, char* y, c
             target = tile
         fn_step_plain_double(source, target, n, hi, r, shift, w, b, q.columns, wv, bv)
         if wide:
-            step_wide(s, k, q.columns, source, target, w, wv, b, bv, n)
+            step_wide(q, s, k, beyond, source, target, w, wv, b, bv, n)
         if e != NULL:
             fn_add_double(target, e, target, n)
         activate(target, n, q.activation)

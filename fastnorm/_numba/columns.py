@@ -433,7 +433,9 @@ def columns_step(q, a, b, c, width, piece, scale, along, any_wide, tile, spare, 
             bias = at(q.bias, a, b) + c * q.bias.c + p * q.bias.p + t * q.bias.s
         w = weight if affined else 0
         v = bias if affined else 0
-        if q.plain and not any_wide:
+        # numbers that the statistics are not of may leave the range, and come back by their weight
+        far = w != 0 and (q.mask.data != 0 or (q.given != 0 and q.foldable == 0))
+        if q.plain and not any_wide and not far:
             step_row(x, y, width, along, width, w, v, wv, bv, kind, kind)
             t += 1
             continue
@@ -445,15 +447,17 @@ def columns_step(q, a, b, c, width, piece, scale, along, any_wide, tile, spare, 
             row_folded(q, x, y, residual, along, width, q.stream != 0, kind)
             continue
         # what is wide is read once more, and may lie where y does
-        direct = q.direct and not any_wide
+        direct = q.direct and not any_wide and not far
         target = y if direct else tile
         step_row(x, target, width, along, width, w, v, wv, bv, kind, tiled)
-        if any_wide:
+        if any_wide or far:
             w = 0 if q.activation_first else weight
             v = 0 if q.activation_first else bias
             for j in range(width):
                 s = scale + 8 * (j // k)
-                if read(along + 24 * width, j, np.float64) != 0.0:
+                if (any_wide and read(along + 24 * width, j, np.float64) != 0.0) or (
+                    far and not math.isfinite(read_real(target, j, kind))
+                ):
                     steps_wide(
                         x + j * source.c,
                         target + j * (8 if is_double(kind) else 4),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from fastnorm._numba import scalar
@@ -94,10 +96,11 @@ def deliver(t, spare, y, n, past, kind):
 def steps_wide(x, y, n, mean, rest, rstd, unit, weight, bias, wv, bv, kind, to):
     """What float32 cannot hold, in float64."""
     for i in range(n):
-        t = ((np.float64(load(x, i, kind)) * unit - mean) - rest) * rstd
+        t = (np.float64(load(x, i, kind)) * unit - mean) - rest
         w = np.float64(read_real(weight, i * wv, kind)) if weight != 0 else 1.0
         b = np.float64(read_real(bias, i * bv, kind)) if bias != 0 else 0.0
-        store(y, i, real(t * w + b, kind), to)
+        v = t * rstd * w if math.isfinite(t * rstd) else t * (rstd * w)
+        store(y, i, real(v + b, kind), to)
 
 
 @inner
@@ -134,6 +137,31 @@ def steps_affine(x, y, n, hi, r, shift, weight, bias, wv, bv, kind, to):
 
 
 @inner
+def steps_far(x, y, n, s, apart, weight, bias, wv, bv, kind, to):
+    """`steps_affine` of numbers that the statistics are not of.
+
+    A mask left them out, or they were given. A product that leaves the type's range may come back
+    by its weight.
+    """
+    mean = read(s, 0, np.float64)
+    rest = read(s, apart, np.float64)
+    rstd = read(s, 2 * apart, np.float64)
+    hi = real(mean, kind)
+    r = real(rstd, kind)
+    shift = real(-((mean - np.float64(hi)) + rest) * rstd, kind)
+    for i in range(n):
+        v = load(x, i, kind)
+        w = read_real(weight, i * wv, kind)
+        b = read_real(bias, i * bv, kind) if bias != 0 else real(0.0, kind)
+        t = scalar.step(v, hi, r, shift)
+        if math.isfinite(t):
+            store(y, i, scalar.fma(t, w, b), to)
+        else:
+            far = ((np.float64(v) - mean) - rest) * (rstd * np.float64(w)) + np.float64(b)
+            store(y, i, real(far, kind), to)
+
+
+@inner
 def scale_of_run(s, apart, weight, bias, kind):
     """hi, r, shift of a run, the affine step in them, and whether a float32 can hold them."""
     mean = read(s, 0, np.float64)
@@ -153,8 +181,11 @@ def scale_of_run(s, apart, weight, bias, kind):
 
 
 @inner
-def steps(x, y, n, s, apart, weight, bias, wv, bv, foldable, kind, to):
-    """The step of a run whose scale is at `s`, its numbers `apart`; written as numbers of `to`."""
+def steps(x, y, n, s, apart, weight, bias, wv, bv, foldable, far, kind, to):
+    """The step of a run whose scale is at `s`, its numbers `apart`; written as numbers of `to`.
+
+    `far`: the statistics may not be of these numbers.
+    """
     if foldable and not is_double(kind):
         hi, r, shift, holds = scale_of_run(s, apart, weight, bias, kind)
         if holds:
@@ -166,6 +197,9 @@ def steps(x, y, n, s, apart, weight, bias, wv, bv, foldable, kind, to):
     if read(s, 4 * apart, np.float64) != 0.0:
         unit = read(s, 3 * apart, np.float64)
         steps_wide(x, y, n, mean, rest, rstd, unit, weight, bias, wv, bv, kind, to)
+        return
+    if far and weight != 0:
+        steps_far(x, y, n, s, apart, weight, bias, wv, bv, kind, to)
         return
     hi = real(mean, kind)
     lo = (mean - np.float64(hi)) + rest
@@ -232,8 +266,9 @@ def step_run(q, a, b, p, t, n, s, apart, tile, spare, kind, tiled):
         bias = at(q.bias, a, b) + p * q.bias.p + t * q.bias.s
     wv = 1 if weight != 0 and q.weight.s != 0 else 0
     bv = 1 if bias != 0 and q.bias.s != 0 else 0
+    far = q.mask.data != 0 or (q.given != 0 and q.foldable == 0)
     if q.plain:
-        steps(x, y, n, s, apart, weight, bias, wv, bv, q.foldable != 0, kind, kind)
+        steps(x, y, n, s, apart, weight, bias, wv, bv, q.foldable != 0, far, kind, kind)
         return
     if q.past:
         hi, r, shift, holds = scale_of_run(s, apart, weight, bias, kind)
@@ -254,7 +289,7 @@ def step_run(q, a, b, p, t, n, s, apart, tile, spare, kind, tiled):
         target = y + i * size if q.direct else tile
         w = weight + i * q.weight.s if weight != 0 else 0
         v = bias + i * q.bias.s if bias != 0 else 0
-        steps(x + i * size, target, m, s, apart, w, v, wv, bv, q.foldable != 0, kind, tiled)
+        steps(x + i * size, target, m, s, apart, w, v, wv, bv, q.foldable != 0, far, kind, tiled)
         if q.residual.data != 0:
             residual = at(q.residual, a, b) + p * q.residual.p + (t + i) * q.residual.s
             add(target, residual, m, q.residual_real != 0, kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,8 @@ from hypothesis import settings
 
 import fastnorm as fn
 
-from .helpers import BACKENDS, REQUIRED
+from . import own_process as processes
+from .helpers import BACKENDS, REQUIRED, run_python
 
 # The same examples in every run, on machines of any speed.
 settings.register_profile("fastnorm", derandomize=True, deadline=None, database=None)
@@ -44,6 +46,9 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "each_cpu: runs again, in its own process, for every other instruction set built"
     )
     config.addinivalue_line("markers", "slow: takes seconds; --quick leaves it out")
+    config.addinivalue_line(
+        "markers", "own_process(*arguments, **environment): is another Python, begun early"
+    )
 
 
 def pytest_sessionstart() -> None:
@@ -51,6 +56,28 @@ def pytest_sessionstart() -> None:
     missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
     if missing:
         raise pytest.UsageError(f"FASTNORM_REQUIRE asks for {missing}, not installed here")
+
+
+BEGUN = pytest.StashKey[processes.Begun | None]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if not session.config.option.collectonly:
+        session.config.stash[BEGUN] = processes.begin(session.items)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    begun = session.config.stash.get(BEGUN, None)
+    if begun is not None:
+        begun.end()
+
+
+@pytest.fixture
+def own_process(request: pytest.FixtureRequest) -> subprocess.CompletedProcess[str]:
+    """The process that the test is marked with, when it has ended."""
+    mark = request.node.get_closest_marker("own_process")
+    begun = request.config.stash.get(BEGUN, None)
+    return run_python(*mark.args, **mark.kwargs) if begun is None else begun.result(mark)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import subprocess
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,6 @@ from fastnorm._bench.operations import OPERATIONS, Operation
 
 from .helpers import (
     BF16,
-    COMPILED,
     DTYPES,
     F16,
     F32,
@@ -31,7 +31,6 @@ from .helpers import (
     data,
     expected,
     named,
-    run_python,
     ulps,
     without,
 )
@@ -293,21 +292,27 @@ def test_returned_statistics(op: Operation, dtype: Any, ratio: float, layout: st
 LEVELS = ("x86-64-v2", "x86-64-v3", "x86-64-v4")
 
 
+USED = fn.show_config("dicts")["cpu"]["instruction set used"]
+# None in the processes that these tests are themselves.
+OLDER = LEVELS[: LEVELS.index(USED)] if USED in LEVELS and "FASTNORM_CPU" not in os.environ else ()
+AGAIN = (
+    "-m", "pytest", "tests/test_accuracy.py", "tests/test_determinism.py",
+    "-k", "cython and not 65536", "-m", "each_cpu", "-q", "-p", "no:cacheprovider",
+)  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not COMPILED, reason="no compiled kernels: there are no instruction sets")
-@pytest.mark.parametrize("level", LEVELS)
-def test_every_instruction_set(level: str, backend: str) -> None:
+@pytest.mark.parametrize(
+    "level",
+    [
+        pytest.param(level, marks=pytest.mark.own_process(*AGAIN, FASTNORM_CPU=level))
+        for level in OLDER
+    ],
+)
+def test_every_instruction_set(level: str, own_process: subprocess.CompletedProcess[str]) -> None:
     """The tests marked each_cpu again, in a process that may use no newer instructions."""
-    used = fn.show_config("dicts")["cpu"]["instruction set used"]
-    if backend != "cython" or "FASTNORM_CPU" in os.environ or used not in LEVELS:
-        return  # runs once, from the outermost process
-    if LEVELS.index(level) >= LEVELS.index(used):
-        return  # the one this process tests, or one that the processor lacks
-    choice = ["-k", "cython and not 65536", "-m", "each_cpu", "-q", "-p", "no:cacheprovider"]
-    files = ["tests/test_accuracy.py", "tests/test_determinism.py"]
-    run = run_python("-m", "pytest", *files, *choice, FASTNORM_CPU=level)
-    assert run.returncode == 0, run.stdout[-3000:]
-    assert " passed" in run.stdout
+    assert own_process.returncode == 0, own_process.stdout[-3000:]
+    assert " passed" in own_process.stdout
 
 
 @pytest.mark.parametrize("scale", [2.0**e for e in (0, 60, 110, -60, -70, -110)], ids=str)

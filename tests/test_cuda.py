@@ -17,9 +17,8 @@ from .helpers import ROOT, run_python
 CASES = ("-m", "pytest", "tests/cuda_cases.py", "-q", "--tb=short", "-p", "no:cacheprovider")
 
 
-def run_cases(**environment: str) -> None:
-    """Run the cases elsewhere; if any fails, show what that run has printed."""
-    run = run_python(*CASES, **environment)
+def check_cases(run: subprocess.CompletedProcess[str]) -> None:
+    """If any of the cases failed, show what their process has printed."""
     if run.returncode != 0 or " passed" not in run.stdout:
         pytest.fail(f"{run.stdout[-6000:]}\n{run.stderr[-2000:]}", pytrace=False)
 
@@ -32,14 +31,15 @@ def has_gpu() -> bool:
 
 
 @pytest.mark.slow
-def test_in_the_simulator() -> None:
-    run_cases(NUMBA_ENABLE_CUDASIM="1")
+@pytest.mark.own_process(*CASES, NUMBA_ENABLE_CUDASIM="1")
+def test_in_the_simulator(own_process: subprocess.CompletedProcess[str]) -> None:
+    check_cases(own_process)
 
 
 def test_on_a_gpu() -> None:
     if not has_gpu():
         pytest.skip("Numba finds no GPU here")
-    run_cases(NUMBA_ENABLE_CUDASIM="0")
+    check_cases(run_python(*CASES, NUMBA_ENABLE_CUDASIM="0"))
 
 
 def test_recognising_arrays_imports_nothing() -> None:

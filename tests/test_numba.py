@@ -10,6 +10,7 @@ import importlib
 import io
 import multiprocessing
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -261,23 +262,24 @@ def test_every_number_of_16_bits_comes_and_goes(dtype: Any) -> None:
             np.testing.assert_array_equal(dx.astype(F64), dy.astype(dtype).astype(F64))
 
 
+WITHOUT_FMA = "(from_cython or one_by_one) and float64 or doubles"
+OUTERMOST = (
+    COMPILED
+    and "FASTNORM_CPU" not in os.environ
+    and fn.show_config("dicts")["cpu"]["instruction set used"] != "plain"
+)
+
+
 @pytest.mark.slow
-@with_cython
-def test_without_fused_multiply_adds() -> None:
+@pytest.mark.skipif(not OUTERMOST, reason="runs once, where there is an older instruction set")
+@pytest.mark.own_process(
+    "-m", "pytest", "tests/test_numba.py", "-k", WITHOUT_FMA, "-q", "-p", "no:cacheprovider",
+    FASTNORM_CPU="x86-64-v2",
+)  # fmt: skip
+def test_without_fused_multiply_adds(own_process: subprocess.CompletedProcess[str]) -> None:
     """Such processors compute by way of wider numbers, here too: the same tests, the same bits."""
-    cpu = fn.show_config("dicts")["cpu"]
-    if "FASTNORM_CPU" in os.environ or cpu["instruction set used"] == "plain":
-        return  # runs once, from the outermost process
-    choice = [
-        "-k",
-        "(from_cython or one_by_one) and float64 or doubles",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-    ]
-    run = run_python("-m", "pytest", "tests/test_numba.py", *choice, FASTNORM_CPU="x86-64-v2")
-    assert run.returncode == 0, run.stdout[-3000:]
-    assert " passed" in run.stdout
+    assert own_process.returncode == 0, own_process.stdout[-3000:]
+    assert " passed" in own_process.stdout
 
 
 # --- A user's activation --------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.exceptions import AxisError
 from numpy.typing import ArrayLike, NDArray
 
-from fastnorm.elsewhere import Elsewhere
+from fastnorm.arrays import ArrayView, broadcast_to, is_writable
 
 Array: TypeAlias = NDArray[Any]
 Axes: TypeAlias = int | Sequence[int]
@@ -98,8 +98,8 @@ def plain(value: Any) -> Array | None:
 
 def read(value: Any, name: str) -> Array:
     """`value` as an array of NumPy's: its own memory wherever that is possible."""
-    if isinstance(value, Elsewhere):
-        return value
+    if isinstance(value, ArrayView):
+        return value  # type: ignore[return-value]
     if (own := plain(value)) is not None and not is_masked(value):
         return own
     value, chosen = unmask(value)
@@ -222,6 +222,8 @@ def lies_plainly(array: Array) -> bool:
     It is native and aligned, and its elements are whole numbers of elements apart. The stride of
     an axis of length 1 is never taken.
     """
+    if isinstance(array, ArrayView):
+        return True  # no other can be viewed
     size = array.itemsize
     return (
         array.dtype.isnative
@@ -470,7 +472,7 @@ def mask_of(where: ArrayLike | None, x: Array) -> Array | None:
     if mask.dtype != np.bool_:
         raise TypeError(f"where has dtype {mask.dtype}, expected bool; write where.astype(bool)")
     try:
-        return np.broadcast_to(mask, x.shape, subok=True)  # an `Elsewhere` stays one
+        return broadcast_to(mask, x.shape)
     except ValueError:
         raise ValueError(
             f"where has shape {mask.shape}, expected one that broadcasts to x of shape {x.shape}; "
@@ -512,12 +514,12 @@ def check_out(out: Array | None, x: Array) -> Array | None:
     if out is None:
         return None
     shape, dtype = x.shape, x.dtype
-    if isinstance(x, Elsewhere) and not isinstance(out, Elsewhere):
+    if isinstance(x, ArrayView) and not isinstance(out, ArrayView):
         raise TypeError(
             f"out is a {type(out).__name__}, expected an array where x is; write an empty array "
             "like x of the library that made it"
         )
-    own = out if isinstance(out, Elsewhere) else plain(out)
+    own: Array | None = out if isinstance(out, ArrayView) else plain(out)
     if own is None or is_masked(out):
         raise TypeError(
             f"out is a {type(out).__name__}, expected a NumPy array; write "
@@ -531,7 +533,7 @@ def check_out(out: Array | None, x: Array) -> Array | None:
         raise ValueError(
             f"out has shape {own.shape}, expected {shape} as x has; write np.empty_like(x)"
         )
-    if not own.flags.writeable:
+    if not is_writable(own):
         raise ValueError("out is read-only, expected a writable array; write np.empty_like(x)")
     return own
 
@@ -545,7 +547,7 @@ def check_running(
         if value is None:
             found.append(None)
             continue
-        if written and not issubclass(type(value), np.ndarray):
+        if written and not issubclass(type(value), np.ndarray | ArrayView):
             raise TypeError(
                 f"{name} is a {type(value).__name__}, expected a NumPy array: it is updated in "
                 f"place; write np.{'zeros' if name == 'running_mean' else 'ones'}({channels})"
@@ -557,7 +559,7 @@ def check_running(
             )
         if not is_float(array.dtype):
             raise TypeError(f"{name} has dtype {array.dtype}, expected a float dtype")
-        if written and not array.flags.writeable:
+        if written and not is_writable(array):
             raise ValueError(f"{name} is read-only, and is updated in place; write {name}.copy()")
         found.append(array)
     return found[0], found[1]

@@ -31,6 +31,7 @@ from fastnorm.arguments import (
     unmask,
     whole,
 )
+from fastnorm.arrays import ArrayView, empty_on, plus, to_device_of
 from fastnorm.backends import compute_backward
 from fastnorm.backends.fast_path import (
     BATCH,
@@ -43,7 +44,6 @@ from fastnorm.backends.fast_path import (
     quick_backward,
 )
 from fastnorm.description import BackwardPass
-from fastnorm.elsewhere import Elsewhere, beside, plus
 from fastnorm.passes import channels_second, delivered, new_like, split_groups
 from fastnorm.routing import door_of, send
 
@@ -54,9 +54,9 @@ SMALL = 256
 
 
 def _ordered(shape: tuple[int, ...], dtype: np.dtype[Any], x: Array, axes: Sequence[int]) -> Array:
-    """An array whose axes lie in memory in the order in which these axes of x do; or beside x."""
-    if isinstance(x, Elsewhere):
-        return x.new(shape, dtype)
+    """An array whose axes lie in memory in the order in which these axes of x do; or where x is."""
+    if isinstance(x, ArrayView):
+        return empty_on(x, shape, dtype)
     order = sorted(range(len(shape)), key=lambda i: -abs(x.strides[axes[i]]))
     return np.empty([shape[i] for i in order], dtype).transpose(np.argsort(order))
 
@@ -85,18 +85,18 @@ def _run(
     `view` shows an array of the shape of x along the axes that the norm works on, `place` does so
     for a parameter; `own` is the shape of a weight that is not there, along these `axes` of x.
     """
-    mean, rstd = beside(array, mean), beside(array, rstd)
-    slope = beside(array, same_shape(dy, "dy", array))
-    mask = beside(array, mask_of(where, array))
+    mean, rstd = to_device_of(array, mean), to_device_of(array, rstd)
+    slope = to_device_of(array, same_shape(dy, "dy", array))
+    mask = to_device_of(array, mask_of(where, array))
     dx = new_like(array)
     placed = like = None
     shape, dtype = own, array.dtype
     if weight is not None:
-        like = given = beside(array, as_array(weight, "weight"))
+        like = given = to_device_of(array, as_array(weight, "weight"))
         shape, dtype = given.shape, given.dtype
         if weight_offset:
             given = plus(given, weight_offset)
-        if given.size <= array.size // SMALL or isinstance(array, Elsewhere):
+        if given.size <= array.size // SMALL or isinstance(array, ArrayView):
             given = cast(given, computing_type(array.dtype))
         placed = place(given)
     along = axes if shape == own else range(-len(shape), 0)
@@ -126,7 +126,9 @@ def _run(
             )
         )
     else:
-        dweight, dbias = (beside(array, np.zeros(part.shape, dtype)) for part in (dweight, dbias))
+        dweight, dbias = (
+            to_device_of(array, np.zeros(part.shape, dtype)) for part in (dweight, dbias)
+        )
     return delivered(dx, x), dweight, dbias
 
 

@@ -33,6 +33,7 @@ from fastnorm.arguments import (
     unmask,
     whole,
 )
+from fastnorm.arrays import broadcast_to, plus, to_device_of
 from fastnorm.backends.fast_path import (
     ADD_LAYER,
     ADD_RMS,
@@ -45,7 +46,6 @@ from fastnorm.backends.fast_path import (
     Unplanned,
     quick_forward,
 )
-from fastnorm.elsewhere import beside, plus
 from fastnorm.passes import (
     channels_second,
     counted,
@@ -396,7 +396,7 @@ def instance_norm(
             return result
         y, mean, rstd = result
         both = (array.shape[0], mean.size)
-        mean, rstd = (np.broadcast_to(part, both, subok=True).copy() for part in (mean, rstd))
+        mean, rstd = (broadcast_to(part, both).copy() for part in (mean, rstd))
         return y, mean, rstd
     axis = channel_axis_of(array, channel_axis, "instance_norm")
     samples, channels = array.shape[0], array.shape[axis]
@@ -812,7 +812,7 @@ def rms_norm(
     array = as_array(x, "x")
     axes = layer_axes(array, normalized_shape, axis, "rms_norm")
     if weight is not None and weight_offset:
-        weight = plus(beside(array, as_array(weight, "weight")), weight_offset)
+        weight = plus(to_device_of(array, as_array(weight, "weight")), weight_offset)
     eps = machine_epsilon(array.dtype) if eps is None else eps
     y, _, _, rstd = run(
         x,

@@ -15,6 +15,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from fastnorm.arrays import flip
+
 Array = NDArray[Any]
 
 # A group of fewer neighbours than this is too short to walk along: columns are taken side by side
@@ -53,7 +55,7 @@ class _Axis:
         return all(s == inner.strides[name] * inner.size for name, s in self.strides.items())
 
 
-def steps_of(array: Array, shape: tuple[int, ...]) -> tuple[int, ...]:
+def steps_of(array: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides in elements; 0 where the array is broadcast."""
     size = array.itemsize
     return tuple(
@@ -62,13 +64,12 @@ def steps_of(array: Array, shape: tuple[int, ...]) -> tuple[int, ...]:
     )
 
 
-def ascending(operands: dict[str, Array]) -> dict[str, Array]:
+def ascending(operands: dict[str, Any]) -> dict[str, Any]:
     """The same walk with every stride of x positive."""
-    negative = [stride < 0 for stride in operands["x"].strides]
-    if not any(negative):
+    negative = tuple(axis for axis, stride in enumerate(operands["x"].strides) if stride < 0)
+    if not negative:
         return operands
-    turn = tuple(slice(None, None, -1) if n else slice(None) for n in negative)
-    return {name: array[turn] for name, array in operands.items()}
+    return {name: flip(array, negative) for name, array in operands.items()}
 
 
 @lru_cache(maxsize=4096)

@@ -20,10 +20,19 @@ from fastnorm.arguments import (
     mask_of,
     same_shape,
 )
+from fastnorm.arrays import (
+    ArrayView,
+    assign,
+    empty_on,
+    is_writable,
+    may_share_memory,
+    pointer_of,
+    to_device_of,
+    to_host,
+)
 from fastnorm.backends import compute
 from fastnorm.backends.fast_path import quick_forward
 from fastnorm.description import Pass, Scaling
-from fastnorm.elsewhere import Elsewhere, beside, host
 from fastnorm.runtime import empty_like
 
 # --- Results --------------------------------------------------------------------------------------
@@ -31,7 +40,9 @@ from fastnorm.runtime import empty_like
 
 def new_like(x: Array) -> Array:
     """Memory for a result, where x is and in its order."""
-    return x.new(x.shape, x.dtype, x.strides) if isinstance(x, Elsewhere) else empty_like(x)
+    if isinstance(x, ArrayView):
+        return empty_on(x, x.shape, x.dtype, x.strides)
+    return empty_like(x)
 
 
 def destination(array: Array, out: Array | None, *inputs: Array | None) -> Array:
@@ -40,13 +51,13 @@ def destination(array: Array, out: Array | None, *inputs: Array | None) -> Array
         return new_like(array)
     usable = lies_plainly(out)
     for other in inputs:
-        if usable and other is not None and np.may_share_memory(out, other):
+        if usable and other is not None and may_share_memory(out, other):
             # in place is fine: each element is read before it is written
             usable = (
                 out.strides == other.strides
                 and out.shape == other.shape
                 and out.dtype == other.dtype
-                and out.ctypes.data == other.ctypes.data
+                and pointer_of(out) == pointer_of(other)
             )
     return out if usable else new_like(array)
 
@@ -54,10 +65,8 @@ def destination(array: Array, out: Array | None, *inputs: Array | None) -> Array
 def delivered(y: Array, x: ArrayLike, out: Array | None = None) -> Array:
     """`y` where and in the byte order the caller expects it."""
     if out is not None:
-        if y is not out and isinstance(out, Elsewhere):
-            out.fill_from(y)
-        elif y is not out:
-            np.copyto(out, y)
+        if y is not out:
+            assign(out, y)
         return out
     dtype = asked(x, "dtype")
     if isinstance(dtype, np.dtype) and not dtype.isnative and is_float(dtype):
@@ -77,17 +86,17 @@ def rstd_of(var: Array, eps: float) -> Array:
 
 def unknown(array: Array, shape: Sequence[int], count: int = 3) -> tuple[Array, ...]:
     """Room for mean, var and rstd; not a number where there is nothing to take them of."""
-    if isinstance(array, Elsewhere) and array.size:
-        return tuple(array.new(shape, np.float64) for _ in range(count))
-    if array.size or isinstance(array, Elsewhere):
-        return tuple(beside(array, part) for part in np.full([count, *shape], np.nan))
+    if isinstance(array, ArrayView) and array.size:
+        return tuple(empty_on(array, shape, np.float64) for _ in range(count))
+    if array.size or isinstance(array, ArrayView):
+        return tuple(to_device_of(array, part) for part in np.full([count, *shape], np.nan))
     # an array of nothing may have more groups than memory has room for
     return (np.broadcast_to(np.nan, shape),) * count
 
 
 def handed_out(statistic: Array, *shape: int) -> Array:
     """A statistic of this shape for the caller, whose own it is to write."""
-    own = statistic if statistic.flags.writeable else statistic.copy()
+    own = statistic if is_writable(statistic) else statistic.copy()
     return own.reshape(shape)
 
 
@@ -118,14 +127,14 @@ def run(
     reduced ones among those. The statistics keep the view's axes, the reduced ones as 1. `squash`
     applies tanh before the affine step.
     """
-    if not (isinstance(array, Elsewhere) and array.takes(activation)):
+    if not (isinstance(array, ArrayView) and array.device.compiles(activation)):
         activation = check_activation(activation)
     mask = mask_of(where, array)
     added = None if residual is None else same_shape(residual, "residual", array)
     # last, when no other argument's code can change it any more
     into = check_out(out, array)
     weight, bias, added, addend, mask = (
-        beside(array, operand) for operand in (weight, bias, added, addend, mask)
+        to_device_of(array, operand) for operand in (weight, bias, added, addend, mask)
     )
     seen = view(array)
     reduced = tuple(axis in axes for axis in range(seen.ndim))
@@ -133,13 +142,13 @@ def run(
         kept = [1 if r else n for n, r in zip(seen.shape, reduced, strict=True)]
         mean, var, rstd = unknown(array, kept)
     else:
-        mean, var = (beside(array, part) for part in given)
-        if isinstance(array, Elsewhere):
+        mean, var = (to_device_of(array, part) for part in given)
+        if isinstance(array, ArrayView):
             (rstd,) = unknown(array, mean.shape, 1)
         else:
             rstd = rstd_of(var, options.get("eps", 0.0))
     # a function of the user's may raise half way: what `out` holds is then as it was
-    direct = None if callable(activation) and not isinstance(array, Elsewhere) else into
+    direct = None if callable(activation) and not isinstance(array, ArrayView) else into
     y = destination(array, direct, array, added, mask, weight, bias)
     if array.size:
         compute(
@@ -243,7 +252,7 @@ def counted(where: ArrayLike | None, array: Array, axes: tuple[int, ...]) -> Arr
         # one number for all, which broadcasts to each, and none where there is no statistic
         kept = [min(n, 1) for a, n in enumerate(array.shape) if a not in axes]
         return np.full(kept, math.prod(array.shape[a] for a in axes))
-    mask: Any = mask_of(host(where), array)
+    mask: Any = mask_of(to_host(where), array)
     return np.asarray(np.count_nonzero(mask, axis=axes))
 
 
@@ -256,15 +265,15 @@ def update(
     so is a channel in which that holds for all parts.
     """
     counts = np.broadcast_to(counts, mean.shape)
-    there = None
+    on_device = None
     moved = []
     for running, parts, unbiased in ((running_mean, mean, False), (running_var, var, True)):
-        if isinstance(running, Elsewhere):
-            if there is None:
-                there = beside(mean, counts.astype(np.float64, order="C"))
-            running.average(parts, there, momentum, unbiased)
+        if isinstance(running, ArrayView):
+            if on_device is None:
+                on_device = to_device_of(mean, counts.astype(np.float64, order="C"))
+            running.device.update_running(running, parts, on_device, momentum, unbiased=unbiased)
         elif running is not None:
-            moved.append((running, _moved(running, host(parts), counts, momentum, unbiased)))
+            moved.append((running, _moved(running, to_host(parts), counts, momentum, unbiased)))
     # both are there before the first is written: without memory for it none is
     for running, values in moved:
         running[...] = values

@@ -29,6 +29,7 @@ from fastnorm.arguments import (
     unmask,
     whole,
 )
+from fastnorm.arrays import ArrayView, to_host
 from fastnorm.backends import compute
 from fastnorm.backends.fast_path import (
     ACTIVATION,
@@ -41,7 +42,6 @@ from fastnorm.backends.fast_path import (
     quick_forward,
 )
 from fastnorm.description import Pass, Scaling
-from fastnorm.elsewhere import Elsewhere, host
 from fastnorm.passes import (
     channels_second,
     delivered,
@@ -184,8 +184,8 @@ def local_response_norm(
     check_ndim(array, 2, "local_response_norm", "(N, C, ...)")
     axis = channel_axis_of(array, channel_axis, "local_response_norm")
     y = new_like(array)
-    if isinstance(array, Elsewhere):
-        array.respond(y, axis, size, alpha, beta, k)
+    if isinstance(array, ArrayView):
+        array.device.local_response_norm(array, y, axis, size, (alpha, beta, k))
         return delivered(y, x)
     if not array.size:  # of which there may be any number of samples
         return delivered(y, x)
@@ -401,7 +401,7 @@ def global_response_norm(
     check_ndim(array, 2, "global_response_norm", "(N, C, ...)")
     axis = channel_axis_of(array, channel_axis, "global_response_norm")
     w, b = (
-        along_channels(parameter(host(value), name, array), name, array, axis)
+        along_channels(parameter(to_host(value), name, array), name, array, axis)
         for value, name in ((weight, "weight"), (bias, "bias"))
     )
     # what a mask hides is 0 in the lengths
@@ -412,8 +412,8 @@ def global_response_norm(
     mean, var, rstd = unknown(array, places)
     reduced = tuple(a >= 2 for a in range(array.ndim))
     compute(Pass(moved, None, reduced, mean, var, rstd, centred=False))
-    squares, exponent = host(var), np.zeros(places, np.int64)
-    if array.dtype == np.float64 and not isinstance(array, Elsewhere):
+    squares, exponent = to_host(var), np.zeros(places, np.int64)
+    if array.dtype == np.float64 and not isinstance(array, ArrayView):
         good = (squares > _LEAST_SQUARE) & (squares < _MOST_SQUARE)
         if not good.all():
             axes = range(2, array.ndim)
@@ -426,7 +426,7 @@ def global_response_norm(
             compute(Pass(near, None, reduced, mean, again, rstd, centred=False))
             var = np.where(good, squares, again)
     with np.errstate(all="ignore"):
-        length = np.sqrt(host(var) * math.prod(moved.shape[2:]))
+        length = np.sqrt(to_host(var) * math.prod(moved.shape[2:]))
         factor = 1.0 + w.astype(np.float64) * relative_lengths(length, exponent, 1, eps)
         factor = cast(factor, computing_type(array.dtype))
     found = quick_scaled(RESPONSE, axis, x, 1.0, factor, b)
@@ -501,7 +501,7 @@ def dynamic_tanh(
     x, _ = unmask(x)
     array = as_array(x, "x")
     check_ndim(array, 1, "dynamic_tanh", "(..., D)")
-    factor = as_array(host(alpha), "alpha")
+    factor = as_array(to_host(alpha), "alpha")
     if factor.size != 1:
         raise ValueError(f"alpha has shape {factor.shape}, expected one number")
     expected = f"expected ({array.shape[-1]},) or a shape that broadcasts against x"

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fastnorm._numba.gpu_arrays import handles
+from fastnorm._numba.gpu.libraries import handles
 
 # What is asked of an x: (library that must have been imported, is x of its kind?, the door). A
 # library that is just being imported may not have its types yet.
@@ -40,7 +40,7 @@ def door_of(x: Any) -> ModuleType | None:
         if library is not None and is_its(x, library):
             return import_module(door)
     if handles(x):  # any library's
-        return import_module("fastnorm._numba.gpu")
+        return import_module("fastnorm._numba.gpu.adapter")
     return None
 
 
@@ -60,6 +60,6 @@ def send(door: ModuleType, function: Callable[..., Any], given: dict[str, Any]) 
     code = function.__code__
     names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     name, named = function.__name__, {name: given[name] for name in names}
-    if name in getattr(door, "OURS", ()):
-        return door.carry_out(function, named)
+    if name in getattr(door, "FUNCTIONS", ()):
+        return door.execute(function, named)
     return function_of(door, name, name)(**named)

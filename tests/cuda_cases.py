@@ -9,6 +9,7 @@ what other files say of the CPU can be asked here too.
 
 from __future__ import annotations
 
+import inspect
 import re
 import threading
 from collections.abc import Iterator
@@ -24,11 +25,10 @@ import fastnorm as fn
 from fastnorm import _reference as reference
 from fastnorm import routing
 from fastnorm._bench.operations import OPERATIONS, Operation
-from fastnorm._numba import gpu
-from fastnorm._numba import gpu_kernels as kernels
-from fastnorm._numba.gpu_arrays import Library, handles
-from fastnorm._numba.gpu_package import SIMULATED, cuda
-from fastnorm.elsewhere import Elsewhere
+from fastnorm._numba.gpu import adapter, blocking
+from fastnorm._numba.gpu.libraries import Library, handles
+from fastnorm._numba.gpu.package import SIMULATED, cuda
+from fastnorm.arrays import Device
 
 from . import test_features as features
 from .helpers import (
@@ -183,9 +183,11 @@ def back(value: Any) -> Any:
     """A copy in the host's memory, in the same order of axes."""
     if isinstance(value, tuple):
         return tuple(back(part) for part in value)
-    shown = gpu.on_device(value)
-    host = np.empty_like(shown, subok=False)
-    host[...] = shown.host()
+    view = adapter.view_of(value)
+    order = sorted(range(view.ndim), key=lambda axis: -abs(view.strides[axis]))
+    host = np.empty([view.shape[axis] for axis in order], view.dtype)
+    host = host.transpose([order.index(axis) for axis in range(view.ndim)])
+    host[...] = adapter.GPU.to_host(view)
     return host
 
 
@@ -220,13 +222,13 @@ def there_and_back(name: str) -> Any:
 
 
 # The public functions themselves, which `backend` replaces.
-ours = SimpleNamespace(**{name: getattr(fn, name) for name in gpu.OURS})
+ours = SimpleNamespace(**{name: getattr(fn, name) for name in adapter.FUNCTIONS})
 
 
 @pytest.fixture(autouse=True)
 def backend(monkeypatch: pytest.MonkeyPatch) -> str:
     """The public functions, on the GPU."""
-    for name in gpu.OURS:
+    for name in adapter.FUNCTIONS:
         monkeypatch.setattr(fn, name, there_and_back(name))
     monkeypatch.setattr(features, "SHAPE", SHAPE)
     return "cuda"
@@ -235,10 +237,10 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups in several parts, as if they were large."""
-    monkeypatch.setattr(kernels, "SHORT", 2)
-    monkeypatch.setattr(kernels, "PART", 3)
-    monkeypatch.setattr(kernels, "PART_ROWS", 2)
-    monkeypatch.setattr(gpu, "_lanes", lambda parts: kernels.WARP if parts > 2 else 1)
+    monkeypatch.setattr(blocking, "WARP_CHUNKS", 2)
+    monkeypatch.setattr(blocking, "PART_CHUNKS", 3)
+    monkeypatch.setattr(blocking, "PART_ROWS", 2)
+    monkeypatch.setattr(blocking, "lanes_of", lambda parts: blocking.WARP if parts > 2 else 1)
 
 
 # --- Numbers --------------------------------------------------------------------------------------
@@ -740,7 +742,7 @@ def tensors(torch: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """PyTorch, its tensors being on the GPU; the simulator's GPU is the host's memory."""
     if SIMULATED:
         on = lambda value: isinstance(value, torch.Tensor) or handles(value)  # noqa: E731
-        for module in (gpu, routing):
+        for module in (adapter, routing):
             monkeypatch.setattr(module, "handles", on)
     elif not torch.cuda.is_available():
         pytest.skip("this PyTorch has no GPU")
@@ -783,11 +785,12 @@ def test_an_operand_on_the_gpu_where_x_is_not() -> None:
         ours.layer_norm(data((2, 8), F32), 8, OnGpu(np.ones(8, F32)))
 
 
-def test_an_array_on_a_gpu_answers_for_its_memory() -> None:
-    asked = [name for name, of in vars(Elsewhere).items() if hasattr(of, "__isabstractmethod__")]
+def test_a_gpu_answers_all_that_a_device_is_asked() -> None:
+    asked = [name for name, of in vars(Device).items() if callable(of) and name[0] != "_"]
     assert asked
     for name in asked:
-        assert not hasattr(getattr(gpu.OnDevice, name), "__isabstractmethod__"), name
+        ours_ = inspect.signature(getattr(adapter.Gpu, name)).parameters
+        assert ours_.keys() == inspect.signature(getattr(Device, name)).parameters.keys(), name
 
 
 def test_what_is_no_array_on_a_gpu() -> None:

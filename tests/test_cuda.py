@@ -42,9 +42,19 @@ def test_on_a_gpu() -> None:
     check_cases(run_python(*CASES, NUMBA_ENABLE_CUDASIM="0"))
 
 
+@pytest.mark.slow
+@pytest.mark.own_process("-m", "tests.cuda_kernels", NUMBA_ENABLE_CUDASIM="0")
+def test_every_kernel_compiles(own_process: subprocess.CompletedProcess[str]) -> None:
+    """For real hardware, of which nothing is needed here: the simulator compiles nothing."""
+    run = own_process
+    if run.returncode != 0:
+        pytest.fail(f"{run.stdout[-2000:]}\n{run.stderr[-4000:]}", pytrace=False)
+    assert run.stdout.rpartition("given_scale")[2].split()[-1] in ("PTX", "LLVM")
+
+
 def test_recognising_arrays_imports_nothing() -> None:
     script = (
-        "import sys; from fastnorm._numba.gpu_arrays import handles; import numpy as np;"
+        "import sys; from fastnorm._numba.gpu.libraries import handles; import numpy as np;"
         "handles(np.ones(3)); handles([1]);"
         "bad = {'numba', 'torch', 'cupy', 'ml_dtypes'} & set(sys.modules); assert not bad, bad"
     )
@@ -64,4 +74,4 @@ def test_one_file_knows_the_package() -> None:
     files = [
         p.name for p in folder.rglob("*.py") if "from numba import cuda" in p.read_text("utf-8")
     ]
-    assert files == ["gpu_package.py"]
+    assert files == ["package.py"]

@@ -90,9 +90,7 @@ def test_what_is_told_to_install_installs_this() -> None:
     found = [(where, word) for where, text in texts() for word in asked_for(text)]
     assert {(where, word): fault(word) for where, word in found if fault(word)} == {}
     # each place that has such lines is seen
-    assert {"README.md", "install.rst", "terminal.py", "gpu_package.py", "run"} <= {
-        w for w, _ in found
-    }
+    assert {"README.md", "install.rst", "terminal.py", "package.py", "run"} <= {w for w, _ in found}
     assert {word for _, word in found if word.startswith(NAME)} >= {
         f"{NAME}[{extra}]" for extra in ("cuda", "dask", "demo", "models", "mpi", "stats")
     }

@@ -210,18 +210,21 @@ def moments(x, n, centred, into, step, lanes, kind):
 def merge_into(into, other, n, step):
     """Merge n moments beside one another into others."""
     for i in range(n):
-        count, mean, rest, m2, m2_rest = scalar.merge(
+        one = (
             read(into, i, np.float64),
             read(into, step + i, np.float64),
             read(into, 2 * step + i, np.float64),
             read(into, 3 * step + i, np.float64),
             read(into, 4 * step + i, np.float64),
+        )
+        two = (
             read(other, i, np.float64),
             read(other, step + i, np.float64),
             read(other, 2 * step + i, np.float64),
             read(other, 3 * step + i, np.float64),
             read(other, 4 * step + i, np.float64),
         )
+        count, mean, rest, m2, m2_rest = scalar.merge(one, two)
         write(into, i, count)
         write(into, step + i, mean)
         write(into, 2 * step + i, rest)

@@ -58,11 +58,10 @@ def moments_of_sums(count: Any, first: Any, second: Any, pivot: Any) -> Any:
     return mean, rest, 0.0 if m2 <= 0.0 else m2, again
 
 
-def merge(
-    count: Any, mean: Any, rest: Any, m2: Any, m2_rest: Any,
-    other_count: Any, other_mean: Any, other_rest: Any, other_m2: Any, other_m2_rest: Any,
-) -> Any:  # fmt: skip
+def merge(one: Any, other: Any) -> Any:
     """Moments of two disjoint parts together (Chan, Golub, LeVeque 1979); either may be empty."""
+    count, mean, rest, m2, m2_rest = one
+    other_count, other_mean, other_rest, other_m2, other_m2_rest = other
     total = count + other_count
     f = other_count / total if total > 0.0 else 0.0
     extra = other_rest - rest

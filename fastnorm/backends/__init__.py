@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from fastnorm import _core, runtime
 from fastnorm.arguments import did_you_mean, shown
+from fastnorm.arrays import ArrayView, assign, to_device_of, to_host
 from fastnorm.backends import cython, numba, numpy
 from fastnorm.backends.base import Backend
 from fastnorm.description import BackwardPass, Pass
-from fastnorm.elsewhere import Elsewhere, host
 
 Array = NDArray[Any]
 
@@ -39,8 +39,8 @@ def in_use() -> Backend:
 
 def compute(p: Pass) -> None:
     """Carry out a pass on the backend in use, or where x is."""
-    if isinstance(p.x, Elsewhere):
-        p.x.compute(p)
+    if isinstance(p.x, ArrayView):
+        p.x.device.forward(p)
     else:
         in_use().forward(p)
 
@@ -49,23 +49,23 @@ def compute_backward(p: BackwardPass) -> None:
     """Carry out a backward pass on the backend in use, or where x is; with a mask in NumPy."""
     if p.mask is not None:
         _masked_backward(p)
-    elif isinstance(p.x, Elsewhere):
-        p.x.compute_backward(p)
+    elif isinstance(p.x, ArrayView):
+        p.x.device.backward(p)
     else:
         in_use().backward(p)
 
 
 def _masked_backward(p: BackwardPass) -> None:
     """In NumPy's memory and by its formulas: the kernels know of no masks here."""
-    if not isinstance(p.x, Elsewhere):
+    if not isinstance(p.x, ArrayView):
         return numpy.backward(p)
     names = ("x", "dy", "mean", "rstd", "weight", "mask")
-    operands: dict[str, Any] = {name: host(getattr(p, name)) for name in names}
+    operands: dict[str, Any] = {name: to_host(getattr(p, name)) for name in names}
     results = {n: a for n in ("dx", "dweight", "dbias") if (a := getattr(p, n)) is not None}
     here: dict[str, Any] = {n: np.empty(a.shape, a.dtype) for n, a in results.items()}
     numpy.backward(replace(p, **operands, **here))
     for name, array in results.items():
-        array.fill_from(p.x.placed(here[name]))
+        assign(array, to_device_of(p.x, here[name]))
     return None
 
 

@@ -1,4 +1,4 @@
-"""The one file that knows which package provides `cuda`, and what differs between the two.
+"""The one file that knows which package provides `cuda`, and what its simulator needs.
 
 numba-cuda takes the place of the `numba.cuda` that Numba comes with as soon as it is installed, so
 one import serves both. With NUMBA_ENABLE_CUDASIM=1 either is a simulator in Python: it has no
@@ -31,11 +31,25 @@ except ImportError as error:  # a Numba that no longer comes with it
 Function = Callable[..., Any]
 
 __all__ = [
-    "SIMULATED", "arithmetic", "cuda", "device", "double_of", "is_scalar_function", "kernel",
-    "launch", "load_words", "reader", "scalar_function", "store_words", "words_of", "writer",
+    "SIMULATED", "arithmetic", "configured", "cuda", "device", "double_of", "is_scalar_function",
+    "kernel", "load_words", "reader", "scalar_function", "store_words", "words_of", "writer",
 ]  # fmt: skip
 
 SIMULATED = bool(getattr(config, "ENABLE_CUDASIM", False))
+
+if SIMULATED:
+    from numba.cuda.simulator import kernel as simulator
+
+    _package = cuda
+
+    class _Simulated:
+        """`cuda` in every file: the simulator gives a kernel's threads only to the kernel's own."""
+
+        def __getattr__(self, name: str) -> Any:
+            running = simulator._get_kernel_context()
+            return getattr(_package if running is None else running, name)
+
+    cuda = _Simulated()
 
 
 def device(function: Function) -> Any:
@@ -48,14 +62,14 @@ def kernel(function: Function) -> Any:
     return cuda.jit(function)
 
 
-def launch(function: Any, blocks: int, threads: int, stream: Any) -> Any:
+def configured(function: Any, blocks: int, threads: int, stream: Any) -> Any:
     """What to call with the arguments of a kernel. A small grid is no mistake and no warning."""
     enough = 128  # below that Numba warns
-    configured = function[max(blocks, enough) if not SIMULATED else blocks, threads, stream]
+    ready = function[max(blocks, enough) if not SIMULATED else blocks, threads, stream]
     if SIMULATED or blocks >= enough:
-        return configured
-    small = object.__new__(type(configured))  # a copy: Numba keeps the other one
-    small.__dict__.update(configured.__dict__)
+        return ready
+    small = object.__new__(type(ready))  # a copy: Numba keeps the other one
+    small.__dict__.update(ready.__dict__)
     small.griddim = (blocks, 1, 1)
     return small
 

@@ -142,13 +142,13 @@ class Library:
 
     def empty(self, x: Any, shape: Shape, dtype: np.dtype[Any], strides: Shape) -> Any:
         """New memory beside x, of this library's kind."""
-        from fastnorm._numba.gpu_package import cuda
+        from fastnorm._numba.gpu.package import cuda
 
         return cuda.device_array(shape, dtype, strides=strides)
 
     def from_host(self, x: Any, array: np.ndarray[Any, Any]) -> Any:
         """A copy beside x of an array in the host's memory."""
-        from fastnorm._numba.gpu_package import cuda
+        from fastnorm._numba.gpu.package import cuda
 
         made = cuda.to_device(np.ascontiguousarray(array))
         cuda.synchronize()  # the copy is on the default stream
@@ -156,7 +156,7 @@ class Library:
 
     def to_host(self, x: Any) -> np.ndarray[Any, Any]:
         """A copy of x in the host's memory."""
-        from fastnorm._numba.gpu_package import cuda
+        from fastnorm._numba.gpu.package import cuda
 
         cuda.synchronize()  # as it is in `from_host`
         return x.copy_to_host()

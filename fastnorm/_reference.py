@@ -383,6 +383,7 @@ def _channel_norm_backward(
     groups: int | None,
     weight: ArrayLike | None,
     channel_axis: int,
+    *,
     batch: bool = False,
     where: ArrayLike | None = None,
     **options: Any,
@@ -538,6 +539,7 @@ def _layer_norm(
     bias: ArrayLike | None,
     eps: float,
     axis: Axis,
+    *,
     weight_offset: float = 0.0,
     return_stats: bool = False,
     dtype: DTypeLike = np.float64,
@@ -561,6 +563,7 @@ def _layer_norm_backward(
     normalized_shape: Shape,
     weight: ArrayLike | None,
     axis: Axis,
+    *,
     weight_offset: float = 0.0,
     dtype: DTypeLike = np.float64,
     **options: Any,
@@ -626,7 +629,8 @@ def rms_norm(
     """Over the axes of layer_norm: x / sqrt(average of x^2 + eps) * (weight + weight_offset)."""
     eps = _machine_epsilon(np.asarray(x).dtype) if eps is None else eps
     shared.update(centred=False, return_stats=True)
-    y, _, rstd = _layer_norm(x, normalized_shape, weight, None, eps, axis, weight_offset, **shared)
+    shared |= {"weight_offset": weight_offset}
+    y, _, rstd = _layer_norm(x, normalized_shape, weight, None, eps, axis, **shared)
     return (y, rstd) if return_stats else y
 
 
@@ -645,7 +649,7 @@ def rms_norm_backward(
     """dx, dweight."""
     options["centred"] = False
     dx, dweight, _ = _layer_norm_backward(
-        dy, x, 0, rstd, normalized_shape, weight, axis, weight_offset, **options
+        dy, x, 0, rstd, normalized_shape, weight, axis, weight_offset=weight_offset, **options
     )
     return dx, dweight
 

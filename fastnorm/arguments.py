@@ -12,13 +12,14 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence, Set
 from itertools import islice
 from numbers import Real
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeGuard
 
 import numpy as np
 from numpy.exceptions import AxisError
 from numpy.typing import ArrayLike, NDArray
 
-from fastnorm.arrays import ArrayView, broadcast_to, is_writable
+from fastnorm import _core
+from fastnorm.arrays import ArrayView, broadcast_to, is_writable, may_share_memory, pointer_of
 
 Array: TypeAlias = NDArray[Any]
 Axes: TypeAlias = int | Sequence[int]
@@ -185,6 +186,8 @@ def _instead(value: Any, name: str) -> str:
 
 def as_array(value: ArrayLike, name: str) -> Array:
     """`value` as a float array the kernels can read: its own memory wherever that is possible."""
+    if is_plain(value):
+        return np.ndarray.view(value, np.ndarray)
     array = read(value, name)
     dtype = array.dtype
     if array.ndim > MOST_AXES:
@@ -203,6 +206,24 @@ def as_array(value: ArrayLike, name: str) -> Array:
     return array.astype(np.float64)
 
 
+def taken(
+    x: Any, where: ArrayLike | None, of: str, least: int = 1, shape: str = "(..., D)",
+    name: str = "x",
+) -> tuple[Array, ArrayLike | None]:  # fmt: skip
+    """`x` as an array of at least so many dimensions, and which of its elements count.
+
+    Those do that neither `where` nor the mask of an np.ma array leaves out; all at None.
+    """
+    if is_plain(x):
+        array = np.ndarray.view(x, np.ndarray)
+    else:
+        x, where = unmask(x, where)
+        array = as_array(x, name)
+    if array.ndim < least:
+        check_ndim(array, least, of, shape)
+    return array, where
+
+
 def as_numbers(value: ArrayLike, name: str) -> Array:
     """`as_array`, but integers and booleans stay what they are."""
     array = read(value, name)
@@ -216,11 +237,11 @@ def cast(array: Array, dtype: Any) -> Array:
         return array.astype(dtype, copy=False)
 
 
-def lies_plainly(array: Array) -> bool:
+def _lies_plainly(array: Array) -> bool:
     """Whether the kernels read and write an array where it lies.
 
-    It is native and aligned, and its elements are whole numbers of elements apart. The stride of
-    an axis of length 1 is never taken.
+    It is native and aligned, and its elements are whole numbers of elements apart, none of them
+    broadcast. The stride of an axis of length 1 is never taken.
     """
     if isinstance(array, ArrayView):
         return True  # no other can be viewed
@@ -228,17 +249,48 @@ def lies_plainly(array: Array) -> bool:
     return (
         array.dtype.isnative
         and array.flags.aligned
-        and not any(s % size for s, n in zip(array.strides, array.shape) if n > 1)
+        and not any(s == 0 or s % size for s, n in zip(array.strides, array.shape) if n > 1)
     )
+
+
+def _is_plain(value: Any) -> TypeGuard[Array]:
+    """Whether this is a plain array of floats that the kernels read where it lies."""
+    return (
+        type(value) is np.ndarray
+        and value.ndim <= MOST_AXES
+        and is_float(value.dtype)
+        and _lies_plainly(value)
+    )
+
+
+def writes_apart_anywhere(out: Array, other: Array) -> bool:
+    """Whether writing `out` cannot change what is still to be read of another array.
+
+    Exactly in place is fine: each element is read before it is written.
+    """
+    return not may_share_memory(out, other) or (
+        out.strides == other.strides
+        and out.shape == other.shape
+        and out.dtype == other.dtype
+        and pointer_of(out) == pointer_of(other)
+    )
+
+
+# The compiled kernels decide what they take as it is, for cached calls and here
+# (_core/operands.pxi); without them, and of arrays on a device, the functions above do.
+lies_plainly: Callable[[Array], bool] = getattr(_core.kernels, "array_lies_plainly", _lies_plainly)
+is_plain: Callable[[Any], TypeGuard[Array]] = getattr(_core.kernels, "is_plain", _is_plain)
+writes_apart: Callable[[Array, Array], bool] = getattr(
+    _core.kernels, "array_writes_apart", writes_apart_anywhere
+)
 
 
 def _readable(array: Array) -> Array:
     """`array`, or a copy where its elements do not lie as the kernels read them."""
-    broadcast = any(s == 0 and n > 1 for s, n in zip(array.strides, array.shape))
-    if broadcast or not lies_plainly(array):
-        # "K" keeps the order of the axes in memory, and makes room where they were broadcast
-        array = array.astype(array.dtype.newbyteorder("="), order="K", copy=True)
-    return array
+    if lies_plainly(array):
+        return array
+    # "K" keeps the order of the axes in memory, and makes room where they were broadcast
+    return array.astype(array.dtype.newbyteorder("="), order="K", copy=True)
 
 
 def computing_type(dtype: np.dtype[Any]) -> type[np.floating[Any]]:
@@ -253,7 +305,9 @@ def machine_epsilon(dtype: np.dtype[Any]) -> float:
 
 def parameter(value: ArrayLike, name: str, x: Array) -> Array:
     """A weight or bias in the type that is computed in."""
-    return cast(as_array(value, name), computing_type(x.dtype))
+    array = as_array(value, name)
+    kind = np.float64 if x.dtype.itemsize == 8 else np.float32
+    return array if array.dtype.type is kind else cast(array, kind)
 
 
 def check_ndim(x: Array, least: int, of: str, shape: str) -> None:
@@ -312,12 +366,26 @@ def check_eps(eps: float, name: str = "eps") -> float:
     return found
 
 
-def check_momentum(momentum: float) -> float:
+def check_momentum(momentum: float, name: str = "momentum") -> float:
     """Return momentum as a float; refuse one that is not from 0 to 1."""
     expected = "a number from 0 to 1: the share of the batch in the running statistics"
-    found = number(momentum, "momentum", expected)
+    found = number(momentum, name, expected)
     if not 0 <= found <= 1:
-        raise ValueError(f"momentum is {shown(momentum)}, expected {expected}")
+        raise ValueError(f"{name} is {shown(momentum)}, expected {expected}")
+    return found
+
+
+def check_ddof(ddof: float, name: str = "ddof") -> float:
+    """Return ddof; refuse one that is not a finite number."""
+    return number(ddof, name, "a finite number: 0, or 1 for sample variances")
+
+
+def check_size(size: int, name: str = "size") -> int:
+    """Return how many neighbouring channels, 1 or more."""
+    expected = "a whole number of channels, 1 or more"
+    found = whole(size, name, expected)
+    if not 1 <= found < 1 << 63:
+        raise ValueError(f"{name} is {shown(found)}, expected {expected}, below 2^63")
     return found
 
 
@@ -388,7 +456,7 @@ def did_you_mean(value: Any, choices: Sequence[str]) -> str:
 
 def channel_axis_of(x: Array, channel_axis: int, of: str, *, samples: bool = True) -> int:
     """Return the channels' axis, 0 or more; with `samples`, axis 0 must be left for those."""
-    given = whole(channel_axis, "channel_axis")
+    given = channel_axis if type(channel_axis) is int else whole(channel_axis, "channel_axis")
     if not -x.ndim <= given < x.ndim:
         raise AxisError(
             f"{of} got channel_axis={shown(channel_axis)} for x of shape {x.shape}, expected "
@@ -434,9 +502,28 @@ def along_channels(p: Array, name: str, x: Array, axis: int) -> Array:
     return np.moveaxis(spread(p, x.shape, name, expected), axis, 1)
 
 
-def channel_parameter(value: ArrayLike | None, name: str, x: Array, axis: int) -> Array | None:
-    """`along_channels` of what came in, if anything did, in the type that is computed in."""
-    return None if value is None else along_channels(parameter(value, name, x), name, x, axis)
+def channel_parameter(
+    value: ArrayLike | None, name: str, x: Array, axis: int, groups: int | None = None
+) -> Array | None:
+    """`along_channels` of what came in, if anything did, in the type that is computed in.
+
+    With `groups` the channels, axis 1, are split into (groups, channels of a group).
+    """
+    if value is None:
+        return None
+    kind, channels = np.float64 if x.dtype.itemsize == 8 else np.float32, x.shape[axis]
+    if is_plain(value) and value.dtype.type is kind and value.shape == (channels,):
+        places = (1,) * (x.ndim - 2)
+        return value.reshape((1, channels, *places) if groups is None else (1, groups, -1, *places))
+    placed = along_channels(parameter(value, name, x), name, x, axis)
+    return placed if groups is None else grouped(placed, groups)
+
+
+def grouped(array: Array, groups: int) -> Array:
+    """Split axis 1, the channels, into (groups, channels of a group), or (1, 1) if it is 1 long."""
+    shape = array.shape
+    both = (1, 1) if shape[1] == 1 else (groups, shape[1] // groups)
+    return array.reshape(shape[:1] + both + shape[2:])
 
 
 def along_axes(p: Array, name: str, x: Array, axes: tuple[int, ...]) -> Array:
@@ -576,9 +663,10 @@ def statistic(value: ArrayLike, name: str, shape: tuple[int, ...], of: str) -> A
     return array.astype(np.float64, order="C", copy=False)
 
 
-def require_two(counts: Array, of: str, instead: str, per: str = "channel") -> None:
+def require_two(counts: Array | int, of: str, instead: str, per: str = "channel") -> None:
     """Refuse statistics of a single value: their variance is 0, and 0/0 where it is unbiased."""
-    if counts.size and counts.min() == 1:  # `counts` has no memory for each that is alike
+    least = counts if isinstance(counts, int) else counts.min(initial=2)
+    if least == 1:
         raise ValueError(
             f"{of} got one value per {per} to take statistics from, expected at least 2: nothing "
             f"but the bias is left of one; {instead}"
@@ -593,7 +681,7 @@ def _divisors(n: int, near: int) -> list[int]:
 
 def groups_of(num_groups: int, channels: int) -> int:
     """Return num_groups; refuse one that does not divide the channels."""
-    groups = whole(num_groups, "num_groups")
+    groups = num_groups if type(num_groups) is int else whole(num_groups, "num_groups")
     if groups < 1 or channels % groups:
         raise ValueError(
             f"num_groups={shown(num_groups)} does not divide the {channels} channels; use "

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fastnorm.description import BackwardPass, Pass
+from fastnorm.problem import BackwardProblem, Problem
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
@@ -38,16 +38,16 @@ class Device(Protocol):
     def compiles(self, activation: Any) -> bool:
         """Whether this activation, which NumPy's arrays may not have, can be compiled there."""
 
-    def forward(self, p: Pass) -> None:
+    def forward(self, p: Problem) -> None:
         """Execute a pass."""
 
-    def backward(self, p: BackwardPass) -> None:
+    def backward(self, p: BackwardProblem) -> None:
         """Execute a backward pass."""
 
     def update_running(
         self, running: ArrayView, parts: Any, counts: Any, momentum: float, *, unbiased: bool
     ) -> None:
-        """`passes.update` of one running statistic."""
+        """`execution.update_running` of one running statistic."""
 
     def local_response_norm(
         self, x: ArrayView, y: ArrayView, axis: int, size: int, scalars: tuple[float, float, float]

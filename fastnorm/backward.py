@@ -1,14 +1,12 @@
 """The backward functions: from dy, the gradient of the result, to those of x, weight and bias.
 
-Each describes the same pass as its forward function in functional.py does, and hands it over.
+Each describes the same problem as its forward function in functional.py does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 from numpy.typing import ArrayLike
 
 from fastnorm.arguments import (
@@ -16,190 +14,69 @@ from fastnorm.arguments import (
     Axes,
     along_axes,
     along_channels,
-    as_array,
-    cast,
     channel_axis_of,
-    check_flag,
-    check_ndim,
-    computing_type,
+    grouped,
     groups_of,
     layer_axes,
-    mask_of,
-    number,
-    same_shape,
     statistic,
-    unmask,
-    whole,
+    taken,
 )
-from fastnorm.arrays import ArrayView, empty_on, plus, to_device_of
-from fastnorm.backends import compute_backward
-from fastnorm.backends.fast_path import (
-    BATCH,
-    GROUP,
-    INFERENCE,
-    INSTANCE,
-    LAYER,
-    RMS,
-    Unplanned,
-    quick_backward,
-)
-from fastnorm.description import BackwardPass
-from fastnorm.passes import channels_second, delivered, new_like, split_groups
-from fastnorm.routing import door_of, send
+from fastnorm.dispatch import public
+from fastnorm.execution import Gradients as Described
+from fastnorm.execution import Request, channels_second, split_groups
 
 Gradients = tuple[Array, Array, Array]
 
-# A weight of at most 1/256 of x is converted at once, a larger one as it is read.
-SMALL = 256
-
-
-def _ordered(shape: tuple[int, ...], dtype: np.dtype[Any], x: Array, axes: Sequence[int]) -> Array:
-    """An array whose axes lie in memory in the order in which these axes of x do; or where x is."""
-    if isinstance(x, ArrayView):
-        return empty_on(x, shape, dtype)
-    order = sorted(range(len(shape)), key=lambda i: -abs(x.strides[axes[i]]))
-    return np.empty([shape[i] for i in order], dtype).transpose(np.argsort(order))
-
-
-def _run(
-    dy: ArrayLike,
-    x: ArrayLike,
-    array: Array,
-    reduced: tuple[bool, ...],
-    mean: Array | None,
-    rstd: Array,
-    weight: ArrayLike | None,
-    own: tuple[int, ...],
-    axes: tuple[int, ...],
-    place: Callable[[Array], Array],
-    *,
-    view: Callable[[Array], Array] = lambda array: array,
-    bias: bool = True,
-    weight_offset: float = 0.0,
-    training: bool = True,
-    where: ArrayLike | None = None,
-    key: bytes | None = None,
-) -> Gradients:
-    """Compute (dx, dweight, dbias); without `bias` the last is empty.
-
-    `view` shows an array of the shape of x along the axes that the norm works on, `place` does so
-    for a parameter; `own` is the shape of a weight that is not there, along these `axes` of x.
-    """
-    mean, rstd = to_device_of(array, mean), to_device_of(array, rstd)
-    slope = to_device_of(array, same_shape(dy, "dy", array))
-    mask = to_device_of(array, mask_of(where, array))
-    dx = new_like(array)
-    placed = like = None
-    shape, dtype = own, array.dtype
-    if weight is not None:
-        like = given = to_device_of(array, as_array(weight, "weight"))
-        shape, dtype = given.shape, given.dtype
-        if weight_offset:
-            given = plus(given, weight_offset)
-        if given.size <= array.size // SMALL or isinstance(array, ArrayView):
-            given = cast(given, computing_type(array.dtype))
-        placed = place(given)
-    along = axes if shape == own else range(-len(shape), 0)
-    dweight = _ordered(shape, dtype, array, along)
-    dbias = _ordered(shape, dtype, array, along) if bias else np.empty(0)
-    if key is not None:
-        usual = np.empty(own, dtype) if like is None else np.empty_like(like)
-        if usual.strides != dweight.strides:
-            key = None  # a plan makes the usual ones
-    into = place(dweight)
-    if array.size:
-        compute_backward(
-            BackwardPass(
-                view(array),
-                view(slope),
-                view(dx),
-                reduced,
-                mean,
-                rstd,
-                placed,
-                into,
-                place(dbias) if bias else None,
-                training,
-                view(mask) if mask is not None and training else None,
-                key,
-                own,
-            )
-        )
-    else:
-        dweight, dbias = (
-            to_device_of(array, np.zeros(part.shape, dtype)) for part in (dweight, dbias)
-        )
-    return delivered(dx, x), dweight, dbias
-
 
 def _channels(
+    of: str,
     dy: ArrayLike,
     x: ArrayLike,
-    mean: ArrayLike,
-    rstd: ArrayLike,
+    statistics: tuple[ArrayLike, ArrayLike],
     weight: ArrayLike | None,
     channel_axis: int,
-    function: Callable[..., Any],
     *,
-    batch: bool = False,
     num_groups: int | None = None,
     training: bool = True,
     where: ArrayLike | None = None,
-) -> Gradients:
+) -> Described[Gradients]:
     """The channel norms. Statistics are one for each channel, or for each sample and group."""
-    of = function.__name__
-    if training is not True and training is not False:
-        training = check_flag(training, "training")
-    split = function is group_norm_backward
-    norm = GROUP if split else INSTANCE
-    if batch:
-        norm = BATCH if training else INFERENCE
-    key = None
-    if where is None:
-        found = quick_backward(norm, num_groups, channel_axis, dy, x, mean, rstd, weight)
-        if type(found) is not Unplanned:
-            return found
-        key = found.key
-    if split:
-        num_groups = whole(num_groups, "num_groups")
-    if (door := door_of(x)) is not None:
-        gradients: Gradients = send(door, function, locals())
-        return gradients
-    x, where = unmask(x, where)
-    array = as_array(x, "x")
-    check_ndim(array, 2, of, "(N, C, ...)")
+    batch, split = of == "batch_norm_backward", of == "group_norm_backward"
+    array, where = taken(x, where, of, 2, "(N, C, ...)")
     axis = channel_axis_of(array, channel_axis, of, samples=not batch)
     channels = array.shape[axis]
-    view = channels_second(axis)
     groups = channels if num_groups is None else groups_of(num_groups, channels)
-    if split:
-        view = split_groups(axis, channels, groups)
+    view = split_groups(axis, groups) if split else channels_second(axis)
     shape = (channels,) if batch else (array.shape[0], groups)
     kept = (1, channels) if batch else shape
     place = (*kept, *[1] * (array.ndim - 1 if split else array.ndim - 2))
+    mean, rstd = (
+        statistic(value, name, shape, of).reshape(place)
+        for value, name in zip(statistics, ("mean", "rstd"))
+    )
 
     def placed(p: Array) -> Array:
         along = along_channels(p, "weight", array, axis)
-        return view(np.moveaxis(along, 1, axis)) if split else along
+        return grouped(along, groups) if split else along
 
-    return _run(
+    return Described(
         dy,
         x,
         array,
-        tuple((a == 0 and batch) or a > 1 for a in range(len(place))),
-        statistic(mean, "mean", shape, of).reshape(place),
-        statistic(rstd, "rstd", shape, of).reshape(place),
+        tuple([(a == 0 and batch) or a > 1 for a in range(len(place))]),
+        mean,
+        rstd,
         weight,
         (channels,),
         (axis,),
         placed,
-        view=view,
+        view,
         training=training,
         where=where,
-        key=key if where is None else None,
     )
 
 
+@public()
 def batch_norm_backward(
     dy: ArrayLike,
     x: ArrayLike,
@@ -210,7 +87,7 @@ def batch_norm_backward(
     training: bool = True,
     channel_axis: int = 1,
     where: ArrayLike | None = None,
-) -> Gradients:
+) -> Request[Gradients]:
     r"""Gradients of :func:`batch_norm`.
 
     .. math::
@@ -271,11 +148,12 @@ def batch_norm_backward(
     (array([0., 0., 0.]), array([3.]))
     """
     return _channels(
-        dy, x, mean, rstd, weight, channel_axis, batch_norm_backward, batch=True,
+        "batch_norm_backward", dy, x, (mean, rstd), weight, channel_axis,
         training=training, where=where,
     )  # fmt: skip
 
 
+@public()
 def instance_norm_backward(
     dy: ArrayLike,
     x: ArrayLike,
@@ -285,7 +163,7 @@ def instance_norm_backward(
     *,
     channel_axis: int = 1,
     where: ArrayLike | None = None,
-) -> Gradients:
+) -> Request[Gradients]:
     r"""Gradients of :func:`instance_norm`.
 
     .. math::
@@ -343,9 +221,11 @@ def instance_norm_backward(
     >>> dx.ravel(), dbias
     (array([0., 0., 0.]), array([3.]))
     """
-    return _channels(dy, x, mean, rstd, weight, channel_axis, instance_norm_backward, where=where)
+    statistics = (mean, rstd)
+    return _channels("instance_norm_backward", dy, x, statistics, weight, channel_axis, where=where)
 
 
+@public()
 def group_norm_backward(
     dy: ArrayLike,
     x: ArrayLike,
@@ -356,7 +236,7 @@ def group_norm_backward(
     *,
     channel_axis: int = 1,
     where: ArrayLike | None = None,
-) -> Gradients:
+) -> Request[Gradients]:
     r"""Gradients of :func:`group_norm`.
 
     .. math::
@@ -413,57 +293,50 @@ def group_norm_backward(
     (array([0., 0., 0.]), array([1., 1., 1.]))
     """
     return _channels(
-        dy, x, mean, rstd, weight, channel_axis, group_norm_backward, num_groups=num_groups,
-        where=where,
+        "group_norm_backward", dy, x, (mean, rstd), weight, channel_axis,
+        num_groups=num_groups, where=where,
     )  # fmt: skip
 
 
 def _rows(
+    of: str,
     dy: ArrayLike,
     x: ArrayLike,
-    mean: ArrayLike | None,
-    rstd: ArrayLike,
+    statistics: tuple[ArrayLike | None, ArrayLike],
     normalized_shape: Axes | None,
     weight: ArrayLike | None,
     axis: Axes | None,
-    function: Callable[..., Any],
     *,
     weight_offset: float = 0.0,
     where: ArrayLike | None = None,
-) -> Any:
-    of, key = function.__name__, None
-    if where is None and type(weight_offset) is float and weight_offset == 0.0:
-        norm = RMS if mean is None else LAYER
-        found = quick_backward(norm, normalized_shape, axis, dy, x, mean, rstd, weight)
-        if type(found) is not Unplanned:
-            return found
-        key = found.key
-    weight_offset = number(weight_offset, "weight_offset")
-    if (door := door_of(x)) is not None:
-        return send(door, function, locals())
-    x, where = unmask(x, where)
-    array = as_array(x, "x")
+) -> Described[Any]:
+    array, where = taken(x, where, of, 0)
     axes = layer_axes(array, normalized_shape, axis, of)
-    shape = tuple(1 if a in axes else n for a, n in enumerate(array.shape))
-    gradients = _run(
+    shape = tuple([1 if a in axes else n for a, n in enumerate(array.shape)])
+    mean, rstd = statistics
+    return Described(
         dy,
         x,
         array,
-        tuple(a in axes for a in range(array.ndim)),
+        tuple([a in axes for a in range(array.ndim)]),
         None if mean is None else statistic(mean, "mean", shape, of),
         statistic(rstd, "rstd", shape, of),
         weight,
-        tuple(array.shape[a] for a in axes),
+        tuple([array.shape[a] for a in axes]),
         axes,
         lambda p: along_axes(p, "weight", array, axes),
-        bias=mean is not None,
         weight_offset=weight_offset,
         where=where,
-        key=key if where is None else None,
     )
-    return gradients if mean is not None else gradients[:2]
 
 
+def _mean_is_there(mean: Any, name: str) -> Any:
+    if mean is None:
+        raise ValueError("layer_norm_backward got mean=None; use rms_norm_backward without one")
+    return mean
+
+
+@public(checks={"mean": _mean_is_there})
 def layer_norm_backward(
     dy: ArrayLike,
     x: ArrayLike,
@@ -474,7 +347,7 @@ def layer_norm_backward(
     *,
     axis: Axes | None = None,
     where: ArrayLike | None = None,
-) -> Gradients:
+) -> Request[Gradients]:
     r"""Gradients of :func:`layer_norm`.
 
     .. math::
@@ -529,14 +402,13 @@ def layer_norm_backward(
     >>> dx, dbias
     (array([[0., 0., 0.]]), array([1., 1., 1.]))
     """
-    if mean is None:
-        raise ValueError("layer_norm_backward got mean=None; use rms_norm_backward without one")
-    gradients: Gradients = _rows(
-        dy, x, mean, rstd, normalized_shape, weight, axis, layer_norm_backward, where=where
+    statistics = (mean, rstd)
+    return _rows(
+        "layer_norm_backward", dy, x, statistics, normalized_shape, weight, axis, where=where
     )
-    return gradients
 
 
+@public()
 def rms_norm_backward(
     dy: ArrayLike,
     x: ArrayLike,
@@ -547,7 +419,7 @@ def rms_norm_backward(
     axis: Axes | None = None,
     weight_offset: float = 0.0,
     where: ArrayLike | None = None,
-) -> tuple[Array, Array]:
+) -> Request[tuple[Array, Array]]:
     r"""Gradients of :func:`rms_norm`.
 
     .. math::
@@ -602,8 +474,7 @@ def rms_norm_backward(
     >>> np.allclose(dx, 0)
     True
     """
-    gradients: tuple[Array, Array] = _rows(
-        dy, x, None, rstd, normalized_shape, weight, axis, rms_norm_backward,
+    return _rows(
+        "rms_norm_backward", dy, x, (None, rstd), normalized_shape, weight, axis,
         weight_offset=weight_offset, where=where,
     )  # fmt: skip
-    return gradients

@@ -24,12 +24,11 @@ from dask.base import tokenize
 from dask.graph_manipulation import bind
 from numpy.typing import ArrayLike
 
-from fastnorm import arguments, backward, functional, passes, related
-from fastnorm.arguments import Activation, Axes, check_eps, computing_type, is_float
+from fastnorm import arguments, backward, execution, functional, related
+from fastnorm.arguments import Activation, Axes, check_ddof, check_eps, computing_type, is_float
 from fastnorm.moments import (
     FIELDS,
     Scales,
-    check_ddof,
     mean_of,
     merge,
     normalised_by,
@@ -306,7 +305,8 @@ def _step(
     axes = [a for a in range(array.ndim) if mean.shape[a] == 1]
     given = np.array(mean, np.float64, order="C"), np.array(var, np.float64, order="C")
     options: dict[str, Any] = {"residual": residual, "activation": activation}
-    return passes.run(x, array, axes, weight, bias, given=given, eps=eps, **options)[0]
+    norm = execution.Norm[Any](x, array, axes, weight, bias, given=given, eps=eps, **options)
+    return norm.answer()
 
 
 def _whole(x: Any, axes: tuple[int, ...], group: tuple[int, int] | None = None) -> bool:
@@ -450,7 +450,7 @@ def batch_norm(
         var = _parameter(running_var, "running_var", x, place, wide=True)
         operands = {"mean": mean, "var": var} | affine | _beside(x, None, residual)
         y = _each(_step, x, operands, _dtype(x), activation=activation, eps=eps)
-        rstd = var.map_blocks(passes.rstd_of, eps, dtype=np.float64)
+        rstd = var.map_blocks(execution.rstd_of, eps, dtype=np.float64)
     else:
         axes = tuple(a for a in range(x.ndim) if a != axis)
         if where is None:
@@ -827,7 +827,7 @@ def _scaled(x: Any, factor: Any, bias: Any) -> Any:
     with np.errstate(all="ignore"):
         factor = factor.astype(computing_type(array.dtype))
     axes = [a for a, n in enumerate(factor.shape) if n == 1]
-    return passes.scaled(x, array, axes, 1.0, factor, bias)
+    return execution.scaled(x, array, 1.0, factor, bias, axes=axes).answer()
 
 
 def global_response_norm(
@@ -1097,6 +1097,7 @@ def _rows(
     normalized_shape: Axes | None,
     weight: Any,
     axis: Axes | None,
+    *,
     of: str,
     where: Any,
     offset: float = 0.0,
@@ -1125,7 +1126,8 @@ def layer_norm_backward(
     where: Any = None,
 ) -> Any:
     """As :func:`fastnorm.layer_norm_backward`."""
-    return _rows(dy, x, mean, rstd, normalized_shape, weight, axis, "layer_norm_backward", where)
+    options = {"of": "layer_norm_backward", "where": where}
+    return _rows(dy, x, mean, rstd, normalized_shape, weight, axis, **options)
 
 
 def rms_norm_backward(
@@ -1141,7 +1143,8 @@ def rms_norm_backward(
 ) -> Any:
     """As :func:`fastnorm.rms_norm_backward`."""
     of = "rms_norm_backward"
-    return _rows(dy, x, None, rstd, normalized_shape, weight, axis, of, where, weight_offset)[:2]
+    options = {"of": of, "where": where, "offset": weight_offset}
+    return _rows(dy, x, None, rstd, normalized_shape, weight, axis, **options)[:2]
 
 
 # --- Statistics -----------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""The front door for NumPy arrays: check what came in, describe it as a pass, compute.
+"""The norms: each checks what came in and describes it; the wrapper (dispatch.py) does the rest.
 
-Every norm here is the same few lines: name the axes that share a statistic, lay weight and bias
-along theirs, and hand the pass to the backend.
+Every norm here is the same few lines: name the axes that share a statistic, and lay weight and bias
+along theirs.
 """
 
 from __future__ import annotations
@@ -19,44 +19,25 @@ from fastnorm.arguments import (
     axis_parameter,
     channel_axis_of,
     channel_parameter,
-    check_eps,
-    check_flag,
-    check_momentum,
-    check_ndim,
     check_running,
     groups_of,
     layer_axes,
     machine_epsilon,
-    number,
     require_two,
     same_shape,
-    unmask,
-    whole,
+    taken,
 )
-from fastnorm.arrays import broadcast_to, plus, to_device_of
-from fastnorm.backends.fast_path import (
-    ADD_LAYER,
-    ADD_RMS,
-    BATCH,
-    GROUP,
-    INFERENCE,
-    INSTANCE,
-    LAYER,
-    RMS,
-    Unplanned,
-    quick_forward,
-)
-from fastnorm.passes import (
+from fastnorm.arrays import plus, to_device_of
+from fastnorm.dispatch import public
+from fastnorm.execution import (
+    Norm,
+    Request,
+    Running,
     channels_second,
     counted,
-    delivered,
-    handed_out,
     new_like,
-    run,
     split_groups,
-    update,
 )
-from fastnorm.routing import door_of, send
 
 # What a norm returns with `return_stats`, and where that is not known before.
 WithStats: TypeAlias = tuple[Array, Array, Array]
@@ -89,6 +70,7 @@ def batch_norm(
     where: ArrayLike | None = None, residual: ArrayLike | None = None,
     activation: Activation = None, out: Array | None = None, return_stats: bool,
 ) -> Array | WithStats: ...  # fmt: skip
+@public()
 def batch_norm(
     x: ArrayLike,
     running_mean: ArrayLike | None = None,
@@ -105,7 +87,7 @@ def batch_norm(
     activation: Activation = None,
     out: Array | None = None,
     return_stats: bool = False,
-) -> Array | WithStats:
+) -> Request[Array | WithStats]:
     r"""Normalise each channel over all samples and positions.
 
     .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot w + b
@@ -165,82 +147,55 @@ def batch_norm(
     array([[-1., -1.],
            [ 1.,  1.]])
     """
-    if training is not True and training is not False:
-        training = check_flag(training, "training")
-    found = quick_forward(
-        BATCH if training else INFERENCE,
-        None,
-        channel_axis,
+    array, where = taken(x, where, "batch_norm", 2, "(N, C, ...)")
+    axis = channel_axis_of(array, channel_axis, "batch_norm", samples=False)
+    channels = array.shape[axis]
+    means, variances = check_running(running_mean, running_var, channels, written=training)
+    norm: Norm[Any] = Norm(
         x,
-        weight,
-        bias,
+        array,
+        (0, *range(2, array.ndim)),
+        channel_parameter(weight, "weight", array, axis),
+        channel_parameter(bias, "bias", array, axis),
         eps,
-        return_stats,
         where,
         residual,
         activation,
         out,
-        True,
-        running_mean,
-        running_var,
-        momentum,
+        view=channels_second(axis),
+        statistics=(channels,),
+        return_stats=return_stats,
     )
-    if type(found) is not Unplanned:
-        return found
-    eps, momentum = check_eps(eps), check_momentum(momentum)
-    return_stats = check_flag(return_stats, "return_stats")
-    if (door := door_of(x)) is not None:
-        return send(door, batch_norm, locals())
-    x, where = unmask(x, where)
-    array = as_array(x, "x")
-    check_ndim(array, 2, "batch_norm", "(N, C, ...)")
-    axis = channel_axis_of(array, channel_axis, "batch_norm", samples=False)
-    channels = array.shape[axis]
-    means, variances = check_running(running_mean, running_var, channels, written=training)
-    w = channel_parameter(weight, "weight", array, axis)
-    b = channel_parameter(bias, "bias", array, axis)
-    view = channels_second(axis)
-    shared: dict[str, Any] = {
-        "view": view,
-        "where": where,
-        "residual": residual,
-        "activation": activation,
-        "out": out,
-        "key": found.key,
-        "statistics": (channels,),
-    }
-    if not training:
-        if means is None or variances is None:
-            raise ValueError(
-                "batch_norm got training=False without running_mean and running_var, which it "
-                "then normalises with; give both, or write training=True"
-            )
-        place = (1, channels) + (1,) * (array.ndim - 2)
-        given = (
-            as_array(means, "running_mean").astype(np.float64, order="C").reshape(place),
-            as_array(variances, "running_var").astype(np.float64, order="C").reshape(place),
-        )
-        # In the order of memory: where the channels are neighbours all rows at once, for which the
-        # scales are computed once; otherwise every sample on its own.
-        together = array.strides[axis] == array.itemsize or array.ndim == 2
-        axes = (0, *range(2, array.ndim)) if together else tuple(range(2, array.ndim))
-        y, mean, _, rstd = run(x, array, axes, w, b, eps=eps, given=given, **shared)
-    else:
-        axes = (0, *range(2, array.ndim))
+    if training:
         counts = counted(where, array, tuple(a for a in range(array.ndim) if a != axis))
         require_two(
             counts,
             "batch_norm(training=True)",
             "use a larger batch, or training=False with running statistics",
         )
-        y, mean, var, rstd = run(x, array, axes, w, b, eps=eps, **shared)
-        if array.size:
-            parts = (1, channels)
-            mean, var = mean.reshape(parts), var.reshape(parts)
-            update(means, variances, mean, var, counts, momentum)
-    if return_stats:
-        return y, handed_out(mean, channels), handed_out(rstd, channels)
-    return y
+        norm.running = Running(means, variances, counts, momentum)
+        return norm
+    if means is None or variances is None:
+        raise ValueError(
+            "batch_norm got training=False without running_mean and running_var, which it "
+            "then normalises with; give both, or write training=True"
+        )
+    return _by_running(norm, means, variances, axis)
+
+
+def _by_running(norm: Norm[Any], means: Array, variances: Array, axis: int) -> Norm[Any]:
+    """The same norm by given statistics of each channel, which are on `axis`."""
+    array = norm.array
+    place = (1, array.shape[axis]) + (1,) * (array.ndim - 2)
+    norm.given = (
+        as_array(means, "running_mean").astype(np.float64, order="C").reshape(place),
+        as_array(variances, "running_var").astype(np.float64, order="C").reshape(place),
+    )
+    # In the order of memory: where the channels are neighbours all rows at once, for which the
+    # scales are computed once; otherwise every sample on its own.
+    together = array.strides[axis] == array.itemsize or array.ndim == 2
+    norm.axes = (0, *range(2, array.ndim)) if together else tuple(range(2, array.ndim))
+    return norm
 
 
 @overload
@@ -267,6 +222,7 @@ def instance_norm(
     where: ArrayLike | None = None, residual: ArrayLike | None = None,
     activation: Activation = None, out: Array | None = None, return_stats: bool,
 ) -> Array | WithStats: ...  # fmt: skip
+@public(meaning={"running_mean": "uncached", "running_var": "uncached"})
 def instance_norm(
     x: ArrayLike,
     running_mean: ArrayLike | None = None,
@@ -283,7 +239,7 @@ def instance_norm(
     activation: Activation = None,
     out: Array | None = None,
     return_stats: bool = False,
-) -> Array | WithStats:
+) -> Request[Array | WithStats]:
     r"""Normalise each channel of each sample over its positions.
 
     .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot w + b
@@ -337,101 +293,42 @@ def instance_norm(
     array([[[-1.,  1.],
             [-1.,  1.]]])
     """
-    if use_input_stats is not True and use_input_stats is not False:
-        use_input_stats = check_flag(use_input_stats, "use_input_stats")
-    key = None
-    if use_input_stats and running_mean is None and running_var is None:
-        found = quick_forward(
-            INSTANCE,
-            None,
-            channel_axis,
-            x,
-            weight,
-            bias,
-            eps,
-            return_stats,
-            where,
-            residual,
-            activation,
-            out,
-            True,
-            None,
-            None,
-            momentum,
-        )
-        if type(found) is not Unplanned:
-            return found
-        key = found.key
-    eps, momentum = check_eps(eps), check_momentum(momentum)
-    return_stats = check_flag(return_stats, "return_stats")
-    if (door := door_of(x)) is not None:
-        return send(door, instance_norm, locals())
-    x, where = unmask(x, where)
-    array = as_array(x, "x")
-    check_ndim(array, 2, "instance_norm", "(N, C, ...)")
-    if not use_input_stats:
-        channel_axis_of(array, channel_axis, "instance_norm")
-        if running_mean is None or running_var is None:
-            raise ValueError(
-                "instance_norm got use_input_stats=False without running_mean and running_var, "
-                "which it then normalises with; give both, or write use_input_stats=True"
-            )
-        result = batch_norm(
-            x,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            False,
-            momentum,
-            eps,
-            channel_axis=channel_axis,
-            where=where,
-            residual=residual,
-            activation=activation,
-            out=out,
-            return_stats=return_stats,
-        )
-        if not return_stats:
-            return result
-        y, mean, rstd = result
-        both = (array.shape[0], mean.size)
-        mean, rstd = (broadcast_to(part, both).copy() for part in (mean, rstd))
-        return y, mean, rstd
+    array, where = taken(x, where, "instance_norm", 2, "(N, C, ...)")
     axis = channel_axis_of(array, channel_axis, "instance_norm")
     samples, channels = array.shape[0], array.shape[axis]
-    means, variances = check_running(running_mean, running_var, channels, written=True)
-    w = channel_parameter(weight, "weight", array, axis)
-    b = channel_parameter(bias, "bias", array, axis)
-    positions = tuple(a for a in range(1, array.ndim) if a != axis)
-    counts = counted(where, array, positions)
-    # of what a mask leaves over, only a running variance needs two
-    require_two(
-        counted(None, array, positions) if running_var is None else counts,
-        "instance_norm",
-        "give x more positions, or write use_input_stats=False with running statistics",
-    )
-    y, mean, var, rstd = run(
+    means, variances = check_running(running_mean, running_var, channels, written=use_input_stats)
+    norm: Norm[Any] = Norm(
         x,
         array,
         range(2, array.ndim),
-        w,
-        b,
-        eps=eps,
+        channel_parameter(weight, "weight", array, axis),
+        channel_parameter(bias, "bias", array, axis),
+        eps,
+        where,
+        residual,
+        activation,
+        out,
         view=channels_second(axis),
-        where=where,
-        residual=residual,
-        activation=activation,
-        out=out,
-        key=key,
         statistics=(samples, channels),
+        return_stats=return_stats,
     )
-    mean, var = mean.reshape(samples, channels), var.reshape(samples, channels)
-    if array.size:
-        update(means, variances, mean, var, counts, momentum)
-    if return_stats:
-        return y, handed_out(mean, samples, channels), handed_out(rstd, samples, channels)
-    return y
+    if use_input_stats:
+        positions = tuple(a for a in range(1, array.ndim) if a != axis)
+        counts = counted(where, array, positions)
+        # of what a mask leaves over, only a running variance needs two
+        require_two(
+            counted(None, array, positions) if running_var is None else counts,
+            "instance_norm",
+            "give x more positions, or write use_input_stats=False with running statistics",
+        )
+        norm.running = Running(means, variances, counts, momentum)
+        return norm
+    if means is None or variances is None:
+        raise ValueError(
+            "instance_norm got use_input_stats=False without running_mean and running_var, "
+            "which it then normalises with; give both, or write use_input_stats=True"
+        )
+    return _by_running(norm, means, variances, axis)
 
 
 @overload
@@ -455,6 +352,7 @@ def group_norm(
     residual: ArrayLike | None = None, activation: Activation = None, out: Array | None = None,
     return_stats: bool,
 ) -> Array | WithStats: ...  # fmt: skip
+@public()
 def group_norm(
     x: ArrayLike,
     num_groups: int,
@@ -468,7 +366,7 @@ def group_norm(
     activation: Activation = None,
     out: Array | None = None,
     return_stats: bool = False,
-) -> Array | WithStats:
+) -> Request[Array | WithStats]:
     r"""Normalise each group of neighbouring channels of each sample.
 
     .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot w + b
@@ -516,58 +414,28 @@ def group_norm(
     >>> fn.group_norm(x, 2, eps=0.0).ravel()
     array([-1.,  1., -1.,  1.])
     """
-    found = quick_forward(
-        GROUP,
-        num_groups,
-        channel_axis,
-        x,
-        weight,
-        bias,
-        eps,
-        return_stats,
-        where,
-        residual,
-        activation,
-        out,
-    )
-    if type(found) is not Unplanned:
-        return found
-    num_groups, eps = whole(num_groups, "num_groups"), check_eps(eps)
-    return_stats = check_flag(return_stats, "return_stats")
-    if (door := door_of(x)) is not None:
-        return send(door, group_norm, locals())
-    x, where = unmask(x, where)
-    array = as_array(x, "x")
-    check_ndim(array, 2, "group_norm", "(N, C, ...)")
+    array, where = taken(x, where, "group_norm", 2, "(N, C, ...)")
     axis = channel_axis_of(array, channel_axis, "group_norm")
     samples, channels = array.shape[0], array.shape[axis]
     groups = groups_of(num_groups, channels)
     # all of the batch together, as PyTorch counts them
-    require_two(np.array(array.size // groups), "group_norm", "use fewer groups", "group")
-    split = split_groups(axis, channels, groups)
-
-    def parameter(value: ArrayLike | None, name: str) -> Array | None:
-        placed = channel_parameter(value, name, array, axis)
-        return None if placed is None else split(np.moveaxis(placed, 1, axis))
-
-    y, mean, _, rstd = run(
+    if array.size == groups:
+        require_two(1, "group_norm", "use fewer groups", "group")
+    return Norm(
         x,
         array,
         range(2, array.ndim + 1),
-        parameter(weight, "weight"),
-        parameter(bias, "bias"),
-        eps=eps,
-        view=split,
-        where=where,
-        residual=residual,
-        activation=activation,
-        out=out,
-        key=found.key,
+        channel_parameter(weight, "weight", array, axis, groups),
+        channel_parameter(bias, "bias", array, axis, groups),
+        eps,
+        where,
+        residual,
+        activation,
+        out,
+        view=split_groups(axis, groups),
         statistics=(samples, groups),
+        return_stats=return_stats,
     )
-    if return_stats:
-        return y, handed_out(mean, samples, groups), handed_out(rstd, samples, groups)
-    return y
 
 
 # --- Layer and RMS norm ---------------------------------------------------------------------------
@@ -594,6 +462,7 @@ def layer_norm(
     where: ArrayLike | None = None, residual: ArrayLike | None = None,
     activation: Activation = None, out: Array | None = None, return_stats: bool,
 ) -> Array | WithStats: ...  # fmt: skip
+@public()
 def layer_norm(
     x: ArrayLike,
     normalized_shape: Axes | None = None,
@@ -607,7 +476,7 @@ def layer_norm(
     activation: Activation = None,
     out: Array | None = None,
     return_stats: bool = False,
-) -> Array | WithStats:
+) -> Request[Array | WithStats]:
     r"""Normalise each sample over its trailing axes, or over any others.
 
     .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot w + b
@@ -656,45 +525,22 @@ def layer_norm(
     array([[-1.,  1.],
            [-1.,  1.]])
     """
-    found = quick_forward(
-        LAYER,
-        normalized_shape,
-        axis,
-        x,
-        weight,
-        bias,
-        eps,
-        return_stats,
-        where,
-        residual,
-        activation,
-        out,
-    )
-    if type(found) is not Unplanned:
-        return found
-    eps, return_stats = check_eps(eps), check_flag(return_stats, "return_stats")
-    if (door := door_of(x)) is not None:
-        return send(door, layer_norm, locals())
-    x, where = unmask(x, where)
-    array = as_array(x, "x")
+    array, where = taken(x, where, "layer_norm", 0)
     axes = layer_axes(array, normalized_shape, axis, "layer_norm")
-    y, mean, _, rstd = run(
+    return Norm(
         x,
         array,
         axes,
         axis_parameter(weight, "weight", array, axes),
         axis_parameter(bias, "bias", array, axes),
-        eps=eps,
-        where=where,
-        residual=residual,
-        activation=activation,
-        out=out,
-        key=found.key,
-        statistics=tuple(1 if a in axes else n for a, n in enumerate(array.shape)),
+        eps,
+        where,
+        residual,
+        activation,
+        out,
+        statistics=tuple([1 if a in axes else n for a, n in enumerate(array.shape)]),
+        return_stats=return_stats,
     )
-    if return_stats:
-        return y, handed_out(mean, *mean.shape), handed_out(rstd, *rstd.shape)
-    return y
 
 
 @overload
@@ -718,6 +564,7 @@ def rms_norm(
     where: ArrayLike | None = None, residual: ArrayLike | None = None,
     activation: Activation = None, out: Array | None = None, return_stats: bool,
 ) -> Array | WithRstd: ...  # fmt: skip
+@public()
 def rms_norm(
     x: ArrayLike,
     normalized_shape: Axes | None = None,
@@ -731,7 +578,7 @@ def rms_norm(
     activation: Activation = None,
     out: Array | None = None,
     return_stats: bool = False,
-) -> Array | WithRstd:
+) -> Request[Array | WithRstd]:
     r"""Divide each sample by the root mean square over its trailing axes, or over any others.
 
     .. math:: y = \frac{x}{\sqrt{\mathrm{mean}(x^2) + \epsilon}} \cdot (w + w_0)
@@ -783,54 +630,28 @@ def rms_norm(
     array([[ 1., -1.],
            [ 1.,  1.]])
     """
-    key = None
-    if type(weight_offset) is float and weight_offset == 0.0:
-        found = quick_forward(
-            RMS,
-            normalized_shape,
-            axis,
-            x,
-            weight,
-            None,
-            0.0 if eps is None else eps,
-            return_stats,
-            where,
-            residual,
-            activation,
-            out,
-            eps is not None,
-        )
-        if type(found) is not Unplanned:
-            return found
-        key = found.key
-    eps = None if eps is None else check_eps(eps)
-    weight_offset = number(weight_offset, "weight_offset")
-    return_stats = check_flag(return_stats, "return_stats")
-    if (door := door_of(x)) is not None:
-        return send(door, rms_norm, locals())
-    x, where = unmask(x, where)
-    array = as_array(x, "x")
+    array, where = taken(x, where, "rms_norm", 0)
     axes = layer_axes(array, normalized_shape, axis, "rms_norm")
     if weight is not None and weight_offset:
         weight = plus(to_device_of(array, as_array(weight, "weight")), weight_offset)
-    eps = machine_epsilon(array.dtype) if eps is None else eps
-    y, _, _, rstd = run(
+    return Norm(
         x,
         array,
         axes,
         axis_parameter(weight, "weight", array, axes),
-        eps=eps,
+        None,
+        machine_epsilon(array.dtype) if eps is None else eps,
+        where,
+        residual,
+        activation,
+        out,
         centred=False,
-        where=where,
-        residual=residual,
-        activation=activation,
-        out=out,
-        key=key,
-        statistics=tuple(1 if a in axes else n for a, n in enumerate(array.shape)),
+        statistics=tuple([1 if a in axes else n for a, n in enumerate(array.shape)]),
+        return_stats=return_stats,
     )
-    return (y, handed_out(rstd, *rstd.shape)) if return_stats else y
 
 
+@public()
 def add_layer_norm(
     x: ArrayLike,
     residual: ArrayLike,
@@ -838,7 +659,7 @@ def add_layer_norm(
     weight: ArrayLike | None = None,
     bias: ArrayLike | None = None,
     eps: float = 1e-5,
-) -> tuple[Array, Array]:
+) -> Request[tuple[Array, Array]]:
     r"""Add two arrays and layer-normalise the sum, in one pass over memory.
 
     .. math:: s = x + r, \quad y = \mathrm{layer\_norm}(s)
@@ -877,26 +698,17 @@ def add_layer_norm(
     >>> y, total
     (array([[-1.,  1.]]), array([[1., 3.]]))
     """
-    found = quick_forward(
-        ADD_LAYER, normalized_shape, None, x, weight, bias, eps, False, None, residual
-    )
-    if type(found) is not Unplanned:
-        return found
-    eps = check_eps(eps)
-    if (door := door_of(x)) is not None:
-        return send(door, add_layer_norm, locals())
-    return add_norm(
-        "add_layer_norm", x, residual, normalized_shape, weight, bias, eps, key=found.key
-    )
+    return _add_norm("add_layer_norm", x, residual, normalized_shape, weight, bias, eps)
 
 
+@public()
 def add_rms_norm(
     x: ArrayLike,
     residual: ArrayLike,
     normalized_shape: Axes,
     weight: ArrayLike | None = None,
     eps: float | None = None,
-) -> tuple[Array, Array]:
+) -> Request[tuple[Array, Array]]:
     r"""Add two arrays and RMS-normalise the sum, in one pass over memory.
 
     .. math:: s = x + r, \quad y = \mathrm{rms\_norm}(s)
@@ -935,31 +747,10 @@ def add_rms_norm(
     >>> y, total
     (array([[ 1., -1.]]), array([[ 3., -3.]]))
     """
-    own, value = eps is not None, 0.0 if eps is None else eps
-    found = quick_forward(
-        ADD_RMS,
-        normalized_shape,
-        None,
-        x,
-        weight,
-        None,
-        value,
-        False,
-        None,
-        residual,
-        None,
-        None,
-        own,
-    )
-    if type(found) is not Unplanned:
-        return found
-    eps = None if eps is None else check_eps(eps)
-    if (door := door_of(x)) is not None:
-        return send(door, add_rms_norm, locals())
-    return add_norm("add_rms_norm", x, residual, normalized_shape, weight, None, eps, key=found.key)
+    return _add_norm("add_rms_norm", x, residual, normalized_shape, weight, None, eps)
 
 
-def add_norm(
+def _add_norm(
     name: str,
     x: ArrayLike,
     residual: ArrayLike,
@@ -968,36 +759,33 @@ def add_norm(
     bias: ArrayLike | None,
     eps: float | None,
     *,
-    out: Array | None = None,
     total: Array | None = None,
-    key: bytes | None = None,
-) -> tuple[Array, Array]:
-    """`add_layer_norm` or `add_rms_norm`, into arrays that may be given; `total` may be `x`."""
-    x, where = unmask(x)
-    array = as_array(x, "x")
-    eps = machine_epsilon(array.dtype) if eps is None else eps
+) -> Norm[tuple[Array, Array]]:
+    array, where = taken(x, None, name, 0)
     axes = layer_axes(array, normalized_shape, None, name)
-    addend = same_shape(residual, "residual", array)
-    if total is None:
-        total = new_like(array)
-    y, *_ = run(
+    return Norm(
         x,
         array,
         axes,
         axis_parameter(weight, "weight", array, axes),
         axis_parameter(bias, "bias", array, axes),
-        out=out,
-        eps=eps,
+        machine_epsilon(array.dtype) if eps is None else eps,
+        where,
+        addend=same_shape(residual, "residual", array),
+        total=new_like(array) if total is None else total,
         centred=name == "add_layer_norm",
-        where=where,
-        addend=addend,
-        total=total,
-        key=key,
     )
-    return y, delivered(total, x)
 
 
-# --- The small ones -------------------------------------------------------------------------------
+def add_norm(
+    name: str, x: ArrayLike, residual: ArrayLike, normalized_shape: Axes,
+    weight: ArrayLike | None, bias: ArrayLike | None, eps: float | None,
+    *, out: Array | None = None, total: Array | None = None,
+) -> tuple[Array, Array]:  # fmt: skip
+    """`add_layer_norm` or `add_rms_norm`, into arrays that may be given; `total` may be `x`."""
+    norm = _add_norm(name, x, residual, normalized_shape, weight, bias, eps, total=total)
+    norm.out = out
+    return norm.answer()
 
 
 # --- Docstrings -----------------------------------------------------------------------------------

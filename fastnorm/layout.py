@@ -50,10 +50,6 @@ class _Axis:
     reduced: bool
     strides: dict[str, int]
 
-    def continues(self, inner: _Axis) -> bool:
-        """Whether a step along this axis is `inner.size` steps along `inner`, for every operand."""
-        return all(s == inner.strides[name] * inner.size for name, s in self.strides.items())
-
 
 def steps_of(array: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides in elements; 0 where the array is broadcast."""
@@ -130,7 +126,12 @@ def describe(
 def _merged(axes: list[_Axis]) -> list[_Axis]:
     merged: list[_Axis] = []
     for axis in axes:
-        if merged and merged[-1].reduced == axis.reduced and merged[-1].continues(axis):
+        if (
+            merged
+            and merged[-1].reduced == axis.reduced
+            # a step along the one is `size` steps along the other, for every operand
+            and all(s == axis.strides[name] * axis.size for name, s in merged[-1].strides.items())
+        ):
             merged[-1] = _Axis(merged[-1].size * axis.size, axis.reduced, axis.strides)
         else:
             merged.append(axis)

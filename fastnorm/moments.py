@@ -23,23 +23,21 @@ from numpy.typing import ArrayLike, NDArray
 from fastnorm.arguments import (
     Array,
     Axes,
-    as_array,
     as_numbers,
-    check_eps,
-    check_flag,
+    check_ddof,
     computing_type,
     mask_of,
-    number,
     plain,
     reduced_axes,
     shown,
+    taken,
     unmask,
     whole_numbers,
 )
 from fastnorm.backends import compute_moments, moments_at_once
-from fastnorm.description import Scaling
-from fastnorm.passes import exponents_of, extremes, run
-from fastnorm.routing import door_of, function_of, send
+from fastnorm.dispatch import adapter_of, function_of, public
+from fastnorm.execution import Done, Norm, Request, exponents_of, extremes
+from fastnorm.problem import Scaling
 
 # One number, where all axes are reduced, or an array of them.
 Statistic: TypeAlias = np.float64 | NDArray[np.float64]
@@ -260,7 +258,7 @@ def normalised_by(
     bias: Array | None = None,
     **options: Any,
 ) -> Array:
-    """Normalise x, a checked `array`, by statistics that were merged; `options` as for `run`."""
+    """Normalise x, a checked `array`, by statistics that were merged; `options` as for `Norm`."""
     mean, rest, rstd, exponent = scales
     if array.dtype == np.float64:
         with np.errstate(all="ignore"):
@@ -272,17 +270,13 @@ def normalised_by(
                 mean = np.zeros_like(mean)
     given = np.ascontiguousarray(mean), np.ascontiguousarray(rstd)
     options |= {"given": given, "scaling": Scaling.FACTOR}
-    return run(x, array, axes, weight, bias, **options)[0]
-
-
-def check_ddof(ddof: float) -> float:
-    """Return ddof; refuse one that is not a finite number."""
-    return number(ddof, "ddof", "a finite number: 0, or 1 for sample variances")
+    return Norm[Array](x, array, axes, weight, bias, **options).answer()
 
 
 # --- The functions --------------------------------------------------------------------------------
 
 
+@public(cached=False)
 def moments(
     x: ArrayLike,
     axis: Axes | None = None,
@@ -290,7 +284,7 @@ def moments(
     where: ArrayLike | None = None,
     ddof: float = 0,
     keepdims: bool = False,
-) -> tuple[Statistic, Statistic]:
+) -> Request[tuple[Statistic, Statistic]]:
     r"""Mean and variance in one pass: ``np.mean`` and ``np.var``, in float64 and right.
 
     .. math:: \mathrm{mean} = \frac{1}{n} \sum x, \quad
@@ -341,9 +335,6 @@ def moments(
     >>> float(mean), float(var)
     (200.0, 0.0)
     """
-    ddof, keepdims = check_ddof(ddof), check_flag(keepdims, "keepdims")
-    if (door := door_of(x)) is not None:
-        return send(door, moments, locals())
     x, where = unmask(x, where)
     array = as_numbers(x, "x")
     axes = reduced_axes(array, axis, "moments")
@@ -352,9 +343,10 @@ def moments(
         fields = fields.reshape(
             [len(FIELDS), *(n for a, n in enumerate(array.shape) if a not in axes)]
         )
-    return mean_of(fields)[()], var_of(fields, ddof)[()]
+    return Done((mean_of(fields)[()], var_of(fields, ddof)[()]))
 
 
+@public(cached=False)
 def standardize(
     x: ArrayLike,
     axis: Axes | None = None,
@@ -363,7 +355,7 @@ def standardize(
     ddof: float = 0,
     eps: float = 0.0,
     out: Array | None = None,
-) -> Array:
+) -> Request[Array]:
     r"""Z-scores: subtract the mean and divide by the standard deviation.
 
     .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}}
@@ -410,25 +402,20 @@ def standardize(
     array([[-1., -1.],
            [ 1.,  1.]])
     """
-    ddof, eps = check_ddof(ddof), check_eps(eps)
-    if (door := door_of(x)) is not None:
-        return send(door, standardize, locals())
-    x, where = unmask(x, where)
-    array = as_array(x, "x")
+    array, where = taken(x, where, "standardize", 0)
     axes = reduced_axes(array, axis, "standardize")
-    shared: dict[str, Any] = {"out": out}
     if not array.ndim:
         raise ValueError(f"standardize got one number, {array}, expected an array to compare it in")
     if ddof == 0:
-        return run(x, array, axes, eps=eps, where=where, **shared)[0]
+        return Norm(x, array, axes, eps=eps, where=where, out=out)
     if where is None or not array.size:
         # sqrt(n / (n - ddof) var + eps) in terms of a variance with ddof = 0
         count = math.prod(array.shape[axis] for axis in axes)
         left = (count - ddof) / count if count > ddof else np.nan
         scale = np.full([1] * array.ndim, math.sqrt(left), computing_type(array.dtype))
-        return run(x, array, axes, scale, eps=eps * left if left == left else eps, **shared)[0]
+        return Norm(x, array, axes, scale, eps=eps * left if left == left else eps, out=out)
     scales = scales_of(fields_of(array, axes, mask_of(where, array)), eps, ddof)
-    return normalised_by(scales, x, array, axes, **shared)
+    return Done(normalised_by(scales, x, array, axes, out=out))
 
 
 # --- The accumulator ------------------------------------------------------------------------------
@@ -520,8 +507,8 @@ class Moments:
         TypeError
             For dtypes other than real numbers.
         """
-        if (door := door_of(batch)) is not None:
-            own = function_of(door, "fields_of", "Moments.update")
+        if (adapter := adapter_of(batch)) is not None:
+            own = function_of(adapter, "fields_of", "Moments.update")
             return self._take(own(batch, self._axis, where))
         batch, where = unmask(batch, where)
         array = as_numbers(batch, "batch")

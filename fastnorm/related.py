@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -18,50 +17,38 @@ from fastnorm.arguments import (
     axis_parameter,
     cast,
     channel_axis_of,
-    check_eps,
-    check_ndim,
     computing_type,
     layer_axes,
     number,
     parameter,
-    shown,
     spread,
-    unmask,
-    whole,
+    taken,
 )
 from fastnorm.arrays import ArrayView, to_host
 from fastnorm.backends import compute
-from fastnorm.backends.fast_path import (
-    ACTIVATION,
-    LENGTH,
-    RESPONSE,
-    STANDARD,
-    TANH,
-    WEIGHT,
-    Unplanned,
-    quick_forward,
-)
-from fastnorm.description import Pass, Scaling
-from fastnorm.passes import (
+from fastnorm.dispatch import public
+from fastnorm.execution import (
+    Done,
+    Norm,
+    Request,
     channels_second,
     delivered,
     exponents_of,
     extremes,
     new_like,
-    quick_scaled,
-    run,
     scaled,
     unknown,
 )
-from fastnorm.routing import door_of, send
+from fastnorm.problem import Problem, Scaling
 
 # Sums of squares between these have lost nothing to the range of float64.
 _LEAST_SQUARE, _MOST_SQUARE = 1e-270, 1e270
 
 
+@public()
 def l2_normalize(
     x: ArrayLike, axis: Axes | None = -1, *, eps: float = 1e-12, out: Array | None = None
-) -> Array:
+) -> Request[Array]:
     r"""Divide by the Euclidean norm along an axis.
 
     .. math:: y = \frac{x}{\max(\lVert x \rVert_2, \epsilon)}
@@ -101,24 +88,12 @@ def l2_normalize(
     >>> fn.l2_normalize(np.array([3.0, 4.0]))
     array([0.6, 0.8])
     """
-    found = quick_forward(
-        LENGTH, None, axis, x, None, None, eps, False, None, None, None, out
-    )  # fmt: skip
-    if type(found) is not Unplanned:
-        return found
-    eps = check_eps(eps)
-    if (door := door_of(x)) is not None:
-        return send(door, l2_normalize, locals())
-    x, where = unmask(x)
-    array = as_array(x, "x")
-    if axis is None:
-        check_ndim(array, 1, "l2_normalize", "(..., D)")
-        axis = range(array.ndim)
-    axes = layer_axes(array, None, axis, "l2_normalize")
-    options: dict[str, Any] = {"out": out, "key": found.key, "where": where}
-    return run(x, array, axes, centred=False, scaling=Scaling.NORM, eps=eps, **options)[0]
+    array, where = taken(x, None, "l2_normalize", int(axis is None))
+    axes = layer_axes(array, None, range(array.ndim) if axis is None else axis, "l2_normalize")
+    return Norm(x, array, axes, eps=eps, where=where, out=out, centred=False, scaling=Scaling.NORM)
 
 
+@public(cached=False, checks={"alpha": number})
 def local_response_norm(
     x: ArrayLike,
     size: int,
@@ -127,7 +102,7 @@ def local_response_norm(
     k: float = 1.0,
     *,
     channel_axis: int = 1,
-) -> Array:
+) -> Request[Array]:
     r"""Divide each value by a power of the mean square of its neighbouring channels.
 
     .. math:: y_c = x_c \Big(k + \frac{\alpha}{n} \sum_{c'} x_{c'}^2\Big)^{-\beta}
@@ -171,24 +146,14 @@ def local_response_norm(
     >>> fn.local_response_norm(np.array([[1.0, 2.0]]), 1, alpha=3.0, beta=0.5)
     array([[0.5      , 0.5547002]])
     """
-    size = whole(size, "size", "a whole number of channels, 1 or more")
-    if not 1 <= size < 1 << 63:
-        raise ValueError(
-            f"size is {shown(size)}, expected a whole number of channels, 1 or more, below 2^63"
-        )
-    alpha, beta, k = number(alpha, "alpha"), number(beta, "beta"), number(k, "k")
-    if (door := door_of(x)) is not None:
-        return send(door, local_response_norm, locals())
-    x, where = unmask(x)
-    array = as_array(x, "x")
-    check_ndim(array, 2, "local_response_norm", "(N, C, ...)")
+    array, where = taken(x, None, "local_response_norm", 2, "(N, C, ...)")
     axis = channel_axis_of(array, channel_axis, "local_response_norm")
     y = new_like(array)
     if isinstance(array, ArrayView):
         array.device.local_response_norm(array, y, axis, size, (alpha, beta, k))
-        return delivered(y, x)
+        return Done(delivered(y, x))
     if not array.size:  # of which there may be any number of samples
-        return delivered(y, x)
+        return Done(delivered(y, x))
     chosen = np.broadcast_to(np.True_ if where is None else where, array.shape)
     moved, result, counted = (np.moveaxis(a, axis, 1) for a in (array, y, chosen))
     with np.errstate(all="ignore"):
@@ -197,7 +162,7 @@ def local_response_norm(
             wide = sample.astype(np.float64)
             seen = np.where(counts, wide, 0.0)
             target[...] = _respond(wide, seen, size, alpha, beta, k)
-    return delivered(y, x)
+    return Done(delivered(y, x))
 
 
 def _respond(x: Array, seen: Array, size: int, alpha: float, beta: float, k: float) -> Array:
@@ -239,7 +204,8 @@ def _respond(x: Array, seen: Array, size: int, alpha: float, beta: float, k: flo
     return np.where(good | ~np.isfinite(largest), y, rescued)
 
 
-def weight_norm(v: ArrayLike, g: ArrayLike, *, axis: Axes | None = 0) -> Array:
+@public(meaning={"v": "x", "g": "weight"})
+def weight_norm(v: ArrayLike, g: ArrayLike, *, axis: Axes | None = 0) -> Request[Array]:
     r"""Give each slice of a weight the length `g`.
 
     .. math:: w = g \frac{v}{\lVert v \rVert_2}
@@ -277,14 +243,7 @@ def weight_norm(v: ArrayLike, g: ArrayLike, *, axis: Axes | None = 0) -> Array:
     >>> fn.weight_norm(np.array([[3.0, 4.0]]), np.array([10.0]))
     array([[6., 8.]])
     """
-    found = quick_forward(WEIGHT, None, axis, v, g, None, 0.0, False)
-    if type(found) is not Unplanned:
-        return found
-    if (door := door_of(v)) is not None:
-        return send(door, weight_norm, locals())
-    v, where = unmask(v)
-    array = as_array(v, "v")
-    check_ndim(array, 1, "weight_norm", "(C, ...)")
+    array, where = taken(v, None, "weight_norm", 1, "(C, ...)", "v")
     kept = () if axis is None else layer_axes(array, None, axis, "weight_norm")
     lengths = parameter(g, "g", array)
     keepdims = tuple(n if a in kept else 1 for a, n in enumerate(array.shape))
@@ -296,11 +255,11 @@ def weight_norm(v: ArrayLike, g: ArrayLike, *, axis: Axes | None = 0) -> Array:
             f"length for each slice along axis {axis}"
         )
     axes = tuple(a for a in range(array.ndim) if a not in kept)
-    options: dict[str, Any] = {"scaling": Scaling.NORM, "key": found.key, "where": where}
-    return run(v, array, axes, lengths, centred=False, **options)[0]
+    return Norm(v, array, axes, lengths, where=where, centred=False, scaling=Scaling.NORM)
 
 
-def weight_standardize(w: ArrayLike, *, eps: float = 1e-5) -> Array:
+@public(meaning={"w": "x"})
+def weight_standardize(w: ArrayLike, *, eps: float = 1e-5) -> Request[Array]:
     r"""Give each output channel of a weight mean 0 and variance 1.
 
     .. math:: y = \frac{w - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}}
@@ -336,21 +295,14 @@ def weight_standardize(w: ArrayLike, *, eps: float = 1e-5) -> Array:
     array([[-1.,  1.],
            [-1.,  1.]])
     """
-    found = quick_forward(STANDARD, None, None, w, None, None, eps, False)
-    if type(found) is not Unplanned:
-        return found
-    eps = check_eps(eps)
-    if (door := door_of(w)) is not None:
-        return send(door, weight_standardize, locals())
-    w, where = unmask(w)
-    array = as_array(w, "w")
-    check_ndim(array, 2, "weight_standardize", "(C_out, ...)")
-    return run(w, array, range(1, array.ndim), eps=eps, where=where, key=found.key)[0]
+    array, where = taken(w, None, "weight_standardize", 2, "(C_out, ...)", "w")
+    return Norm(w, array, range(1, array.ndim), eps=eps, where=where)
 
 
+@public(cached=False)
 def global_response_norm(
     x: ArrayLike, weight: ArrayLike, bias: ArrayLike, *, eps: float = 1e-6, channel_axis: int = 1
-) -> Array:
+) -> Request[Array]:
     r"""Scale each channel by its length relative to that of the other channels.
 
     .. math:: y = w \cdot x \cdot \frac{\lVert x_{n,c} \rVert_2}
@@ -393,12 +345,7 @@ def global_response_norm(
     >>> fn.global_response_norm(x, np.ones(2), np.zeros(2), eps=0.0).ravel()
     array([1.5, 7.5])
     """
-    eps = check_eps(eps)
-    if (door := door_of(x)) is not None:
-        return send(door, global_response_norm, locals())
-    x, where = unmask(x)
-    array = as_array(x, "x")
-    check_ndim(array, 2, "global_response_norm", "(N, C, ...)")
+    array, where = taken(x, None, "global_response_norm", 2, "(N, C, ...)")
     axis = channel_axis_of(array, channel_axis, "global_response_norm")
     w, b = (
         along_channels(parameter(to_host(value), name, array), name, array, axis)
@@ -407,11 +354,11 @@ def global_response_norm(
     # what a mask hides is 0 in the lengths
     moved = np.moveaxis(array if where is None else np.where(where, array, 0), axis, 1)
     if not array.size:
-        return delivered(new_like(array), x)
+        return Done(delivered(new_like(array), x))
     places = moved.shape[:2] + (1,) * (array.ndim - 2)
     mean, var, rstd = unknown(array, places)
     reduced = tuple(a >= 2 for a in range(array.ndim))
-    compute(Pass(moved, None, reduced, mean, var, rstd, centred=False))
+    compute(Problem(moved, None, reduced, mean, var, rstd, centred=False))
     squares, exponent = to_host(var), np.zeros(places, np.int64)
     if array.dtype == np.float64 and not isinstance(array, ArrayView):
         good = (squares > _LEAST_SQUARE) & (squares < _MOST_SQUARE)
@@ -423,17 +370,21 @@ def global_response_norm(
                 near = np.ldexp(moved, -exponent)
             # it may lie otherwise in memory than x: the sums of the others are as they were
             mean, again, rstd = unknown(array, places)
-            compute(Pass(near, None, reduced, mean, again, rstd, centred=False))
+            compute(Problem(near, None, reduced, mean, again, rstd, centred=False))
             var = np.where(good, squares, again)
     with np.errstate(all="ignore"):
         length = np.sqrt(to_host(var) * math.prod(moved.shape[2:]))
         factor = 1.0 + w.astype(np.float64) * relative_lengths(length, exponent, 1, eps)
         factor = cast(factor, computing_type(array.dtype))
-    found = quick_scaled(RESPONSE, axis, x, 1.0, factor, b)
-    if type(found) is not Unplanned:
-        return found
-    options: dict[str, Any] = {"view": channels_second(axis), "key": found.key}
-    return scaled(x, array, range(2, array.ndim), 1.0, factor, b, **options)
+    return Done(_scaled_channels(x, factor, b, axis))
+
+
+@public(adapters=False)
+def _scaled_channels(x: ArrayLike, weight: Array, bias: Array, channel_axis: int) -> Request[Array]:
+    """x * weight + bias, both along the axes of x with the channels moved to axis 1."""
+    array, _ = taken(x, None, "global_response_norm")
+    axes = range(2, array.ndim)
+    return scaled(x, array, 1.0, weight, bias, axes=axes, view=channels_second(channel_axis))
 
 
 def relative_lengths(length: Array, exponent: Array, axis: int, eps: float) -> Array:
@@ -448,12 +399,13 @@ def relative_lengths(length: Array, exponent: Array, axis: int, eps: float) -> A
         return np.where(whole == 0, 0.0, length / whole)
 
 
+@public()
 def dynamic_tanh(
     x: ArrayLike,
     alpha: ArrayLike,
     weight: ArrayLike | None = None,
     bias: ArrayLike | None = None,
-) -> Array:
+) -> Request[Array]:
     r"""Squash each value: a layer without statistics that stands in for a norm.
 
     .. math:: y = w \tanh(\alpha x) + b
@@ -489,18 +441,7 @@ def dynamic_tanh(
     >>> fn.dynamic_tanh(np.array([0.0, 100.0]), 0.5, np.array([1.0, 2.0]))
     array([0., 2.])
     """
-    key = None
-    number = alpha.item() if type(alpha) is np.ndarray and alpha.size == 1 else alpha
-    if type(number) is float:
-        found = quick_scaled(TANH, None, x, number, weight, bias)
-        if type(found) is not Unplanned:
-            return found
-        key = found.key
-    if (door := door_of(x)) is not None:
-        return send(door, dynamic_tanh, locals())
-    x, _ = unmask(x)
-    array = as_array(x, "x")
-    check_ndim(array, 1, "dynamic_tanh", "(..., D)")
+    array, _ = taken(x, None, "dynamic_tanh")
     factor = as_array(to_host(alpha), "alpha")
     if factor.size != 1:
         raise ValueError(f"alpha has shape {factor.shape}, expected one number")
@@ -512,17 +453,17 @@ def dynamic_tanh(
         return spread(parameter(value, name, array), array.shape, name, expected)
 
     w, b = placed(weight, "weight"), placed(bias, "bias")
-    one = float(factor.reshape(()))
-    return scaled(x, array, range(array.ndim), one, w, b, squash=True, key=key)
+    return scaled(x, array, float(factor.reshape(())), w, b, squash=True)
 
 
+@public(adapters=False)
 def activate(
     x: ArrayLike,
     activation: Activation,
     bias: ArrayLike | None = None,
     *,
     out: Array | None = None,
-) -> Array:
+) -> Request[Array]:
     r"""Add a bias and apply an activation, in one pass over memory.
 
     .. math:: y = f(x + b)
@@ -556,12 +497,6 @@ def activate(
     >>> fn.nn.activate(np.array([1.0, -2.0]), "relu", np.array([1.0, 1.0]))
     array([2., 0.])
     """
-    found = quick_scaled(ACTIVATION, None, x, 1.0, None, bias, activation, out)
-    if type(found) is not Unplanned:
-        return found
-    x, _ = unmask(x)
-    array = as_array(x, "x")
-    check_ndim(array, 1, "activate", "(..., D)")
+    array, _ = taken(x, None, "activate")
     added = axis_parameter(bias, "bias", array, (array.ndim - 1,))
-    options: dict[str, Any] = {"activation": activation, "out": out, "key": found.key}
-    return scaled(x, array, range(array.ndim), 1.0, None, added, **options)
+    return scaled(x, array, 1.0, None, added, activation=activation, out=out)

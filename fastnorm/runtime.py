@@ -144,7 +144,7 @@ def kernel_threads() -> int:
     """How many threads a kernel may use here."""
     here = _here.get()
     n = 1 if _forked else min((here and here.kernel_threads) or _threads, MOST_THREADS)
-    return _within_limit(n)
+    return n if n == 1 else _within_limit(n)
 
 
 def _within_limit(n: int) -> int:

@@ -23,7 +23,7 @@ import pytest
 
 import fastnorm as fn
 from fastnorm import _reference as reference
-from fastnorm import routing
+from fastnorm import dispatch
 from fastnorm._bench.operations import OPERATIONS, Operation
 from fastnorm._numba.gpu import adapter, blocking
 from fastnorm._numba.gpu.libraries import Library, handles
@@ -742,7 +742,7 @@ def tensors(torch: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """PyTorch, its tensors being on the GPU; the simulator's GPU is the host's memory."""
     if SIMULATED:
         on = lambda value: isinstance(value, torch.Tensor) or handles(value)  # noqa: E731
-        for module in (adapter, routing):
+        for module in (adapter, dispatch):
             monkeypatch.setattr(module, "handles", on)
     elif not torch.cuda.is_available():
         pytest.skip("this PyTorch has no GPU")

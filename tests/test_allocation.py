@@ -93,7 +93,7 @@ def test_memory_is_flat(name: str) -> None:
 
 
 def refused(x: Any, image: Any, beside: Any) -> list[Callable[[], Any]]:
-    """Calls that are errors, at the front doors and behind; the first ones have plans of others."""
+    """Calls that are errors, of arguments and behind; others of their kind are cached."""
     locked = x.copy()
     locked.flags.writeable = False
     return [

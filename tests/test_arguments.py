@@ -140,7 +140,7 @@ def refusal(name: str, given: dict[str, Any]) -> tuple[type[Exception], str]:
 def test_every_argument_is_refused_by_its_name(name: str) -> None:
     right = {k: v.copy() if isinstance(v, np.ndarray) else v for k, v in RIGHT[name].items()}
     for _ in range(2):
-        call(name, right)  # a plan of the right call must not answer a wrong one
+        call(name, right)  # a cached call of the right kind must not answer a wrong one
     faults = []
     for argument in signature(name):
         for value in wrong(name, argument):

@@ -45,7 +45,7 @@ def test_a_mask_is_a_where(name: str) -> None:
         x = masked(rng, dtype=dtype)
         other = rng.random(SHAPE[1:]) < 0.8
         other[:, :2] = True
-        for _ in range(3):  # the second of plain arrays is answered from a plan
+        for _ in range(3):  # the second of plain arrays is answered from the cache
             y = WITH_WHERE[name](x, return_stats=True)
             both = WITH_WHERE[name](x, where=other, return_stats=True)
             right = WITH_WHERE[name](x.data, where=~x.mask, return_stats=True)
@@ -216,7 +216,7 @@ class Wraps:
 
 
 class Lends:
-    """One that has no more than DLPack's doors."""
+    """One that has no more than DLPack's methods."""
 
     def __init__(self, array: Any) -> None:
         self.array = array

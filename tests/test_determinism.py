@@ -1,10 +1,11 @@
-"""The same bits for any number of threads, any batch around a row, and any door to one kernel."""
+"""The same bits for any number of threads, any batch around a row, and any way to one kernel."""
 
 from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -12,9 +13,8 @@ import numpy as np
 import pytest
 
 import fastnorm as fn
-from fastnorm import _core, backward, functional, passes, related
+from fastnorm import _core, execution, runtime
 from fastnorm._bench.operations import OPERATIONS, Operation
-from fastnorm.backends import fast_path
 
 from .helpers import (
     BACKENDS,
@@ -196,22 +196,26 @@ def kinds_of_call(op: Operation) -> Iterator[tuple[Any, dict[str, Any]]]:
                     yield x, p | {"num_groups": 6 if shape[1] % 6 == 0 else 1}
 
 
-def describe_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From here on no call is answered from a plan."""
-    for module in (functional, related, passes, backward):
-        for name in ("quick_forward", "quick_backward"):
-            monkeypatch.setattr(module, name, lambda *_: fast_path.Unplanned(), raising=False)
+@contextmanager
+def nothing_cached() -> Iterator[None]:
+    """No call is answered from the cache."""
+    if _core.kernels is not None:
+        _core.kernels.set_state(False, runtime.kernel_threads(), runtime.MOST_THREADS)
+    try:
+        yield
+    finally:
+        runtime._tell_kernels()
 
 
 @pytest.mark.parametrize("op", [op for op in OPERATIONS if op.backward], ids=named)
-def test_a_plan_gives_the_same_bits(op: Operation, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cached_call_gives_the_same_bits(op: Operation) -> None:
     """The second call of a kind takes a shorter way to the kernels: the numbers are the same."""
     calls = list(kinds_of_call(op))
     first_time = [everything(op, x, p) for x, p in calls]
     second_time = [everything(op, x, p) for x, p in calls]
-    describe_all(monkeypatch)
-    for (x, p), *others in zip(calls, first_time, second_time, strict=True):
-        described = everything(op, x, p)
+    with nothing_cached():
+        third_time = [everything(op, x, p) for x, p in calls]
+    for described, *others in zip(third_time, first_time, second_time, strict=True):
         for other in others:
             for a, b in zip(described, other, strict=True):
                 assert_same_bits(a, b)
@@ -219,7 +223,7 @@ def test_a_plan_gives_the_same_bits(op: Operation, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=named)
-def test_half_precision_weights_have_plans(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_precision_weights_are_cached(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small calls in the model's own type are not described each time, which takes 20 us."""
     x = data((6, 12, 8), dtype)
     w = np.ones(12, dtype)
@@ -229,14 +233,14 @@ def test_half_precision_weights_have_plans(dtype: Any, monkeypatch: pytest.Monke
         fn.group_norm_backward(x, x, mean, rstd, 3, w)
 
     calls()
-    for module, name in ((functional, "run"), (backward, "_run")):
-        monkeypatch.setattr(module, name, None)
+    for name in ("compute", "compute_backward"):
+        monkeypatch.setattr(execution, name, None)
     calls()
     with pytest.raises(TypeError):
         fn.group_norm(x, 3, w[::-1])
 
 
-def test_norms_beside_the_five_have_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_norms_beside_the_five_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     x, w = data((4, 6, 8), F32, 1.0), np.ones(8, F32)
 
     def calls() -> None:
@@ -248,8 +252,7 @@ def test_norms_beside_the_five_have_plans(monkeypatch: pytest.MonkeyPatch) -> No
         fn.nn.activate(x, "gelu", w)
 
     calls()
-    for name in ("run", "scaled"):
-        monkeypatch.setattr(related, name, None)
+    monkeypatch.setattr(execution, "compute", None)
     calls()
     with pytest.raises(TypeError):
         fn.l2_normalize(x, 2)
@@ -257,9 +260,7 @@ def test_norms_beside_the_five_have_plans(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("dtype", [F16, F32, F64], ids=named)
 @pytest.mark.parametrize("op", OPERATIONS, ids=named)
-def test_options_of_a_plan_give_the_same_bits(
-    op: Operation, dtype: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_options_of_a_cached_call_give_the_same_bits(op: Operation, dtype: Any) -> None:
     """Likewise with a residual, an activation and an array to write into, alone and together."""
     x, residual = (data((3, 12, 5, 6), dtype, 1.0, seed=i) for i in range(2))
     p = op.parameters(x.shape, F64 if dtype == F64 else F32, np.random.default_rng(3))
@@ -281,15 +282,16 @@ def test_options_of_a_plan_give_the_same_bits(
                 yield inplace
 
     results = [list(calls()) for _ in range(2)]
-    describe_all(monkeypatch)
-    for described, *others in zip(calls(), *results, strict=True):
+    with nothing_cached():
+        results.insert(0, list(calls()))
+    for described, *others in zip(*results, strict=True):
         for other in others:
             pairs = zip(described, other) if op.outputs > 1 else [(described, other)]
             for a, b in pairs:
                 assert_same_bits(a, b)
 
 
-def test_a_plan_refuses_what_a_description_refuses() -> None:
+def test_a_cached_call_refuses_what_a_description_refuses() -> None:
     """Whatever was called before: a wrong `out`, residual or activation stays an error."""
     x = data((6, 8, 4, 5), F32, 3.0)
     for _ in range(2):
@@ -306,7 +308,7 @@ def test_a_plan_refuses_what_a_description_refuses() -> None:
             fn.group_norm(x, 2, activation=unknown)  # type: ignore[arg-type]
 
 
-def test_a_plan_minds_overlapping_memory() -> None:
+def test_a_cached_call_minds_overlapping_memory() -> None:
     """The kind of call is known, and yet `out` lies across what is read."""
     memory = data((7, 768), F32, 3.0)
     for _ in range(2):
@@ -325,8 +327,8 @@ def test_a_plan_minds_overlapping_memory() -> None:
         assert_same_bits(fn.layer_norm(memory[:6], 768, residual=residual, out=out), right)
 
 
-def test_plans_are_found_only_for_plain_arrays() -> None:
-    """What a plan does not foresee is described again, whatever was called before."""
+def test_only_calls_of_plain_arrays_are_cached() -> None:
+    """What a cached call does not foresee is described again, whatever was called before."""
     x = data((6, 8, 4, 5), F32, 3.0)
     w = np.ones(8, np.float32)
     for _ in range(2):

@@ -31,7 +31,7 @@ def large() -> Any:
 
 def result(x: Any) -> Any:
     fn.layer_norm(x[:1], 1024)
-    for _ in range(2):  # the second is answered from a plan
+    for _ in range(2):  # the second is answered from the cache
         y = fn.layer_norm(x, 1024)
     return y
 

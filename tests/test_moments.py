@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastnorm as fn
-from fastnorm import backends, routing
+from fastnorm import backends, dispatch
 from fastnorm.moments import fields_of, merge
 
 from .helpers import (
@@ -531,19 +531,19 @@ def test_backends_agree() -> None:
         assert_right(found[0], other)
 
 
-# --- Routing --------------------------------------------------------------------------------------
+# --- Adapters -------------------------------------------------------------------------------------
 
 
-def test_arrays_and_array_likes_have_no_door() -> None:
+def test_arrays_and_array_likes_have_no_adapter() -> None:
     class Own(np.ndarray):
         pass
 
     for x in (np.ones(3), [1.0], (1,), 1.0, 3, None, np.float32(1), memoryview(b"ab"), Own(3)):
-        assert routing.door_of(x) is None
+        assert dispatch.adapter_of(x) is None
 
 
 def test_a_library_is_recognised_once_it_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a new door takes: a line in the table, and functions of the same names and arguments."""
+    """What a new adapter takes: a line in the table, and functions of the same names."""
 
     class Tensor:
         shape = (2, 3)
@@ -551,12 +551,12 @@ def test_a_library_is_recognised_once_it_is_imported(monkeypatch: pytest.MonkeyP
         def __array__(self, *args: Any, **options: Any) -> Array:
             return np.ones(self.shape)
 
-    library, door = types.ModuleType("a_library"), types.ModuleType("a_door")
+    library, adapter = types.ModuleType("a_library"), types.ModuleType("an_adapter")
     library.Tensor = Tensor  # type: ignore[attr-defined]
-    door.layer_norm = lambda **given: given  # type: ignore[attr-defined]
-    entry = ("a_library", lambda x, found: isinstance(x, found.Tensor), "a_door")
-    monkeypatch.setattr(routing, "_DOORS", (*routing._DOORS, entry))
-    monkeypatch.setitem(sys.modules, "a_door", door)
+    adapter.layer_norm = lambda **given: given  # type: ignore[attr-defined]
+    entry = ("a_library", lambda x, found: isinstance(x, found.Tensor), "an_adapter")
+    monkeypatch.setattr(dispatch, "_ADAPTERS", (*dispatch._ADAPTERS, entry))
+    monkeypatch.setitem(sys.modules, "an_adapter", adapter)
     x = Tensor()
     assert isinstance(fn.layer_norm(x, 3), np.ndarray), "not imported, so it cannot be its array"
     monkeypatch.setitem(sys.modules, "a_library", library)

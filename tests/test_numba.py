@@ -561,7 +561,7 @@ def every_option(x: Any, shape: Any, w: Any, eps: Any, mean: Any, momentum: Any,
 
 @pytest.mark.slow
 def test_options_inside_compiled_code_are_those_outside() -> None:
-    """What the front door refuses is refused: shapes and numbers when it runs, types before."""
+    """What the checks refuse is refused: shapes and numbers when it runs, types before."""
     x, nan, inf = data((2, 3, 4), F32), np.nan, np.inf
     right: dict[str, Any] = {"shape": (3, 4), "w": x[0], "eps": 0.0, "mean": np.ones(3, F32)}
     right |= {"momentum": 1.0, "ddof": 0.0}

@@ -30,7 +30,7 @@ with fn.threads(1):
     right, small_right = fn.layer_norm(x, 500), fn.layer_norm(small, 50)
 fn.set_num_threads(2)
 def check():
-    for _ in range(2):  # the second from a plan, where there are any
+    for _ in range(2):  # the second from the cache, where there is one
         assert np.array_equal(fn.layer_norm(x, 500), right)
         assert np.array_equal(fn.layer_norm(small, 50), small_right)
 def forked(f):

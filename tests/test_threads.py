@@ -227,8 +227,8 @@ def test_both_choices_together() -> None:
         assert elsewhere(runtime.kernel_threads) != 1 or runtime._threads == 1
 
 
-@pytest.mark.skipif(not COMPILED, reason="plans are the compiled kernels'")
-def test_calls_that_have_plans_ask_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(not COMPILED, reason="cached calls are the compiled kernels'")
+def test_cached_calls_ask_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
     def spy(name: str, function: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -252,7 +252,7 @@ def test_calls_that_have_plans_ask_the_context(monkeypatch: pytest.MonkeyPatch) 
         return list(asked)
 
     both()
-    assert both() == [], "both are answered from plans"
+    assert both() == [], "both are answered from the cache"
     with fn.backend("numpy"):
         assert both() == ["numpy"] * 2
         assert elsewhere(both) == []
@@ -270,7 +270,7 @@ def test_calls_that_have_plans_ask_the_context(monkeypatch: pytest.MonkeyPatch) 
 # --- How many threads -----------------------------------------------------------------------------
 
 # Prints how many threads the system has started for calls in a thread of their own, the second of
-# which is answered from a plan where the backend has them.
+# which is answered from the cache where there is one.
 STARTED = """
 import os, threading, time
 import numpy as np, fastnorm as fn

@@ -1064,14 +1064,13 @@ def walks_back(layout):
     return True
 
 def run_backward(layout, x, dy, dx, mean, rstd, weight, dweight, dbias, *, bint centred=True, bint training=True,
-                 int threads=1, Call key=None, tuple own=()):
+                 int threads=1, Ticket ticket=None, tuple own=()):
     """One backward pass of `layout`: fills dx, dweight and, unless it is None, dbias.
 
-    `weight` (None: 1 everywhere) may lie in any order; `dbias` lies as `dweight` does.  With a key,
-    the pass is kept as a plan (plans.pxi); `own` is then the shape of dweight without a weight.
+    `weight` (None: 1 everywhere) may lie in any order; `dbias` lies as `dweight` does.  With a ticket,
+    the pass is kept for cached calls; `own` is then the shape of dweight without a weight.
     """
     cdef Back q
-    cdef Plan plan
     cdef dict strides = layout.strides
     cdef tuple dims = layout.dims, kept = statistics_of(dims, layout.neighbours)
     q.a, q.b, q.p, q.s, q.c = dims
@@ -1096,7 +1095,5 @@ def run_backward(layout, x, dy, dx, mean, rstd, weight, dweight, dbias, *, bint 
     expect(q.rstd.storage == F64, "rstd", rstd)
     if carry_back(&q, threads):
         raise MemoryError("fastnorm could not get the scratch memory of its kernels")
-    if key is not None:
-        plan = Plan()
-        plan.backward = q
-        keep_backward(plan, key, own)
+    if ticket is not None:
+        keep_backward(&q, ticket, own)

@@ -431,15 +431,14 @@ def address_of(cnp.ndarray array):
 def run_pass(layout, x, y, mean, var, rstd, *, weight=None, bias=None, mask=None, residual=None,
               addend=None, total=None, bint centred=True, bint given=False, Scaling scaling=RSTD,
               double eps=0.0, Activation activation=IDENTITY, Py_ssize_t user=0, bint activation_first=False, int threads=1,
-              Call key=None, tuple statistics=()):
+              Ticket ticket=None, tuple statistics=()):
     """One pass of `layout` over x into y (None: statistics alone).
 
-    Fills mean, var and rstd, or reads the first two where `given`.  With a key, the pass is kept as a
-    plan (plans.pxi); `statistics` is then the shape in which mean and rstd are returned.  Returns
+    Fills mean, var and rstd, or reads the first two where `given`.  With a ticket, the pass is kept for
+    cached calls; `statistics` is then the shape in which mean and rstd are returned.  Returns
     whether the user's activation raised.
     """
     cdef Pass q
-    cdef Plan plan
     cdef int failed
     cdef dict strides = layout.strides
     cdef tuple dims = layout.dims, kept = statistics_of(dims, layout.neighbours)
@@ -474,8 +473,6 @@ def run_pass(layout, x, y, mean, var, rstd, *, weight=None, bias=None, mask=None
     failed = carry_out(&q, threads)
     if failed:
         raise MemoryError("fastnorm could not get the scratch memory of its kernels")
-    if key is not None and not q.raised:
-        plan = Plan()
-        plan.forward = q
-        keep_forward(plan, key, statistics)
+    if ticket is not None and not q.raised:
+        keep_forward(&q, ticket, statistics)
     return q.raised

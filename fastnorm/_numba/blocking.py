@@ -31,7 +31,7 @@ PIECE_ROWS = 1024  # rows that one thread takes
 FIELDS = 5  # numbers of moments
 SCALE = 8  # numbers of the scale of a group
 
-RSTD, NORM, FACTOR = 0, 1, 2  # description.Scaling
+RSTD, NORM, FACTOR = 0, 1, 2  # problem.Scaling
 WHOLE, MOMENTS, FINISH, STEPS = range(4)  # what a kernel is asked to do
 
 Field: TypeAlias = tuple[str, Any]

@@ -349,7 +349,7 @@ def run_pass(
     activation: Any = 0,
     activation_first: bool = False,
     threads: int = 1,
-    key: bytes | None = None,
+    ticket: Any = None,
     statistics: tuple[int, ...] = (),
 ) -> bool:
     """One pass of `layout` over x into y (None: statistics alone); whether the activation raised.
@@ -613,7 +613,7 @@ def run_backward(
     centred: bool = True,
     training: bool = True,
     threads: int = 1,
-    key: bytes | None = None,
+    ticket: Any = None,
     own: tuple[int, ...] = (),
 ) -> None:
     """One backward pass of `layout`: fills dx, dweight and, unless it is None, dbias.

@@ -21,7 +21,7 @@ from fastnorm.arguments import did_you_mean, shown
 from fastnorm.arrays import ArrayView, assign, to_device_of, to_host
 from fastnorm.backends import cython, numba, numpy
 from fastnorm.backends.base import Backend
-from fastnorm.description import BackwardPass, Pass
+from fastnorm.problem import BackwardProblem, Problem
 
 Array = NDArray[Any]
 
@@ -37,15 +37,15 @@ def in_use() -> Backend:
     return at_hand[runtime.chosen_backend()]
 
 
-def compute(p: Pass) -> None:
+def compute(p: Problem) -> None:
     """Carry out a pass on the backend in use, or where x is."""
     if isinstance(p.x, ArrayView):
         p.x.device.forward(p)
     else:
-        in_use().forward(p)
+        at_hand[runtime.chosen_backend()].forward(p)
 
 
-def compute_backward(p: BackwardPass) -> None:
+def compute_backward(p: BackwardProblem) -> None:
     """Carry out a backward pass on the backend in use, or where x is; with a mask in NumPy."""
     if p.mask is not None:
         _masked_backward(p)
@@ -55,7 +55,7 @@ def compute_backward(p: BackwardPass) -> None:
         in_use().backward(p)
 
 
-def _masked_backward(p: BackwardPass) -> None:
+def _masked_backward(p: BackwardProblem) -> None:
     """In NumPy's memory and by its formulas: the kernels know of no masks here."""
     if not isinstance(p.x, ArrayView):
         return numpy.backward(p)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fastnorm.description import BackwardPass, Pass
+from fastnorm.problem import BackwardProblem, Problem
 
 Array = NDArray[Any]
 
@@ -18,10 +18,10 @@ class Backend(Protocol):
     def available(self) -> bool:
         """Whether this installation has what it needs; nothing optional is imported to tell."""
 
-    def forward(self, p: Pass) -> None:
+    def forward(self, p: Problem) -> None:
         """Carry out a pass over an array."""
 
-    def backward(self, p: BackwardPass) -> None:
+    def backward(self, p: BackwardProblem) -> None:
         """Carry out a pass back."""
 
     def moments(self, x: Array, reduced: tuple[bool, ...], mask: Array | None, out: Array) -> None:

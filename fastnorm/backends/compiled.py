@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from fastnorm.arguments import computing_type
 from fastnorm.backends.base import sum_to
-from fastnorm.description import BackwardPass, Pass
 from fastnorm.layout import Layout, ascending, describe, steps_of
+from fastnorm.problem import BackwardProblem, Problem
 from fastnorm.runtime import kernel_threads
 
 Array = NDArray[Any]
@@ -33,11 +33,11 @@ def _layout_of(operands: dict[str, Array], reduced: tuple[bool, ...]) -> Layout 
     return describe(shape, reduced, tuple(steps.items()))
 
 
-def forward(p: Pass, kernels: Any) -> None:
+def forward(p: Problem, kernels: Any) -> None:
     """Lay the pass out in five dimensions and run it: in copies if it has none."""
     given = {n: array for n in _OPERANDS if (array := getattr(p, n)) is not None}
     given |= {"mean": p.mean, "var": p.var, "rstd": p.rstd}
-    operands = ascending(given)
+    operands = ascending(given) if min(p.x.strides, default=0) < 0 else given
     layout = _layout_of(operands, p.reduced)
     if p.total is not None and p.addend is not None and (layout is None or layout.columns):
         # the kernels add on the way only along runs
@@ -46,7 +46,7 @@ def forward(p: Pass, kernels: Any) -> None:
                 computing_type(p.x.dtype)
             )
             p.total[...] = total
-        p.x, p.addend, p.total, p.key = p.total, None, None, None
+        p.x, p.addend, p.total, p.ticket = p.total, None, None, None
         return forward(p, kernels)
     y_back = None
     if layout is None:
@@ -67,6 +67,9 @@ def forward(p: Pass, kernels: Any) -> None:
                 )
         layout = _layout_of(operands, tuple(sorted(p.reduced)))
         assert layout is not None, "contiguous operands always have a layout"
+    activation: dict[str, Any] = {"activation": 0}
+    if p.activation is not None:
+        activation = _activation(p, kernels)
     raised = kernels.run_pass(
         layout,
         operands["x"],
@@ -84,10 +87,10 @@ def forward(p: Pass, kernels: Any) -> None:
         given=p.given,
         scaling=p.scaling,
         eps=p.eps,
-        **_activation(p, kernels),
+        **activation,
         activation_first=p.activation_first,
         threads=kernel_threads(),
-        key=p.key if y_back is None else None,
+        ticket=p.ticket if y_back is None else None,
         statistics=p.statistics,
     )
     if raised:
@@ -99,23 +102,22 @@ def forward(p: Pass, kernels: Any) -> None:
     return None
 
 
-def _activation(p: Pass, kernels: Any) -> dict[str, Any]:
+def _activation(p: Problem, kernels: Any) -> dict[str, Any]:
     """A number, or where Numba has compiled the function, that or the address of its loop."""
     if not callable(p.activation):
         return {"activation": ACTIVATIONS.index(p.activation)}
-    if not hasattr(kernels, "know"):
+    if not hasattr(kernels, "register_activation"):
         return {"activation": p.activation}
     from fastnorm._numba import activations
 
     kind = computing_type(p.x.dtype)
     address = activations.address_of(p.activation, kind)
-    kernels.know(  # for the quick door
-        p.activation, kind is np.float64, address, activations.raise_again
-    )
+    double = kind is np.float64
+    kernels.register_activation(p.activation, double, address, activations.raise_again)
     return {"user": address}
 
 
-def backward(p: BackwardPass, kernels: Any) -> None:
+def backward(p: BackwardProblem, kernels: Any) -> None:
     """Lay a pass back out in five dimensions and run it: in copies if it has none."""
     operands = {"x": p.x, "dy": p.dy, "dx": p.dx, "rstd": p.rstd, "dweight": p.dweight}
     if p.mean is not None:
@@ -129,7 +131,7 @@ def backward(p: BackwardPass, kernels: Any) -> None:
         dy = np.empty_like(p.x, p.dy.dtype)
         if dy.strides != p.dy.strides:  # or it would come here again
             dy[...] = p.dy
-            return backward(replace(p, dy=dy, key=None), kernels)
+            return backward(replace(p, dy=dy, ticket=None), kernels)
     if layout is None or not kernels.walks_back(layout):
         return _spread_backward(p, kernels)
     kernels.run_backward(
@@ -145,7 +147,7 @@ def backward(p: BackwardPass, kernels: Any) -> None:
         centred=p.mean is not None,
         training=p.training,
         threads=kernel_threads(),
-        key=p.key,
+        ticket=p.ticket,
         own=p.own,
     )
     return None
@@ -156,7 +158,7 @@ def _strides_like(array: Array, other: Array) -> tuple[int, ...]:
     return tuple(stride // array.itemsize * other.itemsize for stride in array.strides)
 
 
-def _spread_backward(p: BackwardPass, kernels: Any) -> None:
+def _spread_backward(p: BackwardProblem, kernels: Any) -> None:
     """An order of axes that the kernels cannot walk: in copies, a weight for each element."""
     order = sorted(range(p.x.ndim), key=lambda axis: p.reduced[axis])
 
@@ -166,7 +168,7 @@ def _spread_backward(p: BackwardPass, kernels: Any) -> None:
     x, dy = copied(p.x), copied(p.dy)
     dx, dweight, dbias = np.empty_like(x), np.empty(x.shape), np.empty(x.shape)
     backward(
-        BackwardPass(
+        BackwardProblem(
             x,
             dy,
             dx,

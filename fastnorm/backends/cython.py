@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from fastnorm import _core
 from fastnorm.backends import compiled
-from fastnorm.description import BackwardPass, Pass
+from fastnorm.problem import BackwardProblem, Problem
 
 Array = NDArray[Any]
 
@@ -19,12 +19,12 @@ def available() -> bool:
     return _core.kernels is not None
 
 
-def forward(p: Pass) -> None:
+def forward(p: Problem) -> None:
     """Carry out a pass over an array."""
     compiled.forward(p, _core.kernels)
 
 
-def backward(p: BackwardPass) -> None:
+def backward(p: BackwardProblem) -> None:
     """Carry out a pass back."""
     compiled.backward(p, _core.kernels)
 

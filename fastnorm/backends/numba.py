@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastnorm.backends import compiled
-from fastnorm.description import BackwardPass, Pass
+from fastnorm.problem import BackwardProblem, Problem
 
 Array = NDArray[Any]
 
@@ -19,14 +19,14 @@ def available() -> bool:
     return find_spec("numba") is not None
 
 
-def forward(p: Pass) -> None:
+def forward(p: Problem) -> None:
     """Carry out a pass over an array."""
     from fastnorm._numba import cpu
 
     compiled.forward(p, cpu)
 
 
-def backward(p: BackwardPass) -> None:
+def backward(p: BackwardProblem) -> None:
     """Carry out a pass back."""
     from fastnorm._numba import cpu
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from fastnorm import _reference
 from fastnorm.arguments import computing_type
 from fastnorm.backends.base import sum_to
-from fastnorm.description import BackwardPass, Pass, Scaling
+from fastnorm.problem import BackwardProblem, Problem, Scaling
 
 Array = NDArray[Any]
 
@@ -20,7 +20,7 @@ def available() -> bool:
     return True
 
 
-def forward(p: Pass) -> None:
+def forward(p: Problem) -> None:
     """Carry out a pass over an array."""
     axes = tuple(axis for axis, reduced in enumerate(p.reduced) if reduced)
     x = p.x
@@ -67,7 +67,7 @@ def forward(p: Pass) -> None:
             p.mean[...], p.var[...], p.rstd[...] = mean, var, rstd
 
 
-def backward(p: BackwardPass) -> None:
+def backward(p: BackwardProblem) -> None:
     """Carry out a pass back."""
     axes = tuple(axis for axis, reduced in enumerate(p.reduced) if reduced)
     wider = np.longdouble if p.x.dtype == np.float64 else np.float64

@@ -28,9 +28,9 @@ from fastnorm.arguments import (
     whole,
     whole_numbers,
 )
+from fastnorm.execution import Running, update_running
 from fastnorm.moments import FIELDS, Moments, Scales, fields_of, normalised_by, scales_of
 from fastnorm.nn.module import Module, check_room, parameter_type
-from fastnorm.passes import update
 
 Saved = tuple[Any, ...]
 Gradients = tuple[Array, dict[str, Array]]
@@ -304,7 +304,7 @@ class BatchNorm(_ChannelNorm):
         y = self._by_scales(x, array, scales, **self._affine)
         if total.count.all():
             mean, var, counts = (s[np.newaxis] for s in (total.mean, total.var(), total.count))
-            update(*running, mean, var, counts, momentum)
+            update_running(Running(*running, counts, momentum), mean, var)
         return y, total.mean, scales.rstd_of_x(), total.count
 
     def _by_scales(

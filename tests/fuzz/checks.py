@@ -600,7 +600,7 @@ def judge(case: Case) -> None:
 
 
 def _make_known(call: Call) -> None:
-    """The same call on plain arrays of the same shapes: its plan is known afterwards."""
+    """The same call on plain arrays of the same shapes: it is cached afterwards."""
     plain = {n: a.copy() for n, a in call.plain.items() if n != "x"}
     if call.out is not None:
         plain["out"] = np.empty(call.shape, call.floats)

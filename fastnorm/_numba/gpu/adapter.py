@@ -22,7 +22,7 @@ from fastnorm._numba.gpu.launch import address, device_of, launch, wait_for_all
 from fastnorm._numba.gpu.libraries import dense_strides, handles, library_of
 from fastnorm._numba.gpu.package import SIMULATED, cuda, is_scalar_function
 from fastnorm.arrays import Array, ArrayView, Shape, assign, empty_on, moveaxis
-from fastnorm.description import BackwardPass, Pass
+from fastnorm.problem import BackwardProblem, Problem
 
 # The public functions whose own code is executed on views of arrays on a GPU.
 FUNCTIONS = (
@@ -111,11 +111,11 @@ class Gpu:
         """Whether this is a function that Numba can compile."""
         return is_scalar_function(activation)
 
-    def forward(self, p: Pass) -> None:
+    def forward(self, p: Problem) -> None:
         """Execute a pass."""
         forward(p)
 
-    def backward(self, p: BackwardPass) -> None:
+    def backward(self, p: BackwardProblem) -> None:
         """Execute a backward pass."""
         backward(p)
 

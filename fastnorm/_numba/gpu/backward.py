@@ -18,13 +18,13 @@ from fastnorm._numba.gpu.strided_backward import column_gradients, column_slopes
 from fastnorm._numba.gpu.views import BackwardOperands, Sums, Walk
 from fastnorm._numba.gpu.walks import described, is_aligned, numbers_of, walk_of
 from fastnorm.arrays import ArrayView, empty_on
-from fastnorm.description import BackwardPass
 from fastnorm.layout import Layout
+from fastnorm.problem import BackwardProblem
 
 Pair = tuple[ArrayView, ArrayView]  # sums of g and of g xhat
 
 
-def backward(p: BackwardPass) -> None:
+def backward(p: BackwardProblem) -> None:
     """Execute a backward pass on the device."""
     x: Any = p.x
     # What weight and bias get are sums of dy xhat and of dy over what shares them.
@@ -69,7 +69,7 @@ def _prepared(operands: dict[str, Any], layout: Layout) -> _Launch:
 
 
 def _sums(
-    p: BackwardPass, reduced: tuple[bool, ...], shape: Any, *, same: bool, weighted: bool
+    p: BackwardProblem, reduced: tuple[bool, ...], shape: Any, *, same: bool, weighted: bool
 ) -> Pair:
     """Sums of g and of g xhat over the reduced axes, of this shape; g = dy, or weight dy.
 
@@ -106,7 +106,7 @@ def _sums(
     return sums
 
 
-def _slopes(p: BackwardPass, sums: Pair | None) -> None:
+def _slopes(p: BackwardProblem, sums: Pair | None) -> None:
     """dx; `sums` are those of dy alone, where the weight is one for each group."""
     weighted = sums is None
     operands: dict[str, Any] = {"x": p.x, "dy": p.dy, "dx": p.dx, "stats": p.rstd}

@@ -16,14 +16,14 @@ from fastnorm._numba.gpu.strided import column_apply, column_moments
 from fastnorm._numba.gpu.views import Operands, Options, Statistics, Walk
 from fastnorm._numba.gpu.walks import ALIKE, described, is_aligned, numbers_of, walk_of
 from fastnorm.arrays import ArrayView, empty_on
-from fastnorm.description import Pass
 from fastnorm.layout import Layout
+from fastnorm.problem import Problem
 
 _PLAN = ("x", "y", "other", "total", "mask", "weight", "bias", "stats")
 _OPERANDS = ("x", "y", "residual", "addend", "total", "mask", "weight", "bias")
 
 
-def forward(p: Pass) -> None:
+def forward(p: Problem) -> None:
     """Execute a pass on the device."""
     x: Any = p.x
     operands = {n: array for n in _OPERANDS if (array := getattr(p, n)) is not None}
@@ -41,7 +41,7 @@ def _added(operands: dict[str, Any]) -> str:
     return "addend" if "addend" in operands else "residual"
 
 
-def _walk(p: Pass, layout: Layout, operands: dict[str, Any]) -> tuple[Walk, int, int]:
+def _walk(p: Problem, layout: Layout, operands: dict[str, Any]) -> tuple[Walk, int, int]:
     """How the kernels walk: what is read or written in chunks must be aligned."""
     x = operands["x"]
     names = [_added(operands) if n == "other" else n for n in _PLAN]
@@ -58,12 +58,12 @@ def _addresses(operands: dict[str, Any]) -> tuple[Operands, Statistics]:
     return at, Statistics(*(address(operands[n]) for n in ("mean", "var", "stats")))
 
 
-def _options(p: Pass) -> Options:
+def _options(p: Problem) -> Options:
     return Options(float(p.eps), int(p.centred), int(p.scaling))
 
 
 def _scale(
-    p: Pass, x: ArrayView, walk: Walk, partial: ArrayView | None, adjacent: int, at: Statistics
+    p: Problem, x: ArrayView, walk: Walk, partial: ArrayView | None, adjacent: int, at: Statistics
 ) -> ArrayView:
     """Merge the moments of parts, or take the statistics given; the scale of each group."""
     scale: ArrayView = empty_on(x, (walk.groups * SCALE,), np.float64)
@@ -78,7 +78,7 @@ def _scale(
     return scale
 
 
-def _runs(p: Pass, layout: Layout, operands: dict[str, Any]) -> None:
+def _runs(p: Problem, layout: Layout, operands: dict[str, Any]) -> None:
     x: ArrayView = operands["x"]
     kind = p.x.dtype.name
     added = operands.get(_added(operands))
@@ -103,7 +103,7 @@ def _runs(p: Pass, layout: Layout, operands: dict[str, Any]) -> None:
     return None
 
 
-def _columns(p: Pass, layout: Layout, operands: dict[str, Any]) -> None:
+def _columns(p: Problem, layout: Layout, operands: dict[str, Any]) -> None:
     if "addend" in operands:
         total = operands["total"]
         fill(total, operands["x"], other=operands["addend"])

@@ -23,7 +23,7 @@ SCALE = 4  # numbers of a group: mean, its rest, rstd, unit
 LARGE, SMALL = 2.0**400, 2.0**-400
 SHRINK, GROW = 2.0**-600, 2.0**600
 
-# How a group's statistics become its scale: `description.Scaling`.
+# How a group's statistics become its scale: `problem.Scaling`.
 NORM, FACTOR = 1, 2
 
 fma, merge, inverse_root = arithmetic.fma, arithmetic.merge, arithmetic.inverse_root

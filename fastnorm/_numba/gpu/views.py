@@ -64,7 +64,7 @@ class Options(NamedTuple):
 
     eps: Any
     centred: Any
-    scaling: Any  # `description.Scaling`
+    scaling: Any  # `problem.Scaling`
 
 
 class BackwardOperands(NamedTuple):

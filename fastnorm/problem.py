@@ -1,4 +1,4 @@
-"""What is asked of who computes: a pass over an array, forward or backward."""
+"""What is asked of a backend: one problem over an array, forward or backward."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Scaling(IntEnum):
 
 
 @dataclass(slots=True, eq=False, repr=False)  # arrays; each method takes 0.1 ms to make
-class Pass:
+class Problem:
     """One pass over x: statistics over its reduced axes, then the step, into y.
 
     Every array is native and aligned and has as many axes as x. `y`, `residual`, `mask`, `addend`
@@ -47,12 +47,12 @@ class Pass:
     scaling: Scaling = Scaling.RSTD
     activation: Any = None  # a name, or a function that Numba has compiled
     activation_first: bool = False  # activation before the affine step instead of after it
-    key: bytes | None = None  # what a backend may keep the pass under, from `quick_forward`
-    statistics: tuple[int, ...] = ()  # with a key: the shape in which mean and rstd are returned
+    ticket: Any = None  # what a backend may cache the call under (dispatch.py)
+    statistics: tuple[int, ...] = ()  # with a ticket: the shape in which mean and rstd are returned
 
 
 @dataclass(slots=True, eq=False, repr=False)
-class BackwardPass:
+class BackwardProblem:
     """From dy to dx, dweight and dbias; the reduced axes are those of the forward pass.
 
     Every array is native and aligned and has as many axes as x. `dx`, `dweight` and `dbias` are
@@ -72,5 +72,5 @@ class BackwardPass:
     dbias: Array | None
     training: bool = True  # False: the statistics were given, and x did not move them
     mask: Array | None = None  # of the shape of x: the elements that the statistics are of
-    key: bytes | None = None  # what a backend may keep the pass under, from `quick_backward`
-    own: tuple[int, ...] = ()  # with a key: the shape of dweight without a weight
+    ticket: Any = None  # what a backend may cache the call under (dispatch.py)
+    own: tuple[int, ...] = ()  # with a ticket: the shape of dweight without a weight

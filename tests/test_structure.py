@@ -1,0 +1,190 @@
+"""Figures of the structure that must not grow, and knowledge that stands in two places alike."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastnorm as fn
+from fastnorm import _core, arguments, dispatch
+from fastnorm._bench.operations import OPERATIONS
+
+from .helpers import COMPILED, ROOT, data
+
+PACKAGE = ROOT / "fastnorm"
+
+# Where Numba's kernels and the GPU's take their operands one by one.
+NOT_YET = ("_numba",)
+
+# Python functions that a call passes that has not been described before.
+COLD_CALL = 21
+
+
+# --- Sizes ----------------------------------------------------------------------------------------
+
+
+def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return [node for node in ast.walk(tree) if isinstance(node, kinds)]
+
+
+def positional(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    given = [*node.args.posonlyargs, *node.args.args]
+    return len(given) - (bool(given) and given[0].arg in ("self", "cls"))
+
+
+def agreed() -> set[str]:
+    """Public functions, whose signatures are those of PyTorch's or agreed."""
+    return {op.name for op in OPERATIONS} | {str(op.backward) for op in OPERATIONS}
+
+
+def test_no_function_takes_more_than_eight_by_position() -> None:
+    long = [
+        f"{path.relative_to(PACKAGE)}: {node.name}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if path.relative_to(PACKAGE).parts[0] not in NOT_YET
+        for node in functions(path)
+        if positional(node) > 8 and node.name not in agreed()
+    ]
+    assert not long
+
+
+# --- The way in -----------------------------------------------------------------------------------
+
+
+def passed(call: Any) -> set[tuple[str, str]]:
+    """The Python functions that a call passes; comprehensions and lambdas are part of theirs."""
+    found: set[tuple[str, str]] = set()
+
+    def profile(frame: Any, event: str, _: Any) -> None:
+        name = frame.f_code.co_qualname
+        if event == "call" and not name.endswith(">"):
+            found.add((frame.f_code.co_filename, name))
+
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    return found - {(__file__, call.__qualname__)}
+
+
+@pytest.mark.skipif(not COMPILED, reason="the way without compiled kernels is longer")
+def test_a_cold_call_passes_few_functions() -> None:
+    x, w = data((2, 64, 9, 7), np.float32), np.ones(64, np.float32)
+    with fn.backend("cython"):
+        fn.group_norm(x, 8, w, w)  # what is imported or found once
+        other = data((2, 64, 9, 11), np.float32)
+        cold = passed(lambda: fn.group_norm(other, 8, w, w))
+        warm = passed(lambda: fn.group_norm(other, 8, w, w))
+    assert len(warm) == 1, warm
+    assert len(cold) <= COLD_CALL, sorted(cold)
+
+
+def test_public_functions_are_what_they_look_like() -> None:
+    """The wrapper has the signature, the documentation and the name of what it wraps."""
+    for name in sorted(agreed() - {"None"}):
+        function = getattr(fn, name)
+        body = inspect.unwrap(function)
+        assert inspect.isfunction(function)
+        assert body is not function
+        assert inspect.signature(function) == inspect.signature(body)
+        assert function.__doc__.splitlines()[0] == body.__doc__.splitlines()[0]
+        assert function.__module__ == body.__module__
+        assert function.__annotations__["return"].startswith(("Array", "tuple", "Gradients"))
+        assert pickle.loads(pickle.dumps(function)) is function
+        with pytest.raises(TypeError, match=name):
+            function(no_such_argument=1)
+
+
+def test_a_wrapper_is_dispatched_by_name_and_position_alike() -> None:
+    """An adapter gets every argument by its name, in whatever way it was given."""
+    seen: list[dict[str, Any]] = []
+
+    @dispatch.public(cached=False)
+    def layer_norm(x: Any, size: int = 3, *, eps: float = 1e-5) -> dispatch.Request[Any]:
+        seen.append({"x": x, "size": size, "eps": eps})
+        raise LookupError
+
+    for call in (
+        lambda: layer_norm(1, 4, eps=2),
+        lambda: layer_norm(size=4, x=1, eps=2.0),
+        lambda: layer_norm(1, size=4, eps=np.float32(2)),
+    ):
+        with pytest.raises(LookupError):
+            call()
+    assert seen == [{"x": 1, "size": 4, "eps": 2.0}] * 3
+    with pytest.raises(ValueError, match="eps"):
+        layer_norm(1, eps=-1)
+
+
+# --- What may be taken as it is -------------------------------------------------------------------
+
+
+class Sub(np.ndarray):
+    """A subclass, whose arrays are not plain."""
+
+
+def any_array(rng: np.random.Generator) -> Any:
+    """An array of any kind, layout and alignment."""
+    kinds = [np.float32, np.float64, np.float16, ">f4", np.int16, np.bool_, np.longdouble, object]
+    dtype = np.dtype(kinds[rng.integers(len(kinds))])
+    shape = tuple(rng.integers(0, 4, rng.integers(0, 4)))
+    if dtype.hasobject:
+        return np.zeros(shape, object)
+    memory = np.zeros(4096, np.uint8)
+    start = int(rng.integers(0, 3)) if rng.random() < 0.3 else 0
+    steps = [int(rng.choice([0, 1, 2, -1, 5])) * dtype.itemsize for _ in shape]
+    if rng.random() < 0.2:
+        steps = [step + int(rng.integers(0, 2)) for step in steps]
+    array = np.ndarray(shape, dtype, memory.data, 2048 + start, steps)  # type: ignore[arg-type]
+    if rng.random() < 0.1:
+        array = array.view(Sub)
+    return array
+
+
+@pytest.mark.skipif(not COMPILED, reason="no compiled kernels")
+def test_python_and_the_kernels_agree_on_what_is_plain() -> None:
+    rng = np.random.default_rng(1)
+    kernels: Any = _core.kernels
+    plain = 0
+    for value in [None, 1.0, [1.0], *(any_array(rng) for _ in range(5000))]:
+        assert kernels.is_plain(value) == arguments._is_plain(value), value
+        plain += kernels.is_plain(value)
+        if isinstance(value, np.ndarray):
+            lies = arguments._lies_plainly(value)
+            assert kernels.array_lies_plainly(value) == lies, (value.strides, value.dtype)
+    assert 500 < plain < 4500
+
+
+@pytest.mark.skipif(not COMPILED, reason="no compiled kernels")
+def test_python_and_the_kernels_agree_on_what_overlaps() -> None:
+    rng = np.random.default_rng(2)
+    kernels: Any = _core.kernels
+    memory = np.zeros(64, np.float32)
+    apart = 0
+    for _ in range(5000):
+        pair = []
+        for _ in range(2):
+            low, high = sorted(rng.integers(0, 65, 2))
+            array = memory[low : high : int(rng.choice([1, 2, -1]))]
+            if rng.random() < 0.3 and array.size % 2 == 0:
+                array = array.reshape(2, -1)
+            if rng.random() < 0.2:
+                array = array.view(np.int32)
+            pair.append(array)
+        if rng.random() < 0.2:
+            pair[1] = pair[0][...]
+        found = kernels.array_writes_apart(*pair)
+        assert found == arguments.writes_apart_anywhere(*pair), pair
+        apart += found
+    assert 500 < apart < 4500

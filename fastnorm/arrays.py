@@ -24,10 +24,10 @@ class Device(Protocol):
     """What computes where an array's numbers are."""
 
     def empty(self, like: ArrayView, shape: Shape, dtype: np.dtype[Any], axes: Shape) -> ArrayView:
-        """Memory beside that of `like`, without gaps; the strides `axes` say in which order."""
+        """Memory where `like` is, without gaps; the strides `axes` say in which order."""
 
     def to_device_of(self, like: ArrayView, array: Array) -> ArrayView:
-        """A copy of an array in the host's memory beside that of `like`."""
+        """A copy where `like` is of an array in the host's memory."""
 
     def to_host(self, array: ArrayView) -> Array:
         """A copy of an array in the host's memory."""

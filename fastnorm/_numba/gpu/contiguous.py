@@ -209,7 +209,7 @@ def moment_taker(kind: str, team: int) -> Function:
         m2 = second + left
         if centred:
             mean, rest, m2, again = moments_of_sums(count, one, m2, pivot)
-            if (double or again) and abs(mean) < math.inf:  # beside an infinity it is that
+            if (double or again) and abs(mean) < math.inf:  # an infinite mean stays
                 pivot = mean
                 one, second, left, number = sums_about(x, mask, share, pivot, unit)
                 one, second, left, number = total(one, second, left, number, scratch, offset, lane)

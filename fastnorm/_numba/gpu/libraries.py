@@ -141,13 +141,13 @@ class Library:
         return 0 if stream in (None, 1) else int(stream)
 
     def empty(self, x: Any, shape: Shape, dtype: np.dtype[Any], strides: Shape) -> Any:
-        """New memory beside x, of this library's kind."""
+        """New memory on the GPU of x, of this library's kind."""
         from fastnorm._numba.gpu.package import cuda
 
         return cuda.device_array(shape, dtype, strides=strides)
 
     def from_host(self, x: Any, array: np.ndarray[Any, Any]) -> Any:
-        """A copy beside x of an array in the host's memory."""
+        """A copy on the GPU of x of an array in the host's memory."""
         from fastnorm._numba.gpu.package import cuda
 
         made = cuda.to_device(np.ascontiguousarray(array))

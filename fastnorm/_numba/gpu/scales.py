@@ -85,7 +85,7 @@ def scale_of(moments: Any, options: Any) -> Any:
     shift = (eps * unit) * unit
     v = var + shift
     rest = (fma(-var, count, m2) + moments.m2_rest) / count + ((var - v) + shift)
-    if shift == math.inf:  # the variance is nothing beside eps
+    if shift == math.inf:  # the variance is nothing next to eps
         return mean, var, inverse_root(eps, 0.0) / unit
     # a constant group with eps = 0 is all bias: its scale is 0, not infinity
     return mean, var, inverse_root(v, rest) if v != 0.0 else 0.0

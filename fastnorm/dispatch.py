@@ -44,9 +44,9 @@ R = TypeVar("R")
 # --- Arrays of other libraries --------------------------------------------------------------------
 
 # A library is recognised through `sys.modules`: nothing optional is imported to look at a type. An
-# adapter is a module that has functions of the same names and arguments as the public ones, or
-# names those in FUNCTIONS whose own code it executes on its arrays; it is imported with the first x
-# that needs it.
+# adapter is a module that has functions of the same names and arguments as the public ones, or an
+# `execute` that has a public function's own code describe a call of arrays on a device; it is
+# imported with the first x that needs it.
 #
 # What is asked of an x: (library that must have been imported, is x of its kind?, the adapter). A
 # library that is just being imported may not have its types yet.
@@ -104,6 +104,9 @@ CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "k": number,
 }
 
+
+# The public functions whose own code describes calls of arrays on a device, too.
+ON_DEVICES: set[str] = set()
 
 # --- The wrapper ----------------------------------------------------------------------------------
 
@@ -163,7 +166,7 @@ class _Function:
     def sent(self, adapter: ModuleType, named: dict[str, Any]) -> Any:
         """Have an adapter answer a call."""
         name = self.body.__name__
-        if name in getattr(adapter, "FUNCTIONS", ()):
+        if name in ON_DEVICES and hasattr(adapter, "execute"):
             return adapter.execute(self.public, named)
         return function_of(adapter, name, name)(**named)
 
@@ -172,6 +175,7 @@ def public(
     *,
     cached: bool = True,
     adapters: bool = True,
+    devices: bool = True,
     meaning: dict[str, str] | None = None,
     checks: dict[str, Callable[[Any, str], Any]] | None = None,
 ) -> Callable[[Callable[P, Request[R]]], Callable[P, R]]:
@@ -179,7 +183,8 @@ def public(
 
     `meaning` gives arguments the meaning that others of another name have, as of v in
     ``weight_norm(v, g)``, which is x; that of "uncached" are calls described each time. `checks`
-    adds to CHECKS.
+    adds to CHECKS. Without `adapters` only NumPy's arrays are taken, without `devices` none that
+    are on a device.
     """
 
     def decorated(body: Any) -> Any:
@@ -187,6 +192,8 @@ def public(
         names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
         function = _Function(body, names, meaning or {}, checks or {})
         function.adapters = adapters
+        if adapters and devices:
+            ON_DEVICES.add(body.__name__)
         if cached and _core.kernels is not None:
             means = tuple((meaning or {}).get(name, name) for name in names)
             function.cached = _core.kernels.CachedCalls(means)

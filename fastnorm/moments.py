@@ -276,7 +276,7 @@ def normalised_by(
 # --- The functions --------------------------------------------------------------------------------
 
 
-@public(cached=False)
+@public(cached=False, devices=False)
 def moments(
     x: ArrayLike,
     axis: Axes | None = None,
@@ -346,7 +346,7 @@ def moments(
     return Done((mean_of(fields)[()], var_of(fields, ddof)[()]))
 
 
-@public(cached=False)
+@public(cached=False, devices=False)
 def standardize(
     x: ArrayLike,
     axis: Axes | None = None,

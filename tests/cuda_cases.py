@@ -222,13 +222,13 @@ def there_and_back(name: str) -> Any:
 
 
 # The public functions themselves, which `backend` replaces.
-ours = SimpleNamespace(**{name: getattr(fn, name) for name in adapter.FUNCTIONS})
+ours = SimpleNamespace(**{name: getattr(fn, name) for name in sorted(dispatch.ON_DEVICES)})
 
 
 @pytest.fixture(autouse=True)
 def backend(monkeypatch: pytest.MonkeyPatch) -> str:
     """The public functions, on the GPU."""
-    for name in adapter.FUNCTIONS:
+    for name in sorted(dispatch.ON_DEVICES):
         monkeypatch.setattr(fn, name, there_and_back(name))
     monkeypatch.setattr(features, "SHAPE", SHAPE)
     return "cuda"

@@ -24,7 +24,7 @@ PACKAGE = ROOT / "fastnorm"
 NOT_YET = ("_numba",)
 
 # Python functions that a call passes that has not been described before.
-COLD_CALL = 21
+COLD_CALL = 20
 
 
 # --- Sizes ----------------------------------------------------------------------------------------

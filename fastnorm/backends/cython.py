@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,6 @@ from numpy.typing import NDArray
 
 from fastnorm import _core
 from fastnorm.backends import compiled
-from fastnorm.problem import BackwardProblem, Problem
 
 Array = NDArray[Any]
 
@@ -19,14 +19,8 @@ def available() -> bool:
     return _core.kernels is not None
 
 
-def forward(p: Problem) -> None:
-    """Carry out a pass over an array."""
-    compiled.forward(p, _core.kernels)
-
-
-def backward(p: BackwardProblem) -> None:
-    """Carry out a pass back."""
-    compiled.backward(p, _core.kernels)
+forward = partial(compiled.forward, kernels=_core.kernels)
+backward = partial(compiled.backward, kernels=_core.kernels)
 
 
 def moments(x: Array, reduced: tuple[bool, ...], mask: Array | None, out: Array) -> None:

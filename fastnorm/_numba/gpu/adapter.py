@@ -24,14 +24,6 @@ from fastnorm._numba.gpu.package import SIMULATED, cuda, is_scalar_function
 from fastnorm.arrays import Array, ArrayView, Shape, assign, empty_on, moveaxis
 from fastnorm.problem import BackwardProblem, Problem
 
-# The public functions whose own code is executed on views of arrays on a GPU.
-FUNCTIONS = (
-    "batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm", "add_layer_norm",
-    "add_rms_norm", "l2_normalize", "local_response_norm", "weight_norm", "weight_standardize",
-    "global_response_norm", "dynamic_tanh", "batch_norm_backward", "instance_norm_backward",
-    "group_norm_backward", "layer_norm_backward", "rms_norm_backward",
-)  # fmt: skip
-
 
 @functools.cache
 def _has_driver() -> bool:
@@ -39,7 +31,7 @@ def _has_driver() -> bool:
 
 
 def execute(function: Callable[..., Any], given: dict[str, Any]) -> Any:
-    """Call one of them with arguments of which some are on a GPU: x is."""
+    """Call a public function with arguments of which some are on a GPU: x is."""
     views = {name: view_of(v) if handles(v) else v for name, v in given.items()}
     if not _has_driver():
         raise RuntimeError(

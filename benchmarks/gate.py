@@ -38,11 +38,11 @@ from typing import Any
 import numpy as np
 
 import fastnorm as fn
+from fastnorm import machine
 from fastnorm._bench.cases import Case, data
 from fastnorm._bench.machine import processor
 from fastnorm._bench.peers import fastnorm
 from fastnorm._bench.timing import Contender, compete
-from fastnorm.limits import processors
 
 from . import native
 from .cases import GATE, GATE_THREADS
@@ -223,9 +223,9 @@ def check(slow: tuple[str, str] | None) -> int:
     pairs = {
         name: Pair(case, threads, factors.get(name, 1.0)).ratio
         for name, (case, threads) in every.items()
-        if threads <= processors()
+        if threads <= machine.current().cores
     }
-    if processors() < 2:  # the stored ones are of two
+    if machine.current().cores < 2:  # the stored ones are of two
         stored = {k: v for k, v in stored.items() if every.get(k, (None, 1))[1] == 1}
     allowed = limit()
     print(f"{used()}: how many times as slow as stored; fails above {allowed}")

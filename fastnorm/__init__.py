@@ -9,7 +9,7 @@ from fastnorm.backward import (
     layer_norm_backward,
     rms_norm_backward,
 )
-from fastnorm.config import VERSION, show_config
+from fastnorm.config import VERSION, explain, show_config
 from fastnorm.functional import (
     add_layer_norm,
     add_rms_norm,
@@ -40,6 +40,7 @@ __all__ = [
     "batch_norm",
     "batch_norm_backward",
     "dynamic_tanh",
+    "explain",
     "get_backend",
     "get_num_threads",
     "global_response_norm",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 import textwrap
 import warnings
 from collections import Counter
@@ -29,6 +30,7 @@ from fastnorm._bench.rows import COPY, Row, row
 from fastnorm._bench.timing import BLOCK, ROUNDS, Contender, compete
 from fastnorm._files.names import CannotUse
 from fastnorm.arguments import ACTIVATIONS, did_you_mean
+from fastnorm.machine import current
 from fastnorm.workers import busy_processes
 
 FUNCTIONS = tuple(dict.fromkeys(op.name for op in OPERATIONS))
@@ -219,6 +221,41 @@ def case_of(
     return case
 
 
+def case_of_text(call: str) -> Case:
+    """What a text such as "group_norm 8x256x32x32 channels-last" says.
+
+    Raises
+    ------
+    CannotUse
+        If it says nothing here.
+    """
+    try:
+        words = shlex.split(call)
+    except ValueError as error:
+        raise CannotUse(f"CALL {call!r} cannot be read: {error}") from None
+    name, shape, rest = words_of(call, words)
+    choices = {"layout": LAYOUTS, "dtype": DTYPES, "activation": tuple(ACTIVATIONS)}
+    options: dict[str, Any] = {}
+    while rest:
+        flag, given, value = rest.pop(0).partition("=")
+        option = flag[2:].replace("-", "_")
+        if not OPTIONS[flag]:
+            options[option] = True
+            continue
+        if not given:
+            if not rest:
+                raise CannotUse(f"CALL {call!r}: {flag} needs a value")
+            value = rest.pop(0)
+        if option in choices and value not in choices[option]:
+            expected = f"expected one of {', '.join(choices[option])}"
+            near = did_you_mean(value, choices[option])
+            raise CannotUse(f"CALL {call!r} has {flag} {value!r}, {expected}{near}")
+        if option not in choices and not re.fullmatch("-?[0-9]{1,9}", value):
+            raise CannotUse(f"CALL {call!r} has {flag} {value!r}, expected a whole number")
+        options[option] = value if option in choices else int(value)
+    return case_of(name, shape, **options)
+
+
 def of_model(
     name: str,
     given: tuple[int, ...] | None = None,
@@ -405,7 +442,7 @@ def _wide(array: Array) -> Array:
 
 def _notes(contenders: dict[str, Contender], threads: int) -> list[str]:
     """In what the comparison is not one of equals."""
-    cores = limits.processors()
+    cores = current().cores
     notes = []
     if threads > cores:
         notes.append(f"{_of_threads(threads)} share {cores} cores")

@@ -126,6 +126,16 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help=about, description=f"{about.capitalize()}.")
     info.set_defaults(command=_info)
     info.add_argument("--json", action="store_true", help="print it as JSON")
+    info.add_argument(
+        "--explain",
+        metavar="CALL",
+        help='how a call would be carried out, as in "group_norm 8x256x32x32 channels-last"',
+    )
+    info.add_argument(
+        "--machine",
+        metavar="MACHINE",
+        help='with --explain: on another machine, such as "zen5" or "l2=2M,l3=16M"',
+    )
 
     about = "study where a transformer has its norms: gradients, residual stream, training"
     placement = commands.add_parser("placement", help=about, description=f"{about.capitalize()}.")
@@ -575,10 +585,27 @@ def _placement(arguments: argparse.Namespace) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
+    if arguments.explain is not None:
+        return _explain(arguments.explain, arguments.machine or "", arguments.json)
+    if arguments.machine is not None:
+        warn("--machine is of --explain, which is not given")
+        return 2
     if arguments.json:
         say_json(fn.show_config("dicts"))
     else:
         fn.show_config()
+    return 0
+
+
+def _explain(call: str, machine: str, json: bool) -> int:
+    try:
+        if json:
+            say_json(fn.explain(call, machine=machine, mode="dicts"))
+        else:
+            fn.explain(call, machine=machine)
+    except (ValueError, MemoryError) as error:
+        warn(str(error) or "there is no memory for such an array")
+        return 2
     return 0
 
 

@@ -16,12 +16,9 @@ from typing import Any
 from numpy.typing import NDArray
 
 from fastnorm.arrays import flip
+from fastnorm.schedule import MIN_RUN
 
 Array = NDArray[Any]
-
-# A group of fewer neighbours than this is too short to walk along: columns are taken side by side
-# and merged instead. 32 lanes of a vector register file are filled twice.
-SHORT_RUN = 64
 
 # Operands of the size of x. The kernels read and write them along the innermost axis.
 FULL = ("x", "y", "residual", "addend", "total", "dy", "dx")
@@ -97,7 +94,7 @@ def describe(
         return None
 
     columns, neighbours = not inner.reduced, 1
-    if inner.reduced and inner.size < SHORT_RUN and any(axis.reduced for axis in axes):
+    if inner.reduced and inner.size < MIN_RUN and any(axis.reduced for axis in axes):
         # channels-last: a group's channels are neighbours, its positions are rows
         columns, neighbours = True, inner.size
         if not axes[-1].reduced and _side_by_side(axes[-1], inner):

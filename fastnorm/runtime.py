@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastnorm import _core, limits
+from fastnorm import _core, limits, machine
 
 Array = NDArray[Any]
 
@@ -134,7 +134,7 @@ def _default_threads() -> int:
         return n
     # OpenMP's is a list, one for each level of nesting; what OpenMP does not take is passed over
     n = limits.whole_number(os.environ.get("OMP_NUM_THREADS", "").split(",")[0])
-    return n if n and n < 1 << 31 else limits.processors()
+    return n if n and n < 1 << 31 else machine.current().cores
 
 
 _threads = _default_threads()
@@ -247,6 +247,26 @@ def threads(n: int) -> Iterator[None]:
     """
     with scope(Choice(threads=_number_of_threads(n))):
         yield
+
+
+# --- The machine ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def on_machine(other: machine.Machine) -> Iterator[None]:
+    """Take schedules for another machine inside a ``with`` block: the whole process, for tests."""
+    before = machine.exchange(other)
+    _tell_kernels_of_machine()
+    try:
+        yield
+    finally:
+        machine.exchange(before)
+        _tell_kernels_of_machine()
+
+
+def _tell_kernels_of_machine() -> None:
+    if _core.kernels is not None:
+        _core.kernels.set_stream_above(machine.current().last_cache)
 
 
 # --- Memory ---------------------------------------------------------------------------------------

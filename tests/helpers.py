@@ -9,6 +9,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,9 @@ import numpy as np
 
 import fastnorm as fn
 from fastnorm import _reference as reference
+from fastnorm import machine
 from fastnorm._bench.operations import Operation
+from fastnorm.runtime import on_machine
 
 Array = np.ndarray[Any, Any]
 
@@ -36,6 +40,11 @@ SINGLE_AND_DOUBLE = (F32, F64)
 # Bits after the leading one, and the exponent of the smallest number of all.
 _DIGITS = {"float16": 10, "bfloat16": 7, "float32": 23, "float64": 52}
 _LEAST = {"float16": -24, "bfloat16": -133, "float32": -149, "float64": -1074}
+
+
+def non_temporal(always: bool = True) -> AbstractContextManager[None]:
+    """Results of any size go past the caches, which as a rule only large ones do."""
+    return on_machine(replace(machine.current(), always_non_temporal=always))
 
 
 # --- Operations -----------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def test_show_config(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     config = fn.show_config("dicts")
     json.dumps(config)
-    for section in ("versions", "cpu", "threads", "backends", "cuda"):
+    for section in ("versions", "cpu", "machine", "threads", "backends", "cuda"):
         assert section in config
         assert section in printed
     assert np.__version__ in printed

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 import fastnorm as fn
 from fastnorm import _reference as reference
 from fastnorm._bench.operations import OPERATIONS, Operation, Parameters
-from fastnorm.layout import SHORT_RUN
+from fastnorm.schedule import MIN_RUN
 
 from .helpers import (
     BF16,
@@ -350,7 +350,7 @@ def test_masks_that_leave_nothing_and_what_is_hidden_and_no_number() -> None:
 
 # --- Groups of any size and number ----------------------------------------------------------------
 
-SIZES = (1, 2, 3, 5, 49, SHORT_RUN - 1, SHORT_RUN, SHORT_RUN + 1, 4096, 4097, 70000)
+SIZES = (1, 2, 3, 5, 49, MIN_RUN - 1, MIN_RUN, MIN_RUN + 1, 4096, 4097, 70000)
 
 
 def with_groups_of(size: int, op: Operation) -> Iterator[tuple[tuple[int, ...], Parameters]]:

@@ -14,7 +14,7 @@ import fastnorm as fn
 from fastnorm import _core
 from fastnorm.layout import describe, steps_of
 
-from .helpers import BACKENDS, assert_fence, guarded, guarded_copy
+from .helpers import BACKENDS, assert_fence, guarded, guarded_copy, non_temporal
 
 # What leaves a float's range, or its precision, and takes a way of its own through the kernels.
 BAD = (np.nan, np.inf, -np.inf, -3e38, 1e31, 1e-39)
@@ -241,9 +241,7 @@ def test_every_operand_is_walked_by_its_own_strides(
         "instance": lambda x, **o: fn.instance_norm(x, weight=weight, bias=bias, **o),
         "layer": lambda x, **o: fn.layer_norm(x, axis=1, weight=weight, bias=bias, **o),
     }
-    if _core.kernels is not None and past:
-        _core.kernels.set_stream_above(0)
-    try:
+    with non_temporal(past):
         for name, norm in norms.items():
             for masked in (False, True):
                 chosen = {"where": where} if masked else {}
@@ -268,9 +266,6 @@ def test_every_operand_is_walked_by_its_own_strides(
             found = fn.group_norm_backward(dy1, x1, mean, rstd, 3, weight)
             for a, b in zip(found, right):
                 assert close(a, b)
-    finally:
-        if _core.kernels is not None:
-            _core.kernels.set_stream_above(_core.last_cache())
 
 
 def test_an_activation_that_changes_x_when_it_is_looked_up() -> None:

@@ -6,7 +6,6 @@ import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from .helpers import (
     channels_last,
     data,
     named,
+    non_temporal,
 )
 
 LAYOUTS = {"channels-first": np.ascontiguousarray, "channels-last": channels_last}
@@ -357,7 +357,6 @@ def test_results_written_past_the_caches_have_the_same_bits(
     name: str, op: Operation, dtype: Any, layout: str
 ) -> None:
     """Results larger than the last cache are; here it is told that it holds nothing."""
-    kernels = _core.kernels if name == "cython" else import_module("fastnorm._numba.cpu")
     fn.set_backend(name)
     shape = (6, 12, 33, 35) if "axis" not in op.label else (3, 70, 33, 35)
     x = LAYOUTS[layout](data(shape, dtype, 3.0))
@@ -365,11 +364,8 @@ def test_results_written_past_the_caches_have_the_same_bits(
     for per_sample in (False, True):
         p = op.parameters(shape, kind, np.random.default_rng(2), per_sample=per_sample)
         usual = everything(op, x, p)
-        kernels.set_stream_above(0)
-        try:
+        with non_temporal():
             streamed = everything(op, x, p)
-        finally:
-            kernels.set_stream_above(_core.last_cache())
         for a, b in zip(usual, streamed, strict=True):
             assert_same_bits(a, b)
 
@@ -379,7 +375,6 @@ def test_results_written_past_the_caches_have_the_same_bits(
 @on_kernels
 def test_short_rows_written_past_the_caches_have_the_same_bits(name: str, layout: str) -> None:
     """Where a row begins in its cache line tells which of its numbers are written line by line."""
-    kernels = _core.kernels if name == "cython" else import_module("fastnorm._numba.cpu")
     fn.set_backend(name)
     rng = np.random.default_rng(5)
     for n in [*range(1, 40), 64, 65, 128, 129, 300]:
@@ -396,15 +391,12 @@ def test_short_rows_written_past_the_caches_have_the_same_bits(name: str, layout
                 *fn.add_layer_norm(x, residual, n, *p),
                 *fn.add_rms_norm(x, residual, n, *p[:1]),
             ]
-            kernels.set_stream_above(0)
-            try:
+            with non_temporal():
                 past = [
                     fn.layer_norm(x, n, *p, out=out),
                     *fn.add_layer_norm(x, residual, n, *p),
                     *fn.add_rms_norm(x, residual, n, *p[:1]),
                 ]
-            finally:
-                kernels.set_stream_above(_core.last_cache())
             for a, b in zip(usual, past, strict=True):
                 assert_same_bits(a, b)
 
@@ -427,11 +419,8 @@ def test_statistics_of_bfloat16_do_not_depend_on_the_stores() -> None:
     """A batch beyond the last cache is written past it; its sums are those of a row alone."""
     x = data((8, 128), BF16, 1.0)
     usual = fn.layer_norm(x, 128, return_stats=True)
-    _core.kernels.set_stream_above(0)
-    try:
+    with non_temporal():
         past = fn.layer_norm(x, 128, return_stats=True)
-    finally:
-        _core.kernels.set_stream_above(_core.last_cache())
     for a, b in zip(usual, past):
         assert_same_bits(a, b)
 

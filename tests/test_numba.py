@@ -6,7 +6,6 @@ in the other files.
 
 from __future__ import annotations
 
-import importlib
 import io
 import multiprocessing
 import os
@@ -40,6 +39,7 @@ from .helpers import (
     channels_last,
     data,
     named,
+    non_temporal,
     run_python,
     ulps,
     without,
@@ -117,7 +117,6 @@ def test_rows_one_by_one(dtype: Any, length: int) -> None:
         lambda x, e: fn.add_rms_norm(x, e, length, w),
         lambda x, e: fn.add_layer_norm(x, e, length, w, b),
     ]
-    kernels = importlib.import_module("fastnorm._numba.cpu")
 
     def results(case: Callable[[Array, Array], Any], *arrays: Array) -> tuple[Array, ...]:
         found = together(case(*arrays))
@@ -131,12 +130,8 @@ def test_rows_one_by_one(dtype: Any, length: int) -> None:
         with fn.backend("numba"):
             ours = results(case, x, residual)
             alone = results(case, x[4:5], residual[4:5])
-            above = kernels.stream_above
-            kernels.set_stream_above(0)
-            try:
+            with non_temporal():
                 past = results(case, x, residual)
-            finally:
-                kernels.set_stream_above(above)
         for one, two, three, four in zip(ours, past, alone, right, strict=True):
             assert_same_bits(one, two)
             assert_same_bits(one[4:5], three)

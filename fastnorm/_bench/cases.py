@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -115,8 +116,16 @@ def _numbers(case: Case, seed: int, mean: float = 0.0) -> Array:
     return np.moveaxis(flat.reshape(last), -1, 1)
 
 
-def data(case: Case) -> Data:
-    """Make the arrays of a case, the same ones every time."""
+def blank(case: Case, seed: int, mean: float = 0.0) -> Array:
+    """Zeros, of which no page is touched, as they lie in memory."""
+    if not case.channels_last:
+        return np.zeros(case.shape, dtype_of(case.dtype))
+    n, c, *positions = case.shape
+    return np.moveaxis(np.zeros((n, *positions, c), dtype_of(case.dtype)), -1, 1)
+
+
+def data(case: Case, numbers: Callable[..., Array] = _numbers) -> Data:
+    """Make the arrays of a case, the same ones every time; large ones are of `numbers`."""
     op, rng = case.operation, np.random.default_rng(1)
     dtype = dtype_of(case.dtype)
     parameters = op.parameters(case.shape, dtype, rng, num_groups=case.num_groups)
@@ -124,10 +133,10 @@ def data(case: Case) -> Data:
     if op.name == "instance_norm":
         # Not every peer keeps running statistics for it, and few users do.
         parameters = {k: v for k, v in parameters.items() if not k.startswith("running")}
-    x = _numbers(case, 0, mean=1.0)
+    x = numbers(case, 0, mean=1.0)
     if case.residual or residual is not None:
-        residual = _numbers(case, 2)
-    dy = _numbers(case, 3) if case.backward else None
+        residual = numbers(case, 2)
+    dy = numbers(case, 3) if case.backward else None
     return Data(x, parameters, residual, dy, np.empty_like(x) if case.out else None)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import fastnorm as fn
-from fastnorm.limits import processors
+from fastnorm import machine
 
 LIBRARIES = ("numpy", "torch", "onnxruntime", "jax")
 
@@ -21,9 +21,9 @@ def facts() -> dict[str, Any]:
     config = fn.show_config("dicts") or {}
     return {
         "processor": processor(),
-        "cores": processors(),
+        "cores": machine.current().cores,
         "threads": fn.get_num_threads(),
-        "caches": _caches(),
+        "caches": machine.current().caches,
         "instruction set": config["cpu"]["instruction set used"],
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -71,21 +71,6 @@ def _named_elsewhere() -> str:
         if told.strip():
             return told.strip()
     return platform.processor() or platform.machine()
-
-
-def _caches() -> dict[str, int]:
-    """Bytes of one cache of each level, where Linux tells."""
-    found = {}
-    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        try:
-            level, kind, size = (
-                (folder / n).read_text().strip() for n in ("level", "type", "size")
-            )
-        except OSError:  # some containers show only parts of it
-            continue
-        if kind != "Instruction" and size.endswith("K"):
-            found[f"L{level}"] = int(size[:-1]) * 1024
-    return found
 
 
 def _version(name: str) -> str | None:

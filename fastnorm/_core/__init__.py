@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
-from pathlib import Path
 from types import ModuleType
 
-from fastnorm import limits
+from fastnorm import limits, machine
 
 LEVELS = ("x86-64-v2", "x86-64-v3", "x86-64-v4")
 
@@ -50,19 +49,6 @@ def _load() -> tuple[ModuleType | None, str, str]:
     return None, "", ""
 
 
-def last_cache() -> int:
-    """Bytes of the last level of cache; 32 MB where the system does not say."""
-    sizes = []
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        try:
-            text = path.read_text(encoding="ascii").strip()
-        except OSError:
-            continue
-        if text[:-1].isdigit() and text[-1] in "KM":
-            sizes.append(int(text[:-1]) << (10 if text[-1] == "K" else 20))
-    return max(sizes, default=1 << 25)
-
-
 def _keep_at_most() -> int:
     """Bytes of freed results that stay at hand for the next ones."""
     value = os.environ.get("FASTNORM_KEEP_MB", "").strip() or "256"
@@ -78,7 +64,7 @@ def _keep_at_most() -> int:
 kernels, level_used, level_found = _load()
 if kernels is not None:
     # Results that do not fit in cache are written past it: nobody finds them there.
-    kernels.set_stream_above(last_cache())
+    kernels.set_stream_above(machine.current().last_cache)
     kernels.keep_at_most(_keep_at_most())
     _limit = limits.memory_limit()
     if _limit is not None:

@@ -20,11 +20,10 @@ from numba import cfunc
 from numba.extending import register_jitable
 
 from fastnorm._numba import scalar
-from fastnorm._numba.blocking import BUNDLE, FINISH, MOMENTS, STEPS, WHOLE, at, record_of
+from fastnorm._numba.blocking import FINISH, MOMENTS, STEPS, WHOLE, at, record_of
 from fastnorm._numba.extents import part_at
-from fastnorm._numba.lanes import PAIRS, add_pairs_to_lanes, added_up, step_back_rows
+from fastnorm._numba.lanes import add_pairs_to_lanes, added_up, step_back_rows
 from fastnorm._numba.memory import (
-    AHEAD,
     KERNEL,
     STRICT,
     fence,
@@ -43,17 +42,16 @@ from fastnorm._numba.memory import (
     write,
 )
 from fastnorm._numba.steps import deliver, stream
+from fastnorm.schedule import (
+    BACKWARD_CHUNK,
+    BACKWARD_SHARED_RUNS,
+    BACKWARD_SPAN,
+    BACKWARD_SPAN_ROWS,
+    PAIR_LANES,
+    PREFETCH_BYTES,
+    TILE_GROUPS,
+)
 
-SPAN = 65536  # elements of a run summed at a time
-SPAN_ROWS = 512  # rows of columns, likewise: their sums cost at most 2 % of x
-CHUNK = 1024  # elements of a run whose weights' gradients are collected at once
-TOGETHER = 4  # runs that share the trip to those gradients
-CACHED = 1 << 18  # bytes of their x and dy that stay in L2 from the sums to the step
-PARTS = 64  # parallel parts, at most and where there is work for them
-PART = 16384  # elements that make a part worth its sums
-FEW = 8  # tasks below which large groups are taken in two sweeps, each shared out
-OWN_CELLS = 8192  # cells that a task may keep to itself
-ALLOWED = 2 << 20  # bytes that the parts' sums may take, besides 1 % of x
 TERMS = (
     5  # numbers that the step needs to know of a group: mean, rstd, c1, c2, and whether it is wide
 )
@@ -115,13 +113,13 @@ def is_wide(mean, rstd, kind):
 
 @inner
 def add_run(q, a, b, p, t, n, mean, rstd, weight, lanes, kind, stored):
-    """Add the two sums of n elements of a run to PAIRS lanes each; no weight (0) is 1."""
+    """Add the two sums of n elements of a run to PAIR_LANES lanes each; no weight (0) is 1."""
     x = at(q.x, a, b) + p * q.x.p + t * q.x.s
     dy = at(q.dy, a, b) + p * q.dy.p + t * q.dy.s
     if is_wide(mean, rstd, kind):
         one, two = wide_sums(x, dy, n, mean, weight, kind, stored)
         write(lanes, 0, read(lanes, 0, np.float64) + one)
-        write(lanes, PAIRS, read(lanes, PAIRS, np.float64) + two * rstd)
+        write(lanes, PAIR_LANES, read(lanes, PAIR_LANES, np.float64) + two * rstd)
         return
     hi, r, shift = centring(mean, rstd, kind)
     if weight == 0:
@@ -144,18 +142,18 @@ def fetch_plane(operand, a, b, p, t, n, kind):
 def segment_at(q, segment):
     """Elements [first, last) of a group: within a plane where planes have weights of their own."""
     if q.joined:
-        return segment * SPAN, min((segment + 1) * SPAN, q.p * q.s)
+        return segment * BACKWARD_SPAN, min((segment + 1) * BACKWARD_SPAN, q.p * q.s)
     of_plane = q.segments // q.p
     p = segment // of_plane
-    first = p * q.s + (segment - p * of_plane) * SPAN
-    return first, min(first + SPAN, (p + 1) * q.s)
+    first = p * q.s + (segment - p * of_plane) * BACKWARD_SPAN
+    return first, min(first + BACKWARD_SPAN, (p + 1) * q.s)
 
 
 @inner
 def segment_sums(q, a, b, width, segment, weighted, lanes, kind, stored):
     """The two sums of a segment of `width` groups side by side, of g where it is `weighted`."""
     f, last = segment_at(q, segment)
-    for j in range(2 * PAIRS * width):
+    for j in range(2 * PAIR_LANES * width):
         write(lanes, j, 0.0)
     while f < last:
         p = f // q.s
@@ -169,14 +167,14 @@ def segment_sums(q, a, b, width, segment, weighted, lanes, kind, stored):
             if width > 1 and q.p > 1:
                 fetch_plane(q.x, a, b + k, p, t, n, kind)
                 fetch_plane(q.dy, a, b + k, p, t, n, stored)
-            own = lanes + 16 * PAIRS * k
+            own = lanes + 16 * PAIR_LANES * k
             add_run(q, a, b + k, p, t, n, mean, rstd, weight, own, kind, stored)
         f += n
     for k in range(width):
-        own = lanes + 16 * PAIRS * k
+        own = lanes + 16 * PAIR_LANES * k
         into = q.sums + 16 * ((a * q.b + b + k) * q.segments + segment)
         for of in range(2):
-            write(into, of, added_up(own + 8 * PAIRS * of))
+            write(into, of, added_up(own + 8 * PAIR_LANES * of))
 
 
 @inner
@@ -276,7 +274,7 @@ def segment_step(q, a, b, width, segment, tile, kind, stored):
     """dx of a segment of `width` groups side by side."""
     f, last = segment_at(q, segment)
     # where dx goes in one piece (group norm 8x256x32x32 860 to 740 us, one thread, out of L2)
-    ahead = AHEAD if q.direct and (width == 1 or q.p == 1) else 0
+    ahead = PREFETCH_BYTES if q.direct and (width == 1 or q.p == 1) else 0
     while f < last:
         p = f // q.s
         start = f - p * q.s
@@ -290,7 +288,7 @@ def segment_step(q, a, b, width, segment, tile, kind, stored):
                 fetch_plane(q.dx, a, b + k, p, start, end - start, kind)
             t = start
             while t < end:
-                n = end - t if q.direct else min(end - t, CHUNK)
+                n = end - t if q.direct else min(end - t, BACKWARD_CHUNK)
                 x = at(q.x, a, b + k) + p * q.x.p + t * q.x.s
                 dy = at(q.dy, a, b + k) + p * q.dy.p + t * q.dy.s
                 dx = at(q.dx, a, b + k) + p * q.dx.p + t * q.dx.s
@@ -306,7 +304,7 @@ def segment_step(q, a, b, width, segment, tile, kind, stored):
 
 
 # Numbers of each part of a thread's memory: a tile, and sums of groups side by side.
-RUNS_PARTS = (TOGETHER * CHUNK, 2 * PAIRS * BUNDLE)
+RUNS_PARTS = (BACKWARD_SHARED_RUNS * BACKWARD_CHUNK, 2 * PAIR_LANES * TILE_GROUPS)
 
 
 @inner
@@ -372,7 +370,7 @@ def step_along(x, dy, dx, steps, n, terms, count, weight, gw, gb, kind, stored):
     """dx of n elements of one run or four, and what they add to the gradients of their weights."""
     size = 8 * TERMS
     own = scale_at(terms, kind)
-    if count == TOGETHER:
+    if count == BACKWARD_SHARED_RUNS:
         second, third = scale_at(terms + size, kind), scale_at(terms + 2 * size, kind)
         scales = own, second, third, scale_at(terms + 3 * size, kind)
         if weight != 0:
@@ -402,8 +400,8 @@ def step_sharers(q, owner, first, last, p, t, n, gw, gb, tile, kind, stored):
             near = near if q.b == 1 else 1  # their terms lie apart
         # beside one out of range all are taken alone, and the fours after it begin where they would
         left = min(last - i, q.together - (i - first) % q.together)
-        if min(left, near) == TOGETHER and not (q.own_a and q.own_b):
-            count = TOGETHER
+        if min(left, near) == BACKWARD_SHARED_RUNS and not (q.own_a and q.own_b):
+            count = BACKWARD_SHARED_RUNS
         terms = q.terms + size * (a * q.b + b)
         for k in range(count):
             if read(terms + k * size, 4, np.float64) != 0.0:
@@ -432,7 +430,7 @@ def rows(record, memory, turn, turns, task, kind, stored):
     """What `task` asks for, of all parts of owners, segments of groups, or chunks of owners."""
     q = record_at(record, BACK)
     tile, lanes = part_at(memory, RUNS_PARTS, 0), part_at(memory, RUNS_PARTS, 1)
-    chunks = (q.s + CHUNK - 1) // CHUNK
+    chunks = (q.s + BACKWARD_CHUNK - 1) // BACKWARD_CHUNK
     total = q.items * q.parts  # owners times parts
     if task == MOMENTS:
         total = q.a * q.b * q.segments
@@ -472,17 +470,17 @@ def rows(record, memory, turn, turns, task, kind, stored):
                         cell = p * q.s if q.along_p else 0
                         t = 0
                         while t < q.s:
-                            n = min(CHUNK, q.s - t)
+                            n = min(BACKWARD_CHUNK, q.s - t)
                             step_sharers(
                                 q, owner, first, end, p, t, n, gw + 8 * (cell + t),
                                 gb + 8 * (cell + t), tile, kind, stored,
                             )  # fmt: skip
-                            t += CHUNK
+                            t += BACKWARD_CHUNK
                     first = end
             else:
                 plane = i // chunks
-                t = (i - plane * chunks) * CHUNK
-                n = min(CHUNK, q.s - t)
+                t = (i - plane * chunks) * BACKWARD_CHUNK
+                n = min(BACKWARD_CHUNK, q.s - t)
                 owner = plane // q.p if q.along_p else plane
                 cell = (plane - owner * q.p) * q.s + t if q.along_p else t
                 gw = q.collected + 16 * q.cells * owner + 8 * cell
@@ -560,8 +558,8 @@ def columns_sums(q, a, b, c, width, segment, into, any_wide, kind, stored):
     second = first + 8 * width
     for j in range(2 * width):
         write(first, j, 0.0)
-    f = segment * SPAN_ROWS
-    last = min(f + SPAN_ROWS, q.p * q.s)
+    f = segment * BACKWARD_SPAN_ROWS
+    last = min(f + BACKWARD_SPAN_ROWS, q.p * q.s)
     while f < last:
         p = f // q.s
         t = f - p * q.s
@@ -576,7 +574,7 @@ def columns_sums(q, a, b, c, width, segment, into, any_wide, kind, stored):
         mean, rstd = read(into, j, np.float64), read(into, width + j, np.float64)
         if is_wide(mean, rstd, kind):
             total = 0.0
-            for i in range(segment * SPAN_ROWS, last):
+            for i in range(segment * BACKWARD_SPAN_ROWS, last):
                 p = i // q.s
                 t = i - p * q.s
                 x = at(q.x, a, b) + p * q.x.p + t * q.x.s + c * q.x.c
@@ -643,8 +641,8 @@ def step_row_apart(dy, dx, width, into, kind, stored, to):
 @inner
 def columns_step(q, a, b, c, width, segment, into, any_wide, tile, spare, kind, stored, computed):
     """dx of a segment of rows."""
-    last = min((segment + 1) * SPAN_ROWS, q.p * q.s)
-    for i in range(segment * SPAN_ROWS, last):
+    last = min((segment + 1) * BACKWARD_SPAN_ROWS, q.p * q.s)
+    for i in range(segment * BACKWARD_SPAN_ROWS, last):
         p = i // q.s
         t = i - p * q.s
         x = at(q.x, a, b) + p * q.x.p + t * q.x.s + c * q.x.c

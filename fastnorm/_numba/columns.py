@@ -7,10 +7,9 @@ import math
 import numpy as np
 
 from fastnorm._numba import scalar
-from fastnorm._numba.blocking import FIELDS, PIECE_ROWS, at, chosen
+from fastnorm._numba.blocking import FIELDS, at, chosen
 from fastnorm._numba.lanes import step_lines
 from fastnorm._numba.memory import (
-    AHEAD,
     inner,
     is_double,
     load,
@@ -23,6 +22,7 @@ from fastnorm._numba.memory import (
 )
 from fastnorm._numba.moments import merge_into
 from fastnorm._numba.steps import activate, add, affine, deliver, steps_wide
+from fastnorm.schedule import PREFETCH_BYTES, SPLIT_ROWS
 
 
 @inner
@@ -271,7 +271,7 @@ def columns_moments(q, a, b, c, width, piece, into, part, every, work, kind):
     """Moments of a piece of each group: those of its blocks merged in order, then neighbours."""
     k = q.neighbours
     groups = width // k
-    span = max(q.block, PIECE_ROWS - PIECE_ROWS % q.block)
+    span = max(q.block, SPLIT_ROWS - SPLIT_ROWS % q.block)
     first = piece * span
     last = min(first + span, q.length)
     if not is_double(kind) and q.mask.data == 0:
@@ -379,13 +379,13 @@ def row_folded(q, x, y, e, along, width, past, kind):
     hi, r, shift = along, along + 8 * width, along + 16 * width
     if past:
         if e != 0 and q.relu:
-            step_lines(x, y, n, hi, r, shift, None, None, e, 1, AHEAD, 1)
+            step_lines(x, y, n, hi, r, shift, None, None, e, 1, PREFETCH_BYTES, 1)
         elif e != 0:
-            step_lines(x, y, n, hi, r, shift, None, None, e, None, AHEAD, 1)
+            step_lines(x, y, n, hi, r, shift, None, None, e, None, PREFETCH_BYTES, 1)
         elif q.relu:
-            step_lines(x, y, n, hi, r, shift, None, None, None, 1, AHEAD, 1)
+            step_lines(x, y, n, hi, r, shift, None, None, None, 1, PREFETCH_BYTES, 1)
         else:
-            step_lines(x, y, n, hi, r, shift, None, None, None, None, AHEAD, 1)
+            step_lines(x, y, n, hi, r, shift, None, None, None, None, PREFETCH_BYTES, 1)
         return
     if e != 0 and q.relu:
         step_lines(x, y, n, hi, r, shift, None, None, e, 1, None, None)
@@ -410,7 +410,7 @@ def columns_step(q, a, b, c, width, piece, scale, along, any_wide, tile, spare, 
     k = q.neighbours
     groups = width // k
     source = q.total if q.total.data != 0 else q.x
-    span = max(q.block, PIECE_ROWS - PIECE_ROWS % q.block)
+    span = max(q.block, SPLIT_ROWS - SPLIT_ROWS % q.block)
     first = piece * span
     last = min(first + span, q.length)
     affined = (q.foldable == 0 or is_double(kind)) and not q.activation_first

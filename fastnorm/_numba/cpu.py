@@ -9,29 +9,40 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numba
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from fastnorm import _core
+from fastnorm import _core, machine
 from fastnorm._numba import activations, backward, blocking, forward
 from fastnorm._numba.blocking import FINISH, MOMENTS, OPERANDS, PASS, STEPS, WHOLE
 from fastnorm._numba.extents import size_of_room, spans_of, watched
 from fastnorm._numba.memory import COUNTERS, SOURCES, alone, compiling, together
 from fastnorm.layout import Layout
+from fastnorm.machine import Machine
+from fastnorm.schedule import (
+    BACKWARD_CHUNK,
+    BACKWARD_SHARED_RUNS,
+    BLOCK,
+    ITEMS_PER_THREAD,
+    NON_TEMPORAL_MIN_RUN,
+    SHORT_RUN_BYTES,
+    SPLIT_BLOCKS,
+    TILE_ELEMENTS,
+    TILE_GROUPS,
+    TURNS_PER_THREAD,
+    BackwardSchedule,
+    Dtypes,
+    ForwardSchedule,
+    backward_schedule,
+    forward_schedule,
+)
 
 Array = NDArray[Any]
 Room: TypeAlias = tuple[int, ...]  # how many numbers each part of a thread's memory has
-
-SERIAL = 1 << 17  # bytes of x below which waking a second thread costs more
-NEAR = 1 << 20  # bytes of x for each thread up to which they share it out once and for all
-LONG = 1024  # bytes of a run, at least, that is written past the caches
-
-# What an output must exceed to be written past the caches: the last of them.
-stream_above = _core.last_cache()
 
 _KINDS = {"float32": np.float32, "float64": np.float64, "float16": np.int16, "bfloat16": np.uint16}
 
@@ -40,12 +51,6 @@ _KINDS = {"float32": np.float32, "float64": np.float64, "float16": np.int16, "bf
 def _kind_of(dtype: np.dtype[Any]) -> type:
     """The kind of numbers of a dtype, whose name NumPy makes up every time."""
     return _KINDS[dtype.name]
-
-
-def set_stream_above(size: int) -> None:
-    """Write outputs of more than `size` bytes past the caches."""
-    global stream_above
-    stream_above = size
 
 
 # --- Kernels and threads --------------------------------------------------------------------------
@@ -119,7 +124,7 @@ def _call(
         before = numba.get_num_threads()  # of this thread; theirs who called
         if before != threads:
             numba.set_num_threads(threads)
-        turns = threads if near else min(items, 8 * threads)
+        turns = threads if near else min(items, TURNS_PER_THREAD * threads)
         try:
             together(kernel, record, start, room, turns, task, threads)
         finally:
@@ -172,28 +177,27 @@ class _Plan:
     template: Array  # a record as whole numbers
     kernel: int
     room: Room
+    schedule: ForwardSchedule
     items: int
-    pieces: int
     width: int
-    nbytes: int  # of x
     streamed: bool
-    tabulated: bool
     followed: bool  # by a residual or an activation
     half: bool
 
 
-def _are_alone(layout: Layout, kind: type, foldable: bool) -> bool:
-    """Whether groups are rows that are taken one by one: not too short to be."""
-    steps = layout.strides
-    length = layout.dims[3]
-    if layout.columns or layout.dims[2] != 1 or not blocking.ALONE <= length <= blocking.BLOCK:
-        return False
-    if "total" in steps and kind is not np.float32:
-        return False
-    w, b = steps.get("weight"), steps.get("bias")
-    along = w is not None and w[3] != 0 and not w[0] and not w[1]
-    beside = b is None or (b[3] != 0 and not b[0] and not b[1])
-    return foldable or (along and beside)
+class _Asked(NamedTuple):
+    """What is asked of a forward pass beside its arrays."""
+
+    centred: bool = True
+    given: bool = False
+    scaling: int = 0
+    eps: float = 0.0
+    activation: Any = 0
+    activation_first: bool = False
+
+
+def _dtypes(**arrays: Array | None) -> Dtypes:
+    return tuple((name, array.dtype) for name, array in arrays.items() if array is not None)
 
 
 def _planes_follow(layout: Layout, *operands: str) -> bool:
@@ -204,94 +208,55 @@ def _planes_follow(layout: Layout, *operands: str) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _plan(
-    layout: Layout,
-    kind: type,
-    computing: type,
-    residual_real: bool,
-    addend_real: bool,
-    centred: bool,
-    given: bool,
-    scaling: int,
-    eps: float,
-    activation: Any,
-    activation_first: bool,
-    written: bool,
-    streamed_above: int,
-) -> _Plan:
-    size = np.dtype(kind).itemsize
+def _plan(layout: Layout, dtypes: Dtypes, here: Machine, asked: _Asked) -> _Plan:
+    types = dict(dtypes)
+    kind = _kind_of(types["x"])
+    computing = np.float64 if kind is np.float64 else np.float32
+    written = "y" in types
+    size = types["x"].itemsize
     real = np.dtype(computing).itemsize
+    centred, given, scaling, eps, activation, activation_first = asked
+    schedule = forward_schedule(
+        layout,
+        dtypes,
+        here,
+        given=given,
+        activation=activation or None,
+        activation_first=activation_first,
+    )
+    numeric = schedule.blocking
     a, b, p, s, c = layout.dims
-    length = p * s
+    length = numeric.length
     steps = layout.strides
     weights = [steps.get(name, (0,) * 5) for name in ("weight", "bias")]
-    if layout.columns:
-        k = layout.neighbours
-        groups = c // k
-        chunks = 1
-        if c > blocking.ABREAST:
-            chunks = max(1, min(groups, -(-c // blocking.COLUMNS)))
-        width = -(-groups // chunks) * k
-        chunks = -(-c // width)
-        items = a * b * chunks
-        block = min(max(blocking.SQUARE // width, 16), blocking.PIECE_ROWS)
-        foldable = not any(w[2] or w[3] for w in weights)
-        piece = max(block, blocking.PIECE_ROWS - blocking.PIECE_ROWS % block)
-        kernel = _kernel(forward.compile_columns, kind, computing)
-        room = forward.columns_parts(width)
-    else:
-        # one group after the other, or several that lie side by side
-        width = blocking.BESIDE // max(length, 1)
-        if p > 1 and s * size < blocking.NEARBY:
-            width = max(width, blocking.PIECE * blocking.BLOCK // max(length, 1))
-        width = max(1, min(width, b, blocking.BUNDLE))
-        chunks = -(-b // width)
-        items = a * chunks
-        block = blocking.BLOCK
-        foldable = not any(w[3] for w in weights)
-        piece = blocking.BLOCK * blocking.PIECE
-        kernel = _kernel(forward.compile_runs, kind, computing)
-    pieces = max(1, -(-length // piece))
-    beside = "mask" in steps or "residual" in steps or activation != 0 or activation_first
-    nbytes = a * b * length * c * size
-    # as in _core/forward.pxi: x and y go through the cache together
-    through = nbytes * (4 if "total" in steps else 1)
-    along = (width if layout.columns else s) * size
-    if layout.columns and written and steps["y"][3] == width:
-        along *= s  # rows that follow one another
-    streamed = written and through > streamed_above // 8 * 5 and along >= min(LONG, streamed_above)
-    # short planes of doubles that lie apart: y would push out what is still to be read
-    streamed |= (
-        written
-        and kind is np.float64
-        and not (layout.columns or given)
-        and p > 1
-        and s * size < blocking.NEARBY
-        and s * size % 64 == 0
-        and nbytes >= streamed_above // 2
-    )
-    stats = steps["stats"]
-    foldable = foldable and not activation_first
-    alone = (
-        _are_alone(layout, kind, foldable)
-        and written
-        and not (given or beside)
-        and not (streamed and size == 2)
-    )
+    width, chunks, items = schedule.width, schedule.chunks, schedule.items
+    streamed = written and schedule.non_temporal
+    # short planes of doubles that lie apart, which are not copied together here
+    apart = schedule.path == "gathered" and s * size % 64 == 0
+    streamed |= apart and schedule.direct_non_temporal
+    foldable = schedule.foldable
+    # rows one by one: of float16, too, which is converted a row at a time
+    alone = schedule.single_rows and not (streamed and size == 2)
+    alone &= "total" not in types or kind is np.float32
     kept = 0
     if alone:
         width, chunks, items = 1, b, a * b
         kept = 0 if foldable else 2 * -(-(length * real + 64) // 8)
-    if not layout.columns:
+    if layout.columns:
+        kernel = _kernel(forward.compile_columns, kind, computing)
+        room = forward.columns_parts(width)
+    else:
+        kernel = _kernel(forward.compile_runs, kind, computing)
         room = forward.runs_parts(width, kept)
-    # scales that many planes share, once for all: one costs as much as normalising 50 numbers
-    tabulated = given and not layout.columns and a > 1 and stats[0] == 0 and pieces == 1
+    tabulated = schedule.tabulated
     folded_groups = (
         foldable
         and not layout.columns
         and kind is not np.float64
         and not any(w[2] or (tabulated and w[0]) for w in weights)
     )
+    stats = steps["stats"]
+    residual_real, addend_real = (types.get(name) == computing for name in ("residual", "addend"))
     sizes = {"mask": 1, "weight": real, "bias": real}
     sizes |= {"residual": real if residual_real else size, "addend": real if addend_real else size}
     source = "total" if "total" in steps else "x"  # what the norm is of
@@ -303,21 +268,19 @@ def _plan(
         a, b, p, s, c, layout.neighbours, layout.columns, centred, given, scaling,
         activations.address_of(activation, computing), activation_first, streamed, residual_real,
         addend_real, foldable, folded_groups, _planes_follow(layout, source),
-        written and _planes_follow(layout, source, "y"), length, width, chunks, items, block,
-        pieces, 0, 0, 0, 0, 0, 0, kept, alone, streamed and foldable and kind is np.float32,
-        activation == 1, eps,
+        written and _planes_follow(layout, source, "y"), length, width, chunks, items,
+        numeric.block, numeric.splits, 0, 0, 0, 0, 0, 0, kept, alone,
+        streamed and foldable and kind is np.float32, activation == 1, eps,
     )  # fmt: skip
     return _Plan(
         record.view(np.int64),
         kernel,
         room,
+        schedule,
         items,
-        pieces,
         width,
-        nbytes,
         streamed,
-        tabulated,
-        "residual" in steps or activation != 0 or activation_first,
+        "residual" in types or activation != 0 or activation_first,
         size == 2,
     )
 
@@ -357,8 +320,7 @@ def run_pass(
     Fills mean, var and rstd, or reads the first two where `given`. `activation` is a number, or a
     function that Numba has compiled (`activations`).
     """
-    kind = _kind_of(x.dtype)
-    computing = np.float64 if kind is np.float64 else np.float32
+    computing = np.float64 if x.dtype == np.float64 else np.float32
     beside = []
     for name, array in (("residual", residual), ("addend", addend)):
         if array is not None and array.dtype != x.dtype and array.dtype != computing:
@@ -366,21 +328,11 @@ def run_pass(
             layout = replace(layout, strides={**layout.strides, name: strides})
         beside.append(array)
     residual, addend = beside
-    plan = _plan(
-        layout,
-        kind,
-        computing,
-        residual is not None and residual.dtype == computing,
-        addend is not None and addend.dtype == computing,
-        centred,
-        given,
-        scaling,
-        eps,
-        activation,
-        activation_first,
-        y is not None,
-        stream_above,
+    dtypes = _dtypes(
+        x=x, y=y, mask=mask, weight=weight, bias=bias, residual=residual, addend=addend, total=total
     )
+    asked = _Asked(centred, given, scaling, eps, activation, activation_first)
+    plan = _plan(layout, dtypes, machine.current(), asked)
     arrays = (x, y, mask, weight, bias, residual, addend, total, mean, var, rstd)
     addresses = [0 if array is None else _address(array) for array in arrays]
     record = plan.template.copy()
@@ -390,9 +342,8 @@ def run_pass(
         record[_AT["plain"]] = not plan.followed
         record[_AT["direct"]] = not plan.half and addresses[5] != addresses[1]
     where = _address(record)
-    threads = threads if plan.nbytes >= SERIAL else 1
     table = None
-    if plan.tabulated:
+    if plan.schedule.tabulated:
         chunks = int(record[_AT["chunks"]])
         table = np.empty(chunks * blocking.SCALE * plan.width)
         record[_AT["scales"]], record[_AT["items"]] = _address(table), chunks
@@ -408,10 +359,12 @@ def _carry_out(
     plan: _Plan, record: Array, threads: int, *, given: bool = False, written: bool = False
 ) -> None:
     """Run a kernel of items on their own, or of pieces where they are few and large."""
-    kernel, room, items, pieces = plan.kernel, plan.room, plan.items, plan.pieces
+    kernel, room, items = plan.kernel, plan.room, plan.items
+    pieces = plan.schedule.blocking.splits
     where = _address(record)
-    if threads == 1 or pieces == 1 or items >= 4 * threads or items % threads == 0:
-        _share(kernel, where, items, threads, WHOLE, room, plan.nbytes < threads * NEAR)
+    threads, sharing = plan.schedule.threads(threads), plan.schedule.sharing(threads)
+    if sharing != "split":
+        _share(kernel, where, items, threads, WHOLE, room, sharing == "static")
         return
     # few large groups: all threads take pieces of each; the merge is in the pieces' order
     parts = np.empty(items * pieces * blocking.FIELDS * plan.width)
@@ -432,11 +385,7 @@ def run_moments(
 
     The strides of the first field are the layout's "stats".
     """
-    kind = _kind_of(x.dtype)
-    computing = np.float64 if kind is np.float64 else np.float32
-    plan = _plan(
-        layout, kind, computing, False, False, True, False, 0, 0.0, 0, False, False, stream_above
-    )
+    plan = _plan(layout, _dtypes(x=x, mask=mask), machine.current(), _Asked())
     record = plan.template.copy()
     where = _address(fields[0])
     arrays = (x, None, mask, None, None, None, None, None)
@@ -444,7 +393,7 @@ def run_moments(
     record[_DATA] = [*addresses, where, where, where]
     record[_AT["fields"]] = fields.strides[0]
     with watched(record, x, mask, fields):
-        _carry_out(plan, record, threads if plan.nbytes >= SERIAL else 1)
+        _carry_out(plan, record, threads)
 
 
 # --- Backward -------------------------------------------------------------------------------------
@@ -474,57 +423,55 @@ class _BackPlan:
     axes: tuple[int, ...]  # along which they are added up
     terms: int
     width: int
-    parallel: bool  # whether x is large enough
+    schedule: BackwardSchedule
     flat: bool  # whether dweight lies as the sums do
 
 
+class _AskedBack(NamedTuple):
+    """What is asked of a backward pass beside its arrays, and how two lie that may be copies."""
+
+    centred: bool
+    training: bool
+    has_mean: bool
+    dy: _Strides
+    weight: _Strides | None
+
+
 @lru_cache(maxsize=4096)
-def _back_plan(
-    layout: Layout,
-    kind: type,
-    stored: type,
-    computing: type,
-    of_dy: _Strides,
-    weights: _Strides | None,
-    has_mean: bool,
-    centred: bool,
-    training: bool,
-    streamed_above: int,
-) -> _BackPlan:
-    size, real = np.dtype(kind).itemsize, np.dtype(computing).itemsize
+def _back_plan(layout: Layout, dtypes: Dtypes, here: Machine, asked: _AskedBack) -> _BackPlan:
+    types = dict(dtypes)
+    kind = _kind_of(types["x"])
+    computing = np.float64 if kind is np.float64 else np.float32
+    stored = kind if types["dy"] == types["x"] else computing
+    size, real = types["x"].itemsize, np.dtype(computing).itemsize
+    schedule = backward_schedule(layout, dtypes, here, training=asked.training)
+    numeric = schedule.blocking
     a, b, p, s, c = layout.dims
     steps = layout.strides
     shared = steps["dweight"]
-    inside = shared[3] != 0
-    nbytes = a * b * p * s * c * size
-    # x, dy and dx go through the caches together
-    most = streamed_above // 8 * 3 if layout.columns else streamed_above // 4
-    along = c if layout.columns else s
-    streamed = nbytes > most and along * size >= min(LONG, streamed_above)
-    span = backward.SPAN_ROWS if layout.columns else backward.SPAN
+    inside, segments = numeric.inside, numeric.segments
+    streamed = schedule.non_temporal
+    if layout.columns and here.last_cache:
+        streamed &= c * size >= NON_TEMPORAL_MIN_RUN  # rows are stored one by one
     # across planes, unless these have weights of their own
     joined = layout.columns or inside or shared[2] == 0 or p == 1
-    segments = -(-(p * s) // span) if joined else p * -(-s // span)
     sharers = parts = chunks = width = turns = together = 1
     cells = 0
     owners: tuple[int, ...] = ()
     sums: tuple[int, ...] = (a, b, 1, segments, 2) if joined else (a, b, p, segments // p, 2)
     terms = a * b * backward.TERMS
     if layout.columns:
-        k = layout.neighbours
-        chunks = 1 if c <= blocking.ABREAST else max(1, min(c // k, -(-c // blocking.COLUMNS)))
-        width = -(-(c // k) // chunks) * k
-        chunks = -(-c // width)
+        width, chunks = numeric.width, numeric.chunks
         items = a * b * chunks
         compiler, room = backward.compile_columns, backward.columns_parts(width)
         sums = (a, b, segments, 2 * c)
         terms = items * backward.OF_COLUMN * width
     elif not inside:
-        if p > 1 and s * size < blocking.NEARBY:
+        if p > 1 and s * size < SHORT_RUN_BYTES:
             # planes of a group that follow one another are walked as they lie, unless they are few
             # numbers (group norm 8x256x32x32 bfloat16 490 to 390 us)
-            most = blocking.BESIDE if steps["x"][2] == s else blocking.PIECE * blocking.BLOCK
-            width = max(1, min(most // (p * s), b, blocking.BUNDLE))
+            most = TILE_ELEMENTS if steps["x"][2] == s else SPLIT_BLOCKS * BLOCK
+            width = max(1, min(most // (p * s), b, TILE_GROUPS))
         chunks = -(-b // width)
         items = a * chunks
         compiler, room = backward.compile_planes, backward.RUNS_PARTS
@@ -533,19 +480,11 @@ def _back_plan(
         items = owners[0] * owners[1]
         sharers = a * b // items
         cells = owners[2] * s
-        allowed = (backward.ALLOWED + nbytes // 100) // (16 * cells * items)
-        parts = min(
-            sharers, max(backward.PARTS // items, 1), a * b * p * s // backward.PART, allowed
-        )
-        parts = max(parts, 1)
-        # as in _core/backward.pxi, of the shape alone: few large groups in two sweeps, in one part,
-        # and four at a time even where they do not stay in L2
-        few = items * parts < backward.FEW and a * b * p * s >= 8 * backward.PART
-        parts = 1 if few else parts
-        few |= parts == 1 and cells > backward.OWN_CELLS
-        if few or 2 * backward.TOGETHER * p * s * size <= backward.CACHED:
-            together = backward.TOGETHER
-        turns = items * owners[2] * -(-s // backward.CHUNK)
+        # few large groups in two sweeps, in one part, and four at a time even where they do not
+        # stay in L2
+        parts = 1 if numeric.sweeps else numeric.parts
+        together = BACKWARD_SHARED_RUNS if numeric.sweeps else schedule.shared_runs
+        turns = items * owners[2] * -(-s // BACKWARD_CHUNK)
         compiler, room = backward.compile_rows, backward.RUNS_PARTS
     # those who share a weight, and their segments, at once: in the order of memory, as Cython does
     own = [stride != 0 for stride in shared]
@@ -556,12 +495,12 @@ def _back_plan(
     record[0] = (
         0,
         _operand(steps["x"], size),
-        _operand(of_dy, real if stored is computing else size),
+        _operand(asked.dy, real if stored is computing else size),
         _operand(steps["dx"], size),
-        _operand(weights, real),
-        _operand(stats if has_mean else None, 8),
+        _operand(asked.weight, real),
+        _operand(stats if asked.has_mean else None, 8),
         _operand(stats, 8),
-        a, b, p, s, c, layout.neighbours, centred, training, streamed, not streamed,
+        a, b, p, s, c, layout.neighbours, asked.centred, asked.training, streamed, not streamed,
         shared[0] != 0, shared[1] != 0, shared[2] != 0, sharers, parts, segments, chunks, width,
         items, cells, joined, together, 0, 0, 0,
     )  # fmt: skip
@@ -580,7 +519,7 @@ def _back_plan(
         axes,
         terms,
         width,
-        nbytes >= SERIAL // 2,
+        schedule,
         _is_compact(shared, layout.dims),
     )
 
@@ -620,19 +559,16 @@ def run_backward(
 
     `weight` (None: 1 everywhere) may lie in any order; `dbias` lies as `dweight` does.
     """
-    kind = _kind_of(x.dtype)
-    computing = np.float64 if kind is np.float64 else np.float32
+    computing = np.float64 if x.dtype == np.float64 else np.float32
     dims, of_dy, weights = layout.dims, layout.strides["dy"], layout.strides.get("factor")
     if dy.dtype != x.dtype and dy.dtype != computing:
         dy, of_dy = _converted(dy, of_dy, dims, computing)
     in_place = weights is not None and weights[3] in (0, 1)
     if weight is not None and weights is not None and not (in_place and weight.dtype == computing):
         weight, weights = _converted(weight, weights, dims, computing)
-    stored = kind if dy.dtype == x.dtype else computing
-    has_mean = mean is not None
-    plan = _back_plan(
-        layout, kind, stored, computing, of_dy, weights, has_mean, centred, training, stream_above
-    )  # fmt: skip
+    dtypes = _dtypes(x=x, dy=dy, dx=dx, weight=weight)
+    asked = _AskedBack(centred, training, mean is not None, of_dy, weights)
+    plan = _back_plan(layout, dtypes, machine.current(), asked)
     sums, terms = np.empty(plan.sums), np.empty(plan.terms)
     collected = np.empty((plan.items, plan.parts, 2, plan.cells))
     record = plan.template.copy()
@@ -640,7 +576,7 @@ def run_backward(
     record[_BACK_DATA] = [0 if array is None else _address(array) for array in operands]
     record[_BACK_OWN] = _address(sums), _address(terms), _address(collected)
     with watched(record, *operands, sums, terms, collected):
-        _carry_back(plan, record, threads if plan.parallel else 1, dims[0] * dims[1], training)
+        _carry_back(plan, record, threads, dims[0] * dims[1], training)
     with np.errstate(all="ignore"):  # of infinities, and beyond half precision
         totals = _totals(plan, layout, sums, collected)
         for gradient, total in zip((dweight, dbias), totals):
@@ -656,8 +592,9 @@ def _carry_back(plan: _BackPlan, record: Array, threads: int, groups: int, train
     """Run a kernel of tasks on their own, or shared out where they are few and large."""
     where = _address(record)
     kernel, room, items, pieces = plan.kernel, plan.room, plan.items, plan.pieces
-    tasks = items * plan.parts
-    apart = plan.parts == 1 and items < 4 * threads and (plan.inside or items % threads != 0)
+    tasks, threads = items * plan.parts, plan.schedule.threads(threads)
+    few = items < ITEMS_PER_THREAD * threads
+    apart = plan.parts == 1 and few and (plan.inside or items % threads != 0)
     if threads == 1 or not apart or (pieces == 1 and not plan.inside):
         _share(kernel, where, tasks, threads, WHOLE, room)
     elif plan.inside:

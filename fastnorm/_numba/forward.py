@@ -19,25 +19,15 @@ from typing import Any
 from numba import cfunc
 from numba.extending import register_jitable
 
-from fastnorm._numba.blocking import (
-    BLOCK,
-    CHUNK,
-    FIELDS,
-    FINISH,
-    MOMENTS,
-    PASS,
-    SCALE,
-    STEPS,
-    WHOLE,
-)
+from fastnorm._numba.blocking import FIELDS, FINISH, MOMENTS, PASS, SCALE, STEPS, WHOLE
 from fastnorm._numba.columns import columns_moments, columns_step, spread
 from fastnorm._numba.extents import part_at
-from fastnorm._numba.lanes import LANES
 from fastnorm._numba.memory import KERNEL, STRICT, fence, inner, record_at, take
 from fastnorm._numba.moments import merge_into
 from fastnorm._numba.rows import rows
 from fastnorm._numba.runs import runs_moments, runs_step
 from fastnorm._numba.scales import finish
+from fastnorm.schedule import APPLY_ELEMENTS, BLOCK, LANES
 
 # --- Runs -----------------------------------------------------------------------------------------
 
@@ -47,7 +37,7 @@ def runs_parts(width, kept):
     """Numbers of each part of a thread's memory: three moments, scales, sums, tile, spare, kept."""
     moments = FIELDS * width
     return (
-        moments, moments, moments, SCALE * width, 2 * width + 4 * LANES, BLOCK, CHUNK, kept
+        moments, moments, moments, SCALE * width, 2 * width + 4 * LANES, BLOCK, APPLY_ELEMENTS, kept
     )  # fmt: skip
 
 

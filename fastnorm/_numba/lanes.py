@@ -16,15 +16,13 @@ from numba.extending import intrinsic
 from fastnorm._numba.extents import checked
 from fastnorm._numba.memory import (
     ADDRESS,
-    AHEAD,
     MULTIPLY_ADD,
     WORD,
     build_multiply_add,
     build_prefetch,
     stored_name,
 )
-
-LANES, PAIRS = 32, 16  # sums of doubles side by side, forward and backward
+from fastnorm.schedule import LANES, PAIR_LANES, PREFETCH_BYTES
 
 
 def _in_lanes(builder: Any, n: int, places: Any, blocks: Any, terms: Any) -> None:
@@ -246,7 +244,7 @@ def exact_squares(typingctx: Any, x: Any, blocks: Any, chain: Any, mean: Any) ->
             n = builder.select(builder.icmp_signed("<", left, chain), left, chain)
             with cgutils.for_range(builder, n) as loop:
                 block = builder.add(begin, loop.index)
-                d = builder.fsub(_lanes_at(builder, LANES, x, block, ADDRESS(AHEAD)), mean)
+                d = builder.fsub(_lanes_at(builder, LANES, x, block, ADDRESS(PREFETCH_BYTES)), mean)
                 builder.store(build_multiply_add(builder, d, d, builder.load(short), True), short)
                 builder.store(builder.fadd(builder.load(first), d), first)
             high, lost = two_sum(builder.load(total), builder.load(short))
@@ -292,15 +290,15 @@ def add_pairs_to_lanes(
 ) -> Any:  # fmt: skip
     """Add g = dy weight and g xhat, xhat = (x - hi) r + shift, of n numbers, likewise.
 
-    `sums` is the address of PAIRS sums of the former and then of the latter. No weight (None) is 1.
-    In the order of the Cython kernels (fn_pair_planes, fn_sum_planes): of floats four terms are
-    added up before they go into a double; of doubles, which have no bits to spare, none.
+    `sums` is the address of PAIR_LANES sums of the former and then of the latter. No weight (None)
+    is 1. In the order of the Cython kernels (fn_pair_planes, fn_sum_planes): of floats four terms
+    are added up before they go into a double; of doubles, which have no bits to spare, none.
     """
     double = hi == types.float64
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         n, first, own = arguments[3], arguments[7], types.NumberClass(hi)
-        second = builder.add(first, ADDRESS(8 * PAIRS))
+        second = builder.add(first, ADDRESS(8 * PAIR_LANES))
 
         def terms(i: Any, k: int) -> Any:
             hi, r, shift = (_repeated(builder, k, v) for v in arguments[4:7])
@@ -324,27 +322,27 @@ def add_pairs_to_lanes(
             _fetch_numbers(builder, stored, arguments[1], i, k)
 
         def four_blocks(block: Any, a: Any, b: Any) -> Any:
-            i = builder.mul(block, ADDRESS(4 * PAIRS))
-            fetch(i, 4 * PAIRS)
-            parts = [builder.add(i, ADDRESS(PAIRS * k)) for k in range(4)]
-            one, two = _four_terms(builder, [terms(part, PAIRS) for part in parts])
+            i = builder.mul(block, ADDRESS(4 * PAIR_LANES))
+            fetch(i, 4 * PAIR_LANES)
+            parts = [builder.add(i, ADDRESS(PAIR_LANES * k)) for k in range(4)]
+            one, two = _four_terms(builder, [terms(part, PAIR_LANES) for part in parts])
             return add_floats(one, two, a, b)
 
         def one_block(block: Any, a: Any, b: Any) -> Any:
-            i = builder.add(four, builder.mul(block, ADDRESS(PAIRS)))
+            i = builder.add(four, builder.mul(block, ADDRESS(PAIR_LANES)))
             if double:
-                fetch(i, PAIRS)
-            g, h = terms(i, PAIRS)
+                fetch(i, PAIR_LANES)
+            g, h = terms(i, PAIR_LANES)
             return add(g, h, a, b)
 
         four = ADDRESS(0)
         if not double:
-            blocks = builder.udiv(n, ADDRESS(4 * PAIRS))
-            _in_lanes(builder, PAIRS, (first, second), blocks, four_blocks)
-            four = builder.mul(blocks, ADDRESS(4 * PAIRS))
-        blocks = builder.udiv(builder.sub(n, four), ADDRESS(PAIRS))
-        _in_lanes(builder, PAIRS, (first, second), blocks, one_block)
-        whole = builder.add(four, builder.mul(blocks, ADDRESS(PAIRS)))
+            blocks = builder.udiv(n, ADDRESS(4 * PAIR_LANES))
+            _in_lanes(builder, PAIR_LANES, (first, second), blocks, four_blocks)
+            four = builder.mul(blocks, ADDRESS(4 * PAIR_LANES))
+        blocks = builder.udiv(builder.sub(n, four), ADDRESS(PAIR_LANES))
+        _in_lanes(builder, PAIR_LANES, (first, second), blocks, one_block)
+        whole = builder.add(four, builder.mul(blocks, ADDRESS(PAIR_LANES)))
         with cgutils.for_range_slice(builder, whole, n, ADDRESS(1)) as (i, _):
             lane = builder.sub(i, whole)
             a, b = (_numbers_at(builder, _DOUBLE, 1, sums, lane) for sums in (first, second))
@@ -361,10 +359,10 @@ def add_pairs_to_lanes(
 
 @intrinsic
 def added_up(typingctx: Any, lanes: Any) -> Any:
-    """The sum of PAIRS doubles: those 8 apart first, then 4, 2 and 1."""
+    """The sum of PAIR_LANES doubles: those 8 apart first, then 4, 2 and 1."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        v = [_numbers_at(builder, _DOUBLE, PAIRS, arguments[0], ADDRESS(0))]
+        v = [_numbers_at(builder, _DOUBLE, PAIR_LANES, arguments[0], ADDRESS(0))]
         return _folded(builder, v, lambda a, b: [builder.fadd(a[0], b[0])])[0]
 
     return types.float64(types.intp), codegen
@@ -381,7 +379,7 @@ def _four_terms(builder: Any, terms: Any) -> Any:
 
 def _fetch_numbers(builder: Any, kind: Any, array: Any, i: Any, n: int, ahead: Any = None) -> None:
     """Ask for n numbers that lie `ahead` bytes further."""
-    ahead = ADDRESS(AHEAD) if ahead is None else ahead
+    ahead = ADDRESS(PREFETCH_BYTES) if ahead is None else ahead
     at = builder.add(builder.add(array, ahead), builder.mul(i, ADDRESS(_size(kind))))
     for line in range(0, n * _size(kind), 64):
         build_prefetch(builder, builder.add(at, ADDRESS(line)))

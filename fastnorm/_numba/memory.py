@@ -22,13 +22,12 @@ from numba.core import cgutils
 from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic, overload, register_jitable
 
-from fastnorm import _core
+from fastnorm import _core, schedule
 from fastnorm._numba import scalar
 from fastnorm._numba.extents import CHECKED, checked, part_at, size_of_part
 
 # Every function of `scalar` can be called from compiled code. Its sums are never reordered, whoever
 # calls it: the centring would be lost.
-AHEAD = 4096  # bytes that are asked for in advance
 STRICT = {"fastmath": False, "error_model": "numpy"}
 # Called by kernels alone: no door for Python or C is compiled.
 _INNER = {
@@ -64,6 +63,7 @@ MULTIPLY_ADD = _multiply_add()
 def _sources() -> int:
     """A number that changes with what a kernel is compiled from: Numba itself looks at one file."""
     files = sorted(Path(__file__).parent.glob("*.py"))  # not those of the GPU
+    files.append(Path(schedule.__file__))  # sizes are compiled into kernels
     times = tuple((s.st_mtime_ns, s.st_size) for s in (f.stat() for f in files))
     return hash((*times, *MULTIPLY_ADD.encode(), CHECKED)) | 1
 

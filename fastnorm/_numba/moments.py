@@ -11,30 +11,20 @@ import math
 import numpy as np
 
 from fastnorm._numba import scalar
-from fastnorm._numba.blocking import CHAIN
-from fastnorm._numba.lanes import LANES, add_to_lanes, exact_squares, sums_in_lanes
-from fastnorm._numba.memory import (
-    AHEAD,
-    fetch,
-    inner,
-    is_double,
-    is_half,
-    load,
-    read,
-    summing,
-    write,
-)
+from fastnorm._numba.lanes import add_to_lanes, exact_squares, sums_in_lanes
+from fastnorm._numba.memory import fetch, inner, is_double, is_half, load, read, summing, write
+from fastnorm.schedule import CHAIN, LANES, PREFETCH_BYTES
 
 
 @inner
 def fetch_ahead(x, size):
-    """Ask for `size` bytes that are read AHEAD from now.
+    """Ask for `size` bytes that are read PREFETCH_BYTES from now.
 
     A loop that reads one block, then writes another, keeps losing the processor's own prefetcher.
     """
     i = 0
     while i < size:
-        fetch(x + AHEAD + i)
+        fetch(x + PREFETCH_BYTES + i)
         i += 64
 
 
@@ -56,7 +46,7 @@ def sums(x, n, kind):
     if is_half(kind):
         fetch_ahead(x, 2 * n)
         return half_sums(x, n, 0.0)
-    first, second = sums_in_lanes(x, n // LANES, None, AHEAD, kind)
+    first, second = sums_in_lanes(x, n // LANES, None, PREFETCH_BYTES, kind)
     for i in range(n - n % LANES, n):
         d = np.float64(load(x, i, kind))
         first += d
@@ -94,10 +84,10 @@ def fold(v, half):
 def deviations(x, n, pivot, lanes):
     """The sum of x - pivot of doubles, in the order of the Cython kernels (fn_deviations)."""
     if n % LANES == 0:
-        return sums_in_lanes(x, n // LANES, pivot, AHEAD, np.float64)[0]
+        return sums_in_lanes(x, n // LANES, pivot, PREFETCH_BYTES, np.float64)[0]
     for j in range(LANES):
         write(lanes, j, 0.0)
-    add_to_lanes(x, n // LANES, pivot, AHEAD, lanes, None)
+    add_to_lanes(x, n // LANES, pivot, PREFETCH_BYTES, lanes, None)
     fold(lanes, 16)
     fold(lanes, 8)
     i = n - n % LANES

@@ -22,12 +22,12 @@ from numba.extending import overload
 
 import fastnorm
 from fastnorm._numba import scalar
-from fastnorm._numba.blocking import BLOCK, FIELDS, SCALE
-from fastnorm._numba.lanes import LANES
+from fastnorm._numba.blocking import FIELDS, SCALE
 from fastnorm._numba.memory import inner, is_double, read, write
 from fastnorm._numba.moments import merge_into, moments
 from fastnorm._numba.scales import rstd_of
 from fastnorm._numba.steps import steps
+from fastnorm.schedule import BLOCK, LANES
 
 
 def register() -> None:

@@ -7,13 +7,14 @@ import math
 import numpy as np
 
 from fastnorm._numba import scalar
-from fastnorm._numba.blocking import CHUNK, PAST, RSTD, SHORT, at
+from fastnorm._numba.blocking import RSTD, at
 from fastnorm._numba.lanes import step_lines
 from fastnorm._numba.memory import inner, is_double, load, read_real, real, size_of, store, write
 from fastnorm._numba.moments import double_moments, fetch_ahead, squares, sums, sums_about
 from fastnorm._numba.runs import runs_step
 from fastnorm._numba.scales import finish, rstd_of
 from fastnorm._numba.steps import convert, steps_affine, steps_plain, stream
+from fastnorm.schedule import APPLY_ELEMENTS, NON_TEMPORAL_TILE, SHORT_ROW
 
 
 @inner
@@ -36,7 +37,7 @@ def step_row_alone(q, x, y, n, hi, r, shift, weight, bias, tile, kind, tiled):
         if lines:
             m = (n - i) // (64 // size) * (64 // size)
         elif m == 0 or not q.stream:
-            m = min(n - i, CHUNK)
+            m = min(n - i, APPLY_ELEMENTS)
         at_x, at_y = x + size * i, y + size * i
         w = weight + q.weight.s * i if weight != 0 else 0
         b = bias + q.bias.s * i if bias != 0 else 0
@@ -80,7 +81,7 @@ def sum_of_row(q, a, b, i, n, tile, kind):
     t = tile + (i & 1) * n * size_of(kind) if q.stream else to
     f = 0
     while f < n:
-        m = min(n - f, PAST)
+        m = min(n - f, NON_TEMPORAL_TILE)
         skipped = f * size_of(kind)
         at_x, at_e, at_t = x + skipped, e + skipped, t + skipped
         fetch_ahead(at_x, m * size_of(kind))
@@ -102,7 +103,7 @@ def rows(q, first, last, whole, own, work, tile, spare, kept, kind, tiled):
     """
     n = q.length
     count = np.float64(n)
-    late = n < SHORT and not is_double(kind)
+    late = n < SHORT_ROW and not is_double(kind)
     weight, bias = q.weight.data, q.bias.data
     if not q.foldable and last - first >= 8:
         y = at(q.y, first // q.b, first % q.b)

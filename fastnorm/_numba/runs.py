@@ -7,10 +7,11 @@ import math
 import numpy as np
 
 from fastnorm._numba import scalar
-from fastnorm._numba.blocking import BLOCK, PIECE, at
+from fastnorm._numba.blocking import at
 from fastnorm._numba.memory import inner, is_double, load, read, read_real, real, store, write
 from fastnorm._numba.moments import merge_into, moments, squares, sums, sums_about
 from fastnorm._numba.steps import step_run, steps_plain
+from fastnorm.schedule import BLOCK, SPLIT_BLOCKS
 
 
 @inner
@@ -133,8 +134,8 @@ def runs_block(q, a, b, width, first, last, into, work, tile, kind, tiled):
 @inner
 def runs_moments(q, a, b, width, piece, into, part, work, tile, kind, tiled):
     """Moments of a piece of each of `width` groups: those of its blocks, merged in order."""
-    first = piece * BLOCK * PIECE
-    last = min(first + BLOCK * PIECE, q.length)
+    first = piece * BLOCK * SPLIT_BLOCKS
+    last = min(first + BLOCK * SPLIT_BLOCKS, q.length)
     f = first
     while True:
         end = min(f + BLOCK, last)
@@ -150,8 +151,8 @@ def runs_moments(q, a, b, width, piece, into, part, work, tile, kind, tiled):
 def runs_step(q, a, b, width, piece, scale, tile, spare, kind, tiled):
     """The step of a piece of each of `width` groups."""
     source = q.total if q.total.data != 0 else q.x
-    f = piece * BLOCK * PIECE
-    last = min(f + BLOCK * PIECE, q.length)
+    f = piece * BLOCK * SPLIT_BLOCKS
+    last = min(f + BLOCK * SPLIT_BLOCKS, q.length)
     while f < last:
         p = f // q.s
         t = f - p * q.s

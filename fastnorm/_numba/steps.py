@@ -7,10 +7,9 @@ import math
 import numpy as np
 
 from fastnorm._numba import scalar
-from fastnorm._numba.blocking import AWAITED, CHUNK, PAST, at
+from fastnorm._numba.blocking import at
 from fastnorm._numba.lanes import step_lines
 from fastnorm._numba.memory import (
-    AHEAD,
     call,
     inner,
     is_double,
@@ -23,6 +22,7 @@ from fastnorm._numba.memory import (
     stream_line,
     write,
 )
+from fastnorm.schedule import APPLY_ELEMENTS, NON_TEMPORAL_TILE, PREFETCH_BYTES, PREFETCH_WINDOW
 
 # --- Beside the affine step -----------------------------------------------------------------------
 
@@ -227,7 +227,11 @@ def steps_past(q, x, y, residual, n, hi, r, shift, ahead, tile, kind):
         m = min((-(y + size * i)) % 64 // size, n - i)
         lines = m == 0 and n - i >= 64 // size
         if lines:
-            m = (n - i if straight else min(n - i, PAST)) // (64 // size) * (64 // size)
+            m = (
+                (n - i if straight else min(n - i, NON_TEMPORAL_TILE))
+                // (64 // size)
+                * (64 // size)
+            )
         elif m == 0:
             m = n - i
         at_x, at_y = x + size * i, y + size * i
@@ -276,15 +280,15 @@ def step_run(q, a, b, p, t, n, s, apart, tile, spare, kind, tiled):
             residual = 0
             if q.residual.data != 0:
                 residual = at(q.residual, a, b) + p * q.residual.p + t * q.residual.s
-            ahead = AHEAD
-            if not q.given and q.length * source.s <= AWAITED:
+            ahead = PREFETCH_BYTES
+            if not q.given and q.length * source.s <= PREFETCH_WINDOW:
                 ahead = source.b  # this group lies in cache, the next one does not yet
             steps_past(q, x, y, residual, n, hi, r, shift, ahead, tile, kind)
             return
     i = 0
     while i < n:
         # through a tile in L1 where x, y and the residual may be one array
-        m = min(n - i, CHUNK)
+        m = min(n - i, APPLY_ELEMENTS)
         size = size_of(kind)
         target = y + i * size if q.direct else tile
         w = weight + i * q.weight.s if weight != 0 else 0

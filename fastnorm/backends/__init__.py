@@ -28,8 +28,18 @@ Array = NDArray[Any]
 # All there are, the fastest first.
 MODULES: dict[str, Backend] = {"cython": cython, "numba": numba, "numpy": numpy}
 
+
+class _AtHand(dict[str, Backend]):
+    """Backends by name; what is none of them only writes down what is asked (`fn.explain`)."""
+
+    def __missing__(self, name: str) -> Backend:
+        from fastnorm.backends import recorder
+
+        return recorder
+
+
 # Those that this installation has.
-at_hand = {name: module for name, module in MODULES.items() if module.available()}
+at_hand = _AtHand((name, module) for name, module in MODULES.items() if module.available())
 
 
 def in_use() -> Backend:

@@ -56,8 +56,8 @@ BY_LABEL: dict[str, Operation] = {op.label: op for op in (*OPERATIONS, *OTHERS)}
 # --- Sizes and numbers ----------------------------------------------------------------------------
 
 # About every length at which a kernel, of Cython's or Numba's, does something else: its lanes,
-# blocks, tiles and pieces. `test_fuzz.py` reads them from the sources.
-STEPS = (4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384, 32768, 65536, 1 << 17, 1 << 18)
+# blocks, tiles and pieces. `test_fuzz.py` reads them from schedule.py.
+STEPS = tuple(1 << n for n in range(2, 19))
 LONG_BLOCK = 27_700  # of float32 that a block of a run in place once had
 SIZES = sorted(
     {1, 2, 3, 5, 6, 7, 11, 13, 1 << 20, (1 << 20) + 1, LONG_BLOCK - 1, LONG_BLOCK, LONG_BLOCK + 1}

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
-import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 import fastnorm as fn
-from fastnorm import _core
 from fastnorm import _reference as reference
 from fastnorm._bench.operations import Operation
 from fastnorm.related import activate
-from tests.helpers import BF16, F32, F64, epsilon, unit
+from tests.helpers import BF16, F32, F64, epsilon, non_temporal, unit
 
 from .arenas import Arena, Array, Layout, extent, place, strides_of
 from .cases import AXES, BY_LABEL, INTEGERS, Case, dtype_of
@@ -393,26 +390,12 @@ def same(found: Results, other: Results, what: str) -> None:
         assert not wrong, f"{what}: {wrong} of {a.size} numbers have other bits"
 
 
-@contextlib.contextmanager
-def stores(past: bool) -> Iterator[None]:
-    """Results of any size are written past the caches, which as a rule only large ones are."""
-    at_hand = [_core.kernels, sys.modules.get("fastnorm._numba.cpu")]
-    kernels = [k for k in at_hand if k is not None]
-    for k in kernels:
-        k.set_stream_above(0 if past else _core.last_cache())
-    try:
-        yield
-    finally:
-        for k in kernels:
-            k.set_stream_above(_core.last_cache())
-
-
 def three_times(call: Callable[[], Any], case: Case, memory: Call) -> Results:
     """The result of three calls, by different threads and stores: the same bits, and no traces."""
     first: Results = ()
     for turn, threads in enumerate(case["threads"]):
         memory.restore()
-        with fn.threads(threads), stores(turn in case["past"]):
+        with fn.threads(threads), non_temporal(turn in case["past"]):
             result = call()
         memory.check_memory()
         found = kept(result) + tuple(memory.written())

@@ -1,0 +1,152 @@
+"""The machine that kernels run on: caches and cores, found once; what a schedule is derived from.
+
+``FASTNORM_MACHINE`` replaces what the system tells, all of it or single facts, separated by
+commas: the name of a model (`MODELS`), a file of ``name = value`` lines, or ``l2=2M``. A model
+says what caches there are; the cores of this process stay its own, unless ``cores=4`` is written.
+
+The instruction set is found once by the compiled kernels (`_core`); ``FASTNORM_CPU`` caps it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from fastnorm import limits
+
+CACHES = Path("sys/devices/system/cpu/cpu0/cache")
+
+# Where the system tells of no cache that cores share (containers, AArch64 in clouds). There is one
+# on every machine with 1 MB of L2 that we know, and results that it would have held are read from
+# it.
+LAST_CACHE_BYTES = 32 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Bytes of its caches (0: not told), the cores that share the last one, and those of ours."""
+
+    l1: int = 0
+    l2: int = 0
+    l3: int = 0
+    l3_cores: int = 1
+    cores: int = 1
+    always_non_temporal: bool = False  # for tests: whatever the sizes of arrays
+
+    @property
+    def caches(self) -> dict[str, int]:
+        """Bytes of one cache of each level that is told."""
+        sizes = {"L1": self.l1, "L2": self.l2, "L3": self.l3}
+        return {level: size for level, size in sizes.items() if size}
+
+    @property
+    def last_cache(self) -> int:
+        """Bytes of the cache that all arrays of a call go through."""
+        return 0 if self.always_non_temporal else self.l3 or LAST_CACHE_BYTES
+
+    @property
+    def near_cache(self) -> int:
+        """Bytes that one core finds again: its L2 and its share of the last cache."""
+        return self.l2 + self.last_cache // max(self.l3_cores, 1)
+
+
+# What decisions are tested on beside the machine at hand; sizes as their systems tell them.
+MODELS = {
+    "zen5": Machine(l1=48 << 10, l2=1 << 20, l3=32 << 20, l3_cores=8, cores=8),
+    "sapphire-rapids": Machine(l1=48 << 10, l2=2 << 20, l3=480 << 20, l3_cores=60, cores=2),
+    "laptop": Machine(l1=48 << 10, l2=1280 << 10, l3=12 << 20, l3_cores=8, cores=8),
+    "avx2-server": Machine(l1=32 << 10, l2=512 << 10, l3=16 << 20, l3_cores=4, cores=16),
+    "aarch64-cloud": Machine(l1=64 << 10, l2=1 << 20, cores=4),
+}
+
+_FACTS = {field.name: field.type for field in fields(Machine)}
+
+
+def number_of_bytes(text: str) -> int | None:
+    """The number that "32M", "512K" or "4096" stand for; None for anything else."""
+    text = text.strip()
+    shift = {"K": 10, "M": 20, "G": 30}.get(text[-1:].upper(), 0)
+    n = limits.whole_number(text[:-1] if shift else text)
+    return None if n is None else n << shift
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii", errors="replace").strip()
+    except OSError:  # some containers show only parts of it
+        return ""
+
+
+def _count(cpus: str) -> int:
+    """How many processors a list such as "0-3,8" has."""
+    n = 0
+    for part in cpus.split(","):
+        first, _, last = part.partition("-")
+        low, high = limits.whole_number(first), limits.whole_number(last or first)
+        n += 0 if low is None or high is None else high - low + 1
+    return max(n, 1)
+
+
+def found(root: Path = limits.ROOT) -> Machine:
+    """The machine as its system tells it; tests have files of their own."""
+    caches, shared_by = {1: 0, 2: 0, 3: 0}, 1
+    for folder in (root / CACHES).glob("index*"):
+        level = limits.whole_number(_read(folder / "level"))
+        size = number_of_bytes(_read(folder / "size"))
+        if level not in caches or not size or _read(folder / "type") == "Instruction":
+            continue
+        caches[level] = size
+        if level == 3:
+            shared_by = _count(_read(folder / "shared_cpu_list"))
+    return Machine(caches[1], caches[2], caches[3], shared_by, limits.processors(root))
+
+
+def of_text(text: str, machine: Machine) -> Machine:
+    """`machine` with what a text says in the manner of ``FASTNORM_MACHINE``."""
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        if "=" in part:
+            machine = _with_fact(machine, part)
+        elif part in MODELS:
+            machine = replace(MODELS[part], cores=machine.cores)
+        elif Path(part).is_file():
+            for line in _read(Path(part)).splitlines():
+                fact = line.partition("#")[0].strip()
+                machine = _with_fact(machine, fact) if fact else machine
+        else:
+            raise ValueError(
+                f"FASTNORM_MACHINE has {part!r:.80}, which is no model, no file and no fact; write "
+                f"one of {', '.join(MODELS)}, the path of a file, or a fact such as l2=2M"
+            )
+    return machine
+
+
+def _with_fact(machine: Machine, text: str) -> Machine:
+    name, _, value = (word.strip() for word in text.partition("="))
+    n = number_of_bytes(value)
+    if name not in _FACTS or n is None or (n == 0 and name.endswith("cores")):
+        raise ValueError(
+            f"FASTNORM_MACHINE has {text!r:.80}, expected one of {', '.join(_FACTS)} and a number, "
+            "such as l2=2M or cores=4"
+        )
+    value_of: Any = bool(n) if _FACTS[name] == "bool" else n
+    return replace(machine, **{name: value_of})
+
+
+_current: Machine | None = None
+
+
+def current() -> Machine:
+    """The machine at hand, found when it is first asked for."""
+    global _current
+    if _current is None:
+        _current = of_text(os.environ.get("FASTNORM_MACHINE", ""), found())
+    return _current
+
+
+def exchange(machine: Machine) -> Machine:
+    """Make another machine the one at hand; returns the one before (`runtime.on_machine`)."""
+    global _current
+    before, _current = current(), machine
+    return before

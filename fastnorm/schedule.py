@@ -1,0 +1,602 @@
+"""How a pass is carried out: the only home of every size and threshold of the CPU kernels.
+
+`forward_schedule` and `backward_schedule` are pure functions of a layout, dtypes and a machine.
+They run no kernel and read no number of an array. Kernels carry out what they are told; what
+depends on numbers found on the way (a group out of range) or on an address they decide themselves.
+
+There are two kinds of decisions, kept apart:
+
+- *Numeric blocking* decides in which order numbers are added up, hence the last bits of results. It
+  follows from shape, strides and dtypes alone: never from machine, threads or batch.
+- *Tuning* decides no bit: tiles, threads, kinds of stores.
+
+`setup.py` reads the whole numbers below, without importing this file, and writes them into the
+header that the compiled kernels are built with: a threshold is changed here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from fastnorm.machine import Machine
+
+# --- Numeric blocking: these decide bits ----------------------------------------------------------
+# A change gives results other last bits, and is said in the change log.
+
+# partial sums side by side, forward and backward, and how many numbers are added up before they are
+# folded into one: short chains round less
+LANES = 32
+PAIR_LANES = 16
+CHAIN = 256
+
+# a group that is contiguous: elements of a block whose moments are taken at once, which L1 holds,
+# and blocks of a split, which one thread takes when a group is shared out
+BLOCK = 4096
+SPLIT_BLOCKS = 16
+
+# groups side by side in memory (strided reductions). A tile is whole rows of up to so many columns,
+# or so many columns of more; a block is of so many elements, which L2 holds; a split is of so many
+# rows, whose partial sums cost at most 1 % of x
+MAX_UNTILED_COLUMNS = 512
+COLUMN_TILE = 256
+ROW_TILE_ELEMENTS = 16384
+MIN_BLOCK_ROWS = 16
+SPLIT_ROWS = 1024
+
+# neighbours in memory that share a statistic: fewer are too short to walk along, and are taken as
+# columns and merged. 32 lanes are filled twice
+MIN_RUN = 64
+
+# backward: groups of runs shorter than these bytes are taken side by side, at most so many;
+# elements of a run, and rows, that are summed at a time (sums of rows cost at most 2 % of x);
+# elements of a run whose weights' gradients are collected at once, and runs that share the trip to
+# those gradients
+SHORT_RUN_BYTES = 4096
+TILE_GROUPS = 16
+BACKWARD_SPAN = 65536
+BACKWARD_SPAN_ROWS = 512
+BACKWARD_CHUNK = 1024
+BACKWARD_SHARED_RUNS = 4
+# bytes of x and dy that stay in L2 from the sums to the step
+BACKWARD_CACHED_BYTES = 1 << 18
+# parts of those that share a weight: at most, elements that make one worth its sums, bytes of all
+# sums (besides 1 % of x); tasks below which large groups are taken in two sweeps; cells of a task
+# of its own
+BACKWARD_PARTS = 64
+BACKWARD_PART_ELEMENTS = 16384
+BACKWARD_SUM_BYTES = 2 << 20
+BACKWARD_FEW_TASKS = 8
+BACKWARD_OWN_CELLS = 8192
+
+# --- Tuning: these decide no bit ------------------------------------------------------------------
+
+# groups of contiguous runs side by side have so many elements, at most
+TILE_ELEMENTS = 4096
+# a row of fewer elements is not worth taking alone, unless there are few rows; a shorter row is
+# applied after the sums of the next, which hide how long a quotient and a root take
+MIN_ROW = 256
+FEW_ROWS = 4
+SHORT_ROW = 2048
+# elements that two loops go over one after the other, by way of a tile in L1 (Numba's kernels)
+APPLY_ELEMENTS = 2048
+
+# bytes that are asked for in advance; bytes of a group beside which as many of the next one fit in
+# L2
+PREFETCH_BYTES = 4096
+PREFETCH_WINDOW = 1 << 18
+
+# Non-temporal stores pay where a result would push out what is still to be read. x and y go through
+# the cache together: so many eighths of the last cache, forward; of x alone, backward, where dy and
+# dx go through it too. Columns, which are read in two sweeps, are worth it a little later. A
+# shorter run ends in lines that are half written: that costs more than all that is gained.
+NON_TEMPORAL_EIGHTHS = 5
+NON_TEMPORAL_EIGHTHS_BACKWARD = 2
+NON_TEMPORAL_EIGHTHS_BACKWARD_STRIDED = 3
+NON_TEMPORAL_EIGHTHS_GATHERED = 4
+NON_TEMPORAL_MIN_RUN = 1024
+# elements stored at a time, by way of a tile in L1
+NON_TEMPORAL_TILE = 256
+
+# bytes of x: below which waking a second thread costs more; for each thread, up to which shares are
+# fixed once and each core finds its own in its cache; below which giving up the interpreter's lock
+# does
+SERIAL_BYTES = 1 << 17
+SERIAL_BYTES_BACKWARD = 1 << 16
+STATIC_BYTES_PER_THREAD = 1 << 20
+GIL_RELEASE_MIN_BYTES = 1 << 15
+# threads take turns at so many shares each; fewer items than so many for each thread are split
+TURNS_PER_THREAD = 8
+ITEMS_PER_THREAD = 4
+
+
+# --- What a schedule follows from -----------------------------------------------------------------
+
+
+class Walk(Protocol):
+    """A pass over memory, as `layout.Layout` describes it; strides are in elements."""
+
+    @property
+    def columns(self) -> bool: ...  # noqa: D102
+    @property
+    def dims(self) -> tuple[int, int, int, int, int]: ...  # noqa: D102
+    @property
+    def neighbours(self) -> int: ...  # noqa: D102
+    @property
+    def strides(self) -> Mapping[str, tuple[int, ...]]: ...  # noqa: D102
+
+
+Dtypes = tuple[tuple[str, "np.dtype[Any]"], ...]  # of the operands that are there, by their names
+
+
+class _Type:
+    """What counts of a dtype, whose name NumPy makes up every time."""
+
+    def __init__(self, dtype: np.dtype[Any]) -> None:
+        self.name, self.size = dtype.name, dtype.itemsize
+        self.half = self.name in ("float16", "bfloat16")
+
+
+_type = lru_cache(maxsize=64)(_Type)
+
+
+_NONE = (0, 0, 0, 0, 0)
+
+
+def _up(n: int, of: int) -> int:
+    """How many of `of` hold n."""
+    return -(-n // of)
+
+
+def _tiles_of_columns(columns: int, neighbours: int) -> tuple[int, int]:
+    """How many columns a tile has, and how many tiles there are."""
+    groups, tiles = columns // neighbours, 1
+    if columns > MAX_UNTILED_COLUMNS:
+        tiles = max(1, min(groups, _up(columns, COLUMN_TILE)))
+    width = _up(groups, tiles) * neighbours
+    return width, _up(columns, width)
+
+
+def _non_temporal(through: int, run: int, eighths: int, machine: Machine) -> bool:
+    """Whether results go past the caches: bytes of the arrays, bytes of a run that is stored."""
+    last = machine.last_cache
+    return through > last // 8 * eighths and (run >= NON_TEMPORAL_MIN_RUN or last == 0)
+
+
+# --- Forward --------------------------------------------------------------------------------------
+
+Path = Literal["rows", "gathered", "pipelined", "items"]
+# How an item is carried out, the first that fits:
+#   rows       each a group of its own, from its sums to its result in one loop
+#   gathered   short planes of doubles that lie apart are copied together first
+#   pipelined  tiles of short groups: the sums of one beside the step of the one before
+#   items      one after the other: moments of its blocks, merged; then the step
+PATHS: tuple[Path, ...] = ("items", "pipelined", "gathered", "rows")
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class ForwardBlocking:
+    """What decides the bits of a forward pass."""
+
+    length: int  # reduced elements of a group, or rows of columns
+    column_tile: int  # columns of an item; 0 along runs
+    block: int  # elements, or rows, whose moments are taken at once
+    split_length: int  # elements, or rows, of a group that one thread takes where it is shared out
+    splits: int
+    bf16_direct: bool  # sums convert bfloat16 on the way
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class ForwardSchedule:
+    """How a forward pass is carried out."""
+
+    blocking: ForwardBlocking
+    path: Path
+    width: int  # columns of an item; along runs, groups side by side
+    chunks: int  # items side by side
+    items: int
+    foldable: bool  # a weight is one number for a run or a column
+    single_rows: bool  # groups are rows with nothing beside weights, whatever their dtype
+    tabulated: bool  # given statistics: each scale is made once for all samples
+    non_temporal: bool  # y is stored past the caches
+    direct: bool  # x and y are read and written where they lie, not by way of tiles
+    direct_non_temporal: bool  # or read where they lie and stored past the caches
+    bytes: int  # of x
+    max_threads: int  # 1, or 0: as many as there are
+    static_threads: int  # from so many threads on their shares are fixed
+    releases_gil: bool
+
+    def threads(self, threads: int) -> int:
+        """How many of so many threads are used."""
+        return min(threads, self.max_threads) if self.max_threads else threads
+
+    def sharing(self, threads: int) -> Literal["alone", "split", "static", "dynamic"]:
+        """How items are shared out; "split": all threads take splits of each group."""
+        threads = self.threads(threads)
+        if threads == 1:
+            return "alone"
+        few = self.items < ITEMS_PER_THREAD * threads and self.items % threads != 0
+        if self.blocking.splits > 1 and few:
+            return "split"
+        return "static" if threads >= self.static_threads else "dynamic"
+
+
+@lru_cache(maxsize=4096)
+def forward_schedule(
+    layout: Walk,
+    dtypes: Dtypes,
+    machine: Machine,
+    *,
+    given: bool = False,
+    activation: Any = None,
+    activation_first: bool = False,
+) -> ForwardSchedule:
+    """How a forward pass is carried out on a machine.
+
+    `given`: statistics are read. `activation` is None, a name, or a function of the user's. The
+    schedule holds for any number of threads (`sharing`): a cached call keeps it.
+    """
+    types = {name: _type(dtype) for name, dtype in dtypes}
+    return _Forward(layout, types, given, activation, activation_first).schedule(machine)
+
+
+class _Forward:
+    """The facts of a forward pass, and what follows from them."""
+
+    def __init__(
+        self,
+        layout: Walk,
+        types: Mapping[str, _Type],
+        given: bool,
+        activation: Any,
+        activation_first: bool,
+    ) -> None:
+        self.layout, self.types = layout, types
+        self.given, self.activation, self.activation_first = given, activation, activation_first
+        self.x = types["x"]
+        self.written = "y" in types
+        a, b, p, s, c = layout.dims
+        self.length = p * s
+        self.bytes = a * b * p * s * c * self.x.size
+        self.is_double = self.x.name == "float64"
+
+    def strides(self, name: str) -> tuple[int, ...]:
+        return self.layout.strides.get(name, _NONE) if name in self.types else _NONE
+
+    def schedule(self, machine: Machine) -> ForwardSchedule:
+        """All of it."""
+        a, b, _, s, c = self.layout.dims
+        columns = self.layout.columns
+        if columns:
+            width, chunks = _tiles_of_columns(c, self.layout.neighbours)
+            items = a * b * chunks
+        else:
+            width = self._groups_of_tile()
+            chunks = _up(b, width)
+            items = a * chunks
+        blocking = self._blocking(width if columns else 0)
+        through = self.bytes * (4 if "total" in self.types else 1)
+        run = width if columns else s
+        if columns and self.written and self.strides("y")[3] == width:
+            run *= s  # rows that follow one another
+        stored_past = _non_temporal(through, run * self.x.size, NON_TEMPORAL_EIGHTHS, machine)
+        plain = self._same_types()
+        rows = self._takes_rows(blocking.bf16_direct and not stored_past)
+        if rows:
+            width, chunks, items = 1, b, a * b
+        path: Path = "items"
+        if rows:
+            path = "rows"
+        elif self._gathers(blocking):
+            path = "gathered"
+        elif self._is_pipelined(width):
+            path = "pipelined"
+        past = plain and stored_past and self.x.name == "float32" and self.foldable
+        if path == "gathered":
+            # y would push out what is still to be read
+            past = self.bytes >= machine.last_cache // 8 * NON_TEMPORAL_EIGHTHS_GATHERED
+        return ForwardSchedule(
+            blocking, path, width, chunks, items, self.foldable, self.takes_rows_alone(),
+            self._is_tabulated(blocking), stored_past, plain and not stored_past, past, self.bytes,
+            1 if self.bytes < SERIAL_BYTES else 0, self.bytes // STATIC_BYTES_PER_THREAD + 1,
+            self.bytes >= GIL_RELEASE_MIN_BYTES,
+        )  # fmt: skip
+
+    def _groups_of_tile(self) -> int:
+        """Groups of contiguous runs that are taken side by side."""
+        _, b, p, s, _ = self.layout.dims
+        width = TILE_ELEMENTS // max(self.length, 1)
+        if width == 1 and self.length <= BLOCK:
+            width = 2
+        if p > 1 and s * self.x.size < SHORT_RUN_BYTES:
+            width = max(width, SPLIT_BLOCKS * BLOCK // max(self.length, 1))
+        return max(1, min(width, b, TILE_GROUPS))
+
+    def _blocking(self, column_tile: int) -> ForwardBlocking:
+        if column_tile:
+            block = min(max(ROW_TILE_ELEMENTS // column_tile, MIN_BLOCK_ROWS), SPLIT_ROWS)
+            split = max(block, SPLIT_ROWS - SPLIT_ROWS % block)
+        else:
+            block, split = BLOCK, SPLIT_BLOCKS * BLOCK
+        splits = max(1, _up(self.length, split))
+        return ForwardBlocking(
+            self.length, column_tile, block, split, splits, self._converts_on_the_way()
+        )
+
+    @property
+    def foldable(self) -> bool:
+        """Whether a weight is one number for a run or a column."""
+        first = 2 if self.layout.columns else 3
+        affine = self.strides("weight"), self.strides("bias")
+        return not self.activation_first and not any(any(w[first:4]) for w in affine)
+
+    @property
+    def _along(self) -> bool:
+        """Whether there is a weight of each element along the run, and a bias only if likewise."""
+        own = self.strides("bias")[3] != 0 or "bias" not in self.types
+        return self.strides("weight")[3] != 0 and own
+
+    def _has(self, *names: str) -> bool:
+        return any(name in self.types for name in names)
+
+    def _type_is_x(self, name: str) -> bool:
+        return name in self.types and self.types[name].name == self.x.name
+
+    @property
+    def _planes_follow(self) -> bool:
+        _, _, p, s, _ = self.layout.dims
+        return p == 1 or self.strides("x")[2] == s
+
+    def _converts_on_the_way(self) -> bool:
+        return (
+            self.x.name == "bfloat16"
+            and self.written
+            and not self.layout.columns
+            and self.activation is None
+            and not self._has("residual", "mask", "total")
+            and self._planes_follow
+            and (self.foldable or self._along)
+        )
+
+    def _same_types(self) -> bool:
+        """Whether all of x's size are numbers that are computed in, and all are taken."""
+        beside = [name for name in ("residual", "addend") if name in self.types]
+        return (
+            self.written
+            and not callable(self.activation)
+            and self.x.name in ("float32", "float64")
+            and "mask" not in self.types
+            and all(self._type_is_x(name) for name in beside)
+        )
+
+    def takes_rows_alone(self) -> bool:
+        """Whether groups are rows with nothing beside weights, whatever their dtype."""
+        a, b, p, _, _ = self.layout.dims
+        if self.layout.columns or self.given or not self.written or p != 1 or self.length > BLOCK:
+            return False
+        if self.length < MIN_ROW and a * b >= FEW_ROWS:
+            return False
+        if self.activation is not None or self.activation_first or self._has("mask", "residual"):
+            return False
+        shared = self.strides("weight")[1] == 0 and self.strides("bias")[1] == 0
+        return self.foldable or (self._along and shared)
+
+    def _takes_rows(self, half: bool) -> bool:
+        if not self.takes_rows_alone():
+            return False
+        if "total" in self.types:
+            return self.x.name == "float32" and self._type_is_x("addend")
+        return self.x.name in ("float32", "float64") or half
+
+    def _gathers(self, blocking: ForwardBlocking) -> bool:
+        """Whether short planes of doubles are copied together first.
+
+        They are read three times, and where they lie a power of two apart they fall into a few sets
+        of the caches, which lose them in between.
+        """
+        _, _, p, s, _ = self.layout.dims
+        return (
+            self.is_double
+            and self.written
+            and not (self.given or self.layout.columns)
+            and p > 1
+            and blocking.splits == 1
+            and self.strides("x")[3] == 1
+            and self.strides("x")[2] != s
+            and s * self.x.size < SHORT_RUN_BYTES
+            and not self._has("mask", "total")
+        )
+
+    def _is_pipelined(self, width: int) -> bool:
+        """Whether groups, not of doubles, are short, lie in one piece and are all taken."""
+        if self.is_double or self.layout.columns or self.given or not self.written:
+            return False
+        if "mask" in self.types or self.length > BLOCK or not self._planes_follow:
+            return False
+        if "total" in self.types:
+            own = self.x.name == "float32" and self._type_is_x("addend")
+            return own and self.layout.dims[2] == 1
+        return self.x.name == "float32" or (self.x.half and width * self.length <= 2 * BLOCK)
+
+    def _is_tabulated(self, blocking: ForwardBlocking) -> bool:
+        """Whether a scale is shared by many planes: one costs as much as normalising 50 numbers."""
+        samples = self.layout.dims[0]
+        return (
+            self.given
+            and not self.layout.columns
+            and samples > 1
+            and self.layout.strides["stats"][0] == 0
+            and blocking.splits == 1
+        )
+
+
+# --- Backward -------------------------------------------------------------------------------------
+# A *cell* is what the sums of a group and those of a weight have in common (_core/backward.h).
+# Items whose weight is the same one (`sharers` of an `owner`) add into the same cells, in their
+# order; a fixed number of `parts` of them, merged in order, can run in parallel.
+
+BackwardPath = Literal["rows", "groups", "items", "sweeps"]
+# How those who share a weight are carried out:
+#   rows    at equal distances, four at a time, from their sums to dx and the weights' gradients
+#   groups  of planes with a weight each, from their sums to dx
+#   items   one after the other, from the sums to dx while they are in cache
+#   sweeps  the sums of all, then dx of all: each sweep is shared out among the threads
+BACKWARD_PATHS: tuple[BackwardPath, ...] = ("items", "rows", "groups", "sweeps")
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class BackwardBlocking:
+    """What decides the bits of a backward pass."""
+
+    length: int  # reduced elements of a group, or rows of columns
+    width: int  # columns of an item; along runs, groups side by side
+    chunks: int  # items side by side
+    own: tuple[bool, bool, bool]  # whether the weight differs along a, b and c of items
+    inside: bool  # whether it differs within a run, or from row to row
+    owners: int
+    sharers: int  # of an owner: items = owners * sharers
+    span: int  # elements, or rows, that are summed at a time
+    segments: int  # of an item
+    plane_segments: int  # of each plane where planes' weights differ, else 0
+    cell_p: int  # from one plane's, row's or column's cell to the next
+    cell_s: int
+    cell_c: int
+    cells: int  # of an owner
+    parts: int
+    sweeps: bool  # few large groups, or sums too many to keep: the two sweeps apart
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class BackwardSchedule:
+    """How a backward pass is carried out."""
+
+    blocking: BackwardBlocking
+    path: BackwardPath
+    shared_runs: int  # that are taken together
+    non_temporal: bool  # dx is stored past the caches
+    bf16_direct: bool  # bfloat16 is converted on the way
+    bytes: int  # of x
+    max_threads: int  # 1, or 0: as many as there are
+
+    def threads(self, threads: int) -> int:
+        """How many of so many threads are used."""
+        return min(threads, self.max_threads) if self.max_threads else threads
+
+    def sharing(self, threads: int) -> Literal["alone", "split", "dynamic"]:
+        """How work is shared out; "split": all threads take segments of each owner."""
+        if self.threads(threads) == 1:
+            return "alone"
+        few = self.blocking.sweeps and self.blocking.owners < BACKWARD_FEW_TASKS
+        return "split" if few else "dynamic"
+
+
+@lru_cache(maxsize=4096)
+def backward_schedule(
+    layout: Walk, dtypes: Dtypes, machine: Machine, *, training: bool = True
+) -> BackwardSchedule:
+    """How a backward pass is carried out on a machine; the layout's "factor" is the weight."""
+    types = {name: _type(dtype) for name, dtype in dtypes}
+    x = types["x"]
+    blocking = _backward_blocking(layout, x.size)
+    a, b, _, s, _ = layout.dims
+    nbytes = blocking.owners * blocking.sharers * blocking.width * blocking.length * x.size
+    run = blocking.width if layout.columns else s
+    if layout.columns and not blocking.inside and layout.strides["dx"][3] == blocking.width:
+        run *= s  # rows that follow one another
+    eighths = NON_TEMPORAL_EIGHTHS_BACKWARD
+    if layout.columns:
+        eighths = NON_TEMPORAL_EIGHTHS_BACKWARD_STRIDED
+    past = _non_temporal(nbytes, run * types["dx"].size, eighths, machine)
+    full = [types[name].name for name in ("x", "dy", "dx")]
+    half = all(name == "bfloat16" for name in full) and not layout.columns and not past
+    real = "float64" if x.name == "float64" else "float32"
+    direct = half or all(name == real for name in full)
+    in_cache = (
+        blocking.inside
+        and not layout.columns
+        and blocking.length * BACKWARD_SHARED_RUNS * 2 * x.size <= BACKWARD_CACHED_BYTES
+    )
+    path: BackwardPath = "items"
+    native = "weight" not in types or types["weight"].name == real
+    if blocking.sweeps:
+        path = "sweeps"
+    elif (
+        in_cache
+        and training
+        and direct
+        and blocking.width == layout.dims[2] == blocking.owners == 1
+        and 1 in (a, b)
+        and (native or not any(layout.strides["factor"][:3]))  # else they are converted before
+    ):
+        path = "rows"
+    elif (
+        blocking.plane_segments == 1
+        and training
+        and direct
+        and native
+        and not layout.columns
+        and not past
+    ):
+        path = "groups"
+    return BackwardSchedule(
+        blocking, path, BACKWARD_SHARED_RUNS if in_cache else 1, past, half, nbytes,
+        1 if nbytes < SERIAL_BYTES_BACKWARD else 0,
+    )  # fmt: skip
+
+
+def _backward_blocking(layout: Walk, size: int) -> BackwardBlocking:
+    a, b, p, s, c = layout.dims
+    columns, length = layout.columns, p * s
+    w = layout.strides["dweight"]
+    own_a, own_b, own_c = w[0] != 0, w[1] != 0, columns and w[4] != 0
+    inside = w[3] != 0 or (columns and w[2] != 0)
+    if columns:
+        width, chunks = _tiles_of_columns(c, layout.neighbours)
+        items = a * b * chunks
+        owners = (a if own_a else 1) * (b if own_b else 1) * (chunks if own_c else 1)
+    else:
+        width = 1
+        if own_b and not inside and s * size < SHORT_RUN_BYTES:
+            # groups of short runs side by side, as they lie in memory
+            width = min(
+                b // BACKWARD_FEW_TASKS, TILE_GROUPS, SPLIT_BLOCKS * BLOCK // max(length, 1)
+            )
+            width = max(1, width)
+        chunks = _up(b, width)
+        items = a * chunks
+        owners = (a if own_a else 1) * (chunks if own_b else 1)
+    sharers = items // owners
+
+    cell_c = int(w[4] != 0 if columns else width > 1)
+    cells = width if cell_c else 1
+    cell_s = cells if w[3] else 0
+    cells *= s if w[3] else 1
+    cell_p = cells if w[2] else 0
+    cells *= p if w[2] else 1
+
+    span = BACKWARD_SPAN_ROWS if columns else BACKWARD_SPAN
+    plane_segments = 0
+    if w[2] and p > 1 and not inside:
+        plane_segments = _up(s, span)
+        segments = p * plane_segments
+    else:
+        segments = _up(length, span)
+
+    elements = owners * sharers * width * length
+    sum_bytes = 16 * cells * owners
+    allowed = (BACKWARD_SUM_BYTES + elements * size // 100) // sum_bytes
+    parts = min(
+        sharers, max(BACKWARD_PARTS // owners, 1), elements // BACKWARD_PART_ELEMENTS, allowed
+    )
+    parts = max(parts, 1)
+    few = owners * parts < BACKWARD_FEW_TASKS
+    sweeps = few and elements >= BACKWARD_FEW_TASKS * BACKWARD_PART_ELEMENTS
+    sweeps = sweeps or (inside and parts == 1 and cells > BACKWARD_OWN_CELLS)
+    return BackwardBlocking(
+        length, width, chunks, (own_a, own_b, own_c), inside, owners, sharers, span, segments,
+        plane_segments, cell_p, cell_s, cell_c, cells, parts, sweeps,
+    )  # fmt: skip

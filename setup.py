@@ -1,8 +1,8 @@
 """Build the compiled kernels; everything else about the package is in pyproject.toml.
 
-``fastnorm/_core/kernels.pxi``, with what it includes, is the one source. Each tiny
-``_kernels_*.pyx`` includes it and is compiled for one instruction set; the package picks the best
-of them at import.
+``fastnorm/_core/kernels.h``, with what it includes, is the one source of the kernels, and
+``kernels.pxi`` Python's way to them. Each tiny ``_kernels_*.pyx`` includes both and is compiled for
+one instruction set; the package picks the best of them at import.
 
 The environment variable ``FASTNORM_BUILD_KERNELS`` says what to do about the compiler:
 

@@ -12,7 +12,7 @@ Array = NDArray[Any]
 
 
 class Scaling(IntEnum):
-    """How a group's statistics become its scale: `enum Scaling` in _core/kernels.pxi."""
+    """How a group's statistics become its scale: `enum Scaling` in _core/forward.h."""
 
     RSTD = 0  # 1 / sqrt(var + eps)
     NORM = 1  # 1 / max(sqrt(sum of squares), eps)

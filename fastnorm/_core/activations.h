@@ -10,8 +10,8 @@
  * double: the C library's functions, correct to about one unit in the last place. */
 
 /* x, or the number of its sign whose bits are `largest`, where that is nearer to zero; not a number
- * becomes one.  In integers: of two comparisons of floats gcc makes masks, which take as long as all the
- * rest of an exponential. */
+ * becomes one.  In integers: of two comparisons of floats gcc makes masks, which take as long as
+ * all the rest of an exponential. */
 FN_INLINE float fn_within32(float x, int32_t largest) {
     const uint32_t sign = fn_bits(x) & 0x80000000u;
     int32_t size = (int32_t)(fn_bits(x) & 0x7fffffffu);
@@ -114,14 +114,27 @@ static inline double fn_gelu_tanh64(double x) {
 }
 static inline double fn_tanh64(double x) { return tanh(x); }
 
-#define FN_ACTIVATION(name)                                                   \
-    static inline void fn_##name##_double(double *t, ptrdiff_t n) {          \
-        for (ptrdiff_t i = 0; i < n; i++) t[i] = fn_##name##64(t[i]);        \
+typedef enum { IDENTITY, RELU, SILU, GELU, GELU_TANH, TANH } Activation;
+
+FN_INLINE float activated_f32(float t, Activation activation) {
+    switch (activation) {
+    case RELU: return fn_relu32(t);
+    case SILU: return fn_silu32(t);
+    case GELU: return fn_gelu32(t);
+    case GELU_TANH: return fn_gelu_tanh32(t);
+    case TANH: return fn_tanh32(t);
+    default: return t;
     }
-FN_ACTIVATION(relu)
-FN_ACTIVATION(silu)
-FN_ACTIVATION(gelu)
-FN_ACTIVATION(gelu_tanh)
-FN_ACTIVATION(tanh)
+}
+FN_INLINE double activated_f64(double t, Activation activation) {
+    switch (activation) {
+    case RELU: return fn_relu64(t);
+    case SILU: return fn_silu64(t);
+    case GELU: return fn_gelu64(t);
+    case GELU_TANH: return fn_gelu_tanh64(t);
+    case TANH: return fn_tanh64(t);
+    default: return t;
+    }
+}
 
 #endif

@@ -1,13 +1,13 @@
 /* Memory of large results, kept for the next one.
  *
- * The C library returns blocks of more than 32 MB to the system at once and fetches them anew, page by
- * page and cleared: on 128 MB that takes as long as normalising them.  Results of 16 MB
- * and more therefore come from here, through NumPy's own door for allocators (NEP 49), and blocks
- * that are freed are kept, 256 MB of them at most (FASTNORM_KEEP_MB).  Telling the system that it may
- * have their pages back (MADV_FREE) would cost a third of what they save.
- * Nothing is kept under a limit of the address space or of data (ulimit), or near that of the control
- * group; and all is given back when the system has no more.
- * Linux only; elsewhere, and below that size, NumPy's allocator serves. */
+ * The C library returns blocks of more than 32 MB to the system at once and fetches them anew, page
+ * by page and cleared: on 128 MB that takes as long as normalising them.  Results of 16 MB and more
+ * therefore come from here, through NumPy's own door for allocators (NEP 49), and blocks that are
+ * freed are kept, 256 MB of them at most (FASTNORM_KEEP_MB).  Telling the system that it may have
+ * their pages back (MADV_FREE) would cost a third of what they save. Nothing is kept under a limit
+ * of the address space or of data (ulimit), or near that of the control group; and all is given
+ * back when the system has no more. Linux only; elsewhere, and below that size, NumPy's allocator
+ * serves. */
 #ifndef FASTNORM_BLOCKS_H
 #define FASTNORM_BLOCKS_H
 
@@ -39,11 +39,12 @@ static struct {
 } fn_kept[FN_KEPT];
 static size_t fn_kept_bytes, fn_kept_limit = (size_t)256 << 20;
 static uint64_t fn_kept_clock;
-/* Only ever tried: whoever finds it taken goes to the system.  A child that was forked while another
- * thread held it would wait for good. */
+/* Only ever tried: whoever finds it taken goes to the system.  A child that was forked while
+ * another thread held it would wait for good. */
 static pthread_mutex_t fn_kept_lock = PTHREAD_MUTEX_INITIALIZER;
 
-/* Under the lock: give back what was freed longest ago, until n bytes more and a place are there. */
+/* Under the lock: give back what was freed longest ago, until n bytes more and a place are there.
+ */
 static int fn_make_room(size_t n) {
     for (;;) {
         int place = -1, oldest = -1;
@@ -78,8 +79,8 @@ static size_t fn_give_back(void) {
     return given;
 }
 
-/* Give back all that is kept, and say how many bytes that was.  For whoever gets no memory: then try
- * again. */
+/* Give back all that is kept, and say how many bytes that was.  For whoever gets no memory: then
+ * try again. */
 static size_t fn_trim(void) {
     for (int tries = 0; tries < 1000; tries++) {
         if (!pthread_mutex_trylock(&fn_kept_lock)) {

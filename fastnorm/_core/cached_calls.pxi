@@ -27,8 +27,8 @@ cdef enum:
     MOST_ARGUMENTS = 20         # of a public function
 
 cdef class CachedCall:
-    cdef Pass forward
-    cdef Back backward
+    cdef Forward forward
+    cdef Backward backward
     cdef bytes key
     cdef tuple statistics       # the shape of mean and rstd, or of dweight without a weight
     cdef Py_ssize_t count       # how many of each
@@ -125,7 +125,7 @@ cdef keep(CachedCall call, Ticket ticket, tuple statistics):
 cdef inline bint moved(Ticket ticket, int part, Operand* o) noexcept:
     return ticket.lies[part] != NULL and ticket.lies[part] != o.data
 
-cdef keep_forward(Pass* q, Ticket ticket, tuple statistics):
+cdef keep_forward(Forward* q, Ticket ticket, tuple statistics):
     cdef CachedCall call
     cdef Operand* added = &q.residual if q.total.data == NULL else &q.addend
     if (moved(ticket, PART_X, &q.x) or moved(ticket, PART_OUT, &q.y)
@@ -136,7 +136,7 @@ cdef keep_forward(Pass* q, Ticket ticket, tuple statistics):
     call.forward = q[0]
     keep(call, ticket, statistics)
 
-cdef keep_backward(Back* q, Ticket ticket, tuple own):
+cdef keep_backward(Backward* q, Ticket ticket, tuple own):
     cdef CachedCall call
     if (moved(ticket, PART_X, &q.x) or moved(ticket, PART_DY, &q.dy)
             or moved(ticket, PART_WEIGHT, &q.weight) or moved(ticket, PART_MEAN, &q.mean)
@@ -188,11 +188,11 @@ cdef object converted(object v, Operand* o):
         return v
     n = cnp.PyArray_SIZE(<cnp.ndarray>v)
     array = cnp.PyArray_SimpleNew(1, <cnp.npy_intp*>&n, cnp.NPY_FLOAT32)
-    load(bytes_at(v), storage_of(<cnp.ndarray>v), n, <float*>bytes_at(array))
+    load_f32(bytes_at(v), storage_of(<cnp.ndarray>v), n, <float*>bytes_at(array))
     return array
 
 cdef object forward_result(CachedCall call, Asked* a, int threads):
-    cdef Pass q = call.forward
+    cdef Forward q = call.forward
     cdef Py_ssize_t n = call.count
     cdef double count
     cdef double* var = NULL
@@ -230,7 +230,7 @@ cdef object forward_result(CachedCall call, Asked* a, int threads):
             read_given(var, running_var, a.factor_value, n)
     else:
         q.mean.data = q.var.data = q.rstd.data = NULL
-    failed = carry_out(&q, threads)
+    failed = execute(&q, threads)
     if q.given:
         inverse_roots(<double*>q.rstd.data, var, q.eps, n)
     if updated and not failed and not q.raised:
@@ -250,7 +250,7 @@ cdef object forward_result(CachedCall call, Asked* a, int threads):
     return (y, mean, rstd) if q.centred else (y, rstd)
 
 cdef object backward_result(CachedCall call, Asked* a, int threads):
-    cdef Back q = call.backward
+    cdef Backward q = call.backward
     x, weight = <object>a.x, <object>a.weight
     dx = like(x)
     if weight is not None:
@@ -267,7 +267,7 @@ cdef object backward_result(CachedCall call, Asked* a, int threads):
     aim(&q.weight, weight)
     aim(&q.dweight, dweight)
     aim(&q.dbias, dbias)
-    if carry_back(&q, threads):
+    if execute_backward(&q, threads):
         raise MemoryError("fastnorm could not get the scratch memory of its kernels")
     return (dx, dweight, dbias) if q.centred else (dx, dweight)
 

@@ -10,7 +10,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* The process ends here: before a kernel leaves what it was given, or where one has left its scratch. */
+/* The process ends here: before a kernel leaves what it was given, or where one has left its
+ * scratch. */
 static void fn_broken(const char *what) {
     fprintf(stderr, "fastnorm check failed: %s\n", what);
     abort();

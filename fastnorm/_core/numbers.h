@@ -1,4 +1,5 @@
-/* What C leaves to each compiler: pragmas, fused multiply-adds, bits, and the half-width formats. */
+/* What C leaves to each compiler: pragmas, fused multiply-adds, bits, and the half-width formats.
+ */
 #ifndef FASTNORM_NUMBERS_H
 #define FASTNORM_NUMBERS_H
 
@@ -9,6 +10,8 @@
 #include <string.h>
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__) && defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 #if defined(_MSC_VER)
@@ -17,7 +20,8 @@
 #define FN_RESTRICT __restrict__
 #endif
 
-/* The arrays of a loop are the same or do not overlap: each element is read before it is written. */
+/* The arrays of a loop are the same or do not overlap: each element is read before it is written.
+ */
 #if defined(__clang__)
 #define FN_IVDEP _Pragma("clang loop vectorize(assume_safety)")
 #elif defined(__GNUC__)
@@ -26,12 +30,16 @@
 #define FN_IVDEP __pragma(loop(ivdep))
 #endif
 
+/* FN_APART: a loop in a function of its own has all registers to itself. */
 #if defined(_MSC_VER)
 #define FN_INLINE static __forceinline
+#define FN_APART static __declspec(noinline)
 #elif defined(__GNUC__)
 #define FN_INLINE static inline __attribute__((always_inline))
+#define FN_APART static __attribute__((noinline))
 #else
 #define FN_INLINE static inline
+#define FN_APART static
 #endif
 
 /* fma: one rounding, or as good as one.  Without the instruction a product of floats is exact in
@@ -69,7 +77,8 @@ static inline uint16_t fn_to_bf16(float x) {
     return (uint16_t)((x == x ? rounded : nan) >> 16);
 }
 
-/* The same of what arithmetic has made, whose not-a-numbers are quiet: they need only be cut short. */
+/* The same of what arithmetic has made, whose not-a-numbers are quiet: they need only be cut short.
+ */
 FN_INLINE uint16_t fn_made_bf16(float x) {
     const uint32_t u = fn_bits(x);
     return (uint16_t)((u + (x == x ? 0x7fffu + ((u >> 16) & 1u) : 0u)) >> 16);

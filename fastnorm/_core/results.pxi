@@ -6,6 +6,7 @@ cdef extern from "numpy/arrayobject.h":
 
 cdef extern from "blocks.h" nogil:
     int FN_BLOCKS
+    size_t fn_trim() noexcept
     void fn_keep_at_most(size_t)
     void fn_watch(size_t, const char*, const char*)
 

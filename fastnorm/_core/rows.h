@@ -1,186 +1,262 @@
-/* Rows, from their sums to their step. */
-#ifndef FASTNORM_ROWS_H
-#define FASTNORM_ROWS_H
+/* Short groups that lie in one piece: rows with nothing but weights beside them, from their sums to
+ * their output, and tiles of groups whose sums are taken beside the output of the tile before. */
 
-#include "steps.h"
-#include "sums.h"
+static void T(walk_item)(Forward *q, ptrdiff_t index, Scratch *h);
 
-/* ---- rows ---------------------------------------------------------------------------------
- * Rows of n numbers, from their sums to their step, with nothing beside the weights: along the row, one
- * for each row, or none.  Short rows are stepped after the sums of the next, which hide how long a
- * quotient and a root take; of long ones the cache would have lost the beginning by then.  Where there
- * is `e`, the rows are those of x + e, which go to `total`, and by way of a tile past the caches.
- * Returns the number of rows done: the next one has a scale that its type can not hold.  The arithmetic
- * is that of bundles, finish and step. */
-#define FN_SHORT_ROW 2048
-typedef struct {
-    const char *x, *e;
-    char *y, *total, *tile;
-    const char *w, *b;
-    double *mean, *var, *rstd; /* where they go, or NULL */
-    ptrdiff_t x_step, y_step, e_step, total_step, w_step, b_step, stat_step, ahead; /* in bytes */
-    double eps;
-    int norm;   /* scaled by the root of the sum of squares, not of their mean */
-    int stream; /* y and total are written past the caches */
-} fn_rows;
-#define FN_AT(type, p, bytes) ((type *)((uintptr_t)(p) + (uintptr_t)(bytes)))
+/* ---- rows ----
+ * With weights along the row, one for each row, or none.  Short rows are written after the sums of
+ * the next, which hide how long a quotient and a root take; of long ones the cache would have lost
+ * the beginning by then.  The arithmetic is that of other groups. */
 
-/* Several lines at a time where a fused multiply-add is several operations (numbers.h): gcc 12 unrolls
- * a loop of one line, packs its elements into vectors and loses the rounding between two of them. */
-#define FN_STREAMED(real) ((FN_HAS_FMA ? 64 : 512) / (int)sizeof(real))
-#define FN_STREAMED_STEP(real, fma)                                                               \
-    FN_INLINE void fn_step_past_##real(const real *x, real *y, ptrdiff_t n, real hi, real r,      \
-                                       real shift, const real *w, const real *b, int wv, int bv,  \
-                                       ptrdiff_t ahead) {                                         \
-        enum { LINE = 64 / sizeof(real), M = FN_STREAMED(real) };                                 \
-        const real w0 = w ? w[0] : 1, b0 = b ? b[0] : 0;                                          \
-        ptrdiff_t i = (ptrdiff_t)((0 - (uintptr_t)y) % 64 / sizeof(real));                        \
-        if (i > n) i = n;                                                                         \
-        fn_step_to_##real(x, y, i, &hi, &r, &shift, w, b, 0, w || b, wv, bv);                     \
-        for (; i + M <= n; i += M) {                                                              \
-            real t[M];                                                                            \
-            for (int j = 0; j < M; j += LINE) FN_FETCH((const char *)(x + i + j) + ahead);        \
-            for (int j = 0; j < M; j++) {                                                         \
-                t[j] = fma(x[i + j] - hi, r, shift);                                              \
-                if (w || b) t[j] = fma(t[j], wv ? w[i + j] : w0, bv ? b[i + j] : b0);             \
-            }                                                                                     \
-            for (int j = 0; j < M; j += LINE) fn_stream_line(y + i + j, t + j);                   \
-        }                                                                                         \
-        fn_step_to_##real(x + i, y + i, n - i, &hi, &r, &shift, w && wv ? w + i : w,              \
-                          b && bv ? b + i : b, 0, w || b, wv, bv);                                \
+/* How the weights of rows are applied; constants. */
+FN_INLINE int T(how_along)(int w_along, int b_along) {
+    return w_along && b_along ? AFFINE | W_ALONG | B_ALONG : w_along ? AFFINE | W_ALONG : 0;
+}
+FN_INLINE void T(normalize_row)(const Forward *q, T(Loop) *j, const void *x, const Item *it,
+                                int how) {
+    const Run r = {0, 0, q->length};
+    j->x = (const REAL *)x;
+    j->y = (REAL *)run_of(&q->y, it, 0, r);
+    if (q->non_temporal && !(how & OF_BF16)) T(normalize_run_of)(j, how, IDENTITY);
+    else T(normalize_one)(j, how, IDENTITY);
+}
+/* y = x + e */
+static inline void T(add_residual)(const REAL *x, const REAL *e, REAL *y, ptrdiff_t n) {
+    for (ptrdiff_t from = 0; from < n; from += 128) {
+        const ptrdiff_t to = least(n, from + 128);
+        for (ptrdiff_t i = from; i < to; i += 64 / (ptrdiff_t)sizeof(REAL)) {
+            FN_FETCH((const char *)(x + i) + PREFETCH_BYTES);
+            FN_FETCH((const char *)(e + i) + PREFETCH_BYTES);
+        }
+        FN_IVDEP for (ptrdiff_t i = from; i < to; i++) y[i] = x[i] + e[i];
     }
-FN_STREAMED_STEP(float, fn_fma32)
-FN_STREAMED_STEP(double, fn_fma64)
-
-FN_INLINE double fn_norm_scale(double squares, double eps) {
-    if (sqrt(squares) < eps) return 1.0 / eps;
-    return squares != 0.0 ? fn_inverse_root(squares, 0.0) : 0.0;
 }
-FN_INLINE void fn_put_statistics(const fn_rows *q, ptrdiff_t i, double mean, double var,
-                                 double rstd) {
-    if (!q->mean) return;
-    *FN_AT(double, q->mean, i * q->stat_step) = mean;
-    *FN_AT(double, q->var, i * q->stat_step) = var;
-    *FN_AT(double, q->rstd, i * q->stat_step) = rstd;
-}
-FN_INLINE void fn_step_row_float(const fn_rows *q, const float *x, ptrdiff_t i, ptrdiff_t n,
-                                 float hi, float r, float shift, int along, int biased) {
-    const float *w = along ? (const float *)q->w : NULL;
-    const float *b = along && biased ? (const float *)q->b : NULL;
-    float *y = FN_AT(float, q->y, i * q->y_step);
-    /* a long row is stepped at once, and the next one then lies further off than `ahead` */
-    if (q->stream)
-        fn_step_past_float(x, y, n, hi, r, shift, w, b, along, along && biased,
-                           n < FN_SHORT_ROW ? 0 : q->x_step);
-    else fn_step_to_float(x, y, n, &hi, &r, &shift, w, b, 0, along, along, along && biased);
-}
-FN_INLINE void fn_step_row_bf16(const fn_rows *q, const uint16_t *x, ptrdiff_t i, ptrdiff_t n,
-                                float hi, float r, float shift, int along, int biased) {
-    fn_step_of_bf16(x, FN_AT(uint16_t, q->y, i * q->y_step), n, hi, r, shift, (const float *)q->w,
-                    (const float *)q->b, along, along && biased);
-}
-FN_INLINE const float *fn_source_float(const fn_rows *q, ptrdiff_t i, ptrdiff_t n) {
-    const float *x = FN_AT(const float, q->x, i * q->x_step);
-    if (!q->e) return x;
-    float *total = FN_AT(float, q->total, i * q->total_step);
-    float *t = q->stream ? (float *)q->tile + (i & 1) * n : total;
-    fn_add_float(x, FN_AT(const float, q->e, i * q->e_step), t, n);
-    if (q->stream) fn_stream((char *)total, (const char *)t, (size_t)n * sizeof(float));
+#if IS_FLOAT
+/* A row: x, or x + residual, which goes to `total` and, by way of a tile, past the caches. */
+FN_INLINE const void *row_of(const Forward *q, const Item *it, ptrdiff_t i, Scratch *h) {
+    const Run r = {0, 0, q->length};
+    const char *x = run_of(&q->x, it, 0, r);
+    if (!q->total.data) return x;
+    float *total = (float *)run_of(&q->total, it, 0, r), *t = total;
+    if (q->non_temporal) {
+        fits(2 * r.n * (ptrdiff_t)sizeof(float), h->tile_size, "the tile of two sums");
+        t = (float *)h->third + (i & 1) * r.n;
+    }
+    add_residual_f32((const float *)x, (const float *)run_of(&q->addend, it, 0, r), t, r.n);
+    if (t != total) fn_stream((char *)total, (const char *)t, (size_t)r.n * sizeof(float));
     return t;
 }
-FN_INLINE const uint16_t *fn_source_bf16(const fn_rows *q, ptrdiff_t i, ptrdiff_t n) {
-    (void)n;
-    return FN_AT(const uint16_t, q->x, i * q->x_step);
-}
-#define FN_SUMS_OF_float fn_sums
-#define FN_SUMS_OF_bf16 fn_sums_bf16
-#define FN_SUMS_ABOUT_OF_float fn_sums_about
-#define FN_SUMS_ABOUT_OF_bf16 fn_sums_about_bf16
-#define FN_SQUARES_OF_float fn_squares
-#define FN_SQUARES_OF_bf16 fn_squares_bf16
-#define FN_ROWS_OF(name, type)                                                                    \
-    FN_INLINE ptrdiff_t fn_rows_of_##name(const fn_rows *q, ptrdiff_t rows, ptrdiff_t n,          \
-                                          int along, int biased, int centred) {                   \
-        const double count = (double)n;                                                           \
-        const int late = n < FN_SHORT_ROW;                                                        \
-        const type *before = NULL;                                                                \
-        float hi = 0, r = 0, shift = 0;                                                           \
-        uint8_t wide;                                                                             \
-        ptrdiff_t i = 0;                                                                          \
-        for (; i < rows; i++) {                                                                   \
-            const type *x = fn_source_##name(q, i, n);                                            \
-            double first = 0, second, m[5] = {count, 0, 0, 0, 0};                                 \
-            if (centred) FN_SUMS_OF_##name(x, n, q->ahead, &first, &second);                      \
-            else second = FN_SQUARES_OF_##name(x, n, q->ahead);                                   \
-            if (late && i) fn_step_row_##name(q, before, i - 1, n, hi, r, shift, along, biased);  \
-            if (!centred) {                                                                       \
-                m[3] = second;                                                                    \
-            } else if (fn_moments_of_sum(first, second, 0.0, m, 1) && isfinite(m[1])) {           \
-                const double pivot = (float)m[1];                                                 \
-                FN_SUMS_ABOUT_OF_##name(x, n, 0, pivot, &first, &second);                         \
-                fn_moments_of_sum(first, second, pivot, m, 1);                                    \
-            }                                                                                     \
-            const double var = m[3] / count;                                                      \
-            const double rstd = q->norm ? fn_norm_scale(m[3], q->eps) : fn_rstd(var, q->eps);     \
-            fn_put_statistics(q, i, m[1], var, rstd);                                             \
-            if (fn_spread_over(                                                                   \
-                    1, m[1], m[2], rstd,                                                          \
-                    along || !q->w ? NULL : FN_AT(const float, q->w, i * q->w_step), 0,           \
-                    along || !q->b ? NULL : FN_AT(const float, q->b, i * q->b_step), 0, &hi, &r,  \
-                    &shift, &wide))                                                               \
-                return i;                                                                         \
-            if (!late) fn_step_row_##name(q, x, i, n, hi, r, shift, along, biased);               \
-            before = x;                                                                           \
-        }                                                                                         \
-        if (late && i) fn_step_row_##name(q, before, i - 1, n, hi, r, shift, along, biased);      \
-        return i;                                                                                 \
-    }                                                                                             \
-    static ptrdiff_t fn_norm_rows_##name(const fn_rows *q, ptrdiff_t rows, ptrdiff_t n,           \
-                                         int along, int centred) {                                \
-        if (along && q->b)                                                                        \
-            return centred ? fn_rows_of_##name(q, rows, n, 1, 1, 1)                               \
-                           : fn_rows_of_##name(q, rows, n, 1, 1, 0);                              \
-        if (along)                                                                                \
-            return centred ? fn_rows_of_##name(q, rows, n, 1, 0, 1)                               \
-                           : fn_rows_of_##name(q, rows, n, 1, 0, 0);                              \
-        return centred ? fn_rows_of_##name(q, rows, n, 0, 0, 1)                                   \
-                       : fn_rows_of_##name(q, rows, n, 0, 0, 0);                                  \
-    }
-FN_ROWS_OF(float, float)
-FN_ROWS_OF(bf16, uint16_t)
-
-/* Doubles: twice over the row, about its first number for a mean and about that for the squares. */
-static ptrdiff_t fn_norm_rows_double(const fn_rows *q, ptrdiff_t rows, ptrdiff_t n, int along,
-                                     int centred) {
-    const double count = (double)n;
-    for (ptrdiff_t i = 0; i < rows; i++) {
-        const double *x = FN_AT(const double, q->x, i * q->x_step);
-        const double *w = q->w ? FN_AT(const double, q->w, i * q->w_step) : NULL;
-        const double *b = q->b ? FN_AT(const double, q->b, i * q->b_step) : NULL;
-        double *y = FN_AT(double, q->y, i * q->y_step);
-        double mean = 0, rest = 0, first, m2, m2_rest;
-        if (centred) mean = x[0] + fn_deviations(x, n, 0, x[0]) / count;
-        fn_about(x, n, q->stream ? 0 : q->ahead, mean, &first, &m2, &m2_rest);
-        if (centred) {
-            rest = first / count;
-            m2_rest -= first * rest;
+/* Up to `rows` rows from an item on; returns how many are done: the next one has a scale that a
+ * float cannot hold.  `how` is constant, as is `centred`. */
+FN_INLINE ptrdiff_t rows_f32_of(const Forward *q, const Item *first, ptrdiff_t rows, Scratch *h,
+                                const Loop_f32 *weights, int how, int centred) {
+    const ptrdiff_t n = q->length;
+    const int late = n < SHORT_ROW, bf16 = how & OF_BF16;
+    float hi = 0, r = 0, shift = 0;
+    double mean, low, rstd, m[FIELDS];
+    uint8_t out;
+    const Scales_f32 s = {&mean, &low, &rstd, NULL, &hi, &r, &shift, &out, 0, 0};
+    Loop_f32 j = *weights;
+    const void *x, *before = NULL;
+    Item it = *first, last = it;
+    j.n = n, j.hi = &hi, j.r = &r, j.shift = &shift;
+    /* a long row is written at once, and the next one then lies further off than what is asked for
+     */
+    j.ahead = late ? 0 : q->x.b;
+    for (ptrdiff_t i = 0; i < rows; i++, last = it, it.b++, before = x) {
+        double sums[2] = {0, 0};
+        x = row_of(q, &it, i, h);
+        if (!centred) sums[1] = bf16 ? squares_bf16(x, n) : squares_f32(x, n);
+        else if (bf16) sums_bf16(x, n, &sums[0], &sums[1]);
+        else sums_f32(x, n, &sums[0], &sums[1]);
+        if (late && i) normalize_row_f32(q, &j, before, &last, how);
+        m[COUNT] = (double)n;
+        if (!centred) {
+            moments_of_squares(1, &sums[1], m);
+        } else if (moments_of_sum(sums[0], sums[1], 0.0, m, 1) && isfinite(m[MEAN])) {
+            const double pivot = (float)m[MEAN];
+            if (bf16) sums_about_bf16(x, n, pivot, &sums[0], &sums[1]);
+            else sums_about_f32(x, n, pivot, &sums[0], &sums[1]);
+            moments_of_sum(sums[0], sums[1], pivot, m, 1);
         }
-        const double var = m2 / count, v = q->norm ? m2 : var + q->eps;
+        const double var = m[M2] / (double)n;
+        mean = m[MEAN], low = m[MEAN_LOW];
+        rstd = q->scaling == NORM ? norm_scale(m[M2], q->eps) : rstd_of(var, q->eps);
+        put_statistics(q, &it, mean, var, rstd);
+        const int along = how & W_ALONG;
+        if (spread(&s, 0, 1, along || !j.w ? NULL : (const float *)at(&q->weight, it.a, it.b), 0,
+                   along || !j.b ? NULL : (const float *)at(&q->bias, it.a, it.b), 0))
+            return i;
+        if (!late) normalize_row_f32(q, &j, x, &it, how);
+    }
+    if (late && rows) normalize_row_f32(q, &j, before, &last, how);
+    return rows;
+}
+FN_INLINE ptrdiff_t rows_f32_like(const Forward *q, const Item *first, ptrdiff_t rows, Scratch *h,
+                                  const Loop_f32 *j, int how) {
+    return q->centred ? rows_f32_of(q, first, rows, h, j, how, 1)
+                      : rows_f32_of(q, first, rows, h, j, how, 0);
+}
+static ptrdiff_t rows_f32(const Forward *q, const Item *first, ptrdiff_t rows, Scratch *h,
+                          const Loop_f32 *j) {
+    switch (how_along_f32(j->w && j->w_along, j->b != NULL) | (q->bf16_direct ? OF_BF16 : 0)) {
+    case 0: return rows_f32_like(q, first, rows, h, j, 0);
+    case AFFINE | W_ALONG: return rows_f32_like(q, first, rows, h, j, AFFINE | W_ALONG);
+    case OF_BF16: return rows_f32_like(q, first, rows, h, j, OF_BF16);
+    case OF_BF16 | AFFINE | W_ALONG:
+        return rows_f32_like(q, first, rows, h, j, OF_BF16 | AFFINE | W_ALONG);
+    case OF_BF16 | AFFINE | W_ALONG | B_ALONG:
+        return rows_f32_like(q, first, rows, h, j, OF_BF16 | AFFINE | W_ALONG | B_ALONG);
+    default: return rows_f32_like(q, first, rows, h, j, AFFINE | W_ALONG | B_ALONG);
+    }
+}
+#else
+/* Doubles: twice over the row, about its first number for a mean and about that for the squares. */
+static ptrdiff_t rows_f64(const Forward *q, const Item *first_row, ptrdiff_t rows, Scratch *h,
+                          const Loop_f64 *weights) {
+    const ptrdiff_t n = q->length;
+    const int along = weights->w && weights->w_along;
+    Item it = *first_row;
+    Loop_f64 j = *weights;
+    double m[FIELDS], rstd, shift;
+    (void)h;
+    j.n = n, j.hi = &m[MEAN], j.r = &rstd, j.shift = &shift, j.ahead = q->x.b;
+    for (ptrdiff_t i = 0; i < rows; i++, it.b++) {
+        const double *x = (const double *)run_of(&q->x, &it, 0, (Run){0, 0, n}), count = (double)n;
+        double first;
+        m[MEAN] = m[MEAN_LOW] = 0;
+        if (q->centred) m[MEAN] = x[0] + deviations(x, n, 0, x[0]) / count;
+        sums_about_f64(x, n, q->non_temporal ? 0 : PREFETCH_BYTES, m[MEAN], &first, &m[M2],
+                       &m[M2_LOW]);
+        if (q->centred) {
+            m[MEAN_LOW] = first / count;
+            m[M2_LOW] -= first * m[MEAN_LOW];
+        }
+        const double var = m[M2] / count, v = q->scaling == NORM ? m[M2] : var + q->eps;
         if (!(v > 1e-270 && v < 1e270)) return i;
-        const double var_rest = (fma(-var, count, m2) + m2_rest) / count + ((var - v) + q->eps);
-        double rstd = q->norm ? fn_inverse_root(m2, m2_rest) : fn_inverse_root(v, var_rest);
-        if (q->norm && sqrt(m2) < q->eps) rstd = 1.0 / q->eps;
-        fn_put_statistics(q, i, mean, var, rstd);
-        const double shift = -rest * rstd;
-        if (q->stream && along && b)
-            fn_step_past_double(x, y, n, mean, rstd, shift, w, b, 1, 1, q->x_step);
-        else if (q->stream && along)
-            fn_step_past_double(x, y, n, mean, rstd, shift, w, NULL, 1, 0, q->x_step);
-        else if (q->stream)
-            fn_step_past_double(x, y, n, mean, rstd, shift, w, b, 0, 0, q->x_step);
-        else fn_step_plain_double(x, y, n, &mean, &rstd, &shift, w, b, 0, along, along && b);
+        const double low = (fma(-var, count, m[M2]) + m[M2_LOW]) / count + ((var - v) + q->eps);
+        rstd = inverse_root(v, q->scaling == NORM ? m[M2_LOW] : low);
+        if (q->scaling == NORM && sqrt(m[M2]) < q->eps) rstd = 1.0 / q->eps;
+        put_statistics(q, &it, m[MEAN], var, rstd);
+        shift = -m[MEAN_LOW] * rstd;
+        if (!along && j.w) j.w = (const double *)at(&q->weight, it.a, it.b);
+        if (!along && j.b) j.b = (const double *)at(&q->bias, it.a, it.b);
+        if (!q->non_temporal) {
+            j.x = x, j.y = (double *)run_of(&q->y, &it, 0, (Run){0, 0, n});
+            normalize_f64(&j);
+        } else if (along && j.b) {
+            normalize_row_f64(q, &j, x, &it, AFFINE | W_ALONG | B_ALONG);
+        } else if (along) {
+            normalize_row_f64(q, &j, x, &it, AFFINE | W_ALONG);
+        } else if (j.w || j.b) {
+            normalize_row_f64(q, &j, x, &it, AFFINE);
+        } else {
+            normalize_row_f64(q, &j, x, &it, 0);
+        }
     }
     return rows;
 }
+#endif
+/* A copy of w as far from the beginning of a cache line as y: a load that crosses one takes two. */
+FN_INLINE const REAL *T(lined_up)(const REAL *w, const char *y, ptrdiff_t n, char *memory) {
+    if (!w) return NULL;
+    return memcpy(memory + (uintptr_t)y % 64, w, (size_t)n * sizeof(REAL));
+}
+/* Rows [first, last), each an item. */
+static void T(walk_rows)(Forward *q, ptrdiff_t first, ptrdiff_t last, Scratch *h) {
+    const Run r = {0, 0, q->length};
+    for (ptrdiff_t i = first; i < last;) {
+        const ptrdiff_t a = i / q->b, b = i - a * q->b, n = least(last - i, q->b - b);
+        const Item it = {a, b, 0, 1};
+        T(Loop) j = {.w = (const REAL *)run_of(&q->weight, &it, 0, r), .count = 1,
+                      .b = (const REAL *)run_of(&q->bias, &it, 0, r),
+                      .w_along = q->weight.s != 0, .b_along = q->bias.s != 0};
+        if (!q->foldable && n >= 8) {
+            fits(r.n * (ptrdiff_t)sizeof(REAL) + LINE, h->tile_size, "the tile of a row's weights");
+            j.w = T(lined_up)(j.w, at(&q->y, a, b), r.n, h->tile);
+            j.b = T(lined_up)(j.b, at(&q->y, a, b), r.n, h->extra);
+        }
+        i += T(rows)(q, &it, n, h, &j);
+        /* what its type cannot hold */
+        if (i < least(last, (a + 1) * q->b)) T(walk_item)(q, i++, h);
+    }
+}
 
+#if IS_FLOAT
+/* ---- tiles of short groups ----
+ * Memory is read and written all the time, and square roots are taken for a tile at once. */
+
+/* Group k of an item: where it lies, or the floats that it was converted to. */
+FN_INLINE const float *short_group(const Forward *q, const Item *it, ptrdiff_t k, float *rows) {
+    const Run r = {0, 0, q->length};
+    return q->x.storage < F32 && !q->bf16_direct ? rows + k * q->length
+                                                 : (const float *)run_of(source_of(q), it, k, r);
+}
+/* The sums of group k of an item, and x + residual where the norm is of that. */
+FN_INLINE void sum_short_group(const Forward *q, const Item *it, ptrdiff_t k, Scratch *h,
+                               float *rows) {
+    const Run r = {0, 0, q->length};
+    const char *x = run_of(&q->x, it, k, r);
+    if (q->x.storage < F32 && !q->bf16_direct) {
+        fits(((rows - h->converted) + (k + 1) * r.n) * (ptrdiff_t)sizeof(float), h->converted_size,
+             "the tile of short groups");
+        load_f32(x, q->x.storage, r.n, rows + k * r.n);
+    } else if (q->total.data) {
+        add_residual_f32((const float *)x, (const float *)run_of(&q->addend, it, k, r),
+                         (float *)run_of(&q->total, it, k, r), r.n);
+    }
+    x = (const char *)short_group(q, it, k, rows);
+    if (q->centred) sums_of(x, q->bf16_direct, r.n, 0.0, h->sums + k, TILE_GROUPS);
+    else if (q->bf16_direct) h->sums[TILE_GROUPS + k] = squares_bf16((const uint16_t *)x, r.n);
+    else h->sums[TILE_GROUPS + k] = squares_f32((const float *)x, r.n);
+}
+/* Moments of an item's groups from their sums. */
+FN_INLINE void moments_of_tile(const Forward *q, const Item *it, Scratch *h, float *rows) {
+    const ptrdiff_t width = it->width;
+    double *m = h->whole, two[2];
+    for (ptrdiff_t k = 0; k < width; k++) m[k] = (double)q->length;
+    if (!q->centred) {
+        moments_of_squares(width, h->sums + TILE_GROUPS, m);
+    } else if (moments_of_sums(width, h->sums, h->sums + TILE_GROUPS, m, h->recentre)) {
+        for (ptrdiff_t k = 0; k < width; k++, m++) {
+            if (!h->recentre[k] || !isfinite(m[MEAN * width])) continue;
+            const double pivot = (float)m[MEAN * width];
+            sums_of(short_group(q, it, k, rows), q->bf16_direct, q->length, pivot, two, 1);
+            moments_of_sum(two[0], two[1], pivot, m, width);
+        }
+    }
+}
+/* The output of group k of an item; `next` is read meanwhile. */
+FN_INLINE void write_short_group(Forward *q, const Item *it, const Scales_f32 *s, ptrdiff_t k,
+                                 Scratch *h, const float *rows, const Item *next) {
+    const int converted = q->x.storage < F32 && !q->bf16_direct;
+    const int fetch = q->non_temporal && next->width > 0;
+    const ptrdiff_t planes = q->p, n = q->s;
+    for (ptrdiff_t p = 0; p < planes; p++)
+        for (Run r = {p, 0, 0}; r.s < n; r.s += r.n) {
+            r.n = n - r.s;
+            if (q->non_temporal) r.n = stretch_of(q, it, k, r);
+            if (fetch)
+                fn_fetch(at(&q->x, next->a, next->b + k + 1) + r.s * q->x.s, r.n * q->x.s);
+            if (converted) h->ready = rows + k * q->length + p * n + r.s;
+            normalize_run_f32(q, it, s, k, r, h);
+        }
+}
+static void walk_pipelined(Forward *q, ptrdiff_t first, ptrdiff_t last, Scratch *h) {
+    Scales_f32 s = scales_at_f32(h->scales, TILE_GROUPS);
+    Item now, then = {0, 0, 0, 0};
+    float *rows, *before = h->converted;
+    for (ptrdiff_t i = first; i <= last; i++, then = now, before = rows) {
+        now = i < last ? item_at(q, i) : (Item){0, 0, 0, 0};
+        rows = h->converted + i % 2 * q->width * q->length;
+        for (ptrdiff_t k = 0; k < most(now.width, then.width); k++) {
+            if (k < now.width) sum_short_group(q, &now, k, h, rows);
+            if (k < then.width) write_short_group(q, &then, &s, k, h, before, &now);
+        }
+        if (now.width == 0) continue;
+        moments_of_tile(q, &now, h, rows);
+        finalize_f32(q, &now, h->whole, &s);
+    }
+    h->ready = NULL;
+}
 #endif

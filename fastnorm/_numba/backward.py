@@ -1,4 +1,4 @@
-"""The backward pass, on the same five dimensions as the forward one: a twin of _core/backward.pxi.
+"""The backward pass, on the same five dimensions as the forward one: a twin of _core's.
 
     xhat = (x - mean) rstd            g = dy weight
     dx = rstd (g - sum(g)/count - xhat sum(g xhat)/count)        sums over a group

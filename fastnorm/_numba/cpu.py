@@ -399,12 +399,6 @@ def run_moments(
 # --- Backward -------------------------------------------------------------------------------------
 
 
-def walks_back(layout: Layout) -> bool:
-    """Whether there is a kernel: not where, among columns, the weight differs from row to row."""
-    w = layout.strides["dweight"]
-    return not (layout.columns and (w[2] or w[3]))
-
-
 @dataclass(slots=True)
 class _BackPlan:
     """What a kernel is told of every backward pass of a layout, but for addresses."""
@@ -554,11 +548,15 @@ def run_backward(
     threads: int = 1,
     ticket: Any = None,
     own: tuple[int, ...] = (),
-) -> None:
+) -> bool:
     """One backward pass of `layout`: fills dx, dweight and, unless it is None, dbias.
 
     `weight` (None: 1 everywhere) may lie in any order; `dbias` lies as `dweight` does.
+    False where there is no kernel: where, among columns, the weight differs from row to row.
     """
+    own_weights = layout.strides["dweight"]
+    if layout.columns and (own_weights[2] or own_weights[3]):
+        return False
     computing = np.float64 if x.dtype == np.float64 else np.float32
     dims, of_dy, weights = layout.dims, layout.strides["dy"], layout.strides.get("factor")
     if dy.dtype != x.dtype and dy.dtype != computing:
@@ -586,6 +584,7 @@ def run_backward(
                 gradient[...] = total.reshape(gradient.shape)
             else:
                 _in_five(gradient, layout.strides["dweight"], dims)[...] = total
+    return True
 
 
 def _carry_back(plan: _BackPlan, record: Array, threads: int, groups: int, training: bool) -> None:

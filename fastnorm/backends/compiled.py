@@ -16,7 +16,7 @@ from fastnorm.runtime import kernel_threads
 
 Array = NDArray[Any]
 
-# In the order of `enum Activation` in _core/kernels.pxi.
+# In the order of `enum Activation` in _core/activations.h.
 ACTIVATIONS = (None, "relu", "silu", "gelu", "gelu_tanh", "tanh")
 
 # operands in the order of the kernels' signature; all but the statistics may be absent
@@ -132,9 +132,7 @@ def backward(p: BackwardProblem, kernels: Any) -> None:
         if dy.strides != p.dy.strides:  # or it would come here again
             dy[...] = p.dy
             return backward(replace(p, dy=dy, ticket=None), kernels)
-    if layout is None or not kernels.walks_back(layout):
-        return _spread_backward(p, kernels)
-    kernels.run_backward(
+    walked = layout is not None and kernels.run_backward(
         layout,
         operands["x"],
         operands["dy"],
@@ -150,6 +148,8 @@ def backward(p: BackwardProblem, kernels: Any) -> None:
         ticket=p.ticket,
         own=p.own,
     )
+    if not walked:
+        _spread_backward(p, kernels)
     return None
 
 

@@ -112,8 +112,11 @@ def is_wide(mean, rstd, kind):
 
 
 @inner
-def add_run(q, a, b, p, t, n, mean, rstd, weight, lanes, kind, stored):
+def add_run(q, place, n, statistics, weight, lanes, kinds):
     """Add the two sums of n elements of a run to PAIR_LANES lanes each; no weight (0) is 1."""
+    a, b, p, t = place
+    mean, rstd = statistics
+    kind, stored = kinds
     x = at(q.x, a, b) + p * q.x.p + t * q.x.s
     dy = at(q.dy, a, b) + p * q.dy.p + t * q.dy.s
     if is_wide(mean, rstd, kind):
@@ -121,11 +124,11 @@ def add_run(q, a, b, p, t, n, mean, rstd, weight, lanes, kind, stored):
         write(lanes, 0, read(lanes, 0, np.float64) + one)
         write(lanes, PAIR_LANES, read(lanes, PAIR_LANES, np.float64) + two * rstd)
         return
-    hi, r, shift = centring(mean, rstd, kind)
+    scale = centring(mean, rstd, kind)
     if weight == 0:
-        add_pairs_to_lanes(x, dy, None, n, hi, r, shift, lanes, kind, stored)
+        add_pairs_to_lanes(x, dy, None, n, scale, lanes, kinds)
     else:
-        add_pairs_to_lanes(x, dy, weight, n, hi, r, shift, lanes, kind, stored)
+        add_pairs_to_lanes(x, dy, weight, n, scale, lanes, kinds)
 
 
 @inner
@@ -150,8 +153,10 @@ def segment_at(q, segment):
 
 
 @inner
-def segment_sums(q, a, b, width, segment, weighted, lanes, kind, stored):
+def segment_sums(q, place, segment, weighted, lanes, kinds):
     """The two sums of a segment of `width` groups side by side, of g where it is `weighted`."""
+    a, b, width = place
+    kind, stored = kinds
     f, last = segment_at(q, segment)
     for j in range(2 * PAIR_LANES * width):
         write(lanes, j, 0.0)
@@ -168,7 +173,7 @@ def segment_sums(q, a, b, width, segment, weighted, lanes, kind, stored):
                 fetch_plane(q.x, a, b + k, p, t, n, kind)
                 fetch_plane(q.dy, a, b + k, p, t, n, stored)
             own = lanes + 16 * PAIR_LANES * k
-            add_run(q, a, b + k, p, t, n, mean, rstd, weight, own, kind, stored)
+            add_run(q, (a, b + k, p, t), n, (mean, rstd), weight, own, kinds)
         f += n
     for k in range(width):
         own = lanes + 16 * PAIR_LANES * k
@@ -227,8 +232,9 @@ def scale_at(terms, kind):
 
 
 @inner
-def step_wide(x, dy, dx, n, terms, weight, along, kind, stored):
+def step_wide(x, dy, dx, n, terms, weight, along, kinds):
     """dx of n elements of a run in float64; no weight (0) is 1."""
+    kind, stored = kinds
     mean = read(terms, 0, np.float64)
     rstd = read(terms, 1, np.float64)
     first = read(terms, 2, np.float64)
@@ -241,15 +247,16 @@ def step_wide(x, dy, dx, n, terms, weight, along, kind, stored):
 
 
 @inner
-def step_run(x, dy, dx, n, terms, weight, ahead, kind, stored):
+def step_run(x, dy, dx, n, terms, weight, ahead, kinds):
     """dx of n elements of a run that share a weight; asked for so many bytes ahead."""
+    kind = kinds[0]
     if read(terms, 4, np.float64) != 0.0:
-        step_wide(x, dy, dx, n, terms, weight, 0, kind, stored)
+        step_wide(x, dy, dx, n, terms, weight, 0, kinds)
         return
     w = np.float64(read_real(weight, 0, kind)) if weight != 0 else 1.0
     wr = real(w * read(terms, 1, np.float64), kind)
     scales = (scale_at(terms, kind),)
-    step_back_rows(x, dy, dx, (0, 0, ahead), n, scales, wr, None, None, kind, stored)
+    step_back_rows((x, dy, dx), (0, 0, ahead), n, scales, wr, (None, None), kinds)
 
 
 @inner
@@ -294,7 +301,7 @@ def segment_step(q, a, b, width, segment, tile, kind, stored):
                 dx = at(q.dx, a, b + k) + p * q.dx.p + t * q.dx.s
                 to = dx if q.direct else tile
                 if q.training:
-                    step_run(x, dy, to, n, terms, weight, ahead, kind, stored)
+                    step_run(x, dy, to, n, terms, weight, ahead, (kind, stored))
                 else:
                     step_apart(dy, to, n, terms, weight, 0, kind, stored)
                 if not q.direct:
@@ -324,7 +331,7 @@ def planes(record, memory, turn, turns, task, kind, stored):
             last = q.segments if task == WHOLE else first + 1
             if task == WHOLE or task == MOMENTS:
                 for segment in range(first, last):
-                    segment_sums(q, a, b, n, segment, False, lanes, kind, stored)
+                    segment_sums(q, (a, b, n), segment, False, lanes, (kind, stored))
             if task == WHOLE or task == FINISH:
                 for k in range(n):
                     group_terms(q, a, b + k, False, kind)
@@ -366,29 +373,34 @@ def collect_wide(x, dy, n, terms, gw, gb, kind, stored):
 
 
 @inner
-def step_along(x, dy, dx, steps, n, terms, count, weight, gw, gb, kind, stored):
+def step_along(arrays, steps, n, terms, count, weight, sums, kinds):
     """dx of n elements of one run or four, and what they add to the gradients of their weights."""
+    x, dy, dx = arrays
+    gw, gb = sums
+    kind, stored = kinds
     size = 8 * TERMS
     own = scale_at(terms, kind)
     if count == BACKWARD_SHARED_RUNS:
         second, third = scale_at(terms + size, kind), scale_at(terms + 2 * size, kind)
         scales = own, second, third, scale_at(terms + 3 * size, kind)
         if weight != 0:
-            step_back_rows(x, dy, dx, steps, n, scales, weight, gw, gb, kind, stored)
+            step_back_rows(arrays, steps, n, scales, weight, sums, kinds)
         else:
-            step_back_rows(x, dy, dx, steps, n, scales, None, gw, gb, kind, stored)
+            step_back_rows(arrays, steps, n, scales, None, sums, kinds)
     elif read(terms, 4, np.float64) != 0.0:
         collect_wide(x, dy, n, terms, gw, gb, kind, stored)
-        step_wide(x, dy, dx, n, terms, weight, 1, kind, stored)
+        step_wide(x, dy, dx, n, terms, weight, 1, kinds)
     elif weight != 0:
-        step_back_rows(x, dy, dx, steps, n, (own,), weight, gw, gb, kind, stored)
+        step_back_rows(arrays, steps, n, (own,), weight, sums, kinds)
     else:
-        step_back_rows(x, dy, dx, steps, n, (own,), None, gw, gb, kind, stored)
+        step_back_rows(arrays, steps, n, (own,), None, sums, kinds)
 
 
 @inner
-def step_sharers(q, owner, first, last, p, t, n, gw, gb, tile, kind, stored):
+def step_sharers(q, sharers, p, t, n, sums, tile, kinds):
     """dx of n elements of a plane of sharers [first, last), and what these add to the gradients."""
+    owner, first, last = sharers
+    kind, stored = kinds
     size = 8 * TERMS
     i = first
     while i < last:
@@ -415,7 +427,7 @@ def step_sharers(q, owner, first, last, p, t, n, gw, gb, tile, kind, stored):
             weight = at(q.weight, a, b) + p * q.weight.p + t * q.weight.s
         beside = n * size_of(kind)
         to, into = (dx, steps) if q.direct else (tile, (steps[0], steps[1], beside))
-        step_along(x, dy, to, into, n, terms, count, weight, gw, gb, kind, stored)
+        step_along((x, dy, to), into, n, terms, count, weight, sums, kinds)
         for k in range(count):
             if not q.training:
                 row = dy + k * steps[1]
@@ -429,6 +441,7 @@ def step_sharers(q, owner, first, last, p, t, n, gw, gb, tile, kind, stored):
 def rows(record, memory, turn, turns, task, kind, stored):
     """What `task` asks for, of all parts of owners, segments of groups, or chunks of owners."""
     q = record_at(record, BACK)
+    kinds = kind, stored
     tile, lanes = part_at(memory, RUNS_PARTS, 0), part_at(memory, RUNS_PARTS, 1)
     chunks = (q.s + BACKWARD_CHUNK - 1) // BACKWARD_CHUNK
     total = q.items * q.parts  # owners times parts
@@ -446,7 +459,7 @@ def rows(record, memory, turn, turns, task, kind, stored):
                 b = group - a * q.b
                 if task == MOMENTS:
                     segment = i - group * q.segments
-                    segment_sums(q, a, b, 1, segment, True, lanes, kind, stored)
+                    segment_sums(q, (a, b, 1), segment, True, lanes, kinds)
                 else:
                     group_terms(q, a, b, True, kind)
             elif task == WHOLE:
@@ -464,17 +477,15 @@ def rows(record, memory, turn, turns, task, kind, stored):
                         a, b = group_of(q, owner, j)
                         if q.training:
                             for segment in range(q.segments):
-                                segment_sums(q, a, b, 1, segment, True, lanes, kind, stored)
+                                segment_sums(q, (a, b, 1), segment, True, lanes, kinds)
                         group_terms(q, a, b, True, kind)
                     for p in range(q.p):
                         cell = p * q.s if q.along_p else 0
                         t = 0
                         while t < q.s:
                             n = min(BACKWARD_CHUNK, q.s - t)
-                            step_sharers(
-                                q, owner, first, end, p, t, n, gw + 8 * (cell + t),
-                                gb + 8 * (cell + t), tile, kind, stored,
-                            )  # fmt: skip
+                            into = gw + 8 * (cell + t), gb + 8 * (cell + t)
+                            step_sharers(q, (owner, first, end), p, t, n, into, tile, kinds)
                             t += BACKWARD_CHUNK
                     first = end
             else:
@@ -490,7 +501,7 @@ def rows(record, memory, turn, turns, task, kind, stored):
                     write(gb, j, 0.0)
                 first = plane - owner * q.p if q.along_p else 0
                 for p in range(first, first + 1 if q.along_p else q.p):
-                    step_sharers(q, owner, 0, q.sharers, p, t, n, gw, gb, tile, kind, stored)
+                    step_sharers(q, (owner, 0, q.sharers), p, t, n, (gw, gb), tile, kinds)
         turn = take(record)
     if q.stream:
         fence()
@@ -515,8 +526,11 @@ def columns_terms_at(q, a, b, c, width, into, kind):
 
 
 @inner
-def rows_pairs(x, x_step, dy, dy_step, n, width, into, first, second, kind, stored):
+def rows_pairs(x, dy, steps, n, width, into, sums, kinds):
     """Add dy and dy xhat over n rows to the sums of each column, four rows at a time."""
+    x_step, dy_step = steps
+    first, second = sums
+    kind, stored = kinds
     hi = into + 16 * width
     r = into + 24 * width
     shift = into + 32 * width
@@ -552,8 +566,10 @@ def rows_pairs(x, x_step, dy, dy_step, n, width, into, first, second, kind, stor
 
 
 @inner
-def columns_sums(q, a, b, c, width, segment, into, any_wide, kind, stored):
+def columns_sums(q, place, segment, into, any_wide, kinds):
     """Sums of a segment of rows, for each column, into `sums`."""
+    a, b, c, width = place
+    kind, stored = kinds
     first = q.sums + 16 * (((a * q.b + b) * q.segments + segment) * q.c + c)
     second = first + 8 * width
     for j in range(2 * width):
@@ -566,7 +582,7 @@ def columns_sums(q, a, b, c, width, segment, into, any_wide, kind, stored):
         n = min(last - f, q.s - t)
         x = at(q.x, a, b) + p * q.x.p + t * q.x.s + c * q.x.c
         dy = at(q.dy, a, b) + p * q.dy.p + t * q.dy.s + c * q.dy.c
-        rows_pairs(x, q.x.s, dy, q.dy.s, n, width, into, first, second, kind, stored)
+        rows_pairs(x, dy, (q.x.s, q.dy.s), n, width, into, (first, second), kinds)
         f += n
     if not any_wide:
         return
@@ -639,8 +655,11 @@ def step_row_apart(dy, dx, width, into, kind, stored, to):
 
 
 @inner
-def columns_step(q, a, b, c, width, segment, into, any_wide, tile, spare, kind, stored, computed):
-    """dx of a segment of rows."""
+def columns_step(q, place, segment, into, any_wide, room, kinds):
+    """dx of a segment of rows; `room` is a tile and a spare."""
+    a, b, c, width = place
+    tile, spare = room
+    kind, stored, computed = kinds
     last = min((segment + 1) * BACKWARD_SPAN_ROWS, q.p * q.s)
     for i in range(segment * BACKWARD_SPAN_ROWS, last):
         p = i // q.s
@@ -711,14 +730,13 @@ def columns(record, memory, turn, turns, task, kind, stored, computed):
             last = q.segments if task == WHOLE else first + 1
             if task == WHOLE or task == MOMENTS:
                 for segment in range(first, last):
-                    columns_sums(q, a, b, c, n, segment, into, any_wide, kind, stored)
+                    columns_sums(q, (a, b, c, n), segment, into, any_wide, (kind, stored))
             if task == WHOLE or task == FINISH:
                 columns_finish(q, a, b, c, n, into, kind)
             if task == WHOLE or task == STEPS:
                 for segment in range(first, last):
-                    columns_step(
-                        q, a, b, c, n, segment, into, any_wide, tile, spare, kind, stored, computed
-                    )
+                    kinds = kind, stored, computed
+                    columns_step(q, (a, b, c, n), segment, into, any_wide, (tile, spare), kinds)
         turn = take(record)
     if q.stream:
         fence()

@@ -65,8 +65,10 @@ def rows_sums_about(x, step, n, width, pivot, one, two, kind):
 
 
 @inner
-def columns_sums(q, base, first, last, width, pivot, one, two, kind):
-    """Sums of x, or of x - pivot, and of its square over rows [first, last), for each column."""
+def columns_sums(q, base, rows, width, pivot, sums, kind):
+    """Sums of x, or of x - pivot, and of its square over some rows, for each column."""
+    first, last = rows
+    one, two = sums
     for c in range(width):
         write(one, c, 0.0)
         write(two, c, 0.0)
@@ -94,8 +96,10 @@ def add_neighbours(groups, k, v):
 
 
 @inner
-def columns_block(q, a, b, c, width, first, last, into, work, kind):
-    """Moments over rows [first, last) of each group of floats."""
+def columns_block(q, place, rows, into, work, kind):
+    """Moments over rows [first, last) of each group of floats, of columns c, c + 1, ... < width."""
+    a, b, c, width = place
+    first, last = rows
     k = q.neighbours
     groups = width // k
     base = at(q.x, a, b) + c * q.x.c
@@ -104,7 +108,7 @@ def columns_block(q, a, b, c, width, first, last, into, work, kind):
     pivot = two + 8 * width
     for j in range(width):
         write(pivot, j, 0.0)
-    columns_sums(q, base, first, last, width, 0, one, two, kind)
+    columns_sums(q, base, rows, width, 0, (one, two), kind)
     if k > 1:
         add_neighbours(groups, k, one)
         add_neighbours(groups, k, two)
@@ -134,7 +138,8 @@ def columns_block(q, a, b, c, width, first, last, into, work, kind):
     while read(pivot, (high - 1) * k, np.float64) == 0.0:
         high -= 1
     some = (high - low) * k
-    columns_sums(q, base + low * k * q.x.c, first, last, some, pivot + 8 * low * k, one, two, kind)
+    from_low, about_low = base + low * k * q.x.c, pivot + 8 * low * k
+    columns_sums(q, from_low, rows, some, about_low, (one, two), kind)
     if k > 1:
         add_neighbours(high - low, k, one)
         add_neighbours(high - low, k, two)
@@ -149,11 +154,13 @@ def columns_block(q, a, b, c, width, first, last, into, work, kind):
 
 
 @inner
-def columns_double(q, a, b, c, width, first, last, into, work):
+def columns_double(q, place, rows, into, work):
     """Moments over rows [first, last) for each column of doubles, four rows at a time.
 
     Twice: about the first row, then about those means, the sum of squares kept as two numbers.
     """
+    a, b, c, width = place
+    first, last = rows
     base = at(q.x, a, b) + c * q.x.c
     pivot = work
     total = pivot + 8 * width
@@ -220,11 +227,13 @@ def columns_double(q, a, b, c, width, first, last, into, work):
 
 
 @inner
-def columns_chosen(q, a, b, c, width, first, last, into, work, kind):
+def columns_chosen(q, place, rows, into, work, kind):
     """Moments over the chosen of rows [first, last) for each column.
 
     Twice: about the first of them, then about that mean, each square added exactly.
     """
+    a, b, c, width = place
+    first, last = rows
     base = at(q.x, a, b) + c * q.x.c
     mask = at(q.mask, a, b) + c * q.mask.c
     pivot = work
@@ -267,15 +276,17 @@ def columns_chosen(q, a, b, c, width, first, last, into, work, kind):
 
 
 @inner
-def columns_moments(q, a, b, c, width, piece, into, part, every, work, kind):
+def columns_moments(q, place, piece, into, room, kind):
     """Moments of a piece of each group: those of its blocks merged in order, then neighbours."""
+    width = place[3]
+    part, every, work = room
     k = q.neighbours
     groups = width // k
     span = max(q.block, SPLIT_ROWS - SPLIT_ROWS % q.block)
     first = piece * span
     last = min(first + span, q.length)
     if not is_double(kind) and q.mask.data == 0:
-        columns_block(q, a, b, c, width, first, last, into, work, kind)
+        columns_block(q, place, (first, last), into, work, kind)
         return
     whole = into if k == 1 else every
     f = first
@@ -283,9 +294,9 @@ def columns_moments(q, a, b, c, width, piece, into, part, every, work, kind):
         end = min(f + q.block, last)
         into_here = whole if f == first else part
         if q.mask.data != 0:
-            columns_chosen(q, a, b, c, width, f, end, into_here, work, kind)
+            columns_chosen(q, place, (f, end), into_here, work, kind)
         else:
-            columns_double(q, a, b, c, width, f, end, into_here, work)
+            columns_double(q, place, (f, end), into_here, work)
         if f > first:
             merge_into(whole, part, width, width)
         f = end
@@ -346,8 +357,11 @@ def column_of_row(x, i, along, width, kind):
 
 
 @inner
-def step_row(x, y, n, along, width, weight, bias, wv, bv, kind, to):
+def step_row(x, y, along, width, affine, kinds):
     """The step of a row, one scale for each column."""
+    weight, bias, wv, bv = affine
+    kind, to = kinds
+    n = width
     if weight == 0 and bias == 0:
         for i in range(n):
             store(y, i, column_of_row(x, i, along, width, kind), to)
@@ -376,25 +390,26 @@ def row_folded(q, x, y, e, along, width, past, kind):
     """The folded step of a row of floats, and what is beside it."""
     size = size_of(kind)
     n = width * size // 64 * 64
-    hi, r, shift = along, along + 8 * width, along + 16 * width
+    scale = along, along + 8 * width, along + 16 * width
+    none = None, None
     if past:
         if e != 0 and q.relu:
-            step_lines(x, y, n, hi, r, shift, None, None, e, 1, PREFETCH_BYTES, 1)
+            step_lines(x, y, n, scale, none, e, (1, PREFETCH_BYTES, 1))
         elif e != 0:
-            step_lines(x, y, n, hi, r, shift, None, None, e, None, PREFETCH_BYTES, 1)
+            step_lines(x, y, n, scale, none, e, (None, PREFETCH_BYTES, 1))
         elif q.relu:
-            step_lines(x, y, n, hi, r, shift, None, None, None, 1, PREFETCH_BYTES, 1)
+            step_lines(x, y, n, scale, none, None, (1, PREFETCH_BYTES, 1))
         else:
-            step_lines(x, y, n, hi, r, shift, None, None, None, None, PREFETCH_BYTES, 1)
+            step_lines(x, y, n, scale, none, None, (None, PREFETCH_BYTES, 1))
         return
     if e != 0 and q.relu:
-        step_lines(x, y, n, hi, r, shift, None, None, e, 1, None, None)
+        step_lines(x, y, n, scale, none, e, (1, None, None))
     elif e != 0:
-        step_lines(x, y, n, hi, r, shift, None, None, e, None, None, None)
+        step_lines(x, y, n, scale, none, e, (None, None, None))
     elif q.relu:
-        step_lines(x, y, n, hi, r, shift, None, None, None, 1, None, None)
+        step_lines(x, y, n, scale, none, None, (1, None, None))
     else:
-        step_lines(x, y, n, hi, r, shift, None, None, None, None, None, None)
+        step_lines(x, y, n, scale, none, None, (None, None, None))
     for i in range(n // size, width):
         t = column_of_row(x, i, along, width, kind)
         if e != 0:
@@ -405,8 +420,11 @@ def row_folded(q, x, y, e, along, width, past, kind):
 
 
 @inner
-def columns_step(q, a, b, c, width, piece, scale, along, any_wide, tile, spare, kind, tiled):
-    """The step of a piece of each group of an item."""
+def columns_step(q, place, piece, scale, along, any_wide, room, kinds):
+    """The step of a piece of each group of an item; `room` is a tile and a spare."""
+    a, b, c, width = place
+    tile, spare = room
+    kind = kinds[0]
     k = q.neighbours
     groups = width // k
     source = q.total if q.total.data != 0 else q.x
@@ -436,7 +454,7 @@ def columns_step(q, a, b, c, width, piece, scale, along, any_wide, tile, spare, 
         # numbers that the statistics are not of may leave the range, and come back by their weight
         far = w != 0 and (q.mask.data != 0 or (q.given != 0 and q.foldable == 0))
         if q.plain and not any_wide and not far:
-            step_row(x, y, width, along, width, w, v, wv, bv, kind, kind)
+            step_row(x, y, along, width, (w, v, wv, bv), (kind, kind))
             t += 1
             continue
         residual = 0
@@ -449,7 +467,7 @@ def columns_step(q, a, b, c, width, piece, scale, along, any_wide, tile, spare, 
         # what is wide is read once more, and may lie where y does
         direct = q.direct and not any_wide and not far
         target = y if direct else tile
-        step_row(x, target, width, along, width, w, v, wv, bv, kind, tiled)
+        step_row(x, target, along, width, (w, v, wv, bv), kinds)
         if any_wide or far:
             w = 0 if q.activation_first else weight
             v = 0 if q.activation_first else bias
@@ -462,16 +480,19 @@ def columns_step(q, a, b, c, width, piece, scale, along, any_wide, tile, spare, 
                         x + j * source.c,
                         target + j * (8 if is_double(kind) else 4),
                         1,
-                        read(s, 0, np.float64),
-                        read(s, groups, np.float64),
-                        read(s, 2 * groups, np.float64),
-                        read(s, 3 * groups, np.float64),
-                        0 if w == 0 else w + j * q.weight.c,
-                        0 if v == 0 else v + j * q.bias.c,
-                        0,
-                        0,
-                        kind,
-                        tiled,
+                        (
+                            read(s, 0, np.float64),
+                            read(s, groups, np.float64),
+                            read(s, 2 * groups, np.float64),
+                            read(s, 3 * groups, np.float64),
+                        ),
+                        (
+                            0 if w == 0 else w + j * q.weight.c,
+                            0 if v == 0 else v + j * q.bias.c,
+                            0,
+                            0,
+                        ),
+                        kinds,
                     )
         if q.residual.data != 0:
             add(target, residual, width, q.residual_real != 0, kind)

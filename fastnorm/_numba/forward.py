@@ -46,6 +46,7 @@ def runs(record, memory, turn, turns, task, kind, tiled):
     """What `task` asks for, of all items or pieces of items; each turn is taken by one thread."""
     q = record_at(record, PASS)
     width = q.width
+    kinds = kind, tiled
     total = q.items if task == WHOLE or task == FINISH else q.items * q.pieces
     room = runs_parts(width, q.kept)
     whole, part, other = (
@@ -58,7 +59,8 @@ def runs(record, memory, turn, turns, task, kind, tiled):
     while turn < turns:
         if q.alone:
             begin, end = total * turn // turns, total * (turn + 1) // turns
-            rows(q, begin, end, whole, own, work + 16 * width, tile, spare, kept, kind, tiled)
+            own_room = whole, own, work + 16 * width, tile, spare, kept
+            rows(q, begin, end, own_room, kinds)
             turn = take(record)
             continue
         for i in range(total * turn // turns, total * (turn + 1) // turns):
@@ -66,21 +68,11 @@ def runs(record, memory, turn, turns, task, kind, tiled):
             a = item // q.chunks
             b = (item - a * q.chunks) * width
             n = min(width, q.b - b)
+            place = a, b, n
             scale = own
             if task == MOMENTS:
-                runs_moments(
-                    q,
-                    a,
-                    b,
-                    n,
-                    i - item * q.pieces,
-                    q.parts + i * 8 * FIELDS * width,
-                    part,
-                    work,
-                    tile,
-                    kind,
-                    tiled,
-                )
+                into = q.parts + i * 8 * FIELDS * width
+                runs_moments(q, place, i - item * q.pieces, into, part, (work, tile), kinds)
                 continue
             if q.scales != 0:
                 scale = q.scales + item * 8 * SCALE * width
@@ -91,20 +83,20 @@ def runs(record, memory, turn, turns, task, kind, tiled):
                         merge_into(merged, merged + piece * 8 * FIELDS * width, n, n)
                 finish(q, a, b, 0, n, merged, scale, kind)
             elif task == STEPS:
-                runs_step(q, a, b, n, i - item * q.pieces, scale, tile, spare, kind, tiled)
+                runs_step(q, place, i - item * q.pieces, scale, (tile, spare), kinds)
             else:
                 if q.given and q.scales != 0:
                     scale = q.scales + (item - a * q.chunks) * 8 * SCALE * width
                 else:
                     if not q.given:
-                        runs_moments(q, a, b, n, 0, whole, part, work, tile, kind, tiled)
+                        runs_moments(q, place, 0, whole, part, (work, tile), kinds)
                         for piece in range(1, q.pieces):
-                            runs_moments(q, a, b, n, piece, other, part, work, tile, kind, tiled)
+                            runs_moments(q, place, piece, other, part, (work, tile), kinds)
                             merge_into(whole, other, n, n)
                     finish(q, a, b, 0, n, whole, scale, kind)
                 if q.y.data != 0:
                     for piece in range(q.pieces):
-                        runs_step(q, a, b, n, piece, scale, tile, spare, kind, tiled)
+                        runs_step(q, place, piece, scale, (tile, spare), kinds)
         turn = take(record)
     if q.stream:
         fence()
@@ -127,6 +119,7 @@ def columns(record, memory, turn, turns, task, kind, tiled):
     """What `task` asks for, of all items or pieces of items; each turn is taken by one thread."""
     q = record_at(record, PASS)
     width = q.width
+    kinds = kind, tiled
     total = q.items if task == WHOLE or task == FINISH else q.items * q.pieces
     room = columns_parts(width)
     whole, part, other = (
@@ -146,10 +139,12 @@ def columns(record, memory, turn, turns, task, kind, tiled):
             b = outer - a * q.b
             n = min(width, q.c - c)
             groups = n // q.neighbours
+            place = a, b, c, n
+            sums_room = part, every, work
             scale = own
             if task == MOMENTS:
                 into = q.parts + i * 8 * FIELDS * width
-                columns_moments(q, a, b, c, n, i - item * q.pieces, into, part, every, work, kind)
+                columns_moments(q, place, i - item * q.pieces, into, sums_room, kind)
                 continue
             if q.scales != 0:
                 scale = q.scales + item * 8 * SCALE * width
@@ -162,9 +157,9 @@ def columns(record, memory, turn, turns, task, kind, tiled):
                 continue
             if task == WHOLE:
                 if not q.given:
-                    columns_moments(q, a, b, c, n, 0, whole, part, every, work, kind)
+                    columns_moments(q, place, 0, whole, sums_room, kind)
                     for piece in range(1, q.pieces):
-                        columns_moments(q, a, b, c, n, piece, other, part, every, work, kind)
+                        columns_moments(q, place, piece, other, sums_room, kind)
                         merge_into(whole, other, groups, groups)
                 finish(q, a, b, c, groups, whole, scale, kind)
             if q.y.data != 0:
@@ -172,9 +167,7 @@ def columns(record, memory, turn, turns, task, kind, tiled):
                 begin = 0 if task == WHOLE else i - item * q.pieces
                 end = q.pieces if task == WHOLE else begin + 1
                 for piece in range(begin, end):
-                    columns_step(
-                        q, a, b, c, n, piece, scale, along, any_wide, tile, spare, kind, tiled
-                    )
+                    columns_step(q, place, piece, scale, along, any_wide, (tile, spare), kinds)
         turn = take(record)
     if q.stream:
         fence()

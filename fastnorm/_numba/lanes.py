@@ -285,23 +285,26 @@ def add_to_lanes(
 
 @intrinsic
 def add_pairs_to_lanes(
-    typingctx: Any, x: Any, dy: Any, weight: Any, n: Any, hi: Any, r: Any, shift: Any, sums: Any,
-    kind: Any, stored: Any,
-) -> Any:  # fmt: skip
+    typingctx: Any, x: Any, dy: Any, weight: Any, n: Any, scale: Any, sums: Any, kinds: Any
+) -> Any:
     """Add g = dy weight and g xhat, xhat = (x - hi) r + shift, of n numbers, likewise.
 
-    `sums` is the address of PAIR_LANES sums of the former and then of the latter. No weight (None)
-    is 1. In the order of the Cython kernels (fn_pair_planes, fn_sum_planes): of floats four terms
-    are added up before they go into a double; of doubles, which have no bits to spare, none.
+    `scale` is hi, r and shift, `kinds` those of x and dy; `sums` is the address of PAIR_LANES sums
+    of the former and then of the latter. No weight (None) is 1. In the order of the Cython kernels
+    (fn_pair_planes, fn_sum_planes): of floats four terms are added up before they go into a double;
+    of doubles, which have no bits to spare, none.
     """
-    double = hi == types.float64
+    number = scale.dtype
+    double = number == types.float64
+    kind, stored = kinds
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        n, first, own = arguments[3], arguments[7], types.NumberClass(hi)
+        n, first, own = arguments[3], arguments[5], types.NumberClass(number)
+        scales = cgutils.unpack_tuple(builder, arguments[4], 3)
         second = builder.add(first, ADDRESS(8 * PAIR_LANES))
 
         def terms(i: Any, k: int) -> Any:
-            hi, r, shift = (_repeated(builder, k, v) for v in arguments[4:7])
+            hi, r, shift = (_repeated(builder, k, v) for v in scales)
             g = _numbers_at(builder, stored, k, arguments[1], i)
             if signature.args[2] != types.none:
                 g = builder.fmul(g, _numbers_at(builder, own, k, arguments[2], i))
@@ -354,7 +357,7 @@ def add_pairs_to_lanes(
 
     word = types.intp
     third = weight if weight == types.none else word
-    return types.none(word, word, third, word, hi, hi, hi, word, kind, stored), codegen
+    return types.none(word, word, third, word, scale, word, kinds), codegen
 
 
 @intrinsic
@@ -387,31 +390,35 @@ def _fetch_numbers(builder: Any, kind: Any, array: Any, i: Any, n: int, ahead: A
 
 @intrinsic
 def step_back_rows(
-    typingctx: Any, x: Any, dy: Any, dx: Any, steps: Any, n: Any, scales: Any, weight: Any,
-    gw: Any, gb: Any, kind: Any, stored: Any,
-) -> Any:  # fmt: skip
+    typingctx: Any, arrays: Any, steps: Any, n: Any, scales: Any, weight: Any, sums: Any, kinds: Any
+) -> Any:
     """dx of n elements of one row or of four, and what they add to the weights' gradients.
 
-    `steps` are the bytes from a row of x, dy and dx to the next; `scales` hi, r, shift, c1 and c2
-    of each. A weight is an address, or one number times r; None is 1. The sums gw and gb are
-    addresses of doubles, or None. The next four rows are asked for in the meantime; of one row
-    where dx goes a step further.
+    `arrays` are the addresses of x, dy and dx, `steps` the bytes from a row of each to the next;
+    `scales` hi, r, shift, c1 and c2 of each row. A weight is an address, or one number times r;
+    None is 1. The sums gw and gb are addresses of doubles, or both None. The next four rows are
+    asked for in the meantime; of one row where dx goes a step further.
     """
     rows = scales.count
     number = scales.dtype.dtype
+    collecting = sums.dtype != types.none
+    kind, stored = kinds
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        n, weight, gw, gb = (arguments[i] for i in (4, 6, 7, 8))
-        steps = cgutils.unpack_tuple(builder, arguments[3], 3)
+        n, weight = arguments[2], arguments[4]
+        gw, gb = cgutils.unpack_tuple(builder, arguments[5], 2)
+        steps = cgutils.unpack_tuple(builder, arguments[1], 3)
         scales = [
             cgutils.unpack_tuple(builder, row, 5)
-            for row in cgutils.unpack_tuple(builder, arguments[5], rows)
+            for row in cgutils.unpack_tuple(builder, arguments[3], rows)
         ]
         xs, dys, dxs = (
             [builder.add(array, builder.mul(step, ADDRESS(k))) for k in range(rows)]
-            for array, step in zip(arguments[:3], steps, strict=True)
+            for array, step in zip(
+                cgutils.unpack_tuple(builder, arguments[0], 3), steps, strict=True
+            )
         )
-        given, collecting = signature.args[6], signature.args[7] != types.none
+        given = signature.args[4]
 
         def slope(i: Any, k: int, r: Any) -> Any:
             if given == types.none:
@@ -472,29 +479,33 @@ def step_back_rows(
 
     word = types.intp
     third = weight if isinstance(weight, (types.Float, types.NoneType)) else word
-    sums = types.none if gw == types.none else word
-    arguments = (word, word, word, types.UniTuple(word, 3), word, scales, third, sums, sums)
-    return types.none(*arguments, kind, stored), codegen
+    three = types.UniTuple(word, 3)
+    own_sums = types.UniTuple(word, 2) if collecting else sums
+    return types.none(three, three, word, scales, third, own_sums, kinds), codegen
 
 
 @intrinsic
 def step_lines(
-    typingctx: Any, x: Any, y: Any, size: Any, hi: Any, r: Any, shift: Any,
-    w: Any, b: Any, e: Any, relu: Any, ahead: Any, past: Any,
-) -> Any:  # fmt: skip
+    typingctx: Any, x: Any, y: Any, size: Any, scale: Any, affine: Any, e: Any, how: Any
+) -> Any:
     """`size` bytes of y = relu(((x - hi) r + shift) w + b + e), 64 at a time.
 
-    A scale or weight is one number or the address of many; None leaves away what it stands for.
+    `scale` is hi, r and shift, `affine` w and b, `how` is relu, ahead and past. A scale or weight
+    is one number or the address of many; None leaves away what it stands for.
     x and e are asked for `ahead` bytes in advance. `past` the caches y is a multiple of 64: LLVM
     itself vectorises no loop that stores there, and asks of any other whether x and y overlap.
     """
-    kind = next((v for v in (r, b) if isinstance(v, types.Float)), types.float32)
+    kind = next((v for v in (scale[1], affine[1]) if isinstance(v, types.Float)), types.float32)
+    given = [x, y, size, *scale, *affine, e, *how]
     n = 512 // kind.bitwidth
 
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, tuples: Any) -> Any:
         number = context.get_value_type(kind)
         lanes = ir.VectorType(number, n)
-        there = [argument != types.none for argument in signature.args]
+        there = [argument != types.none for argument in given]
+        arguments = [*tuples[:3], *cgutils.unpack_tuple(builder, tuples[3], 3)]
+        arguments += [*cgutils.unpack_tuple(builder, tuples[4], 2), tuples[5]]
+        arguments += cgutils.unpack_tuple(builder, tuples[6], 3)
 
         with cgutils.for_range(builder, builder.udiv(arguments[2], ADDRESS(64))) as loop:
             at = builder.mul(loop.index, ADDRESS(64))
@@ -503,7 +514,7 @@ def step_lines(
                 return builder.add(arguments[i], at)
 
             def line(i: int) -> Any:
-                if isinstance(signature.args[i], types.Float):
+                if isinstance(given[i], types.Float):
                     return _repeated(builder, n, arguments[i])
                 pointer = builder.inttoptr(checked(builder, place(i), 64), lanes.as_pointer())
                 return builder.load(pointer, align=kind.bitwidth // 8)
@@ -526,4 +537,4 @@ def step_lines(
                 stored.set_metadata("nontemporal", builder.module.add_metadata([WORD(1)]))
         return context.get_dummy_value()
 
-    return types.none(x, y, size, hi, r, shift, w, b, e, relu, ahead, past), codegen
+    return types.none(x, y, size, scale, affine, e, how), codegen

@@ -139,7 +139,7 @@ def rows(x, y, n, weight, bias, centred, eps, kind):
         at = x.ctypes.data + start
         s = scale_of(at, n, centred, eps, room.ctypes.data, kind)
         w, b = address(weight), address(bias)
-        steps(at, y.ctypes.data + start, n, s, 1, w, b, wv, bv, False, False, kind, kind)
+        steps(at, y.ctypes.data + start, n, s, 1, (w, b, wv, bv), (False, False), (kind, kind))
     room[0] = 0.0
 
 
@@ -150,13 +150,13 @@ def channels(x, y, s, n, count, weight, bias, kind):
     if n == 1:
         wv = 1 if weight != 0 else 0
         bv = 1 if bias != 0 else 0
-        steps(x, y, count, s, 1, weight, bias, wv, bv, False, False, kind, kind)
+        steps(x, y, count, s, 1, (weight, bias, wv, bv), (False, False), (kind, kind))
         return
     for c in range(count):
         w = weight + c * size if weight != 0 else 0
         b = bias + c * size if bias != 0 else 0
         at = c * n * size
-        steps(x + at, y + at, n, s, 1, w, b, 0, 0, True, False, kind, kind)
+        steps(x + at, y + at, n, s, 1, (w, b, 0, 0), (True, False), (kind, kind))
 
 
 # --- What came in ---------------------------------------------------------------------------------

@@ -18,8 +18,11 @@ from fastnorm.schedule import APPLY_ELEMENTS, NON_TEMPORAL_TILE, SHORT_ROW
 
 
 @inner
-def step_row_alone(q, x, y, n, hi, r, shift, weight, bias, tile, kind, tiled):
+def step_row_alone(q, x, y, n, scale, parameters, tile, kinds):
     """The step of one row, whose scale has the affine one in it where it can be."""
+    hi, r, shift = scale
+    weight, bias = parameters
+    kind, tiled = kinds
     folded = q.foldable != 0 and not is_double(kind)
     wv = q.foldable == 0
     bv = wv and bias != 0
@@ -27,7 +30,7 @@ def step_row_alone(q, x, y, n, hi, r, shift, weight, bias, tile, kind, tiled):
         if folded:
             steps_plain(x, y, n, hi, r, shift, kind, kind)
         else:
-            steps_affine(x, y, n, hi, r, shift, weight, bias, wv, bv, kind, kind)
+            steps_affine(x, y, n, scale, (weight, bias, wv, bv), (kind, kind))
         return
     size = size_of(kind)
     i = 0
@@ -44,21 +47,21 @@ def step_row_alone(q, x, y, n, hi, r, shift, weight, bias, tile, kind, tiled):
         zero = real(0.0, kind)
         if lines:
             if folded:
-                step_lines(at_x, at_y, size * m, hi, r, shift, None, None, None, None, None, 1)
+                step_lines(at_x, at_y, size * m, scale, (None, None), None, (None, None, 1))
             elif bv:
-                step_lines(at_x, at_y, size * m, hi, r, shift, w, b, None, None, None, 1)
+                step_lines(at_x, at_y, size * m, scale, (w, b), None, (None, None, 1))
             elif wv:
-                step_lines(at_x, at_y, size * m, hi, r, shift, w, zero, None, None, None, 1)
+                step_lines(at_x, at_y, size * m, scale, (w, zero), None, (None, None, 1))
             else:
                 one = read_real(w, 0, kind) if w != 0 else real(1.0, kind)
                 other = read_real(b, 0, kind) if b != 0 else zero
-                step_lines(at_x, at_y, size * m, hi, r, shift, one, other, None, None, None, 1)
+                step_lines(at_x, at_y, size * m, scale, (one, other), None, (None, None, 1))
         else:
             # by way of a tile where x and y are one array
             if folded:
                 steps_plain(at_x, tile, m, hi, r, shift, kind, tiled)
             else:
-                steps_affine(at_x, tile, m, hi, r, shift, w, b, wv, bv, kind, tiled)
+                steps_affine(at_x, tile, m, scale, (w, b, wv, bv), kinds)
             convert(tile, at_y, m, kind)
         i += m
 
@@ -95,12 +98,14 @@ def sum_of_row(q, a, b, i, n, tile, kind):
 
 
 @inner
-def rows(q, first, last, whole, own, work, tile, spare, kept, kind, tiled):
+def rows(q, first, last, room, kinds):
     """Groups [first, last) that are rows with nothing beside weights, one after the other.
 
     Short ones are stepped after the sums of the next, which hide how long a quotient and a root
     take; of long ones the cache would have lost the beginning by then.
     """
+    whole, own, work, tile, spare, kept = room
+    kind, tiled = kinds
     n = q.length
     count = np.float64(n)
     late = n < SHORT_ROW and not is_double(kind)
@@ -130,7 +135,7 @@ def rows(q, first, last, whole, own, work, tile, spare, kept, kind, tiled):
         else:
             m2 = squares(x, n, kind)
         if late and before != 0:
-            step_row_alone(q, before, before_y, n, hi, r, shift, w, v, spare, kind, tiled)
+            step_row_alone(q, before, before_y, n, (hi, r, shift), (w, v), spare, kinds)
         if q.centred and not is_double(kind):
             mean, rest, m2, again = scalar.moments_of_sums(count, mean, m2, 0.0)
             if again and math.isfinite(mean):
@@ -164,7 +169,7 @@ def rows(q, first, last, whole, own, work, tile, spare, kept, kind, tiled):
             write(whole, 3, m2)
             write(whole, 4, m2_rest)
             finish(q, a, b, 0, 1, whole, own, kind)
-            runs_step(q, a, b, 1, 0, own, tile, spare, kind, tiled)
+            runs_step(q, (a, b, 1), 0, own, (tile, spare), kinds)
             continue
         if q.mean.data != 0:
             write(at(q.mean, a, b), 0, mean)
@@ -174,6 +179,6 @@ def rows(q, first, last, whole, own, work, tile, spare, kept, kind, tiled):
         shift = real(c - lo * rw if q.foldable and not is_double(kind) else -lo * rw, kind)
         before, before_y = x, y
         if not late:
-            step_row_alone(q, x, y, n, hi, r, shift, w, v, spare, kind, tiled)
+            step_row_alone(q, x, y, n, (hi, r, shift), (w, v), spare, kinds)
     if late and before != 0:
-        step_row_alone(q, before, before_y, n, hi, r, shift, weight, bias, spare, kind, tiled)
+        step_row_alone(q, before, before_y, n, (hi, r, shift), (weight, bias), spare, kinds)

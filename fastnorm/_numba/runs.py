@@ -82,8 +82,11 @@ def sums_of_runs(q, a, b, width, first, last, into, kind):
 
 
 @inner
-def runs_block(q, a, b, width, first, last, into, work, tile, kind, tiled):
-    """Moments of elements [first, last) of each of `width` groups."""
+def runs_block(q, place, first, last, into, room, kinds):
+    """Moments of elements [first, last) of each of `width` groups from (a, b) on."""
+    a, b, width = place
+    work, tile = room
+    kind, tiled = kinds
     source = q.total if q.total.data != 0 else q.x
     if q.total.data != 0:
         for k in range(width):
@@ -132,14 +135,15 @@ def runs_block(q, a, b, width, first, last, into, work, tile, kind, tiled):
 
 
 @inner
-def runs_moments(q, a, b, width, piece, into, part, work, tile, kind, tiled):
+def runs_moments(q, place, piece, into, part, room, kinds):
     """Moments of a piece of each of `width` groups: those of its blocks, merged in order."""
+    width = place[2]
     first = piece * BLOCK * SPLIT_BLOCKS
     last = min(first + BLOCK * SPLIT_BLOCKS, q.length)
     f = first
     while True:
         end = min(f + BLOCK, last)
-        runs_block(q, a, b, width, f, end, into if f == first else part, work, tile, kind, tiled)
+        runs_block(q, place, f, end, into if f == first else part, room, kinds)
         if f > first:
             merge_into(into, part, width, width)
         f = end
@@ -148,8 +152,10 @@ def runs_moments(q, a, b, width, piece, into, part, work, tile, kind, tiled):
 
 
 @inner
-def runs_step(q, a, b, width, piece, scale, tile, spare, kind, tiled):
-    """The step of a piece of each of `width` groups."""
+def runs_step(q, place, piece, scale, room, kinds):
+    """The step of a piece of each of `width` groups; `room` is a tile and a spare."""
+    a, b, width = place
+    kind = kinds[0]
     source = q.total if q.total.data != 0 else q.x
     f = piece * BLOCK * SPLIT_BLOCKS
     last = min(f + BLOCK * SPLIT_BLOCKS, q.length)
@@ -175,5 +181,5 @@ def runs_step(q, a, b, width, piece, scale, tile, spare, kind, tiled):
                 shift = real(read(scale, 7 * width + k, np.float64), kind)
                 steps_plain(x, y, n, hi, r, shift, kind, kind)
             else:
-                step_run(q, a, b + k, p, t, n, scale + 8 * k, width, tile, spare, kind, tiled)
+                step_run(q, (a, b + k, p, t), n, scale + 8 * k, width, room, kinds)
         f += n

@@ -93,8 +93,11 @@ def deliver(t, spare, y, n, past, kind):
 
 
 @inner
-def steps_wide(x, y, n, mean, rest, rstd, unit, weight, bias, wv, bv, kind, to):
-    """What float32 cannot hold, in float64."""
+def steps_wide(x, y, n, scale, affine, kinds):
+    """What float32 cannot hold, in float64; `scale` is mean, rest, rstd and unit."""
+    mean, rest, rstd, unit = scale
+    weight, bias, wv, bv = affine
+    kind, to = kinds
     for i in range(n):
         t = (np.float64(load(x, i, kind)) * unit - mean) - rest
         w = np.float64(read_real(weight, i * wv, kind)) if weight != 0 else 1.0
@@ -111,8 +114,15 @@ def steps_plain(x, y, n, hi, r, shift, kind, to):
 
 
 @inner
-def steps_affine(x, y, n, hi, r, shift, weight, bias, wv, bv, kind, to):
-    """The step and then the affine one; addresses of 0 for what is not there."""
+def steps_affine(x, y, n, scale, affine, kinds):
+    """The step and then the affine one; addresses of 0 for what is not there.
+
+    `scale` is hi, r and shift; `affine` the addresses of weight and bias, and how far apart their
+    numbers are; `kinds` those of x and of y.
+    """
+    hi, r, shift = scale
+    weight, bias, wv, bv = affine
+    kind, to = kinds
     w = real(1.0, kind)
     b = real(0.0, kind)
     if weight != 0 and not wv:
@@ -137,12 +147,14 @@ def steps_affine(x, y, n, hi, r, shift, weight, bias, wv, bv, kind, to):
 
 
 @inner
-def steps_far(x, y, n, s, apart, weight, bias, wv, bv, kind, to):
+def steps_far(x, y, n, s, apart, affine, kinds):
     """`steps_affine` of numbers that the statistics are not of.
 
     A mask left them out, or they were given. A product that leaves the type's range may come back
     by its weight.
     """
+    weight, bias, wv, bv = affine
+    kind, to = kinds
     mean = read(s, 0, np.float64)
     rest = read(s, apart, np.float64)
     rstd = read(s, 2 * apart, np.float64)
@@ -181,11 +193,15 @@ def scale_of_run(s, apart, weight, bias, kind):
 
 
 @inner
-def steps(x, y, n, s, apart, weight, bias, wv, bv, foldable, far, kind, to):
+def steps(x, y, n, s, apart, affine, foldable_far, kinds):
     """The step of a run whose scale is at `s`, its numbers `apart`; written as numbers of `to`.
 
-    `far`: the statistics may not be of these numbers.
+    Whether the affine step may be in the scale, and whether the statistics may not be of these
+    numbers, is in `foldable_far`.
     """
+    weight, bias, _, _ = affine
+    foldable, far = foldable_far
+    kind, to = kinds
     if foldable and not is_double(kind):
         hi, r, shift, holds = scale_of_run(s, apart, weight, bias, kind)
         if holds:
@@ -196,15 +212,15 @@ def steps(x, y, n, s, apart, weight, bias, wv, bv, foldable, far, kind, to):
     rstd = read(s, 2 * apart, np.float64)
     if read(s, 4 * apart, np.float64) != 0.0:
         unit = read(s, 3 * apart, np.float64)
-        steps_wide(x, y, n, mean, rest, rstd, unit, weight, bias, wv, bv, kind, to)
+        steps_wide(x, y, n, (mean, rest, rstd, unit), affine, kinds)
         return
     if far and weight != 0:
-        steps_far(x, y, n, s, apart, weight, bias, wv, bv, kind, to)
+        steps_far(x, y, n, s, apart, affine, kinds)
         return
     hi = real(mean, kind)
     lo = (mean - np.float64(hi)) + rest
     r = real(rstd, kind)
-    steps_affine(x, y, n, hi, r, real(-lo * rstd, kind), weight, bias, wv, bv, kind, to)
+    steps_affine(x, y, n, (hi, r, real(-lo * rstd, kind)), affine, kinds)
 
 
 @inner
@@ -218,8 +234,10 @@ def steps_beside(x, y, residual, n, hi, r, shift, kind):
 
 
 @inner
-def steps_past(q, x, y, residual, n, hi, r, shift, ahead, tile, kind):
+def steps_past(q, arrays, n, scale, ahead, tile, kind):
     """The step of a run of floats, and what is beside it, past the caches."""
+    x, y, residual = arrays
+    hi, r, shift = scale
     size = size_of(kind)
     straight = q.relu != 0 or q.activation == 0
     i = 0
@@ -238,13 +256,13 @@ def steps_past(q, x, y, residual, n, hi, r, shift, ahead, tile, kind):
         beside = residual + size * i
         if lines and straight:
             if residual != 0 and q.relu:
-                step_lines(at_x, at_y, size * m, hi, r, shift, None, None, beside, 1, ahead, 1)
+                step_lines(at_x, at_y, size * m, scale, (None, None), beside, (1, ahead, 1))
             elif residual != 0:
-                step_lines(at_x, at_y, size * m, hi, r, shift, None, None, beside, None, ahead, 1)
+                step_lines(at_x, at_y, size * m, scale, (None, None), beside, (None, ahead, 1))
             elif q.relu:
-                step_lines(at_x, at_y, size * m, hi, r, shift, None, None, None, 1, ahead, 1)
+                step_lines(at_x, at_y, size * m, scale, (None, None), None, (1, ahead, 1))
             else:
-                step_lines(at_x, at_y, size * m, hi, r, shift, None, None, None, None, ahead, 1)
+                step_lines(at_x, at_y, size * m, scale, (None, None), None, (None, ahead, 1))
         else:
             if residual != 0:
                 steps_beside(at_x, tile, beside, m, hi, r, shift, kind)
@@ -257,8 +275,11 @@ def steps_past(q, x, y, residual, n, hi, r, shift, ahead, tile, kind):
 
 
 @inner
-def step_run(q, a, b, p, t, n, s, apart, tile, spare, kind, tiled):
-    """Elements [t, t + n) of plane p of group (a, b), from x to y."""
+def step_run(q, place, n, s, apart, room, kinds):
+    """Elements [t, t + n) of plane p of group (a, b), from x to y; `room` is a tile and a spare."""
+    a, b, p, t = place
+    tile, spare = room
+    kind = kinds[0]
     source = q.total if q.total.data != 0 else q.x
     x = at(source, a, b) + p * source.p + t * source.s
     y = at(q.y, a, b) + p * q.y.p + t * q.y.s
@@ -271,8 +292,9 @@ def step_run(q, a, b, p, t, n, s, apart, tile, spare, kind, tiled):
     wv = 1 if weight != 0 and q.weight.s != 0 else 0
     bv = 1 if bias != 0 and q.bias.s != 0 else 0
     far = q.mask.data != 0 or (q.given != 0 and q.foldable == 0)
+    foldable_far = q.foldable != 0, far
     if q.plain:
-        steps(x, y, n, s, apart, weight, bias, wv, bv, q.foldable != 0, far, kind, kind)
+        steps(x, y, n, s, apart, (weight, bias, wv, bv), foldable_far, (kind, kind))
         return
     if q.past:
         hi, r, shift, holds = scale_of_run(s, apart, weight, bias, kind)
@@ -283,7 +305,7 @@ def step_run(q, a, b, p, t, n, s, apart, tile, spare, kind, tiled):
             ahead = PREFETCH_BYTES
             if not q.given and q.length * source.s <= PREFETCH_WINDOW:
                 ahead = source.b  # this group lies in cache, the next one does not yet
-            steps_past(q, x, y, residual, n, hi, r, shift, ahead, tile, kind)
+            steps_past(q, (x, y, residual), n, (hi, r, shift), ahead, tile, kind)
             return
     i = 0
     while i < n:
@@ -293,7 +315,7 @@ def step_run(q, a, b, p, t, n, s, apart, tile, spare, kind, tiled):
         target = y + i * size if q.direct else tile
         w = weight + i * q.weight.s if weight != 0 else 0
         v = bias + i * q.bias.s if bias != 0 else 0
-        steps(x + i * size, target, m, s, apart, w, v, wv, bv, q.foldable != 0, far, kind, tiled)
+        steps(x + i * size, target, m, s, apart, (w, v, wv, bv), foldable_far, kinds)
         if q.residual.data != 0:
             residual = at(q.residual, a, b) + p * q.residual.p + (t + i) * q.residual.s
             add(target, residual, m, q.residual_real != 0, kind)

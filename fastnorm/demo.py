@@ -558,13 +558,13 @@ def _draw_block(ax: Any, shape: tuple[int, ...], norm: Norm | None) -> None:
         """Channels go to the right, positions down, samples backwards."""
         return channel + 0.6 * sample, 1.6 * (positions - position) + 0.6 * sample
 
-    faces = (
+    faces: Any = (
         (shared[0], lambda u, v: corner(0, u, v)),  # front
         (shared[:, :, 0], lambda u, v: corner(u, v, 0)),  # top
         (shared[:, -1], lambda u, v: corner(u, c, v)),  # right
     )
     squares = [
-        [place(u, v), place(u + 1, v), place(u + 1, v + 1), place(u, v + 1)]  # type: ignore[no-untyped-call]
+        [place(u, v), place(u + 1, v), place(u + 1, v + 1), place(u, v + 1)]
         for cells, place in faces
         for u, v in np.ndindex(cells.shape)
     ]

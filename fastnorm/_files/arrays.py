@@ -331,8 +331,8 @@ class _Npy(_File):
         if 0 in self._shape:
             yield np.empty(self._shape, self._dtype)[index]
             return
-        order = "F" if self._fortran else "C"
-        array = np.memmap(self._path, self._dtype, "r", self._start, self._shape, order)  # type: ignore[call-overload]
+        order: Any = "F" if self._fortran else "C"
+        array = np.memmap(self._path, self._dtype, "r", self._start, self._shape, order)
         yield np.asarray(array)[index]
 
 

@@ -113,6 +113,7 @@ class _ChannelNorm(_Norm):
         affine: bool,
         track_running_stats: bool,
         bias: bool,
+        *,
         channel_axis: int,
         dtype: DTypeLike,
     ) -> None:
@@ -250,8 +251,9 @@ class BatchNorm(_ChannelNorm):
         comm: Any = None,
     ) -> None:
         super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, bias, channel_axis, dtype
-        )
+            num_features, eps, momentum, affine, track_running_stats, bias,
+            channel_axis=channel_axis, dtype=dtype,
+        )  # fmt: skip
         self.comm = comm
         self._recorded: Moments | None = None  # takes in every x while nn.recalibrate runs
 
@@ -440,8 +442,9 @@ class InstanceNorm(_ChannelNorm):
         dtype: DTypeLike = np.float32,
     ) -> None:
         super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, bias, channel_axis, dtype
-        )
+            num_features, eps, momentum, affine, track_running_stats, bias,
+            channel_axis=channel_axis, dtype=dtype,
+        )  # fmt: skip
 
     def _is_one_sample(self, array: Array) -> bool:
         return bool(self._ndims) and array.ndim == min(self._ndims)

@@ -75,7 +75,8 @@ def recalibrate(model: Callable[[Any], Any], batches: Iterable[ArrayLike]) -> in
             norm._recorded = Moments(1)
         for batch in batches:
             if isinstance(model, BatchNorm):
-                model._recorded.merge(model._moments(model._checked(batch), batch))  # type: ignore[union-attr]
+                recorded: Any = model._recorded
+                recorded.merge(model._moments(model._checked(batch), batch))
             else:
                 model(batch)
         found = [norm._recorded or Moments(1) for norm in norms]

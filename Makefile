@@ -22,7 +22,7 @@ PIP    := $(PY) -m pip --disable-pip-version-check
 STAMPS := $(VENV)/.stamps
 
 # A change of one of these builds and installs the package again. Changed .py files need nothing.
-BUILT_FROM := pyproject.toml setup.py \
+BUILT_FROM := pyproject.toml setup.py fastnorm/schedule.py \
 	$(wildcard fastnorm/_core/*.pyx fastnorm/_core/*.pxi fastnorm/_core/*.pxd fastnorm/_core/*.h)
 
 # Makes something in the environment. Where several makes are at work here, one after the other does:

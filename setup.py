@@ -20,6 +20,7 @@ them with those sanitizers of the compiler, and ``FASTNORM_BUILD_CPU=x86-64-v3``
 instruction sets alone. These are for `make sanitize`: such kernels are slow.
 """
 
+import ast
 import os
 import sys
 import tempfile
@@ -83,6 +84,41 @@ fastnorm: the C compiler does not take the OpenMP flag, so the kernels will use 
 """
 
 
+SIZES = """\
+/* Written by setup.py from fastnorm/schedule.py, where each is explained. */
+#ifndef FASTNORM_SIZES_H
+#define FASTNORM_SIZES_H
+
+enum {{
+{lines}
+}};
+static const char SIZES[] = "{text}";
+
+#endif
+"""
+
+
+def sizes_header():
+    """The header with the sizes and thresholds of fastnorm/schedule.py, which is not imported."""
+    sizes = {}
+    for node in ast.parse(
+        (Path(__file__).parent / "fastnorm/schedule.py").read_text(encoding="utf-8")
+    ).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+            if name.isupper() and not name.startswith("_") and is_number(node.value):
+                sizes[name] = eval(ast.unparse(node.value), {"__builtins__": {}})
+    lines = "\n".join(f"    {name} = {size}," for name, size in sizes.items())
+    return SIZES.format(lines=lines, text=" ".join(f"{n}={size}" for n, size in sizes.items()))
+
+
+def is_number(node):
+    """Whether an expression is made of whole numbers alone, such as 1 << 17."""
+    if isinstance(node, ast.BinOp):
+        return is_number(node.left) and is_number(node.right)
+    return isinstance(node, ast.Constant) and isinstance(node.value, int)
+
+
 class BuildKernels(build_ext):
     """Choose the kernels that this compiler and machine can have, and build them in parallel."""
 
@@ -138,6 +174,11 @@ class BuildKernels(build_ext):
             variants = {name: extra for name, extra in variants.items() if name in names}
         variants = (variants or {PLAIN: []}) | {CPU: []}
 
+        sizes = Path(self.build_temp, "sizes.h")
+        sizes.parent.mkdir(parents=True, exist_ok=True)
+        header = sizes_header()
+        if not sizes.exists() or sizes.read_text(encoding="utf-8") != header:
+            sizes.write_text(header, encoding="utf-8")
         self.extensions = [
             ext for ext in self.extensions if ext.name.rpartition(".")[2] in variants
         ]
@@ -148,7 +189,8 @@ class BuildKernels(build_ext):
             # gcc links start-up code that flushes subnormals for all of Python if a user's CFLAGS
             # hold -ffast-math. The flags against it are needed here, too.
             ext.extra_link_args = [] if msvc else flags
-            ext.include_dirs = [np.get_include(), CORE]
+            ext.include_dirs = [np.get_include(), CORE, str(sizes.parent)]
+            ext.depends.append(str(sizes))
 
     def compiles(self, source, flags=(), link_flags=()):
         """Whether the compiler turns ``source`` into a shared library under these flags."""
@@ -200,7 +242,8 @@ def extension(name):
     )
 
 
-setup(
-    ext_modules=[extension(name) for name in (*X86_64_FLAGS, PLAIN, CPU)],
-    cmdclass={"build_ext": BuildKernels},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[extension(name) for name in (*X86_64_FLAGS, PLAIN, CPU)],
+        cmdclass={"build_ext": BuildKernels},
+    )

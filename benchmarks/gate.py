@@ -223,9 +223,9 @@ def check(slow: tuple[str, str] | None) -> int:
     pairs = {
         name: Pair(case, threads, factors.get(name, 1.0)).ratio
         for name, (case, threads) in every.items()
-        if threads <= machine.current().cores
+        if threads <= machine.here.cores
     }
-    if machine.current().cores < 2:  # the stored ones are of two
+    if machine.here.cores < 2:  # the stored ones are of two
         stored = {k: v for k, v in stored.items() if every.get(k, (None, 1))[1] == 1}
     allowed = limit()
     print(f"{used()}: how many times as slow as stored; fails above {allowed}")

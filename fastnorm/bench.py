@@ -23,6 +23,7 @@ import numpy as np
 
 import fastnorm as fn
 from fastnorm import limits
+from fastnorm import machine as machines
 from fastnorm._bench import copying, machine, peers, text
 from fastnorm._bench.cases import GROUPS, Array, Case, data
 from fastnorm._bench.operations import OPERATIONS
@@ -30,7 +31,6 @@ from fastnorm._bench.rows import COPY, Row, row
 from fastnorm._bench.timing import BLOCK, ROUNDS, Contender, compete
 from fastnorm._files.names import CannotUse
 from fastnorm.arguments import ACTIVATIONS, did_you_mean
-from fastnorm.machine import current
 from fastnorm.workers import busy_processes
 
 FUNCTIONS = tuple(dict.fromkeys(op.name for op in OPERATIONS))
@@ -442,7 +442,7 @@ def _wide(array: Array) -> Array:
 
 def _notes(contenders: dict[str, Contender], threads: int) -> list[str]:
     """In what the comparison is not one of equals."""
-    cores = current().cores
+    cores = machines.here.cores
     notes = []
     if threads > cores:
         notes.append(f"{_of_threads(threads)} share {cores} cores")

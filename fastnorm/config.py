@@ -60,7 +60,7 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
         versions["numba"] = version("numba")
     except PackageNotFoundError:
         versions["numba"] = "not installed"
-    here = machines.current()
+    here = machines.here
     config: dict[str, Any] = {
         "versions": versions,
         "cpu": {
@@ -142,7 +142,7 @@ def explain(
             f"mode is {shown(mode)}: use 'stdout' to print, 'dicts' to get dictionaries"
             + did_you_mean(mode, modes)
         )
-    here = machines.of_text(machine, machines.current())
+    here = machines.of_text(machine, machines.here)
     n = get_num_threads()
     if threads is not None:
         with _threads(threads):  # refuses what is no number of threads

@@ -10,7 +10,7 @@ The instruction set is found once by the compiled kernels (`_core`); ``FASTNORM_
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ CACHES = Path("sys/devices/system/cpu/cpu0/cache")
 LAST_CACHE_BYTES = 32 << 20
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # each is itself: schedules are kept by it
 class Machine:
     """Bytes of its caches (0: not told), the cores that share the last one, and those of ours."""
 
@@ -34,17 +34,17 @@ class Machine:
     l3_cores: int = 1
     cores: int = 1
     always_non_temporal: bool = False  # for tests: whatever the sizes of arrays
+    last_cache: int = field(init=False)  # bytes of what all arrays of a call go through
+
+    def __post_init__(self) -> None:
+        last = 0 if self.always_non_temporal else self.l3 or LAST_CACHE_BYTES
+        object.__setattr__(self, "last_cache", last)
 
     @property
     def caches(self) -> dict[str, int]:
         """Bytes of one cache of each level that is told."""
         sizes = {"L1": self.l1, "L2": self.l2, "L3": self.l3}
         return {level: size for level, size in sizes.items() if size}
-
-    @property
-    def last_cache(self) -> int:
-        """Bytes of the cache that all arrays of a call go through."""
-        return 0 if self.always_non_temporal else self.l3 or LAST_CACHE_BYTES
 
     @property
     def near_cache(self) -> int:
@@ -61,7 +61,7 @@ MODELS = {
     "aarch64-cloud": Machine(l1=64 << 10, l2=1 << 20, cores=4),
 }
 
-_FACTS = {field.name: field.type for field in fields(Machine)}
+_FACTS = {fact.name: fact.type for fact in fields(Machine) if fact.init}
 
 
 def number_of_bytes(text: str) -> int | None:
@@ -134,19 +134,12 @@ def _with_fact(machine: Machine, text: str) -> Machine:
     return replace(machine, **{name: value_of})
 
 
-_current: Machine | None = None
-
-
-def current() -> Machine:
-    """The machine at hand, found when it is first asked for."""
-    global _current
-    if _current is None:
-        _current = of_text(os.environ.get("FASTNORM_MACHINE", ""), found())
-    return _current
+# The machine at hand.
+here = of_text(os.environ.get("FASTNORM_MACHINE", ""), found())
 
 
 def exchange(machine: Machine) -> Machine:
     """Make another machine the one at hand; returns the one before (`runtime.on_machine`)."""
-    global _current
-    before, _current = current(), machine
+    global here
+    before, here = here, machine
     return before

@@ -134,7 +134,7 @@ def _default_threads() -> int:
         return n
     # OpenMP's is a list, one for each level of nesting; what OpenMP does not take is passed over
     n = limits.whole_number(os.environ.get("OMP_NUM_THREADS", "").split(",")[0])
-    return n if n and n < 1 << 31 else machine.current().cores
+    return n if n and n < 1 << 31 else machine.here.cores
 
 
 _threads = _default_threads()
@@ -144,7 +144,8 @@ def kernel_threads() -> int:
     """How many threads a kernel may use here."""
     here = _here.get()
     n = 1 if _forked else min((here and here.kernel_threads) or _threads, MOST_THREADS)
-    return n if n == 1 else _within_limit(n)
+    limit = 0 if n == 1 or _core.kernels is None else _core.kernels.openmp_limit()
+    return min(n, limit) if limit else n
 
 
 def _within_limit(n: int) -> int:
@@ -256,17 +257,17 @@ def threads(n: int) -> Iterator[None]:
 def on_machine(other: machine.Machine) -> Iterator[None]:
     """Take schedules for another machine inside a ``with`` block: the whole process, for tests."""
     before = machine.exchange(other)
-    _tell_kernels_of_machine()
+    _forget_schedules()
     try:
         yield
     finally:
         machine.exchange(before)
-        _tell_kernels_of_machine()
+        _forget_schedules()
 
 
-def _tell_kernels_of_machine() -> None:
+def _forget_schedules() -> None:
     if _core.kernels is not None:
-        _core.kernels.set_stream_above(machine.current().last_cache)
+        _core.kernels.forget()
 
 
 # --- Memory ---------------------------------------------------------------------------------------

@@ -147,24 +147,13 @@ _type = lru_cache(maxsize=64)(_Type)
 _NONE = (0, 0, 0, 0, 0)
 
 
-def _up(n: int, of: int) -> int:
-    """How many of `of` hold n."""
-    return -(-n // of)
-
-
 def _tiles_of_columns(columns: int, neighbours: int) -> tuple[int, int]:
     """How many columns a tile has, and how many tiles there are."""
     groups, tiles = columns // neighbours, 1
     if columns > MAX_UNTILED_COLUMNS:
-        tiles = max(1, min(groups, _up(columns, COLUMN_TILE)))
-    width = _up(groups, tiles) * neighbours
-    return width, _up(columns, width)
-
-
-def _non_temporal(through: int, run: int, eighths: int, machine: Machine) -> bool:
-    """Whether results go past the caches: bytes of the arrays, bytes of a run that is stored."""
-    last = machine.last_cache
-    return through > last // 8 * eighths and (run >= NON_TEMPORAL_MIN_RUN or last == 0)
+        tiles = max(1, min(groups, -(-columns // COLUMN_TILE)))
+    width = -(-groups // tiles) * neighbours
+    return width, -(-columns // width)
 
 
 # --- Forward --------------------------------------------------------------------------------------
@@ -241,197 +230,90 @@ def forward_schedule(
     schedule holds for any number of threads (`sharing`): a cached call keeps it.
     """
     types = {name: _type(dtype) for name, dtype in dtypes}
-    return _Forward(layout, types, given, activation, activation_first).schedule(machine)
+    steps = {name: layout.strides[name] for name in types}
+    x, columns = types["x"], layout.columns
+    a, b, p, s, c = layout.dims
+    length, nbytes = p * s, a * b * p * s * c * x.size
+    written, masked, summed = "y" in types, "mask" in types, "total" in types
+    single, double = x.name == "float32", x.name == "float64"
+    planes_follow = p == 1 or steps["x"][2] == s
+    # is a weight one number for a run or a column, or one of each element along a run?
+    w, v = steps.get("weight", _NONE), steps.get("bias", _NONE)
+    first = 2 if columns else 3
+    foldable = not (activation_first or any(w[first:4]) or any(v[first:4]))
+    along = w[3] != 0 and (v[3] != 0 or "bias" not in types)
+    plain = activation is None and not (masked or "residual" in types)
 
-
-class _Forward:
-    """The facts of a forward pass, and what follows from them."""
-
-    def __init__(
-        self,
-        layout: Walk,
-        types: Mapping[str, _Type],
-        given: bool,
-        activation: Any,
-        activation_first: bool,
-    ) -> None:
-        self.layout, self.types = layout, types
-        self.given, self.activation, self.activation_first = given, activation, activation_first
-        self.x = types["x"]
-        self.written = "y" in types
-        a, b, p, s, c = layout.dims
-        self.length = p * s
-        self.bytes = a * b * p * s * c * self.x.size
-        self.is_double = self.x.name == "float64"
-
-    def strides(self, name: str) -> tuple[int, ...]:
-        return self.layout.strides.get(name, _NONE) if name in self.types else _NONE
-
-    def schedule(self, machine: Machine) -> ForwardSchedule:
-        """All of it."""
-        a, b, _, s, c = self.layout.dims
-        columns = self.layout.columns
-        if columns:
-            width, chunks = _tiles_of_columns(c, self.layout.neighbours)
-            items = a * b * chunks
-        else:
-            width = self._groups_of_tile()
-            chunks = _up(b, width)
-            items = a * chunks
-        blocking = self._blocking(width if columns else 0)
-        through = self.bytes * (4 if "total" in self.types else 1)
-        run = width if columns else s
-        if columns and self.written and self.strides("y")[3] == width:
-            run *= s  # rows that follow one another
-        stored_past = _non_temporal(through, run * self.x.size, NON_TEMPORAL_EIGHTHS, machine)
-        plain = self._same_types()
-        rows = self._takes_rows(blocking.bf16_direct and not stored_past)
-        if rows:
-            width, chunks, items = 1, b, a * b
-        path: Path = "items"
-        if rows:
-            path = "rows"
-        elif self._gathers(blocking):
-            path = "gathered"
-        elif self._is_pipelined(width):
-            path = "pipelined"
-        past = plain and stored_past and self.x.name == "float32" and self.foldable
-        if path == "gathered":
-            # y would push out what is still to be read
-            past = self.bytes >= machine.last_cache // 8 * NON_TEMPORAL_EIGHTHS_GATHERED
-        return ForwardSchedule(
-            blocking, path, width, chunks, items, self.foldable, self.takes_rows_alone(),
-            self._is_tabulated(blocking), stored_past, plain and not stored_past, past, self.bytes,
-            1 if self.bytes < SERIAL_BYTES else 0, self.bytes // STATIC_BYTES_PER_THREAD + 1,
-            self.bytes >= GIL_RELEASE_MIN_BYTES,
-        )  # fmt: skip
-
-    def _groups_of_tile(self) -> int:
-        """Groups of contiguous runs that are taken side by side."""
-        _, b, p, s, _ = self.layout.dims
-        width = TILE_ELEMENTS // max(self.length, 1)
-        if width == 1 and self.length <= BLOCK:
+    # items, and what decides bits
+    if columns:
+        width, chunks = _tiles_of_columns(c, layout.neighbours)
+        items = a * b * chunks
+        block = min(max(ROW_TILE_ELEMENTS // width, MIN_BLOCK_ROWS), SPLIT_ROWS)
+        split_length = max(block, SPLIT_ROWS - SPLIT_ROWS % block)
+    else:
+        # one group after the other, or several that lie side by side
+        width = TILE_ELEMENTS // max(length, 1)
+        if width == 1 and length <= BLOCK:
             width = 2
-        if p > 1 and s * self.x.size < SHORT_RUN_BYTES:
-            width = max(width, SPLIT_BLOCKS * BLOCK // max(self.length, 1))
-        return max(1, min(width, b, TILE_GROUPS))
+        if p > 1 and s * x.size < SHORT_RUN_BYTES:
+            width = max(width, SPLIT_BLOCKS * BLOCK // max(length, 1))
+        width = max(1, min(width, b, TILE_GROUPS))
+        chunks = -(-b // width)
+        items = a * chunks
+        block, split_length = BLOCK, SPLIT_BLOCKS * BLOCK
+    splits = max(1, -(-length // split_length))
+    bf16_direct = plain and written and x.name == "bfloat16" and not (columns or summed)
+    bf16_direct = bf16_direct and planes_follow and (foldable or along)
+    blocking = ForwardBlocking(
+        length, width if columns else 0, block, split_length, splits, bf16_direct
+    )
 
-    def _blocking(self, column_tile: int) -> ForwardBlocking:
-        if column_tile:
-            block = min(max(ROW_TILE_ELEMENTS // column_tile, MIN_BLOCK_ROWS), SPLIT_ROWS)
-            split = max(block, SPLIT_ROWS - SPLIT_ROWS % block)
-        else:
-            block, split = BLOCK, SPLIT_BLOCKS * BLOCK
-        splits = max(1, _up(self.length, split))
-        return ForwardBlocking(
-            self.length, column_tile, block, split, splits, self._converts_on_the_way()
-        )
+    # stores; of a sum and its norm four arrays go through the caches
+    run = width if columns else s
+    if columns and written and steps["y"][3] == width:
+        run *= s  # rows that follow one another
+    through = 4 * nbytes if summed else nbytes
+    eighth, long = machine.last_cache // 8, machine.always_non_temporal
+    long = long or run * x.size >= NON_TEMPORAL_MIN_RUN
+    non_temporal = through > eighth * NON_TEMPORAL_EIGHTHS and long
+    # all that is of x's size lies there as numbers that are computed in, and all is taken
+    native = (single or double) and written and not (masked or callable(activation))
+    native = native and all(
+        types[name].name == x.name for name in ("residual", "addend") if name in types
+    )
+    direct_non_temporal = native and non_temporal and single and foldable
 
-    @property
-    def foldable(self) -> bool:
-        """Whether a weight is one number for a run or a column."""
-        first = 2 if self.layout.columns else 3
-        affine = self.strides("weight"), self.strides("bias")
-        return not self.activation_first and not any(any(w[first:4]) for w in affine)
+    # the path
+    path: Path = "items"
+    whole = written and not (columns or given or masked)
+    added = single and types["addend"].name == x.name if summed else False
+    single_rows = whole and plain and not activation_first and p == 1 and length <= BLOCK
+    single_rows = single_rows and (length >= MIN_ROW or a * b < FEW_ROWS)
+    single_rows = single_rows and (foldable or (along and w[1] == v[1] == 0))
+    if single_rows and (added if summed else single or double or (bf16_direct > non_temporal)):
+        path = "rows"
+        width, chunks, items = 1, b, a * b
+    elif double:
+        # planes are read three times, and where they lie a power of two apart they fall into a few
+        # sets of the caches, which lose them in between
+        apart = p > 1 and steps["x"][3] == 1 and steps["x"][2] != s
+        if whole and apart and splits == 1 and s * x.size < SHORT_RUN_BYTES and not summed:
+            path = "gathered"
+            # y would push out what is still to be read
+            direct_non_temporal = nbytes >= eighth * NON_TEMPORAL_EIGHTHS_GATHERED
+    elif whole and length <= BLOCK and planes_follow:
+        fits = single or (x.half and width * length <= 2 * BLOCK)
+        if added and p == 1 if summed else fits:
+            path = "pipelined"
 
-    @property
-    def _along(self) -> bool:
-        """Whether there is a weight of each element along the run, and a bias only if likewise."""
-        own = self.strides("bias")[3] != 0 or "bias" not in self.types
-        return self.strides("weight")[3] != 0 and own
-
-    def _has(self, *names: str) -> bool:
-        return any(name in self.types for name in names)
-
-    def _type_is_x(self, name: str) -> bool:
-        return name in self.types and self.types[name].name == self.x.name
-
-    @property
-    def _planes_follow(self) -> bool:
-        _, _, p, s, _ = self.layout.dims
-        return p == 1 or self.strides("x")[2] == s
-
-    def _converts_on_the_way(self) -> bool:
-        return (
-            self.x.name == "bfloat16"
-            and self.written
-            and not self.layout.columns
-            and self.activation is None
-            and not self._has("residual", "mask", "total")
-            and self._planes_follow
-            and (self.foldable or self._along)
-        )
-
-    def _same_types(self) -> bool:
-        """Whether all of x's size are numbers that are computed in, and all are taken."""
-        beside = [name for name in ("residual", "addend") if name in self.types]
-        return (
-            self.written
-            and not callable(self.activation)
-            and self.x.name in ("float32", "float64")
-            and "mask" not in self.types
-            and all(self._type_is_x(name) for name in beside)
-        )
-
-    def takes_rows_alone(self) -> bool:
-        """Whether groups are rows with nothing beside weights, whatever their dtype."""
-        a, b, p, _, _ = self.layout.dims
-        if self.layout.columns or self.given or not self.written or p != 1 or self.length > BLOCK:
-            return False
-        if self.length < MIN_ROW and a * b >= FEW_ROWS:
-            return False
-        if self.activation is not None or self.activation_first or self._has("mask", "residual"):
-            return False
-        shared = self.strides("weight")[1] == 0 and self.strides("bias")[1] == 0
-        return self.foldable or (self._along and shared)
-
-    def _takes_rows(self, half: bool) -> bool:
-        if not self.takes_rows_alone():
-            return False
-        if "total" in self.types:
-            return self.x.name == "float32" and self._type_is_x("addend")
-        return self.x.name in ("float32", "float64") or half
-
-    def _gathers(self, blocking: ForwardBlocking) -> bool:
-        """Whether short planes of doubles are copied together first.
-
-        They are read three times, and where they lie a power of two apart they fall into a few sets
-        of the caches, which lose them in between.
-        """
-        _, _, p, s, _ = self.layout.dims
-        return (
-            self.is_double
-            and self.written
-            and not (self.given or self.layout.columns)
-            and p > 1
-            and blocking.splits == 1
-            and self.strides("x")[3] == 1
-            and self.strides("x")[2] != s
-            and s * self.x.size < SHORT_RUN_BYTES
-            and not self._has("mask", "total")
-        )
-
-    def _is_pipelined(self, width: int) -> bool:
-        """Whether groups, not of doubles, are short, lie in one piece and are all taken."""
-        if self.is_double or self.layout.columns or self.given or not self.written:
-            return False
-        if "mask" in self.types or self.length > BLOCK or not self._planes_follow:
-            return False
-        if "total" in self.types:
-            own = self.x.name == "float32" and self._type_is_x("addend")
-            return own and self.layout.dims[2] == 1
-        return self.x.name == "float32" or (self.x.half and width * self.length <= 2 * BLOCK)
-
-    def _is_tabulated(self, blocking: ForwardBlocking) -> bool:
-        """Whether a scale is shared by many planes: one costs as much as normalising 50 numbers."""
-        samples = self.layout.dims[0]
-        return (
-            self.given
-            and not self.layout.columns
-            and samples > 1
-            and self.layout.strides["stats"][0] == 0
-            and blocking.splits == 1
-        )
+    # a scale that many planes share is made once: one costs as much as normalising 50 numbers
+    tabulated = given and not columns and a > 1 and layout.strides["stats"][0] == 0 and splits == 1
+    return ForwardSchedule(
+        blocking, path, width, chunks, items, foldable, single_rows, tabulated, non_temporal,
+        native and not non_temporal, direct_non_temporal, nbytes,
+        1 if nbytes < SERIAL_BYTES else 0, min(nbytes // STATIC_BYTES_PER_THREAD + 1, 1 << 30),
+        nbytes >= GIL_RELEASE_MIN_BYTES,
+    )  # fmt: skip
 
 
 # --- Backward -------------------------------------------------------------------------------------
@@ -476,11 +358,14 @@ class BackwardSchedule:
 
     blocking: BackwardBlocking
     path: BackwardPath
-    shared_runs: int  # that are taken together
+    together: int  # items of an owner that are taken together
+    few_owners: bool  # fewer than make tasks enough: their segments are shared out
+    convert_weight: bool  # to the computing type, once for all rows
     non_temporal: bool  # dx is stored past the caches
     bf16_direct: bool  # bfloat16 is converted on the way
     bytes: int  # of x
     max_threads: int  # 1, or 0: as many as there are
+    always_non_temporal: bool  # whatever the sizes
 
     def threads(self, threads: int) -> int:
         """How many of so many threads are used."""
@@ -490,8 +375,7 @@ class BackwardSchedule:
         """How work is shared out; "split": all threads take segments of each owner."""
         if self.threads(threads) == 1:
             return "alone"
-        few = self.blocking.sweeps and self.blocking.owners < BACKWARD_FEW_TASKS
-        return "split" if few else "dynamic"
+        return "split" if self.blocking.sweeps and self.few_owners else "dynamic"
 
 
 @lru_cache(maxsize=4096)
@@ -510,7 +394,8 @@ def backward_schedule(
     eighths = NON_TEMPORAL_EIGHTHS_BACKWARD
     if layout.columns:
         eighths = NON_TEMPORAL_EIGHTHS_BACKWARD_STRIDED
-    past = _non_temporal(nbytes, run * types["dx"].size, eighths, machine)
+    long = machine.always_non_temporal or run * types["dx"].size >= NON_TEMPORAL_MIN_RUN
+    past = nbytes > machine.last_cache // 8 * eighths and long
     full = [types[name].name for name in ("x", "dy", "dx")]
     half = all(name == "bfloat16" for name in full) and not layout.columns and not past
     real = "float64" if x.name == "float64" else "float32"
@@ -522,6 +407,9 @@ def backward_schedule(
     )
     path: BackwardPath = "items"
     native = "weight" not in types or types["weight"].name == real
+    w = layout.strides["factor"] if "weight" in types else _NONE
+    in_place = native and w[4 if layout.columns else 3] in (0, 1)
+    convert = blocking.inside and not (layout.columns or in_place or any(w[:3]))
     if blocking.sweeps:
         path = "sweeps"
     elif (
@@ -530,7 +418,7 @@ def backward_schedule(
         and direct
         and blocking.width == layout.dims[2] == blocking.owners == 1
         and 1 in (a, b)
-        and (native or not any(layout.strides["factor"][:3]))  # else they are converted before
+        and (in_place or convert)
     ):
         path = "rows"
     elif (
@@ -542,9 +430,12 @@ def backward_schedule(
         and not past
     ):
         path = "groups"
+    together = BACKWARD_SHARED_RUNS if in_cache else 1
+    if blocking.sweeps:
+        together = blocking.sharers
     return BackwardSchedule(
-        blocking, path, BACKWARD_SHARED_RUNS if in_cache else 1, past, half, nbytes,
-        1 if nbytes < SERIAL_BYTES_BACKWARD else 0,
+        blocking, path, together, blocking.owners < BACKWARD_FEW_TASKS, convert, past, half, nbytes,
+        1 if nbytes < SERIAL_BYTES_BACKWARD else 0, machine.always_non_temporal,
     )  # fmt: skip
 
 
@@ -566,7 +457,7 @@ def _backward_blocking(layout: Walk, size: int) -> BackwardBlocking:
                 b // BACKWARD_FEW_TASKS, TILE_GROUPS, SPLIT_BLOCKS * BLOCK // max(length, 1)
             )
             width = max(1, width)
-        chunks = _up(b, width)
+        chunks = -(-b // width)
         items = a * chunks
         owners = (a if own_a else 1) * (chunks if own_b else 1)
     sharers = items // owners
@@ -581,10 +472,10 @@ def _backward_blocking(layout: Walk, size: int) -> BackwardBlocking:
     span = BACKWARD_SPAN_ROWS if columns else BACKWARD_SPAN
     plane_segments = 0
     if w[2] and p > 1 and not inside:
-        plane_segments = _up(s, span)
+        plane_segments = -(-s // span)
         segments = p * plane_segments
     else:
-        segments = _up(length, span)
+        segments = -(-length // span)
 
     elements = owners * sharers * width * length
     sum_bytes = 16 * cells * owners
@@ -596,6 +487,7 @@ def _backward_blocking(layout: Walk, size: int) -> BackwardBlocking:
     few = owners * parts < BACKWARD_FEW_TASKS
     sweeps = few and elements >= BACKWARD_FEW_TASKS * BACKWARD_PART_ELEMENTS
     sweeps = sweeps or (inside and parts == 1 and cells > BACKWARD_OWN_CELLS)
+    parts = 1 if sweeps else parts
     return BackwardBlocking(
         length, width, chunks, (own_a, own_b, own_c), inside, owners, sharers, span, segments,
         plane_segments, cell_p, cell_s, cell_c, cells, parts, sweeps,

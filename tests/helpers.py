@@ -44,7 +44,7 @@ _LEAST = {"float16": -24, "bfloat16": -133, "float32": -149, "float64": -1074}
 
 def non_temporal(always: bool = True) -> AbstractContextManager[None]:
     """Results of any size go past the caches, which as a rule only large ones do."""
-    return on_machine(replace(machine.current(), always_non_temporal=always))
+    return on_machine(replace(machine.here, always_non_temporal=always))
 
 
 # --- Operations -----------------------------------------------------------------------------------

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import fastnorm as fn
-from fastnorm import _core
+from fastnorm import _core, machine
 from fastnorm.layout import describe, steps_of
+from fastnorm.schedule import forward_schedule
 
 from .helpers import BACKENDS, assert_fence, guarded, guarded_copy, non_temporal
 
@@ -164,16 +165,18 @@ class TestKernelsRefuse:
 
     shape = (4, 8)
 
-    def run(self, described: tuple[int, ...], **arrays: Any) -> None:
+    def run(self, described: tuple[int, ...], of: Any = None, **arrays: Any) -> None:
         x = np.ones(self.shape, np.float32)
         operands = {"x": x, "y": np.empty_like(x), "stats": np.empty((4, 1))} | arrays
         steps = {n: steps_of(a, self.shape) for n, a in operands.items()}
         steps["x"] = described
         layout = describe(self.shape, (False, True), tuple(steps.items()))
         stats = operands.pop("stats")
+        dtypes = tuple((name, array.dtype) for name, array in operands.items())
+        schedule = forward_schedule(of or layout, dtypes, machine.here)
         _core.kernels.run_pass(
-            layout, operands.pop("x"), operands.pop("y"), stats, stats.copy(), stats.copy(),
-            **operands,
+            layout, schedule, operands.pop("x"), operands.pop("y"), stats, stats.copy(),
+            stats.copy(), **operands,
         )  # fmt: skip
 
     def test_what_is_right_is_taken(self) -> None:
@@ -182,6 +185,13 @@ class TestKernelsRefuse:
     def test_a_walk_that_leaves_the_array(self) -> None:
         with pytest.raises(SystemError, match="leaves an array of shape"):
             self.run((9, 1))
+
+    def test_a_schedule_of_another_layout(self) -> None:
+        for shape in ((4, 16), (1, 8)):
+            steps = {"x": (shape[1], 1), "y": (shape[1], 1), "stats": (1, 0)}
+            other = describe(shape, (False, True), tuple(steps.items()))
+            with pytest.raises(SystemError, match="does not suit"):
+                self.run((8, 1), of=other)
 
     def test_a_type_they_do_not_read(self) -> None:
         with pytest.raises(TypeError, match="dtype complex64"):

@@ -66,10 +66,10 @@ def test_another_machine() -> None:
     assert found(call, machine="zen5")[0]["stores"] == "non-temporal"
     assert found(call, machine="sapphire-rapids")[0]["stores"] == "usual"
     assert found(call, machine="sapphire-rapids,l3=8M")[0]["stores"] == "non-temporal"
-    here = machine.current()
+    here = machine.here
     with runtime.on_machine(machine.MODELS["zen5"]):
         assert found(call) == found(call, machine="zen5")
-    assert machine.current() == here
+    assert machine.here == here
 
 
 def test_bits_do_not_depend_on_it() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastnorm import machine, schedule
+from fastnorm import _core, machine, schedule
 from fastnorm.layout import Layout, describe
 from fastnorm.machine import MODELS, Machine
 from fastnorm.schedule import (
@@ -288,9 +288,11 @@ def test_every_size_is_a_whole_number_that_a_build_can_read() -> None:
         for node in tree.body
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
     ]
-    sizes = [n for n in names if n.isupper() and isinstance(getattr(schedule, n), int)]
+    sizes = {n: getattr(schedule, n) for n in names if isinstance(getattr(schedule, n), int)}
     assert len(sizes) > 40
-    assert all(0 < getattr(schedule, name) < 1 << 31 for name in sizes)
+    assert all(name.isupper() and 0 < size < 1 << 31 for name, size in sizes.items())
+    if _core.kernels is not None:  # what was built is of these
+        assert _core.kernels.sizes() == " ".join(f"{name}={n}" for name, n in sizes.items())
 
 
 # --- The machine ----------------------------------------------------------------------------------
@@ -332,12 +334,14 @@ def test_a_machine_can_be_said(tmp_path: Path) -> None:
     own = Machine(l1=1, l2=2, l3=3, cores=7)
     file = tmp_path / "machine.txt"
     file.write_text("# a laptop\nl2 = 1280K  # each\n\nl3=12M\nl3_cores=8\n")
-    assert machine.of_text("", own) == own
-    assert machine.of_text("zen5", own) == replace(MODELS["zen5"], cores=7)
-    assert machine.of_text("zen5, l2=512K ,cores=2", own) == replace(
-        MODELS["zen5"], l2=512 << 10, cores=2
-    )
-    assert machine.of_text(str(file), own) == Machine(1, 1280 << 10, 12 << 20, 8, 7)
+    expected = {
+        "": own,
+        "zen5": replace(MODELS["zen5"], cores=7),
+        "zen5, l2=512K ,cores=2": replace(MODELS["zen5"], l2=512 << 10, cores=2),
+        str(file): Machine(1, 1280 << 10, 12 << 20, 8, 7),
+    }
+    for text, right in expected.items():
+        assert asdict(machine.of_text(text, own)) == asdict(right)
 
 
 @pytest.mark.parametrize("text", ["zen", "l2=", "l2=2X", "l4=1M", "cores=0", "l3_cores=0", "l2=-1"])

@@ -21,9 +21,9 @@ def facts() -> dict[str, Any]:
     config = fn.show_config("dicts") or {}
     return {
         "processor": processor(),
-        "cores": machine.current().cores,
+        "cores": machine.here.cores,
         "threads": fn.get_num_threads(),
-        "caches": machine.current().caches,
+        "caches": machine.here.caches,
         "instruction set": config["cpu"]["instruction set used"],
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

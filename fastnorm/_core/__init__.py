@@ -6,7 +6,7 @@ import os
 from importlib import import_module
 from types import ModuleType
 
-from fastnorm import limits, machine
+from fastnorm import limits
 
 LEVELS = ("x86-64-v2", "x86-64-v3", "x86-64-v4")
 
@@ -63,8 +63,6 @@ def _keep_at_most() -> int:
 
 kernels, level_used, level_found = _load()
 if kernels is not None:
-    # Results that do not fit in cache are written past it: nobody finds them there.
-    kernels.set_stream_above(machine.current().last_cache)
     kernels.keep_at_most(_keep_at_most())
     _limit = limits.memory_limit()
     if _limit is not None:

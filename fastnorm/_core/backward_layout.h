@@ -17,6 +17,7 @@
 
 #include "operand.h"
 #include "sizes.h"
+#include "threads.h"
 
 /* Of a thread: three tiles of BLOCK numbers, or nine of BACKWARD_CHUNK. */
 enum { BACKWARD_TILE_BYTES = 3 * BLOCK * 8 };
@@ -25,7 +26,7 @@ typedef struct {
     ptrdiff_t a, b, p, s, c, neighbours;
     int columns, centred, training;
     Operand x, dy, dx, weight, dweight, dbias, mean, rstd;
-    /* What plan_backward derives. */
+    /* chosen by schedule.py */
     ptrdiff_t length;           /* reduced elements of a group (runs) or rows (columns) */
     ptrdiff_t width;            /* columns of an item; of runs, neighbouring groups */
     ptrdiff_t chunks;           /* items side by side along c; of runs, along b */
@@ -44,8 +45,16 @@ typedef struct {
     int keep_cells;             /* until all of a task is added: else they are too many */
     int share_items;            /* the threads share the items taken together, not the tasks */
     ptrdiff_t together;         /* items of an owner that are taken together */
+    int sweeps, few_owners;     /* all of an owner's items are; and there are few owners */
+    int max_threads;            /* 1, or 0 where there is no such limit */
     int threads;
 } Backward;
+
+/* What follows from the number of threads. */
+static inline void backward_threads(Backward *q, int threads) {
+    q->threads = !FN_OPENMP || q->max_threads == 1 || threads < 1 ? 1 : threads;
+    q->share_items = q->sweeps && (q->few_owners || q->threads == 1);
+}
 
 /* Elements of a run, or rows of columns; or any other numbers in a row. */
 typedef struct {

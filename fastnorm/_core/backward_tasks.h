@@ -163,7 +163,7 @@ FN_INLINE Span T(share)(const T(Work) *w, ptrdiff_t turn) {
 }
 static void T(share_all)(T(Work) *w, ptrdiff_t total, int threads, Turn run) {
     w->total = total;
-    w->turns = threads == 1 ? 1 : least(total, 8 * (ptrdiff_t)threads);
+    w->turns = threads == 1 ? 1 : least(total, TURNS_PER_THREAD * (ptrdiff_t)threads);
     share_out(w->turns, threads, 0, run, w);
 }
 /* The sums of some segments of the items. */

@@ -13,7 +13,6 @@ cnp.import_array()
 
 cdef extern from "kernels.h" nogil:
     int FN_OPENMP, FN_HAS_FMA, FN_HAS_EXTENDED, FN_CHECKED
-    Py_ssize_t stream_above
     ctypedef enum Storage:
         F16, BF16, F32, F64, U8, I8, U16, I16
     ctypedef enum Scaling:
@@ -28,21 +27,34 @@ cdef extern from "kernels.h" nogil:
         Py_ssize_t a, b, p, s, c
         char* low
         char* high
+    ctypedef enum Walk:
+        WALK_ITEMS, WALK_PIPELINED, WALK_GATHERED, WALK_ROWS
     ctypedef struct Forward:
         Py_ssize_t a, b, p, s, c, neighbours, fields
-        bint columns, centred, given, activation_first, raised, long_enough
+        bint columns, centred, given, activation_first, raised
         Scaling scaling
         Activation activation
         UserLoop user
         double eps
         Operand x, y, mask, weight, bias, residual, addend, total, mean, var, rstd
+        Py_ssize_t length, width, chunks, items, block, split_length, splits
+        bint guarded, foldable, tabulated, releases_gil
+        bint non_temporal, direct, direct_non_temporal, bf16_direct
+        Walk walk
+        int max_threads, static_threads
     ctypedef struct Backward:
         Py_ssize_t a, b, p, s, c, neighbours
         bint columns, centred, training
         Operand x, dy, dx, weight, dweight, dbias, mean, rstd
-    void plan_forward(Forward*, int) noexcept
+        Py_ssize_t length, width, chunks, owners, sharers, span, segments, plane_segments
+        Py_ssize_t cell_p, cell_s, cell_c, cells, parts, together
+        bint own_a, own_b, own_c, inside, non_temporal, bf16_direct, convert_weight
+        bint whole_rows, whole_groups, keep_cells, sweeps, few_owners
+        int max_threads
+    const char* SIZES
+    void forward_threads(Forward*, int) noexcept
     int run_planned_forward "run_forward"(Forward*) noexcept
-    void plan_backward(Backward*, int, Py_ssize_t) noexcept
+    void backward_threads(Backward*, int) noexcept
     int run_planned_backward "run_backward"(Backward*) noexcept
     void aim_at(Operand*, char*, Py_ssize_t) noexcept
     void load_f32(const char*, Storage, Py_ssize_t, float*) noexcept
@@ -140,18 +152,45 @@ cdef int operand(Operand* o, object array, tuple strides, tuple dims) except -1:
 
 cdef int execute(Forward* q, int threads) noexcept:
     """Run a pass; the interpreter's lock is handed over where that costs less than it gains."""
-    plan_forward(q, threads)
-    if not q.long_enough:
+    forward_threads(q, threads)
+    if not q.releases_gil:
         return run_planned_forward(q)
     with nogil:
         return run_planned_forward(q)
 
+cdef dict walks = {
+    "items": WALK_ITEMS, "pipelined": WALK_PIPELINED, "gathered": WALK_GATHERED, "rows": WALK_ROWS,
+}
+
+cdef int suits(bint right) except -1:
+    """Refuse a schedule that was made for another layout."""
+    if not right:
+        raise SystemError("a schedule does not suit its layout; please report this")
+    return 0
+
+cdef int follow(Forward* q, schedule) except -1:
+    """Take over what a ForwardSchedule says."""
+    blocking = schedule.blocking
+    q.length, q.block, q.splits = blocking.length, blocking.block, blocking.splits
+    q.split_length, q.bf16_direct = blocking.split_length, blocking.bf16_direct
+    q.walk = <Walk><int>walks[schedule.path]
+    q.width, q.chunks, q.items = schedule.width, schedule.chunks, schedule.items
+    q.foldable, q.tabulated = schedule.foldable, schedule.tabulated
+    q.guarded = q.mask.data != NULL or (q.given and not q.foldable)
+    q.non_temporal, q.direct = schedule.non_temporal, schedule.direct
+    q.direct_non_temporal = schedule.direct_non_temporal
+    q.max_threads, q.static_threads = schedule.max_threads, schedule.static_threads
+    q.releases_gil = schedule.releases_gil
+    return suits(q.length == q.p * q.s and q.items == (q.a * q.b if q.columns else q.a) * q.chunks
+                 and q.chunks * q.width >= (q.c if q.columns else q.b)
+                 and q.splits * q.split_length >= q.length)
+
 cdef int no_memory() except -1:
     raise MemoryError("fastnorm could not get the scratch memory of its kernels")
 
-def run_pass(layout, x, y, mean, var, rstd, *, weight=None, bias=None, mask=None, residual=None,
-             addend=None, total=None, bint centred=True, bint given=False, Scaling scaling=RSTD,
-             double eps=0.0, Activation activation=IDENTITY, Py_ssize_t user=0,
+def run_pass(layout, schedule, x, y, mean, var, rstd, *, weight=None, bias=None, mask=None,
+             residual=None, addend=None, total=None, bint centred=True, bint given=False,
+             Scaling scaling=RSTD, double eps=0.0, Activation activation=IDENTITY, Py_ssize_t user=0,
              bint activation_first=False, int threads=1, Ticket ticket=None, tuple statistics=()):
     """One pass of `layout` over x into y (None: statistics alone).
 
@@ -190,13 +229,14 @@ def run_pass(layout, x, y, mean, var, rstd, *, weight=None, bias=None, mask=None
     expect(q.mean.storage == F64, "mean", mean)
     expect(q.var.storage == F64, "var", var)
     expect(q.rstd.storage == F64, "rstd", rstd)
+    follow(&q, schedule)
     if execute(&q, threads):
         no_memory()
     if ticket is not None and not q.raised:
         keep_forward(&q, ticket, statistics)
     return q.raised
 
-def run_moments(layout, x, fields, *, mask=None, int threads=1):
+def run_moments(layout, schedule, x, fields, *, mask=None, int threads=1):
     """Moments of x into `fields`: count, mean, its rest, sum of squared deviations, its rest.
 
     The strides of the first field are the layout's "stats".  The blocks, the merge and the threads
@@ -215,18 +255,39 @@ def run_moments(layout, x, fields, *, mask=None, int threads=1):
     expect(q.mean.storage == F64, "fields", fields)
     q.var = q.rstd = q.mean
     q.fields = cnp.PyArray_STRIDE(<cnp.ndarray>fields, 0)
+    follow(&q, schedule)
     if execute(&q, threads):
         no_memory()
 
 # ---- the backward pass ---------------------------------------------------------------------------
 
 cdef int execute_backward(Backward* q, int threads) noexcept:
-    plan_backward(q, threads, stream_above)
+    backward_threads(q, threads)
     with nogil:
         return run_planned_backward(q)
 
-def run_backward(layout, x, dy, dx, mean, rstd, weight, dweight, dbias, *, bint centred=True,
-                 bint training=True, int threads=1, Ticket ticket=None, tuple own=()):
+cdef int follow_back(Backward* q, schedule) except -1:
+    """Take over what a BackwardSchedule says."""
+    blocking = schedule.blocking
+    q.length, q.width, q.chunks = blocking.length, blocking.width, blocking.chunks
+    q.own_a, q.own_b, q.own_c = blocking.own
+    q.inside, q.owners, q.sharers = blocking.inside, blocking.owners, blocking.sharers
+    q.span, q.segments = blocking.span, blocking.segments
+    q.plane_segments = blocking.plane_segments
+    q.cell_p, q.cell_s, q.cell_c = blocking.cell_p, blocking.cell_s, blocking.cell_c
+    q.cells, q.parts, q.sweeps = blocking.cells, blocking.parts, blocking.sweeps
+    q.together, q.few_owners = schedule.together, schedule.few_owners
+    q.keep_cells = not (q.sweeps and q.inside)
+    q.whole_rows, q.whole_groups = schedule.path == "rows", schedule.path == "groups"
+    q.convert_weight = schedule.convert_weight
+    q.non_temporal, q.bf16_direct = schedule.non_temporal, schedule.bf16_direct
+    q.max_threads = schedule.max_threads
+    return suits(q.length == q.p * q.s and q.chunks * q.width >= (q.c if q.columns else q.b)
+                 and q.owners * q.sharers == (q.a * q.b if q.columns else q.a) * q.chunks)
+
+def run_backward(layout, schedule, x, dy, dx, mean, rstd, weight, dweight, dbias, *,
+                 bint centred=True, bint training=True, int threads=1, Ticket ticket=None,
+                 tuple own=()):
     """One backward pass of `layout`: fills dx, dweight and, unless it is None, dbias.
 
     `weight` (None: 1 everywhere) may lie in any order; `dbias` lies as `dweight` does.  With a
@@ -255,6 +316,7 @@ def run_backward(layout, x, dy, dx, mean, rstd, weight, dweight, dbias, *, bint 
     expect(dbias is None or q.dbias.storage == q.dweight.storage, "dbias", dbias)
     expect(mean is None or q.mean.storage == F64, "mean", mean)
     expect(q.rstd.storage == F64, "rstd", rstd)
+    follow_back(&q, schedule)
     if execute_backward(&q, threads):
         no_memory()
     if ticket is not None:
@@ -275,10 +337,9 @@ def multiply_add():
     """How a product is added to (numbers.h): fused, by way of extended precision, or plain."""
     return "fused" if FN_HAS_FMA else "extended" if FN_HAS_EXTENDED else "plain"
 
-def set_stream_above(Py_ssize_t size):
-    """Write outputs of more than `size` bytes past the caches."""
-    global stream_above
-    stream_above = size
+def sizes():
+    """The constants of schedule.py that these kernels were built with."""
+    return SIZES.decode()
 
 def address_of(cnp.ndarray array):
     """Where the first element of an array lies: `array.ctypes.data` in a fiftieth of the time."""

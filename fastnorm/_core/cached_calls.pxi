@@ -91,6 +91,11 @@ cdef bytes key_of(Key* k):
 cdef dict calls = {}
 cdef list recent = [None] * RECENT
 
+def forget():
+    """Keep no call: schedules are others now."""
+    calls.clear()
+    recent[:] = [None] * RECENT
+
 cdef CachedCall find(Key* k):
     """The cached call of a key, or None."""
     cdef Py_ssize_t i, size = k.n * <Py_ssize_t>sizeof(int64_t)

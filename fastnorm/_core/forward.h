@@ -41,7 +41,7 @@ typedef struct {
     double eps;
     ptrdiff_t fields; /* 0, or the bytes between the five fields of moments that are asked for */
     Operand x, y, mask, weight, bias, residual, addend, total, mean, var, rstd;
-    /* chosen by plan_forward */
+    /* chosen by schedule.py */
     ptrdiff_t length; /* reduced elements of a group, or rows of columns */
     ptrdiff_t width;  /* columns of an item; of runs, neighbouring groups */
     ptrdiff_t chunks; /* items side by side along c; of runs, along b */
@@ -53,17 +53,26 @@ typedef struct {
     int foldable;           /* a weight is one number for a run or a column */
     int non_temporal;        /* how y is written */
     int direct;              /* x and y are read and written where they lie */
-    int direct_non_temporal; /* or read where they lie and written with non-temporal stores */
+    int direct_non_temporal; /* or so, and written with non-temporal stores */
     int bf16_direct;         /* bfloat16 is converted on the way: decides the order of its sums */
-    int gathered_non_temporal; /* what WALK_GATHERED writes */
     int tabulated; /* given statistics do not differ along a: their scales stand in `table` */
     char *table;
     Walk walk;
     int threads;
     int split_items;   /* threads share each item, not the items */
     int static_shares; /* each thread has its share once and for all */
-    int long_enough;   /* for the interpreter's lock to be handed over meanwhile */
+    int max_threads;   /* 1, or 0 where there is no such limit */
+    int static_threads; /* from so many threads on shares are fixed */
+    int releases_gil;  /* it takes long enough for the interpreter's lock to be given up */
 } Forward;
+
+/* What follows from the number of threads. */
+static inline void forward_threads(Forward *q, int threads) {
+    q->threads = !FN_OPENMP || q->max_threads == 1 || threads < 1 ? 1 : threads;
+    q->static_shares = q->threads >= q->static_threads;
+    q->split_items = q->threads > 1 && q->splits > 1 && q->items % q->threads != 0 &&
+                     q->items < ITEMS_PER_THREAD * q->threads;
+}
 
 /* Groups b, b + 1 ... of runs, or neighbouring columns c, c + 1 ... */
 FN_INLINE Item item_at(const Forward *q, ptrdiff_t index) {

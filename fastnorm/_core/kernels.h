@@ -5,9 +5,8 @@
 #ifndef FASTNORM_KERNELS_H
 #define FASTNORM_KERNELS_H
 
-#include "backward_plan.h"
+#include "backward_layout.h"
 #include "forward.h"
-#include "plan.h"
 
 #define REAL float
 #define T(name) name##_f32

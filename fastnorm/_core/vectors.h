@@ -108,13 +108,6 @@ FN_INLINE double fn_added_up(const double *v) {
  * are not fetched first, which is a third of the traffic of a pass over memory.  A fence belongs
  * between the last of these and whoever reads the result in another thread. */
 
-/* What an output must exceed to be written so: the last cache, once the kernels are loaded. */
-static ptrdiff_t stream_above = 1 << 25;
-/* Whether n elements are long enough a run: lines of which one part is written past the caches and
- * another is not cost more than all that is gained. */
-FN_INLINE int pays_to_stream(ptrdiff_t n, ptrdiff_t size) {
-    return n * size >= NON_TEMPORAL_MIN_RUN || stream_above == 0;
-}
 static inline void fn_stream(char *FN_RESTRICT to, const char *FN_RESTRICT from, size_t n) {
 #if defined(__SSE2__)
     size_t head = (size_t)(-(uintptr_t)to % 64);

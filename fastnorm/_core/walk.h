@@ -44,7 +44,6 @@ static void walk_gathered(Forward *q, ptrdiff_t first, ptrdiff_t last, Scratch *
     const ptrdiff_t run = q->s * (ptrdiff_t)sizeof(double), size = q->p * run;
     Forward near = *q;
     near.x.a = 0, near.x.b = size, near.x.p = run;
-    near.direct_non_temporal = q->gathered_non_temporal;
     for (ptrdiff_t i = first; i < last; i++) {
         const Item it = item_at(q, i);
         fits(it.width * size, h->gathered_size, "the tile of planes copied together");
@@ -124,7 +123,7 @@ static int T(share_splits)(T(Job) *w) {
         w->scales = take(&m, q->items * (ptrdiff_t)sizeof(T(Scales)));
         if (!counted && !open_arena(&m)) return 1;
     }
-    w->turns = least(total, 8 * q->threads);
+    w->turns = least(total, TURNS_PER_THREAD * q->threads);
     if (!q->given) share_out(w->turns, q->threads, 0, T(moments_turn), w);
     for (ptrdiff_t i = 0; i < q->items; i++) {
         const Item it = item_at(q, i);
@@ -158,7 +157,7 @@ static int T(run_items)(Forward *q) {
         free(w.h);
         return 1;
     }
-    w.turns = least(q->items, (q->static_shares ? 1 : 8) * q->threads);
+    w.turns = least(q->items, (q->static_shares ? 1 : TURNS_PER_THREAD) * q->threads);
     if (q->split_items) failed = T(share_splits)(&w);
     else share_out(w.turns, q->threads, q->static_shares, T(walk_turn), &w);
     close_scratch(w.h, q->threads);

@@ -16,13 +16,12 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from fastnorm import _core, machine
+from fastnorm import _core
 from fastnorm._numba import activations, backward, blocking, forward
 from fastnorm._numba.blocking import FINISH, MOMENTS, OPERANDS, PASS, STEPS, WHOLE
 from fastnorm._numba.extents import size_of_room, spans_of, watched
 from fastnorm._numba.memory import COUNTERS, SOURCES, alone, compiling, together
 from fastnorm.layout import Layout
-from fastnorm.machine import Machine
 from fastnorm.schedule import (
     BACKWARD_CHUNK,
     BACKWARD_SHARED_RUNS,
@@ -37,8 +36,6 @@ from fastnorm.schedule import (
     BackwardSchedule,
     Dtypes,
     ForwardSchedule,
-    backward_schedule,
-    forward_schedule,
 )
 
 Array = NDArray[Any]
@@ -208,7 +205,7 @@ def _planes_follow(layout: Layout, *operands: str) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _plan(layout: Layout, dtypes: Dtypes, here: Machine, asked: _Asked) -> _Plan:
+def _plan(layout: Layout, schedule: ForwardSchedule, dtypes: Dtypes, asked: _Asked) -> _Plan:
     types = dict(dtypes)
     kind = _kind_of(types["x"])
     computing = np.float64 if kind is np.float64 else np.float32
@@ -216,14 +213,6 @@ def _plan(layout: Layout, dtypes: Dtypes, here: Machine, asked: _Asked) -> _Plan
     size = types["x"].itemsize
     real = np.dtype(computing).itemsize
     centred, given, scaling, eps, activation, activation_first = asked
-    schedule = forward_schedule(
-        layout,
-        dtypes,
-        here,
-        given=given,
-        activation=activation or None,
-        activation_first=activation_first,
-    )
     numeric = schedule.blocking
     a, b, p, s, c = layout.dims
     length = numeric.length
@@ -293,6 +282,7 @@ _AT = {name: int(PASS.fields[name][1]) // 8 for name in blocking.NUMBERS}  # typ
 
 def run_pass(
     layout: Layout,
+    schedule: ForwardSchedule,
     x: Array,
     y: Array | None,
     mean: Array,
@@ -332,7 +322,7 @@ def run_pass(
         x=x, y=y, mask=mask, weight=weight, bias=bias, residual=residual, addend=addend, total=total
     )
     asked = _Asked(centred, given, scaling, eps, activation, activation_first)
-    plan = _plan(layout, dtypes, machine.current(), asked)
+    plan = _plan(layout, schedule, dtypes, asked)
     arrays = (x, y, mask, weight, bias, residual, addend, total, mean, var, rstd)
     addresses = [0 if array is None else _address(array) for array in arrays]
     record = plan.template.copy()
@@ -379,13 +369,19 @@ def _carry_out(
 
 
 def run_moments(
-    layout: Layout, x: Array, fields: Array, *, mask: Array | None = None, threads: int = 1
+    layout: Layout,
+    schedule: ForwardSchedule,
+    x: Array,
+    fields: Array,
+    *,
+    mask: Array | None = None,
+    threads: int = 1,
 ) -> None:
     """Moments of x into `fields`: count, mean, its rest, sum of squared deviations, its rest.
 
     The strides of the first field are the layout's "stats".
     """
-    plan = _plan(layout, _dtypes(x=x, mask=mask), machine.current(), _Asked())
+    plan = _plan(layout, schedule, _dtypes(x=x, mask=mask), _Asked())
     record = plan.template.copy()
     where = _address(fields[0])
     arrays = (x, None, mask, None, None, None, None, None)
@@ -432,20 +428,21 @@ class _AskedBack(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def _back_plan(layout: Layout, dtypes: Dtypes, here: Machine, asked: _AskedBack) -> _BackPlan:
+def _back_plan(
+    layout: Layout, schedule: BackwardSchedule, dtypes: Dtypes, asked: _AskedBack
+) -> _BackPlan:
     types = dict(dtypes)
     kind = _kind_of(types["x"])
     computing = np.float64 if kind is np.float64 else np.float32
     stored = kind if types["dy"] == types["x"] else computing
     size, real = types["x"].itemsize, np.dtype(computing).itemsize
-    schedule = backward_schedule(layout, dtypes, here, training=asked.training)
     numeric = schedule.blocking
     a, b, p, s, c = layout.dims
     steps = layout.strides
     shared = steps["dweight"]
     inside, segments = numeric.inside, numeric.segments
     streamed = schedule.non_temporal
-    if layout.columns and here.last_cache:
+    if layout.columns and not schedule.always_non_temporal:
         streamed &= c * size >= NON_TEMPORAL_MIN_RUN  # rows are stored one by one
     # across planes, unless these have weights of their own
     joined = layout.columns or inside or shared[2] == 0 or p == 1
@@ -476,8 +473,8 @@ def _back_plan(layout: Layout, dtypes: Dtypes, here: Machine, asked: _AskedBack)
         cells = owners[2] * s
         # few large groups in two sweeps, in one part, and four at a time even where they do not
         # stay in L2
-        parts = 1 if numeric.sweeps else numeric.parts
-        together = BACKWARD_SHARED_RUNS if numeric.sweeps else schedule.shared_runs
+        parts = numeric.parts
+        together = BACKWARD_SHARED_RUNS if numeric.sweeps else schedule.together
         turns = items * owners[2] * -(-s // BACKWARD_CHUNK)
         compiler, room = backward.compile_rows, backward.RUNS_PARTS
     # those who share a weight, and their segments, at once: in the order of memory, as Cython does
@@ -534,6 +531,7 @@ _BACK_OWN = slice(-3, None)  # sums, terms, collected
 
 def run_backward(
     layout: Layout,
+    schedule: BackwardSchedule,
     x: Array,
     dy: Array,
     dx: Array,
@@ -566,7 +564,7 @@ def run_backward(
         weight, weights = _converted(weight, weights, dims, computing)
     dtypes = _dtypes(x=x, dy=dy, dx=dx, weight=weight)
     asked = _AskedBack(centred, training, mean is not None, of_dy, weights)
-    plan = _back_plan(layout, dtypes, machine.current(), asked)
+    plan = _back_plan(layout, schedule, dtypes, asked)
     sums, terms = np.empty(plan.sums), np.empty(plan.terms)
     collected = np.empty((plan.items, plan.parts, 2, plan.cells))
     record = plan.template.copy()

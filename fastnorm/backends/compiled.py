@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastnorm import machine
 from fastnorm.arguments import computing_type
 from fastnorm.backends.base import sum_to
 from fastnorm.layout import Layout, ascending, describe, steps_of
 from fastnorm.problem import BackwardProblem, Problem
 from fastnorm.runtime import kernel_threads
+from fastnorm.schedule import backward_schedule, forward_schedule
 
 Array = NDArray[Any]
 
@@ -70,8 +72,17 @@ def forward(p: Problem, kernels: Any) -> None:
     activation: dict[str, Any] = {"activation": 0}
     if p.activation is not None:
         activation = _activation(p, kernels)
+    schedule = forward_schedule(
+        layout,
+        tuple((name, operands[name].dtype) for name in _OPERANDS if name in operands),
+        machine.here,
+        given=p.given,
+        activation=p.activation,
+        activation_first=p.activation_first,
+    )
     raised = kernels.run_pass(
         layout,
+        schedule,
         operands["x"],
         operands.get("y"),
         operands["mean"],
@@ -132,8 +143,16 @@ def backward(p: BackwardProblem, kernels: Any) -> None:
         if dy.strides != p.dy.strides:  # or it would come here again
             dy[...] = p.dy
             return backward(replace(p, dy=dy, ticket=None), kernels)
-    walked = layout is not None and kernels.run_backward(
+    if layout is None:
+        return _spread_backward(p, kernels)
+    full = {"x": p.x, "dy": p.dy, "dx": p.dx, "weight": p.weight}
+    schedule = backward_schedule(
+        layout, tuple((name, a.dtype) for name, a in full.items() if a is not None), machine.here,
+        training=p.training,
+    )  # fmt: skip
+    walked = kernels.run_backward(
         layout,
+        schedule,
         operands["x"],
         operands["dy"],
         operands["dx"],
@@ -206,7 +225,9 @@ def moments(
         operands["fields"] = fields.transpose(0, *(axis + 1 for axis in order))
         layout = _moments_layout(operands, tuple(sorted(reduced)))
         assert layout is not None, "contiguous operands always have a layout"
-    kernels.run_moments(layout, **operands, threads=kernel_threads())
+    dtypes = tuple((name, a.dtype) for name, a in operands.items() if name != "fields")
+    schedule = forward_schedule(layout, dtypes, machine.here)
+    kernels.run_moments(layout, schedule, **operands, threads=kernel_threads())
 
 
 def _moments_layout(operands: dict[str, Array], reduced: tuple[bool, ...]) -> Layout | None:

@@ -67,7 +67,7 @@ class _Kernels:
     """What the compiled kernels offer."""
 
     def run_pass(
-        self, layout: Layout, x: Array, y: Array | None, *statistics: Array, **more: Any
+        self, layout: Layout, _: Any, x: Array, y: Array | None, *statistics: Array, **more: Any
     ) -> bool:
         names = ("weight", "bias", "mask", "residual", "addend", "total")
         arrays = {"x": x, "y": y} | {name: more.get(name) for name in names}
@@ -76,17 +76,15 @@ class _Kernels:
         _asked.get().append(Asked(layout, _dtypes(arrays), False, options))
         return False
 
-    def run_moments(self, layout: Layout, x: Array, fields: Array, **more: Any) -> None:
+    def run_moments(self, layout: Layout, _: Any, x: Array, fields: Array, **more: Any) -> None:
         _asked.get().append(Asked(layout, _dtypes({"x": x, "mask": more.get("mask")}), False))
 
     def run_backward(
-        self, layout: Layout, x: Array, dy: Array, dx: Array, *arrays: Any, **more: Any
-    ) -> None:
+        self, layout: Layout, _: Any, x: Array, dy: Array, dx: Array, *arrays: Any, **more: Any
+    ) -> bool:
         operands = {"x": x, "dy": dy, "dx": dx, "weight": arrays[2]}
         options = {"training": more["training"]}
         _asked.get().append(Asked(layout, _dtypes(operands), True, options))
-
-    def walks_back(self, layout: Layout) -> bool:
         return True
 
 

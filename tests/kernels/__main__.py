@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -35,16 +36,26 @@ def main(level: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
         program = str(Path(folder, "check_kernels"))
         source = str(HERE / "check_kernels.c")
-        built = subprocess.run([*build, "-I", str(CORE), source, "-lm", "-o", program])
+        from .cases import write  # and with it fastnorm
+
+        write(Path(folder))
+        headers = [f"-I{CORE}", f"-I{folder}"]
+        built = subprocess.run([*build, *headers, source, "-lm", "-o", program])
         return built.returncode or subprocess.run([*run, program, *options]).returncode
 
 
 def can_build() -> bool:
-    return shutil.which(COMPILER[0]) is not None
+    """With setuptools, of which setup.py is."""
+    return shutil.which(COMPILER[0]) is not None and find_spec("setuptools") is not None
 
 
 def can_cross_build() -> bool:
-    return shutil.which(CROSS_COMPILER) is not None and shutil.which(EMULATOR) is not None
+    setuptools = find_spec("setuptools") is not None
+    return (
+        setuptools
+        and shutil.which(CROSS_COMPILER) is not None
+        and shutil.which(EMULATOR) is not None
+    )
 
 
 if __name__ == "__main__":

@@ -147,18 +147,21 @@ typedef struct {
     int columns;
     ptrdiff_t x[5], w[5]; /* strides, in elements: a, b, p, s, c */
 } Layout;
-static const Layout LAYOUTS[] = {
-    {"rows", 9, 5, 1, 300, 1, 1, 0, {1500, 300, 0, 1, 0}, {0, 0, 0, 1, 0}},
-    {"short rows", 3, 11, 1, 19, 1, 1, 0, {209, 19, 0, 1, 0}, {0, 0, 0, 1, 0}},
-    {"long rows", 1, 2, 1, 9001, 1, 1, 0, {0, 9010, 0, 1, 0}, {0, 0, 0, 1, 0}},
-    {"groups of planes", 2, 3, 4, 35, 1, 1, 0, {420, 140, 35, 1, 0}, {0, 4, 1, 0, 0}},
-    {"planes apart", 3, 5, 4, 50, 1, 1, 0, {250, 50, 750, 1, 0}, {0, 1, 0, 0, 0}},
-    {"long planes", 2, 2, 3, 70000, 1, 1, 0, {420000, 210000, 70000, 1, 0}, {0, 3, 1, 0, 0}},
-    {"columns", 1, 1, 3, 40, 21, 1, 1, {0, 0, 840, 21, 1}, {0, 0, 0, 0, 1}},
-    {"groups of columns", 2, 1, 2, 50, 24, 4, 1, {2400, 0, 1200, 24, 1}, {0, 0, 0, 0, 1}},
-    {"many columns", 1, 1, 1, 30, 700, 1, 1, {0, 0, 0, 700, 1}, {0, 0, 0, 1, 0}},
-    {"many rows", 1, 1, 1, 5000, 16, 1, 1, {0, 0, 0, 16, 1}, {0, 0, 0, 0, 1}},
-};
+typedef struct {
+    Storage storage;
+    int centred, weighted, biased, residual, threads;
+    Scaling scaling;
+    Activation activation;
+} Options;
+/* A pass forward and back, and the schedules of both (schedule.py). */
+typedef struct {
+    int layout;
+    Options options;
+    Forward forward;
+    Backward backward;
+} Case;
+#include "cases.h" /* LAYOUTS and CASES, written by cases.py */
+
 static ptrdiff_t place_of(const ptrdiff_t *step, const ptrdiff_t *i) {
     ptrdiff_t sum = 0;
     for (int k = 0; k < 5; k++) sum += i[k] * step[k];
@@ -200,16 +203,12 @@ static Operand operand_of(const double *v, ptrdiff_t n, const ptrdiff_t *step, S
     o.s = step[3] * size, o.c = step[4] * size;
     return o;
 }
-typedef struct {
-    Storage storage;
-    int centred, weighted, biased, residual, threads;
-    Scaling scaling;
-    Activation activation;
-} Options;
 static long double activated(long double t, Activation activation) {
     return activation == IDENTITY ? t : activated_f64((double)t, activation);
 }
-static void check_pass(const Layout *l, Options o) {
+static void check_pass(const Case *c) {
+    const Layout *l = &LAYOUTS[c->layout];
+    const Options o = c->options;
     const ptrdiff_t n = room_of(l, l->x), weights = room_of(l, l->w), groups = l->c / l->neighbours;
     const ptrdiff_t stat[5] = {l->b * groups, groups, 0, 0, 1};
     const Storage computing = o.storage == F64 ? F64 : F32;
@@ -221,9 +220,10 @@ static void check_pass(const Layout *l, Options o) {
     double *dw = calloc((size_t)weights, 8), *db = calloc((size_t)weights, 8);
     fill(x, n, 3.0, o.storage), fill(e, n, 0.0, o.storage);
     fill(w, weights, 1.0, F32), fill(b, weights, 0.0, F32);
-    Forward q = {.a = l->a, .b = l->b, .p = l->p, .s = l->s, .c = l->c, .columns = l->columns,
-                 .neighbours = l->neighbours, .centred = o.centred, .scaling = o.scaling,
-                 .eps = 1e-5, .activation = o.activation};
+    Forward q = c->forward;
+    q.a = l->a, q.b = l->b, q.p = l->p, q.s = l->s, q.c = l->c, q.columns = l->columns;
+    q.neighbours = l->neighbours, q.centred = o.centred, q.scaling = o.scaling;
+    q.eps = 1e-5, q.activation = o.activation;
     q.x = operand_of(x, n, l->x, o.storage), q.y = operand_of(x, n, l->x, o.storage);
     q.mean = operand_of(statistics, l->a * l->b * groups, stat, F64);
     q.var = operand_of(statistics, l->a * l->b * groups, stat, F64);
@@ -231,15 +231,16 @@ static void check_pass(const Layout *l, Options o) {
     if (o.weighted) q.weight = operand_of(w, weights, l->w, computing);
     if (o.biased) q.bias = operand_of(b, weights, l->w, computing);
     if (o.residual) q.residual = operand_of(e, n, l->x, o.storage);
-    plan_forward(&q, o.threads);
+    forward_threads(&q, o.threads);
     if (run_forward(&q)) near("memory", 0, 1, 0, 0);
-    Backward r = {.a = l->a, .b = l->b, .p = l->p, .s = l->s, .c = l->c, .columns = l->columns,
-                  .neighbours = l->neighbours, .centred = o.centred, .training = 1};
+    Backward r = c->backward;
+    r.a = l->a, r.b = l->b, r.p = l->p, r.s = l->s, r.c = l->c, r.columns = l->columns;
+    r.neighbours = l->neighbours, r.centred = o.centred, r.training = 1;
     r.x = q.x, r.dx = operand_of(x, n, l->x, o.storage), r.dy = operand_of(dy, n, l->x, o.storage);
     r.mean = q.mean, r.rstd = q.rstd, r.weight = q.weight;
     if (!o.centred) r.mean = (Operand){.storage = F64};
     r.dweight = operand_of(dw, weights, l->w, F64), r.dbias = operand_of(db, weights, l->w, F64);
-    plan_backward(&r, o.threads, stream_above);
+    backward_threads(&r, o.threads);
     if (run_backward(&r)) near("memory", 0, 1, 0, 0);
 
     ptrdiff_t i[5] = {0}, begin[5];
@@ -291,20 +292,9 @@ int main(int arguments, char **argument) {
             check_columns(rows, width, 0), check_columns(rows, width, 1);
     for (ptrdiff_t n = 1; n < MOST; n += 37) check_merge(n, 0), check_merge(n, n / 3);
     check_storage();
-    static const Storage storages[] = {F32, BF16, F16, F64};
-    for (size_t k = 0; k < sizeof LAYOUTS / sizeof *LAYOUTS; k++) {
-        if (arguments > 1 && room_of(&LAYOUTS[k], LAYOUTS[k].x) > 5000) continue;
-        for (int t = 0; t < 4; t++)
-            for (int past = 0; past < 2; past++) {
-                stream_above = past ? 0 : 1 << 25;
-                check_pass(&LAYOUTS[k], (Options){storages[t], 1, 1, 1, 0, 1, RSTD, IDENTITY});
-                check_pass(&LAYOUTS[k], (Options){storages[t], 1, 0, 0, 0, 3, RSTD, IDENTITY});
-                check_pass(&LAYOUTS[k], (Options){storages[t], 0, 1, 0, 0, 2, RSTD, IDENTITY});
-                check_pass(&LAYOUTS[k], (Options){storages[t], 0, 0, 0, 0, 1, NORM, IDENTITY});
-                check_pass(&LAYOUTS[k], (Options){storages[t], 1, 1, 1, 1, 2, RSTD, RELU});
-                for (Activation f = SILU; f <= TANH; f++)
-                    check_pass(&LAYOUTS[k], (Options){storages[t], 1, 1, 1, 0, 1, RSTD, f});
-            }
+    for (size_t k = 0; k < sizeof CASES / sizeof *CASES; k++) {
+        const Layout *l = &LAYOUTS[CASES[k].layout];
+        if (arguments == 1 || room_of(l, l->x) <= 5000) check_pass(&CASES[k]);
     }
     printf("%d checks, %d failed\n", checks, failures);
     return failures != 0;

@@ -108,35 +108,31 @@ FN_INLINE double fn_added_up(const double *v) {
  * are not fetched first, which is a third of the traffic of a pass over memory.  A fence belongs
  * between the last of these and whoever reads the result in another thread. */
 
-static inline void fn_stream(char *FN_RESTRICT to, const char *FN_RESTRICT from, size_t n) {
-#if defined(__SSE2__)
-    size_t head = (size_t)(-(uintptr_t)to % 64);
-    if (n >= 256 + head) {
-        FN_STORES_PENDING(1);
-        memcpy(to, from, head);
-        to += head, from += head, n -= head;
-#if defined(__AVX__)
-        for (; n >= 32; n -= 32, to += 32, from += 32)
-            _mm256_stream_si256((__m256i *)to, _mm256_loadu_si256((const __m256i *)from));
-#else
-        for (; n >= 16; n -= 16, to += 16, from += 16)
-            _mm_stream_si128((__m128i *)to, _mm_loadu_si128((const __m128i *)from));
-#endif
-    }
-#endif
-    memcpy(to, from, n);
-}
 /* One cache line. */
 FN_INLINE void fn_stream_line(void *to, const void *from) {
     FN_STORES_PENDING(1);
 #if defined(__AVX512F__)
     _mm512_stream_si512((__m512i *)to, _mm512_loadu_si512(from));
+#elif defined(__AVX__)
+    for (int k = 0; k < 2; k++)
+        _mm256_stream_si256((__m256i *)to + k, _mm256_loadu_si256((const __m256i *)from + k));
 #elif defined(__SSE2__)
     for (int k = 0; k < 4; k++)
         _mm_stream_si128((__m128i *)to + k, _mm_loadu_si128((const __m128i *)from + k));
 #else
     memcpy(to, from, 64);
 #endif
+}
+/* n bytes: whole lines, and what lies before and behind them as usual.  A line that is written partly
+ * past the caches and partly not takes several times as long. */
+static inline void fn_stream(char *FN_RESTRICT to, const char *FN_RESTRICT from, size_t n) {
+    const size_t head = (size_t)(-(uintptr_t)to % 64);
+    if (n >= 256 + head) {
+        memcpy(to, from, head);
+        for (to += head, from += head, n -= head; n >= 64; to += 64, from += 64, n -= 64)
+            fn_stream_line(to, from);
+    }
+    memcpy(to, from, n);
 }
 static inline void fn_stream_fence(void) {
     FN_STORES_PENDING(0);

@@ -215,17 +215,37 @@ static void T(apply_out_of_range)(const Backward *q, const Stretch *t, const T(S
                                (REAL *)(rows->dx + k * rows->dx_step) + i);
         }
 }
-static void T(apply_alike)(const Backward *q, const T(Slopes) *s, Span f, ptrdiff_t limit,
-                           REAL *tiles) {
+/* Rows whose dx has non-temporal stores: a few at a time, between which reads go on. */
+static void T(apply_past_caches)(const Backward *q, Stretch t, const T(Slopes) *s, Rows rows,
+                                 REAL *tile) {
+    const ptrdiff_t m = most(NON_TEMPORAL_TILE / t.n, 1);
+    rows.dx_step = t.n * (ptrdiff_t)sizeof(REAL);
+    for (ptrdiff_t left = t.count; left > 0; left -= m, t.s += m, rows = further(rows, m)) {
+        t.count = rows.count = least(left, m);
+        rows.dx = (char *)tile;
+        T(apply_rows)(&rows, s, q->training);
+        T(deliver_dx)(q, &t, rows.dx, NULL);
+    }
+}
+/* Of columns, or groups, that are all out of range, or none. */
+static void T(apply_alike)(const Backward *q, const T(Slopes) *s, Span f, REAL *tiles) {
     const int direct = q->bf16_direct && q->training && !s->any_out_of_range;
+    const int native = T(native)(q->x.storage) && T(native)(q->dy.storage);
     const int in_place = direct || (T(native)(q->dx.storage) && !q->non_temporal);
+    const int past = native && q->columns && q->non_temporal && !s->any_out_of_range;
     const ptrdiff_t width = s->item.width;
+    const ptrdiff_t limit = T(limit)(q, width, direct || past || (native && in_place));
     /* other threads have other planes of these groups: a plane's weights are not kept in `s` */
     REAL of_planes[TILE_GROUPS];
     const REAL *wr = q->weight.p == 0 ? s->wr : of_planes;
-    while (f.first < f.last) {
+    for (ptrdiff_t n; f.first < f.last; f.first += n) {
         const Stretch t = beginning(q, s->item, f, limit);
         Rows rows = T(rows_of)(q, &t, direct, tiles, BLOCK);
+        n = q->columns ? t.count : t.n;
+        if (past) {
+            T(apply_past_caches)(q, t, s, rows, tiles);
+            continue;
+        }
         T(aim_dx)(q, &t, in_place, tiles, BLOCK, &rows);
         rows.ahead = width > 1 && q->p > 1 ? q->x.p : 0;
         for (ptrdiff_t k = 0; k < width && wr == of_planes; k++)
@@ -234,20 +254,13 @@ static void T(apply_alike)(const Backward *q, const T(Slopes) *s, Span f, ptrdif
         else if (q->columns) T(apply_rows)(&rows, s, q->training);
         else T(apply_planes)(&rows, s, wr, direct ? BF16 : F64, q->training);
         if (!in_place) T(deliver_dx)(q, &t, rows.dx, tiles + BLOCK);
-        f.first += q->columns ? t.count : t.n;
     }
 }
 static void T(apply_span)(const Backward *q, const T(Slopes) *s, Span f, REAL *tiles) {
-    const ptrdiff_t width = s->item.width;
-    const int native = T(native)(q->x.storage) && T(native)(q->dy.storage) && !q->non_temporal;
-    const int direct = q->bf16_direct && q->training && !s->any_out_of_range;
-    ptrdiff_t limit = T(limit)(q, width, native || direct);
-    /* non-temporal stores in short stretches, between which reads go on */
-    if (q->columns && q->non_temporal) limit = most(NON_TEMPORAL_TILE / width, 1);
-    for (ptrdiff_t i = 0; i < width;) {
+    for (ptrdiff_t i = 0; i < s->item.width;) {
         T(Slopes) room;
         const T(Slopes) *part = T(alike)(q, s, i, &room);
-        T(apply_alike)(q, part, f, limit, tiles);
+        T(apply_alike)(q, part, f, tiles);
         i += part->item.width;
     }
 }

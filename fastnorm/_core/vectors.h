@@ -123,8 +123,8 @@ FN_INLINE void fn_stream_line(void *to, const void *from) {
     memcpy(to, from, 64);
 #endif
 }
-/* n bytes: whole lines, and what lies before and behind them as usual.  A line that is written partly
- * past the caches and partly not takes several times as long. */
+/* n bytes: whole lines, and what lies before and behind them as usual.  A line of which only a part
+ * is written past the caches takes several times as long. */
 static inline void fn_stream(char *FN_RESTRICT to, const char *FN_RESTRICT from, size_t n) {
     const size_t head = (size_t)(-(uintptr_t)to % 64);
     if (n >= 256 + head) {

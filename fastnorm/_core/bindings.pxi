@@ -190,8 +190,9 @@ cdef int no_memory() except -1:
 
 def run_pass(layout, schedule, x, y, mean, var, rstd, *, weight=None, bias=None, mask=None,
              residual=None, addend=None, total=None, bint centred=True, bint given=False,
-             Scaling scaling=RSTD, double eps=0.0, Activation activation=IDENTITY, Py_ssize_t user=0,
-             bint activation_first=False, int threads=1, Ticket ticket=None, tuple statistics=()):
+             Scaling scaling=RSTD, double eps=0.0, Activation activation=IDENTITY,
+             Py_ssize_t user=0, bint activation_first=False, int threads=1, Ticket ticket=None,
+             tuple statistics=()):
     """One pass of `layout` over x into y (None: statistics alone).
 
     Fills mean, var and rstd, or reads the first two where `given`.  With a ticket, the pass is kept
@@ -285,7 +286,7 @@ cdef int follow_back(Backward* q, schedule) except -1:
     return suits(q.length == q.p * q.s and q.chunks * q.width >= (q.c if q.columns else q.b)
                  and q.owners * q.sharers == (q.a * q.b if q.columns else q.a) * q.chunks)
 
-def run_backward(layout, schedule, x, dy, dx, mean, rstd, weight, dweight, dbias, *,
+def run_backward(layout, schedule, x, dy, dx, *, mean, rstd, weight, dweight, dbias,
                  bint centred=True, bint training=True, int threads=1, Ticket ticket=None,
                  tuple own=()):
     """One backward pass of `layout`: fills dx, dweight and, unless it is None, dbias.

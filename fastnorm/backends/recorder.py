@@ -80,9 +80,9 @@ class _Kernels:
         _asked.get().append(Asked(layout, _dtypes({"x": x, "mask": more.get("mask")}), False))
 
     def run_backward(
-        self, layout: Layout, _: Any, x: Array, dy: Array, dx: Array, *arrays: Any, **more: Any
+        self, layout: Layout, _: Any, x: Array, dy: Array, dx: Array, **more: Any
     ) -> bool:
-        operands = {"x": x, "dy": dy, "dx": dx, "weight": arrays[2]}
+        operands = {"x": x, "dy": dy, "dx": dx, "weight": more["weight"]}
         options = {"training": more["training"]}
         _asked.get().append(Asked(layout, _dtypes(operands), True, options))
         return True

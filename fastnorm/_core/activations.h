@@ -106,14 +106,6 @@ FN_INLINE float fn_tanh32(float x) {
 
 FN_INLINE float fn_relu32(float x) { return x < 0.0f ? 0.0f : x; } /* keeps NaN */
 
-static inline double fn_relu64(double x) { return x < 0.0 ? 0.0 : x; }
-static inline double fn_silu64(double x) { return x / (1.0 + exp(-x)); }
-static inline double fn_gelu64(double x) { return x * 0.5 * erfc(x * -0.70710678118654752440); }
-static inline double fn_gelu_tanh64(double x) {
-    return x / (1.0 + exp(-1.5957691216057307 * fma(0.044715 * x, x * x, x)));
-}
-static inline double fn_tanh64(double x) { return tanh(x); }
-
 typedef enum { IDENTITY, RELU, SILU, GELU, GELU_TANH, TANH } Activation;
 
 FN_INLINE float activated_f32(float t, Activation activation) {
@@ -128,11 +120,11 @@ FN_INLINE float activated_f32(float t, Activation activation) {
 }
 FN_INLINE double activated_f64(double t, Activation activation) {
     switch (activation) {
-    case RELU: return fn_relu64(t);
-    case SILU: return fn_silu64(t);
-    case GELU: return fn_gelu64(t);
-    case GELU_TANH: return fn_gelu_tanh64(t);
-    case TANH: return fn_tanh64(t);
+    case RELU: return t < 0.0 ? 0.0 : t;
+    case SILU: return t / (1.0 + exp(-t));
+    case GELU: return t * 0.5 * erfc(t * -0.70710678118654752440);
+    case GELU_TANH: return t / (1.0 + exp(-1.5957691216057307 * fma(0.044715 * t, t * t, t)));
+    case TANH: return tanh(t);
     default: return t;
     }
 }

@@ -300,10 +300,14 @@ FN_INLINE void T(normalize_runs)(const Forward *q, const Item *it, const T(Scale
     j.ahead = q->p > 1 && it->width > 1 ? source->p : 0;
     j.x_step = source->b / size, j.y_step = q->y.b / size, j.residual_step = q->residual.b / size;
     j.w_step = q->weight.b / size, j.b_step = q->bias.b / size;
-    if (!IS_FLOAT && q->direct_non_temporal && !j.residual && j.activation == IDENTITY &&
-        ((uintptr_t)j.y | (uintptr_t)(r.n * size) | (uintptr_t)q->y.b) % 64 == 0)
-        T(normalize_lines_of_planes)(&j);
-    else T(normalize_planes)(&j);
+#if !IS_FLOAT
+    if (q->direct_non_temporal && !j.residual && j.activation == IDENTITY) {
+        j.ahead = 0;
+        normalize_non_temporal_planes(&j);
+        return;
+    }
+#endif
+    T(normalize_planes)(&j);
 }
 /* What is read, and written, after this run of group k. */
 FN_INLINE void T(fetch_ahead)(const Forward *q, const Item *it, ptrdiff_t k, Run r) {

@@ -21,7 +21,8 @@ typedef struct {
 
 /* How a loop is compiled: constants. */
 #if IS_FLOAT
-enum { COLUMNS = 1, AFFINE = 2, W_ALONG = 4, B_ALONG = 8, RESIDUAL = 16, OF_BF16 = 32 };
+enum { COLUMNS = 1, AFFINE = 2, W_ALONG = 4, B_ALONG = 8, RESIDUAL = 16, OF_BF16 = 32,
+       PAST_CACHES = 64 };
 enum { PLANES, RUN, ROWS, NON_TEMPORAL_RUN, NON_TEMPORAL_ROWS };
 /* Written past the caches at a time: in fewer, gcc takes them one by one. */
 enum { CHUNK_BYTES = 512 };
@@ -35,7 +36,7 @@ FN_INLINE void T(normalize_span)(const T(Loop) *j, ptrdiff_t before, ptrdiff_t n
     const REAL w0 = how & AFFINE && w ? w[0] : 1, b0 = how & AFFINE && b ? b[0] : 0;
     const int col = how & COLUMNS;
     REAL *y = j->y;
-    for (ptrdiff_t from = 0, to = before ? before : n; from < n; from = to, to = n)
+    for (ptrdiff_t from = 0, to = before ? before : n;; from = to, to = n) {
         FN_IVDEP for (ptrdiff_t i = from; i < to; i++) {
             const REAL v = how & OF_BF16 ? (REAL)fn_from_bf16(((const uint16_t *)x)[i]) : x[i];
             REAL t = T(fma)(v - (col ? hi[i] : hi0), col ? r[i] : r0, col ? shift[i] : shift0);
@@ -45,6 +46,8 @@ FN_INLINE void T(normalize_span)(const T(Loop) *j, ptrdiff_t before, ptrdiff_t n
             if (how & OF_BF16) ((uint16_t *)y)[i] = fn_made_bf16((float)t);
             else y[i] = t;
         }
+        if (to == n) return;
+    }
 }
 FN_INLINE ptrdiff_t T(before_line_of)(const REAL *y) {
     return (ptrdiff_t)((0 - (uintptr_t)y) % 64 / sizeof(REAL));
@@ -66,20 +69,6 @@ FN_INLINE void T(advance)(T(Loop) *j, ptrdiff_t n, int how) {
 FN_INLINE void T(next)(T(Loop) *j, int how) {
     j->x += j->x_step, j->y += j->y_step;
     if (how & RESIDUAL) j->residual += j->residual_step;
-}
-/* The loop for doubles, whose weights are applied apart, takes one for each plane. */
-FN_INLINE void T(normalize_planes_of)(const T(Loop) *all, int how, Activation activation) {
-    T(Loop) j = *all;
-    for (ptrdiff_t k = 0; k < all->count; k++, j.hi++, j.r++, j.shift++, T(next)(&j, how)) {
-        if (j.ahead) {
-            fn_fetch((const char *)j.x + j.ahead, j.n * (ptrdiff_t)sizeof(REAL));
-            fn_fetch((const char *)j.y + j.ahead, j.n * (ptrdiff_t)sizeof(REAL));
-        }
-        if (!IS_FLOAT && (j.w || j.b)) T(normalize_one)(&j, how | AFFINE, activation);
-        else T(normalize_one)(&j, how, activation);
-        if (!IS_FLOAT && j.w) j.w += j.w_step;
-        if (!IS_FLOAT && j.b) j.b += j.b_step;
-    }
 }
 FN_INLINE void T(normalize_at)(const T(Loop) *j, ptrdiff_t row, ptrdiff_t i, int how,
                       Activation activation) {
@@ -132,6 +121,24 @@ FN_INLINE void T(normalize_run_of)(const T(Loop) *all, int how, Activation activ
     T(normalize_lines)(&j, lines, how, activation);
     T(normalize_span)(&j, 0, j.n - head - lines, how, activation);
 }
+FN_INLINE void T(normalize_plane)(const T(Loop) *j, int how, Activation activation) {
+    if (how & PAST_CACHES) T(normalize_run_of)(j, how, activation);
+    else T(normalize_one)(j, how, activation);
+}
+/* Planes, one after the other.  Doubles, whose weights are applied apart, have one for each. */
+FN_INLINE void T(normalize_planes_of)(const T(Loop) *all, int how, Activation activation) {
+    T(Loop) j = *all;
+    for (ptrdiff_t k = 0; k < all->count; k++, j.hi++, j.r++, j.shift++, T(next)(&j, how)) {
+        if (j.ahead) {
+            fn_fetch((const char *)j.x + j.ahead, j.n * (ptrdiff_t)sizeof(REAL));
+            fn_fetch((const char *)j.y + j.ahead, j.n * (ptrdiff_t)sizeof(REAL));
+        }
+        if (!IS_FLOAT && (j.w || j.b)) T(normalize_plane)(&j, how | AFFINE, activation);
+        else T(normalize_plane)(&j, how, activation);
+        if (!IS_FLOAT && j.w) j.w += j.w_step;
+        if (!IS_FLOAT && j.b) j.b += j.b_step;
+    }
+}
 FN_INLINE void T(normalize_lines_of_rows)(const T(Loop) *all, int how, Activation activation) {
     T(Loop) row = *all;
     for (ptrdiff_t k = 0; k < all->count; k++, T(next)(&row, how)) {
@@ -166,6 +173,11 @@ FN_INLINE void T(normalize_as)(const T(Loop) *j, int shape, int how) {
     else T(normalize_activated)(j, shape, how);
 }
 static void T(normalize_planes)(const T(Loop) *j) { T(normalize_as)(j, PLANES, 0); }
+#if !IS_FLOAT
+static void normalize_non_temporal_planes(const Loop_f64 *j) {
+    normalize_planes_of_f64(j, PAST_CACHES, IDENTITY);
+}
+#endif
 static void T(normalize_rows)(const T(Loop) *j) { T(normalize_as)(j, ROWS, 0); }
 /* One run without weights, or with those that are in r and shift. */
 static void T(normalize_folded)(const T(Loop) *j) { T(normalize_as)(j, RUN, 0); }
@@ -182,19 +194,6 @@ static void normalize_bf16(const Loop_f32 *j) {
     else normalize_one_f32(j, OF_BF16, IDENTITY);
 }
 #endif
-/* Planes of doubles past the caches, where y is whole lines. */
-static inline void T(normalize_lines_of_planes)(const T(Loop) *all) {
-    T(Loop) j = *all;
-    for (ptrdiff_t k = 0; k < all->count; k++, T(next)(&j, 0)) {
-        T(Loop) plane = j;
-        if (j.w || j.b) T(normalize_lines)(&plane, j.n, AFFINE, IDENTITY);
-        else T(normalize_lines)(&plane, j.n, 0, IDENTITY);
-        j.hi++, j.r++, j.shift++;
-        if (j.w) j.w += j.w_step;
-        if (j.b) j.b += j.b_step;
-    }
-}
-
 /* One run or row, with weights of the less usual kinds and nothing after them. */
 static void T(normalize_plain)(const T(Loop) *j, int how) {
     switch (how) {

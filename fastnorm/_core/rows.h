@@ -8,10 +8,6 @@ static void T(walk_item)(Forward *q, ptrdiff_t index, Scratch *h);
  * the next, which hide how long a quotient and a root take; of long ones the cache would have lost
  * the beginning by then.  The arithmetic is that of other groups. */
 
-/* How the weights of rows are applied; constants. */
-FN_INLINE int T(how_along)(int w_along, int b_along) {
-    return w_along && b_along ? AFFINE | W_ALONG | B_ALONG : w_along ? AFFINE | W_ALONG : 0;
-}
 FN_INLINE void T(normalize_row)(const Forward *q, T(Loop) *j, const void *x, const Item *it,
                                 int how) {
     const Run r = {0, 0, q->length};
@@ -47,11 +43,11 @@ FN_INLINE const void *row_of(const Forward *q, const Item *it, ptrdiff_t i, Scra
     return t;
 }
 /* Up to `rows` rows from an item on; returns how many are done: the next one has a scale that a
- * float cannot hold.  `how` is constant, as is `centred`. */
+ * float cannot hold.  `how` is constant. */
 FN_INLINE ptrdiff_t rows_f32_of(const Forward *q, const Item *first, ptrdiff_t rows, Scratch *h,
-                                const Loop_f32 *weights, int how, int centred) {
+                                const Loop_f32 *weights, int how) {
     const ptrdiff_t n = q->length;
-    const int late = n < SHORT_ROW, bf16 = how & OF_BF16;
+    const int late = n < SHORT_ROW, bf16 = how & OF_BF16, centred = q->centred;
     float hi = 0, r = 0, shift = 0;
     double mean, low, rstd, m[FIELDS];
     uint8_t out;
@@ -92,22 +88,16 @@ FN_INLINE ptrdiff_t rows_f32_of(const Forward *q, const Item *first, ptrdiff_t r
     if (late && rows) normalize_row_f32(q, &j, before, &last, how);
     return rows;
 }
-FN_INLINE ptrdiff_t rows_f32_like(const Forward *q, const Item *first, ptrdiff_t rows, Scratch *h,
-                                  const Loop_f32 *j, int how) {
-    return q->centred ? rows_f32_of(q, first, rows, h, j, how, 1)
-                      : rows_f32_of(q, first, rows, h, j, how, 0);
-}
 static ptrdiff_t rows_f32(const Forward *q, const Item *first, ptrdiff_t rows, Scratch *h,
                           const Loop_f32 *j) {
-    switch (how_along_f32(j->w && j->w_along, j->b != NULL) | (q->bf16_direct ? OF_BF16 : 0)) {
-    case 0: return rows_f32_like(q, first, rows, h, j, 0);
-    case AFFINE | W_ALONG: return rows_f32_like(q, first, rows, h, j, AFFINE | W_ALONG);
-    case OF_BF16: return rows_f32_like(q, first, rows, h, j, OF_BF16);
-    case OF_BF16 | AFFINE | W_ALONG:
-        return rows_f32_like(q, first, rows, h, j, OF_BF16 | AFFINE | W_ALONG);
-    case OF_BF16 | AFFINE | W_ALONG | B_ALONG:
-        return rows_f32_like(q, first, rows, h, j, OF_BF16 | AFFINE | W_ALONG | B_ALONG);
-    default: return rows_f32_like(q, first, rows, h, j, AFFINE | W_ALONG | B_ALONG);
+    enum { W = AFFINE | W_ALONG, WB = W | B_ALONG };
+    switch ((j->w && j->w_along ? j->b ? WB : W : 0) | (q->bf16_direct ? OF_BF16 : 0)) {
+    case 0: return rows_f32_of(q, first, rows, h, j, 0);
+    case W: return rows_f32_of(q, first, rows, h, j, W);
+    case WB: return rows_f32_of(q, first, rows, h, j, WB);
+    case OF_BF16: return rows_f32_of(q, first, rows, h, j, OF_BF16);
+    case OF_BF16 | W: return rows_f32_of(q, first, rows, h, j, OF_BF16 | W);
+    default: return rows_f32_of(q, first, rows, h, j, OF_BF16 | WB);
     }
 }
 #else

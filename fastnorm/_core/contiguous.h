@@ -147,8 +147,8 @@ FN_INLINE int T(leaves_range)(const T(Loop) *j) {
     const double largest = IS_FLOAT ? FLT_MAX : DBL_MAX;
     int found = 0;
     for (ptrdiff_t i = 0; i < j->n; i++) {
-        const ptrdiff_t k = j->columns ? i : 0;
-        found |= fabs(((double)j->x[i] - j->hi[k]) * j->r[k]) >= largest;
+        const REAL hi = j->columns ? j->hi[i] : j->hi0, r = j->columns ? j->r[i] : j->r0;
+        found |= fabs(((double)j->x[i] - hi) * r) >= largest;
     }
     return found;
 }
@@ -207,7 +207,7 @@ static void T(normalize_by_tiles)(Forward *q, const T(Scales) *s, ptrdiff_t k, T
     } else if (IS_FLOAT && user && FN_HAS_FMA && !j->columns && !j->residual && j->x != j->y &&
                ((!j->w && !j->b) || (j->w && j->w_along && (!j->b || j->b_along)))) {
         /* in one loop: a division of the user's then goes on beside the next number */
-        const REAL scale[3] = {j->hi[0], j->r[0], j->shift[0]};
+        const REAL scale[3] = {j->hi0, j->r0, j->shift0};
         if (user(j->x, j->y, j->n, scale, j->w, j->b)) q->raised = 1;
         user = NULL;
     } else {
@@ -230,13 +230,14 @@ FN_INLINE T(Loop) T(loop_of)(const Forward *q, const Item *it, const T(Scales) *
     j.x = (const REAL *)run_of(source_of(q), it, k, r);
     j.y = (REAL *)run_of(&q->y, it, k, r);
     j.residual = (const REAL *)run_of(&q->residual, it, k, r);
-    j.hi = s->hi + k, j.r = s->r + k, j.shift = s->shift + k;
+    j.hi0 = s->hi[k], j.r0 = s->r[k], j.shift0 = s->shift[k];
     j.n = r.n, j.activation = q->activation;
     return j;
 }
-/* One run of group k. */
-static void T(normalize_run)(Forward *q, const Item *it, const T(Scales) *s, ptrdiff_t k, Run r,
-                             Scratch *h) {
+/* One run of group k, by its address: gcc copies structures in vectors that wait for their parts. */
+static void T(normalize_run)(Forward *q, const Item *it, const T(Scales) *s, ptrdiff_t k,
+                             const Run *run, Scratch *h) {
+    const Run r = *run;
     const REAL *w = (const REAL *)run_of(&q->weight, it, k, r);
     const REAL *b = (const REAL *)run_of(&q->bias, it, k, r);
     T(Loop) j = T(loop_of)(q, it, s, k, r);
@@ -246,7 +247,7 @@ static void T(normalize_run)(Forward *q, const Item *it, const T(Scales) *s, ptr
     if (in_range && s->folded) {
         w = b = NULL;
     } else if (in_range && q->foldable && fold_run(s, k, w, b, &scale, &shift)) {
-        j.r = &scale, j.shift = &shift;
+        j.r0 = scale, j.shift0 = shift;
         w = b = NULL;
     }
 #endif
@@ -293,6 +294,7 @@ FN_INLINE void T(normalize_runs)(const Forward *q, const Item *it, const T(Scale
     const Operand *source = source_of(q);
     const ptrdiff_t size = sizeof(REAL);
     T(Loop) j = T(loop_of)(q, it, s, 0, r);
+    j.hi = s->hi, j.r = s->r, j.shift = s->shift;
     for (ptrdiff_t k = 1; FN_CHECKED && k < it->width; k++) T(loop_of)(q, it, s, k, r);
     j.w = (const REAL *)run_of(&q->weight, it, 0, r);
     j.b = (const REAL *)run_of(&q->bias, it, 0, r);
@@ -341,7 +343,7 @@ static void T(run_output)(Forward *q, const Item *it, const T(Scales) *s, ptrdif
         if (!whole && !past) r.n = least(stretch_of(q, it, 0, r), BLOCK);
         for (ptrdiff_t k = 0; k < it->width; k++) {
             if (!past) T(fetch_ahead)(q, it, k, r);
-            T(normalize_run)(q, it, s, k, r, h);
+            T(normalize_run)(q, it, s, k, &r, h);
         }
     }
 }

@@ -35,7 +35,7 @@ FN_INLINE int moments_of_sum(double first, double second, double pivot, double *
     return !(first * d <= 4096.0 * m2) & (count > 0);
 }
 /* n of them about zero, n apart; returns whether any is to be taken again. */
-static inline int moments_of_sums(ptrdiff_t n, const double *FN_RESTRICT first,
+FN_APART int moments_of_sums(ptrdiff_t n, const double *FN_RESTRICT first,
                                   const double *FN_RESTRICT second, double *FN_RESTRICT m,
                                   uint8_t *FN_RESTRICT recentre) {
     int any = 0;

@@ -10,6 +10,7 @@ typedef struct {
     const REAL *x;
     REAL *y;
     const REAL *residual;         /* or NULL */
+    REAL hi0, r0, shift0;         /* of a run */
     const REAL *hi, *r, *shift;   /* of planes or columns */
     const REAL *w, *b;            /* NULL: 1 and 0, or in r and shift already */
     ptrdiff_t x_step, y_step, residual_step, w_step, b_step; /* to the next plane or row */
@@ -32,7 +33,7 @@ enum { CHUNK_BYTES = 512 };
 FN_INLINE void T(normalize_span)(const T(Loop) *j, ptrdiff_t before, ptrdiff_t n, int how,
                                  Activation activation) {
     const REAL *x = j->x, *hi = j->hi, *r = j->r, *shift = j->shift, *w = j->w, *b = j->b;
-    const REAL *e = j->residual, hi0 = hi[0], r0 = r[0], shift0 = shift[0];
+    const REAL *e = j->residual, hi0 = j->hi0, r0 = j->r0, shift0 = j->shift0;
     const REAL w0 = how & AFFINE && w ? w[0] : 1, b0 = how & AFFINE && b ? b[0] : 0;
     const int col = how & COLUMNS;
     REAL *y = j->y;
@@ -70,9 +71,9 @@ FN_INLINE void T(next)(T(Loop) *j, int how) {
     j->x += j->x_step, j->y += j->y_step;
     if (how & RESIDUAL) j->residual += j->residual_step;
 }
-FN_INLINE void T(normalize_at)(const T(Loop) *j, ptrdiff_t row, ptrdiff_t i, int how,
-                      Activation activation) {
-    REAL t = T(fma)(j->x[row * j->x_step + i] - j->hi[i], j->r[i], j->shift[i]);
+FN_INLINE void T(normalize_at)(const T(Loop) *j, ptrdiff_t row, ptrdiff_t i, const REAL *scale,
+                               int how, Activation activation) {
+    REAL t = T(fma)(j->x[row * j->x_step + i] - scale[0], scale[1], scale[2]);
     if (how & RESIDUAL) t += j->residual[row * j->residual_step + i];
     j->y[row * j->y_step + i] = T(activated)(t, activation);
 }
@@ -82,15 +83,19 @@ FN_INLINE void T(normalize_rows_of)(const T(Loop) *all, int how, Activation acti
     ptrdiff_t rows = all->count;
     for (; rows >= 4; rows -= 4) {
         FN_IVDEP for (ptrdiff_t i = 0; i < j.n; i++) {
-            T(normalize_at)(&j, 0, i, how, activation);
-            T(normalize_at)(&j, 1, i, how, activation);
-            T(normalize_at)(&j, 2, i, how, activation);
-            T(normalize_at)(&j, 3, i, how, activation);
+            const REAL scale[3] = {j.hi[i], j.r[i], j.shift[i]};
+            T(normalize_at)(&j, 0, i, scale, how, activation);
+            T(normalize_at)(&j, 1, i, scale, how, activation);
+            T(normalize_at)(&j, 2, i, scale, how, activation);
+            T(normalize_at)(&j, 3, i, scale, how, activation);
         }
         for (int k = 0; k < 4; k++) T(next)(&j, how);
     }
     for (; rows > 0; rows--, T(next)(&j, how)) {
-        FN_IVDEP for (ptrdiff_t i = 0; i < j.n; i++) T(normalize_at)(&j, 0, i, how, activation);
+        FN_IVDEP for (ptrdiff_t i = 0; i < j.n; i++) {
+            const REAL scale[3] = {j.hi[i], j.r[i], j.shift[i]};
+            T(normalize_at)(&j, 0, i, scale, how, activation);
+        }
     }
 }
 /* n numbers, in whole lines of y, past the caches. */
@@ -128,7 +133,8 @@ FN_INLINE void T(normalize_plane)(const T(Loop) *j, int how, Activation activati
 /* Planes, one after the other.  Doubles, whose weights are applied apart, have one for each. */
 FN_INLINE void T(normalize_planes_of)(const T(Loop) *all, int how, Activation activation) {
     T(Loop) j = *all;
-    for (ptrdiff_t k = 0; k < all->count; k++, j.hi++, j.r++, j.shift++, T(next)(&j, how)) {
+    for (ptrdiff_t k = 0; k < all->count; k++, T(next)(&j, how)) {
+        j.hi0 = j.hi[k], j.r0 = j.r[k], j.shift0 = j.shift[k];
         if (j.ahead) {
             fn_fetch((const char *)j.x + j.ahead, j.n * (ptrdiff_t)sizeof(REAL));
             fn_fetch((const char *)j.y + j.ahead, j.n * (ptrdiff_t)sizeof(REAL));
@@ -209,8 +215,7 @@ static void T(normalize_plain)(const T(Loop) *j, int how) {
 }
 /* What is applied to numbers that have been normalised: nothing yet, to the sign of a zero. */
 FN_INLINE T(Loop) T(once_more)(REAL *t, ptrdiff_t n) {
-    static const REAL zero = 0, one = 1, minus_zero = -(REAL)0.0;
-    T(Loop) j = {.x = t, .y = t, .hi = &zero, .r = &one, .shift = &minus_zero, .count = 1, .n = n};
+    T(Loop) j = {.x = t, .y = t, .hi0 = 0, .r0 = 1, .shift0 = -(REAL)0.0, .count = 1, .n = n};
     return j;
 }
 /* In two loops, where no single one is compiled: y may be the residual, whose numbers are kept. */

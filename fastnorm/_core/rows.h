@@ -48,14 +48,14 @@ FN_INLINE ptrdiff_t rows_f32_of(const Forward *q, const Item *first, ptrdiff_t r
                                 const Loop_f32 *weights, int how) {
     const ptrdiff_t n = q->length;
     const int late = n < SHORT_ROW, bf16 = how & OF_BF16, centred = q->centred;
-    float hi = 0, r = 0, shift = 0;
     double mean, low, rstd, m[FIELDS];
+    float hi, r, shift;
     uint8_t out;
-    const Scales_f32 s = {&mean, &low, &rstd, NULL, &hi, &r, &shift, &out, 0, 0};
     Loop_f32 j = *weights;
     const void *x, *before = NULL;
     Item it = *first, last = it;
-    j.n = n, j.hi = &hi, j.r = &r, j.shift = &shift;
+    const Scales_f32 s = {&mean, &low, &rstd, NULL, &hi, &r, &shift, &out, 0, 0};
+    j.n = n;
     /* a long row is written at once, and the next one then lies further off than what is asked for
      */
     j.ahead = late ? 0 : q->x.b;
@@ -83,6 +83,7 @@ FN_INLINE ptrdiff_t rows_f32_of(const Forward *q, const Item *first, ptrdiff_t r
         if (spread(&s, 0, 1, along || !j.w ? NULL : (const float *)at(&q->weight, it.a, it.b), 0,
                    along || !j.b ? NULL : (const float *)at(&q->bias, it.a, it.b), 0))
             return i;
+        j.hi0 = hi, j.r0 = r, j.shift0 = shift;
         if (!late) normalize_row_f32(q, &j, x, &it, how);
     }
     if (late && rows) normalize_row_f32(q, &j, before, &last, how);
@@ -108,9 +109,9 @@ static ptrdiff_t rows_f64(const Forward *q, const Item *first_row, ptrdiff_t row
     const int along = weights->w && weights->w_along;
     Item it = *first_row;
     Loop_f64 j = *weights;
-    double m[FIELDS], rstd, shift;
+    double m[FIELDS], rstd;
     (void)h;
-    j.n = n, j.hi = &m[MEAN], j.r = &rstd, j.shift = &shift, j.ahead = q->x.b;
+    j.n = n, j.ahead = q->x.b;
     for (ptrdiff_t i = 0; i < rows; i++, it.b++) {
         const double *x = (const double *)run_of(&q->x, &it, 0, (Run){0, 0, n}), count = (double)n;
         double first;
@@ -128,7 +129,7 @@ static ptrdiff_t rows_f64(const Forward *q, const Item *first_row, ptrdiff_t row
         rstd = inverse_root(v, q->scaling == NORM ? m[M2_LOW] : low);
         if (q->scaling == NORM && sqrt(m[M2]) < q->eps) rstd = 1.0 / q->eps;
         put_statistics(q, &it, m[MEAN], var, rstd);
-        shift = -m[MEAN_LOW] * rstd;
+        j.hi0 = m[MEAN], j.r0 = rstd, j.shift0 = -m[MEAN_LOW] * rstd;
         if (!along && j.w) j.w = (const double *)at(&q->weight, it.a, it.b);
         if (!along && j.b) j.b = (const double *)at(&q->bias, it.a, it.b);
         if (!q->non_temporal) {
@@ -229,7 +230,7 @@ FN_INLINE void write_short_group(Forward *q, const Item *it, const Scales_f32 *s
             if (fetch)
                 fn_fetch(at(&q->x, next->a, next->b + k + 1) + r.s * q->x.s, r.n * q->x.s);
             if (converted) h->ready = rows + k * q->length + p * n + r.s;
-            normalize_run_f32(q, it, s, k, r, h);
+            normalize_run_f32(q, it, s, k, &r, h);
         }
 }
 static void walk_pipelined(Forward *q, ptrdiff_t first, ptrdiff_t last, Scratch *h) {

@@ -50,6 +50,20 @@ FN_INLINE int spread(const Scales_f32 *s, ptrdiff_t g, ptrdiff_t k, const float 
     }
     return any;
 }
+/* Loops of their own: several quotients, and roots, at once. */
+FN_APART void moments_to_scale(ptrdiff_t n, const double *FN_RESTRICT m,
+                                    double *FN_RESTRICT mean, double *FN_RESTRICT low,
+                                    double *FN_RESTRICT var) {
+    for (ptrdiff_t g = 0; g < n; g++) {
+        var[g] = m[M2 * n + g] / m[g];
+        mean[g] = m[g] > 0.0 ? m[MEAN * n + g] : var[g]; /* of no elements: not a number */
+        low[g] = m[MEAN_LOW * n + g];
+    }
+}
+FN_APART void rstds_of(ptrdiff_t n, const double *FN_RESTRICT var, double eps,
+                            double *FN_RESTRICT rstd) {
+    for (ptrdiff_t g = 0; g < n; g++) rstd[g] = rstd_of(var[g], eps);
+}
 /* From the moments of an item's groups to their scales; statistics are written out. */
 static void finalize_f32(const Forward *q, const Item *it, const double *m, Scales_f32 *s) {
     const ptrdiff_t n = groups_of(q, it), k = q->neighbours;
@@ -59,19 +73,16 @@ static void finalize_f32(const Forward *q, const Item *it, const double *m, Scal
     double *const rstd = statistics_at(q, &q->rstd, it, &step);
     double *const own_var = s->scale;
     const float *w = NULL, *b = NULL;
-    for (ptrdiff_t g = 0; g < n; g++) {
-        if (q->given) {
+    if (q->given) {
+        for (ptrdiff_t g = 0; g < n; g++)
             s->mean[g] = mean[g * step], s->low[g] = 0.0, own_var[g] = var[g * step];
-        } else { /* of no elements: not a number */
-            own_var[g] = m[M2 * n + g] / m[g];
-            s->mean[g] = m[g] > 0.0 ? m[MEAN * n + g] : own_var[g];
-            s->low[g] = m[MEAN_LOW * n + g];
-        }
+    } else {
+        moments_to_scale(n, m, s->mean, s->low, own_var);
     }
-    for (ptrdiff_t g = 0; g < n; g++)
-        s->rstd[g] = q->scaling == RSTD     ? rstd_of(own_var[g], q->eps)
-                     : q->scaling == FACTOR ? own_var[g]
-                                            : norm_scale(m[M2 * n + g], q->eps);
+    if (q->scaling == RSTD) rstds_of(n, own_var, q->eps, s->rstd);
+    else if (q->scaling == FACTOR) memcpy(s->rstd, own_var, (size_t)n * sizeof(double));
+    else
+        for (ptrdiff_t g = 0; g < n; g++) s->rstd[g] = norm_scale(m[M2 * n + g], q->eps);
     if (mean && !q->given)
         for (ptrdiff_t g = 0; g < n; g++) {
             mean[g * step] = s->mean[g], var[g * step] = own_var[g];

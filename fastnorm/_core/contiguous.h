@@ -234,7 +234,8 @@ FN_INLINE T(Loop) T(loop_of)(const Forward *q, const Item *it, const T(Scales) *
     j.n = r.n, j.activation = q->activation;
     return j;
 }
-/* One run of group k, by its address: gcc copies structures in vectors that wait for their parts. */
+/* One run of group k, by its address: gcc copies structures in vectors that wait for their
+ * parts. */
 static void T(normalize_run)(Forward *q, const Item *it, const T(Scales) *s, ptrdiff_t k,
                              const Run *run, Scratch *h) {
     const Run r = *run;

@@ -43,11 +43,11 @@ FN_INLINE const void *row_of(const Forward *q, const Item *it, ptrdiff_t i, Scra
     return t;
 }
 /* Up to `rows` rows from an item on; returns how many are done: the next one has a scale that a
- * float cannot hold.  `how` is constant. */
+ * float cannot hold.  `how` and `centred` are constants. */
 FN_INLINE ptrdiff_t rows_f32_of(const Forward *q, const Item *first, ptrdiff_t rows, Scratch *h,
-                                const Loop_f32 *weights, int how) {
+                                const Loop_f32 *weights, int how, int centred) {
     const ptrdiff_t n = q->length;
-    const int late = n < SHORT_ROW, bf16 = how & OF_BF16, centred = q->centred;
+    const int late = n < SHORT_ROW, bf16 = how & OF_BF16;
     double mean, low, rstd, m[FIELDS];
     float hi, r, shift;
     uint8_t out;
@@ -89,16 +89,21 @@ FN_INLINE ptrdiff_t rows_f32_of(const Forward *q, const Item *first, ptrdiff_t r
     if (late && rows) normalize_row_f32(q, &j, before, &last, how);
     return rows;
 }
+FN_INLINE ptrdiff_t rows_f32_like(const Forward *q, const Item *first, ptrdiff_t rows, Scratch *h,
+                                  const Loop_f32 *j, int how) {
+    return q->centred ? rows_f32_of(q, first, rows, h, j, how, 1)
+                      : rows_f32_of(q, first, rows, h, j, how, 0);
+}
 static ptrdiff_t rows_f32(const Forward *q, const Item *first, ptrdiff_t rows, Scratch *h,
                           const Loop_f32 *j) {
     enum { W = AFFINE | W_ALONG, WB = W | B_ALONG };
     switch ((j->w && j->w_along ? j->b ? WB : W : 0) | (q->bf16_direct ? OF_BF16 : 0)) {
-    case 0: return rows_f32_of(q, first, rows, h, j, 0);
-    case W: return rows_f32_of(q, first, rows, h, j, W);
-    case WB: return rows_f32_of(q, first, rows, h, j, WB);
-    case OF_BF16: return rows_f32_of(q, first, rows, h, j, OF_BF16);
-    case OF_BF16 | W: return rows_f32_of(q, first, rows, h, j, OF_BF16 | W);
-    default: return rows_f32_of(q, first, rows, h, j, OF_BF16 | WB);
+    case 0: return rows_f32_like(q, first, rows, h, j, 0);
+    case W: return rows_f32_like(q, first, rows, h, j, W);
+    case WB: return rows_f32_like(q, first, rows, h, j, WB);
+    case OF_BF16: return rows_f32_like(q, first, rows, h, j, OF_BF16);
+    case OF_BF16 | W: return rows_f32_like(q, first, rows, h, j, OF_BF16 | W);
+    default: return rows_f32_like(q, first, rows, h, j, OF_BF16 | WB);
     }
 }
 #else

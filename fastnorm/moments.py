@@ -264,10 +264,12 @@ def normalised_by(
         with np.errstate(all="ignore"):
             if exponent.any():
                 array = np.ldexp(array, -exponent)
-            if (abs(rest) * rstd > 2.0**-54).any():
-                # digits of the mean that one double does not hold would be seen in the result
-                array = (array - mean) - rest
-                mean = np.zeros_like(mean)
+            seen = abs(rest) * rstd > 2.0**-54
+            if seen.any():
+                # Digits of the mean that one double does not hold would be seen in the result. Only
+                # in these groups: the bits of the others must not depend on which they lie beside.
+                array = (array - np.where(seen, mean, 0.0)) - np.where(seen, rest, 0.0)
+                mean = np.where(seen, 0.0, mean)
     given = np.ascontiguousarray(mean), np.ascontiguousarray(rstd)
     options |= {"given": given, "scaling": Scaling.FACTOR}
     return Norm[Array](x, array, axes, weight, bias, **options).answer()

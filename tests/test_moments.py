@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import pickle
@@ -238,6 +239,38 @@ def test_standardize_is_like_scipy() -> None:
     assert np.isnan(fn.standardize(np.ones((1, 3)), 0, ddof=1)).all()
     with pytest.raises(ValueError, match="one number"):
         fn.standardize(3.0)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("dtype", DTYPES, ids=named)
+@pytest.mark.parametrize("masked", [True, False])
+def test_standardize_of_a_group_alone(dtype: Any, masked: bool) -> None:
+    """A group's bits are its own, whether its means need more digits or its numbers another unit.
+
+    Each kind of group is alone, beside one of each other kind and among all of them.
+    """
+    rng = np.random.default_rng(5)
+    kinds = [
+        rng.standard_normal(9) * scale + shift
+        for scale, shift in ((1, 0), (1, -1000), (1, 1e6), (1e-3, 1e9), (1e31, 0), (1e-30, 0))
+    ]
+    kinds += [np.full(9, 0.1), kinds[1] * np.where(np.arange(9) == 4, np.inf, 1)]
+    if dtype == F64:
+        kinds += [kinds[0] * 1e200, kinds[0] * 1e-200]
+    with np.errstate(over="ignore"):
+        x = np.array(kinds).astype(dtype)
+    where = rng.random(x.shape) < 0.7 if masked else None
+
+    def of(rows: list[int]) -> Array:
+        options = {} if where is None else {"where": where[rows]}
+        y = fn.standardize(x[rows], 1, ddof=1, **options)
+        y[np.isnan(y)] = np.nan  # which NaN it is, NumPy's own loops do not promise
+        return y
+
+    alone = np.concatenate([of([row]) for row in range(len(x))])
+    assert_same_bits(of([*range(len(x))]), alone)
+    for pair in itertools.permutations(range(len(x)), 2):
+        assert_same_bits(of([*pair]), alone[[*pair]])
 
 
 # --- The merge ------------------------------------------------------------------------------------

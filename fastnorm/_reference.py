@@ -160,22 +160,21 @@ def normalize(
 @quiet
 def activate(y: Array, name: Activation) -> Array:
     """The activation called `name`, or any function of one float, applied to each element."""
-    z: Array = y
     if name is None:
         return y
-    if name == "relu":
-        z = np.maximum(y, 0)
-    elif name == "silu":
-        z = y / (1 + np.exp(-y))
-    elif name == "gelu":
-        z = y * _normal_cdf(y)
-    elif name == "gelu_tanh":  # (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)), which cancels nothing
-        u = np.sqrt(2 / _pi(y.dtype)) * (y + y.dtype.type("0.044715") * y**3)
-        z = y / (1 + np.exp(-2 * u))
-    elif callable(name):  # float64: what a function compiled by numba can take
-        z = np.vectorize(name, otypes=[np.float64])(y.astype(np.float64)).astype(y.dtype)
-    else:
-        raise ValueError(f"activation {name!r} is not 'relu', 'silu', 'gelu' or 'gelu_tanh'")
+    if callable(name):  # float64: what a function compiled by numba can take
+        called = np.vectorize(name, otypes=[np.float64])(y.astype(np.float64))
+        z: Array = called.astype(y.dtype)
+        return z
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation {name!r} is not one of {', '.join(map(repr, ACTIVATIONS))}")
+    return ACTIVATIONS[name](y)
+
+
+def _gelu_tanh(y: Array) -> Array:
+    # (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)), which cancels nothing
+    u = np.sqrt(2 / _pi(y.dtype)) * (y + y.dtype.type("0.044715") * y**3)
+    z: Array = y / (1 + np.exp(-2 * u))
     return z
 
 
@@ -208,6 +207,19 @@ def _normal_cdf(y: Array) -> Array:
     tail = np.where(z < 2, 0.5 - density * series, density / fraction)
     cdf = np.where(y < 0, tail, 1 - tail)
     return cdf
+
+
+# What a caller may name, and what takes the place of a norm. The kernels number all of them in this
+# order, from 1 on (FN_ACTIVATIONS in _core/activations.h); Numba and the GPU compile `relu32` and
+# `relu64` of _numba/scalar.py, and so on.
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": lambda y: np.maximum(y, 0),
+    "silu": lambda y: y / (1 + np.exp(-y)),
+    "gelu": lambda y: y * _normal_cdf(y),
+    "gelu_tanh": _gelu_tanh,
+}
+SQUASHES: dict[str, Callable[[Array], Array]] = {"tanh": np.tanh}
+IN_KERNELS = (*ACTIVATIONS, *SQUASHES)
 
 
 @quiet

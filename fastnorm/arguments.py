@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence, Set
 from itertools import islice
 from numbers import Real
-from typing import Any, Literal, TypeAlias, TypeGuard
+from typing import Any, Literal, TypeAlias, TypeGuard, get_args
 
 import numpy as np
 from numpy.exceptions import AxisError
@@ -26,7 +26,7 @@ Axes: TypeAlias = int | Sequence[int]
 Named: TypeAlias = Literal["relu", "silu", "gelu", "gelu_tanh"]
 Activation: TypeAlias = Named | Callable[[Any], Any] | None
 
-ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh")
+ACTIVATIONS: tuple[Named, ...] = get_args(Named)
 
 
 # Two more are added on the way: by groups of channels, and by the fields of moments.

@@ -62,7 +62,7 @@ WORDS = {
     "(axis)": ["--axis", "1"],
     "+": [],
     **{name: ["--dtype", name] for name in DTYPES},
-    **{name: ["--activation", name] for name in ACTIVATIONS},
+    **{str(name): ["--activation", name] for name in ACTIVATIONS},
 }
 # What may stand in a call, and whether it takes a value.
 OPTIONS = {

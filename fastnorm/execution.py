@@ -144,8 +144,9 @@ class Norm(Request[R]):
     """Normalise x, which is read as `array`, over the reduced `axes`.
 
     `view` shows an array of the shape of x along the axes that the norm works on; `axes` are the
-    reduced ones among those, and weight, bias and addend lie along them. `squash` applies tanh
-    before the affine step. `statistics` is the shape in which mean and rstd are returned.
+    reduced ones among those, and weight, bias and addend lie along them. `squash` names an
+    activation that is applied before the affine step. `statistics` is the shape in which mean and
+    rstd are returned.
     """
 
     x: ArrayLike
@@ -162,7 +163,7 @@ class Norm(Request[R]):
     centred: bool = True
     scaling: Scaling = Scaling.RSTD
     given: tuple[Array, Array] | None = None
-    squash: bool = False
+    squash: str | None = None
     addend: Array | None = None
     total: Array | None = None
     statistics: tuple[int, ...] = ()
@@ -218,8 +219,8 @@ class Norm(Request[R]):
                 centred=self.centred,
                 given=self.given is not None,
                 scaling=self.scaling,
-                activation="tanh" if self.squash else activation,
-                activation_first=self.squash,
+                activation=self.squash or activation,
+                activation_first=self.squash is not None,
                 ticket=ticket,
                 statistics=self.statistics,
             )

@@ -41,6 +41,15 @@ from fastnorm.execution import (
 )
 from fastnorm.problem import Problem, Scaling
 
+__all__ = [
+    "l2_normalize",
+    "local_response_norm",
+    "global_response_norm",
+    "dynamic_tanh",
+    "weight_norm",
+    "weight_standardize",
+]
+
 # Sums of squares between these have lost nothing to the range of float64.
 _LEAST_SQUARE, _MOST_SQUARE = 1e-270, 1e270
 
@@ -453,7 +462,7 @@ def dynamic_tanh(
         return spread(parameter(value, name, array), array.shape, name, expected)
 
     w, b = placed(weight, "weight"), placed(bias, "bias")
-    return scaled(x, array, float(factor.reshape(())), w, b, squash=True)
+    return scaled(x, array, float(factor.reshape(())), w, b, squash="tanh")
 
 
 @public(adapters=False)

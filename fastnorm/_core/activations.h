@@ -106,7 +106,12 @@ FN_INLINE float fn_tanh32(float x) {
 
 FN_INLINE float fn_relu32(float x) { return x < 0.0f ? 0.0f : x; } /* keeps NaN */
 
-typedef enum { IDENTITY, RELU, SILU, GELU, GELU_TANH, TANH } Activation;
+/* All of them, in the order of IN_KERNELS in _reference.py: X of each. */
+#define FN_ACTIVATIONS(X) X(IDENTITY) X(RELU) X(SILU) X(GELU) X(GELU_TANH) X(TANH)
+
+#define FN_NAME(NAME) NAME,
+typedef enum { FN_ACTIVATIONS(FN_NAME) ACTIVATION_COUNT } Activation;
+#undef FN_NAME
 
 FN_INLINE float activated_f32(float t, Activation activation) {
     switch (activation) {

@@ -18,7 +18,7 @@ cdef extern from "kernels.h" nogil:
     ctypedef enum Scaling:
         RSTD, NORM, FACTOR
     ctypedef enum Activation:
-        IDENTITY, RELU, SILU, GELU, GELU_TANH, TANH
+        IDENTITY, ACTIVATION_COUNT
     ctypedef Py_ssize_t (*UserLoop)(
         const void*, void*, Py_ssize_t, const void*, const void*, const void*) noexcept
     ctypedef struct Operand:

@@ -73,10 +73,16 @@ cdef inline PyObject** operands_of(Asked* q) noexcept:
 
 # --- Activations ----------------------------------------------------------------------------------
 
-cdef dict activation_codes = {"relu": RELU, "silu": SILU, "gelu": GELU, "gelu_tanh": GELU_TANH}
+cdef dict activation_codes = {}  # numbers in the kernels, by name
 cdef dict user_loops = {}       # addresses, by function and type that is computed in
 cdef object user_type = None    # of all these functions: Numba's
 cdef object raise_again = None  # of a function and type: what it raised
+
+def number_activations(names):
+    """Give the kernels' activations their names, in order; the first is of number 1."""
+    if len(names) + 1 != ACTIVATION_COUNT:
+        raise SystemError(f"the kernels have {ACTIVATION_COUNT - 1} activations: {names}")
+    activation_codes.update({name: n + 1 for n, name in enumerate(names)})
 
 def register_activation(function, bint double_, Py_ssize_t address, again):
     """Let calls with a user's activation be cached: its compiled loop, and who raises again."""

@@ -166,12 +166,10 @@ FN_INLINE void T(normalize_shape)(const T(Loop) *j, int shape, int how, Activati
 }
 FN_INLINE void T(normalize_activated)(const T(Loop) *j, int shape, int how) {
     switch (j->activation) {
-    case IDENTITY: T(normalize_shape)(j, shape, how, IDENTITY); return;
-    case RELU: T(normalize_shape)(j, shape, how, RELU); return;
-    case SILU: T(normalize_shape)(j, shape, how, SILU); return;
-    case GELU: T(normalize_shape)(j, shape, how, GELU); return;
-    case GELU_TANH: T(normalize_shape)(j, shape, how, GELU_TANH); return;
-    case TANH: T(normalize_shape)(j, shape, how, TANH); return;
+#define FN_CASE(NAME) case NAME: T(normalize_shape)(j, shape, how, NAME); return;
+    FN_ACTIVATIONS(FN_CASE)
+#undef FN_CASE
+    default: return;
     }
 }
 FN_INLINE void T(normalize_as)(const T(Loop) *j, int shape, int how) {

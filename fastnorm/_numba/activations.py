@@ -12,16 +12,13 @@ from numba.core.errors import NumbaError, TypingError
 from numba.extending import overload
 from numpy.typing import NDArray
 
+from fastnorm import _reference
 from fastnorm._numba import scalar
 from fastnorm._numba.memory import SOURCES, STRICT, compiling, read_real, real, write
 
-# For float32 and for float64, in the order of backends.compiled.ACTIVATIONS from 1 on; 0 is none.
-_OURS = (
-    (scalar.relu, scalar.relu),
-    (scalar.silu32, scalar.silu64),
-    (scalar.gelu32, scalar.gelu64),
-    (scalar.gelu_tanh32, scalar.gelu_tanh64),
-    (scalar.tanh32, scalar.tanh64),
+# For float32 and for float64; the first is of number 1, and 0 is none.
+_OURS = tuple(
+    (getattr(scalar, f"{name}32"), getattr(scalar, f"{name}64")) for name in _reference.IN_KERNELS
 )
 
 # In place where `scale` is 0, else of the step of x, which lies apart from y: (x, y, n, scale,
@@ -108,8 +105,8 @@ def _loop(f: Callable[[Any], Any], kind: type, cache: bool, refused: int) -> Any
 def address_of(activation: Any, kind: type) -> int:
     """The address of the compiled loop (see `_LOOP`) for a kind; 0 for no activation.
 
-    `kind` is what is computed in, `np.float32` or `np.float64`. `activation` is a place in
-    `backends.compiled.ACTIVATIONS`, or a function that `numba.njit` has compiled: of one number,
+    `kind` is what is computed in, `np.float32` or `np.float64`. `activation` is a number of
+    one of ours, or a function that `numba.njit` has compiled: of one number,
     one number.
     """
     if isinstance(activation, int) and activation == 0:

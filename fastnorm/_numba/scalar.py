@@ -216,6 +216,9 @@ def relu(x: Any) -> Any:
     return np.float32(0.0) if x < 0.0 else x
 
 
+relu32 = relu64 = relu
+
+
 def silu32(x: Any) -> Any:
     """x / (1 + e^-x) of a float32."""
     return np.float32(x / _one_and_exp32(np.float32(-x)))

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastnorm import machine
+from fastnorm._reference import IN_KERNELS
 from fastnorm.arguments import computing_type
 from fastnorm.backends.base import sum_to
 from fastnorm.layout import Layout, ascending, describe, steps_of
@@ -18,8 +19,8 @@ from fastnorm.schedule import backward_schedule, forward_schedule
 
 Array = NDArray[Any]
 
-# In the order of `enum Activation` in _core/activations.h.
-ACTIVATIONS = (None, "relu", "silu", "gelu", "gelu_tanh", "tanh")
+# What the kernels call an activation: 0 is none.
+_NUMBERS = {None: 0} | {name: n for n, name in enumerate(IN_KERNELS, 1)}
 
 # operands in the order of the kernels' signature; all but the statistics may be absent
 _OPERANDS = ("x", "y", "residual", "addend", "total", "mask", "weight", "bias")
@@ -116,7 +117,7 @@ def forward(p: Problem, kernels: Any) -> None:
 def _activation(p: Problem, kernels: Any) -> dict[str, Any]:
     """A number, or where Numba has compiled the function, that or the address of its loop."""
     if not callable(p.activation):
-        return {"activation": ACTIVATIONS.index(p.activation)}
+        return {"activation": _NUMBERS[p.activation]}
     if not hasattr(kernels, "register_activation"):
         return {"activation": p.activation}
     from fastnorm._numba import activations

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastnorm import _core
+from fastnorm._reference import IN_KERNELS
 from fastnorm.backends import compiled
 
 Array = NDArray[Any]
@@ -18,6 +19,9 @@ def available() -> bool:
     """Whether there are any, and one of them loads."""
     return _core.kernels is not None
 
+
+if _core.kernels is not None:
+    _core.kernels.number_activations(IN_KERNELS)
 
 forward = partial(compiled.forward, kernels=_core.kernels)
 backward = partial(compiled.backward, kernels=_core.kernels)

@@ -54,8 +54,8 @@ def forward(p: Problem) -> None:
                 from fastnorm._numba import activations
 
                 y = activations.apply(p.activation, y.astype(computing_type(p.x.dtype)))
-            elif p.activation == "tanh":
-                y = np.tanh(y)
+            elif p.activation in _reference.SQUASHES:
+                y = _reference.SQUASHES[p.activation](y)
             elif p.activation is not None:
                 # long double has no erf of its own; activations only pass on relative errors
                 y = _reference.activate(y.astype(np.float64), p.activation)

@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from fastnorm._reference import IN_KERNELS
 from fastnorm.layout import Layout
 from fastnorm.machine import Machine
 from fastnorm.schedule import (
@@ -40,7 +41,7 @@ OPTIONS: list[tuple[int, int, int, int, int, str, str]] = [
     (0, 1, 0, 0, 2, "RSTD", "IDENTITY"),
     (0, 0, 0, 0, 1, "NORM", "IDENTITY"),
     (1, 1, 1, 1, 2, "RSTD", "RELU"),
-    *((1, 1, 1, 0, 1, "RSTD", name) for name in ("SILU", "GELU", "GELU_TANH", "TANH")),
+    *((1, 1, 1, 0, 1, "RSTD", name.upper()) for name in IN_KERNELS if name != "relu"),
 ]
 
 

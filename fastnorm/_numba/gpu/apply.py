@@ -16,8 +16,6 @@ Function = Callable[..., Any]
 
 fma = arithmetic.fma
 
-_SINGLE = {"silu": "silu32", "gelu": "gelu32", "gelu_tanh": "gelu_tanh32", "tanh": "tanh32"}
-
 
 @lru_cache(maxsize=256)
 def activation_of(activation: Any, real: Any) -> Any:
@@ -26,11 +24,8 @@ def activation_of(activation: Any, real: Any) -> Any:
         return device(lambda x: x)
     if callable(activation):
         function = scalar_function(activation)
-    elif activation == "relu":
-        function = arithmetic.relu
     else:
-        name = _SINGLE[activation]
-        function = getattr(arithmetic, name if real is np.float32 else name[:-2] + "64")
+        function = getattr(arithmetic, f"{activation}{32 if real is np.float32 else 64}")
     return device(lambda x: real(function(x)))
 
 

@@ -1,8 +1,14 @@
 """Sphinx configuration. It documents the installed fastnorm and fetches nothing."""
 
 import sys
+from importlib import import_module
 from pathlib import Path
+from typing import ClassVar
 
+from docutils.parsers.rst import directives
+from docutils.statemachine import StringList
+from sphinx.ext.autosummary import Autosummary
+from sphinx.ext.autosummary.generate import generate_autosummary_docs
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.logging import getLogger
 
@@ -58,6 +64,41 @@ class OperationsTable(SphinxDirective):
         return self.parse_text_to_nodes("\n".join(lines))
 
 
+class PublicFunctions(Autosummary):
+    """``.. public-functions:: related`` is an autosummary of what that module's __all__ names.
+
+    With ``:only:`` of these, with ``:but:`` of the others.
+    """
+
+    has_content = False
+    required_arguments = 1
+    option_spec: ClassVar = {"only": directives.unchanged, "but": directives.unchanged}
+
+    def run(self):
+        """Return the table, and the entries of its pages."""
+        names = import_module(f"fastnorm.{self.arguments[0]}").__all__
+        only = self.options.get("only", " ".join(names)).split()
+        but = self.options.get("but", "").split()
+        self.options["toctree"] = "generated"
+        self.content = StringList([n for n in names if n in only and n not in but], "conf.py")
+        return super().run()
+
+
+def write_pages(app):
+    """Write the page of each public function, as autosummary does for what it finds by itself."""
+    names = [
+        name
+        for module in ("functional", "backward", "related")
+        for name in import_module(f"fastnorm.{module}").__all__
+    ]
+    found = Path(app.doctreedir, "public.rst")
+    found.parent.mkdir(parents=True, exist_ok=True)
+    pages = Path(app.srcdir, "reference", "generated")
+    head = [".. currentmodule:: fastnorm", "", ".. autosummary::", f"   :toctree: {pages}", ""]
+    found.write_text("\n".join([*head, *(f"   {name}" for name in names), ""]))
+    generate_autosummary_docs([str(found)], app=app)
+
+
 def report_undocumented(app, env):
     """Warn (an error under -W) about each public function or class without an entry."""
     documented = env.get_domain("py").objects
@@ -71,4 +112,6 @@ def report_undocumented(app, env):
 def setup(app):
     """Register what this file adds to Sphinx."""
     app.add_directive("operations-table", OperationsTable)
+    app.add_directive("public-functions", PublicFunctions)
+    app.connect("builder-inited", write_pages)
     app.connect("env-check-consistency", report_undocumented)

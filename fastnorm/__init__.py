@@ -1,70 +1,35 @@
 """fastnorm: batch, layer, instance, group and RMS normalization for NumPy, fast and right."""
 
-from fastnorm import nn
+from fastnorm import backward, functional, nn, related
 from fastnorm.backends import backend, get_backend, set_backend
-from fastnorm.backward import (
-    batch_norm_backward,
-    group_norm_backward,
-    instance_norm_backward,
-    layer_norm_backward,
-    rms_norm_backward,
-)
+from fastnorm.backward import *
 from fastnorm.config import VERSION, explain, show_config
-from fastnorm.functional import (
-    add_layer_norm,
-    add_rms_norm,
-    batch_norm,
-    group_norm,
-    instance_norm,
-    layer_norm,
-    rms_norm,
-)
+from fastnorm.functional import *
 from fastnorm.moments import Moments, moments, standardize
-from fastnorm.related import (
-    dynamic_tanh,
-    global_response_norm,
-    l2_normalize,
-    local_response_norm,
-    weight_norm,
-    weight_standardize,
-)
+from fastnorm.related import *
 from fastnorm.runtime import get_num_threads, set_num_threads, threads, trim_memory
 
 __version__ = VERSION
 
+# The functions of a module are public that its own __all__ names: type checkers read it so, too.
 __all__ = [
     "Moments",
-    "add_layer_norm",
-    "add_rms_norm",
     "backend",
-    "batch_norm",
-    "batch_norm_backward",
-    "dynamic_tanh",
     "explain",
     "get_backend",
     "get_num_threads",
-    "global_response_norm",
-    "group_norm",
-    "group_norm_backward",
-    "instance_norm",
-    "instance_norm_backward",
-    "l2_normalize",
-    "layer_norm",
-    "layer_norm_backward",
-    "local_response_norm",
     "moments",
     "nn",
-    "rms_norm",
-    "rms_norm_backward",
     "set_backend",
     "set_num_threads",
     "show_config",
     "standardize",
     "threads",
     "trim_memory",
-    "weight_norm",
-    "weight_standardize",
 ]
+__all__ += backward.__all__
+__all__ += functional.__all__
+__all__ += related.__all__
 
 
 def __dir__() -> list[str]:

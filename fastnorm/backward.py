@@ -25,6 +25,14 @@ from fastnorm.dispatch import public
 from fastnorm.execution import Gradients as Described
 from fastnorm.execution import Request, channels_second, split_groups
 
+__all__ = [
+    "batch_norm_backward",
+    "layer_norm_backward",
+    "instance_norm_backward",
+    "group_norm_backward",
+    "rms_norm_backward",
+]
+
 Gradients = tuple[Array, Array, Array]
 
 

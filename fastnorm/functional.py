@@ -39,6 +39,16 @@ from fastnorm.execution import (
     split_groups,
 )
 
+__all__ = [
+    "batch_norm",
+    "layer_norm",
+    "instance_norm",
+    "group_norm",
+    "rms_norm",
+    "add_layer_norm",
+    "add_rms_norm",
+]
+
 # What a norm returns with `return_stats`, and where that is not known before.
 WithStats: TypeAlias = tuple[Array, Array, Array]
 WithRstd: TypeAlias = tuple[Array, Array]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import pickle
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,9 @@ import numpy as np
 import pytest
 
 import fastnorm as fn
-from fastnorm import _core, arguments, dispatch
+from fastnorm import _core, _reference, arguments, dispatch
 from fastnorm._bench.operations import OPERATIONS
+from fastnorm._numba import scalar
 
 from .helpers import COMPILED, ROOT, data
 
@@ -188,3 +191,36 @@ def test_python_and_the_kernels_agree_on_what_overlaps() -> None:
         assert found == arguments.writes_apart_anywhere(*pair), pair
         apart += found
     assert 500 < apart < 4500
+
+
+# --- Names, each in one list ----------------------------------------------------------------------
+
+
+def test_public_names_stand_in_one_list() -> None:
+    """A new function is public once its module's __all__ names it: nothing repeats the names."""
+    modules = {"backward", "functional", "related"}
+    listed = {
+        name for module in modules for name in importlib.import_module(f"fastnorm.{module}").__all__
+    }
+    assert {op.name for op in OPERATIONS} - {"standardize"} <= listed
+    assert listed <= set(fn.__all__)
+    package = (PACKAGE / "__init__.py").read_text(encoding="utf-8")
+    pages = (ROOT / "docs/reference/functions.rst").read_text(encoding="utf-8")
+    assert not [name for name in listed if re.search(rf'(import |"){name}\b', package)]
+    assert set(re.findall(r"public-functions:: (\w+)", pages)) == modules
+
+
+def test_activations_stand_in_one_table() -> None:
+    """Python's names, Numba's functions and the kernels' numbers follow from one table."""
+    names = _reference.IN_KERNELS
+    assert tuple(_reference.ACTIVATIONS) == arguments.ACTIVATIONS
+    header = (PACKAGE / "_core/activations.h").read_text(encoding="utf-8")
+    (line,) = re.findall(r"define FN_ACTIVATIONS\(X\) X\(IDENTITY\) (.*)", header)
+    assert re.findall(r"X\((\w+)\)", line) == [name.upper() for name in names]
+    for name in names:
+        assert all(callable(getattr(scalar, f"{name}{bits}")) for bits in (32, 64))
+        assert f"fn_{name}32(" in header
+    if COMPILED:
+        kernels: Any = _core.kernels
+        with pytest.raises(SystemError, match="activations"):
+            kernels.number_activations((*names, "another"))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -454,3 +455,31 @@ def test_what_a_mask_leaves_out(shape: tuple[int, ...], dtype: Any, weight: floa
             y = fn.layer_norm(laid, shape[1:], **given)
         assert np.isfinite(y).all()
         assert_near(y, exact, 1e-6, 1e-6)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=named)
+@pytest.mark.parametrize("shape", [(2, 127, 1), (3, 40, 2), (2, 9, 300)], ids=str)
+def test_what_given_statistics_were_not_taken_of(shape: tuple[int, ...], dtype: Any) -> None:
+    # x / std leaves the range, and comes back with the weight
+    channels = shape[-1]
+    x = np.random.default_rng(0).normal(size=shape).astype(dtype)
+    x[1, 7, -1] = largest = np.finfo(F32).max if dtype == F32 else ml_dtypes.finfo(dtype).max
+    w, b = np.full(channels, 0.5, dtype), np.full(channels, 0.25, dtype)
+    given = {"weight": w, "bias": b, "channel_axis": -1, "training": False, "eps": 0.0}
+    mean, var = np.full(channels, 0.5), np.full(channels, 0.5)
+    right = float(largest) * 0.5 / math.sqrt(0.5)
+    for wide in (1, 3):
+        for order in ((0, 1, 2), (1, 0, 2), (2, 1, 0)):
+            # where steps between the numbers of a result are none of the kernels', it is copied
+            out = np.empty((*shape[:2], channels * wide), dtype)[..., ::wide]
+            laid = x.transpose(order).copy().transpose(np.argsort(order))
+            for y in (
+                fn.batch_norm(laid, mean, var, out=out, **given),
+                fn.batch_norm(laid, mean, var, **given),
+                fn.batch_norm(laid, mean, var, **given | {"weight": np.tile(w, (shape[0], 1))}),
+            ):
+                assert np.isfinite(y.astype(F64)).all()
+                assert float(y[1, 7, -1]) == pytest.approx(
+                    right, rel=2 * float(ml_dtypes.finfo(dtype).eps)
+                )

@@ -257,8 +257,9 @@ static void T(normalize_run)(Forward *q, const Item *it, const T(Scales) *s, ptr
         return;
     }
     j.w = w, j.b = b, j.w_along = q->weight.s != 0, j.b_along = q->bias.s != 0, j.columns = 0;
+    const int one_step = in_range && !(q->guarded && w);
 #if IS_FLOAT
-    if (in_range && q->bf16_direct && !q->non_temporal && !(q->foldable && (w || b))) {
+    if (one_step && q->bf16_direct && !q->non_temporal && !(q->foldable && (w || b))) {
         normalize_bf16(&j);
         return;
     }
@@ -272,7 +273,7 @@ static void T(normalize_run)(Forward *q, const Item *it, const T(Scales) *s, ptr
         return;
     }
 #endif
-    if (in_range && q->direct && !q->activation_first && !(q->guarded && w)) T(normalize)(&j);
+    if (one_step && q->direct && !q->activation_first) T(normalize)(&j);
     else T(normalize_by_tiles)(q, s, k, &j, h);
 }
 /* Whether a run of each group goes past the caches whole, however long it is. */

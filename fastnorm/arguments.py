@@ -411,6 +411,8 @@ def whole(value: Any, name: str, expected: str = "a whole number") -> int:
 
 def whole_numbers(value: Any, name: str) -> tuple[int, ...]:
     """Return one whole number or a sequence of them as a tuple."""
+    if type(value) is int:
+        return (value,)
     expected = "a whole number or a tuple of whole numbers"
     if has(value, "__index__") and not shape_of(value):
         return (whole(value, name, expected),)
@@ -519,8 +521,13 @@ def channel_parameter(
     return placed if groups is None else grouped(placed, groups)
 
 
-def grouped(array: Array, groups: int) -> Array:
-    """Split axis 1, the channels, into (groups, channels of a group), or (1, 1) if it is 1 long."""
+def grouped(array: Array, groups: int, axis: int = 1) -> Array:
+    """An array of the shape of x, or a weight, as (N, groups, channels of a group, ...).
+
+    Its channels are on `axis`; a weight's that is one for all become (1, 1).
+    """
+    if axis != 1:
+        array = np.moveaxis(array, axis, 1)
     shape = array.shape
     both = (1, 1) if shape[1] == 1 else (groups, shape[1] // groups)
     return array.reshape(shape[:1] + both + shape[2:])
@@ -528,13 +535,13 @@ def grouped(array: Array, groups: int) -> Array:
 
 def along_axes(p: Array, name: str, x: Array, axes: tuple[int, ...]) -> Array:
     """A weight or bias of layer or RMS norm, along the axes of x."""
-    own = tuple(x.shape[axis] for axis in axes)
-    if fits(p.shape, own):
-        # axes in the order they were given; here in the order they stand
-        order = sorted(range(len(axes)), key=lambda i: axes[i])
-        own_axes = p.reshape((1,) * (len(own) - p.ndim) + p.shape).transpose(order)
-        lengths = iter(own_axes.shape)
-        return own_axes.reshape([next(lengths) if a in axes else 1 for a in range(x.ndim)])
+    own = tuple([x.shape[axis] for axis in axes])
+    if p.shape == own or fits(p.shape, own):
+        # its axes lie in the order in which those of x were given, and have to lie in that of x
+        given = axes[len(axes) - p.ndim :]
+        lengths = dict(zip(given, p.shape))
+        order = sorted(range(p.ndim), key=given.__getitem__)
+        return p.transpose(order).reshape([lengths.get(axis, 1) for axis in range(x.ndim)])
     expected = (
         f"expected {own}, or a shape that broadcasts against x for parameters of each sample, such "
         f"as {tuple(1 if a in axes else n for a, n in enumerate(x.shape[:1])) + x.shape[1:]}"

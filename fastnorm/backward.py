@@ -5,6 +5,7 @@ Each describes the same problem as its forward function in functional.py does.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from numpy.typing import ArrayLike
@@ -23,7 +24,7 @@ from fastnorm.arguments import (
 )
 from fastnorm.dispatch import public
 from fastnorm.execution import Gradients as Described
-from fastnorm.execution import Request, channels_second, split_groups
+from fastnorm.execution import Request, channels_second
 
 __all__ = [
     "batch_norm_backward",
@@ -54,7 +55,7 @@ def _channels(
     axis = channel_axis_of(array, channel_axis, of, samples=not batch)
     channels = array.shape[axis]
     groups = channels if num_groups is None else groups_of(num_groups, channels)
-    view = split_groups(axis, groups) if split else channels_second(axis)
+    view = partial(grouped, groups=groups, axis=axis) if split else channels_second(axis)
     shape = (channels,) if batch else (array.shape[0], groups)
     kept = (1, channels) if batch else shape
     place = (*kept, *[1] * (array.ndim - 1 if split else array.ndim - 2))

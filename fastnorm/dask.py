@@ -405,12 +405,8 @@ def _update(running_mean: Any, running_var: Any, fields: Any, axis: int, momentu
 
 def _moved(running: Any, fields: Any, *, function: Any, axis: int, momentum: float) -> Any:
     """The running statistics moved towards the average of what the samples have."""
-    values, seen = function(fields), fields[0] > 0
-    others = tuple(a for a in range(seen.ndim) if a != axis)
-    with np.errstate(all="ignore"):
-        average = np.sum(values, axis=others, where=seen) / np.count_nonzero(seen, axis=others)
-        moved = (1 - momentum) * running.astype(np.float64) + momentum * average
-    return np.where(seen.any(axis=others), moved, running).astype(running.dtype)
+    others = tuple(a for a in range(fields.ndim - 1) if a != axis)
+    return execution.moved_running(running, function(fields), fields[0] > 0, momentum, others)
 
 
 def batch_norm(

@@ -24,7 +24,6 @@ from fastnorm.arguments import (
     check_activation,
     check_out,
     computing_type,
-    grouped,
     is_float,
     lies_plainly,
     mask_of,
@@ -78,11 +77,16 @@ def delivered(y: Array, x: ArrayLike, out: Array | None = None) -> Array:
     return y
 
 
-def rstd_of(var: Array, eps: float) -> Array:
-    """1 / sqrt(var + eps), and 0 where that is 1 / 0: such a group is constant."""
+def reciprocal(divisor: Array) -> Array:
+    """1 / divisor, and 0 where that is 1 / 0: such a group is constant."""
     with np.errstate(all="ignore"):
-        shifted = var + eps
-        return np.where(shifted == 0, 0.0, 1.0 / np.sqrt(shifted))
+        return np.where(divisor == 0, 0.0, 1.0 / divisor)
+
+
+def rstd_of(var: Array, eps: float) -> Array:
+    """1 / sqrt(var + eps)."""
+    with np.errstate(all="ignore"):
+        return reciprocal(np.sqrt(var + eps))
 
 
 def unknown(array: Array, shape: Sequence[int], count: int = 3) -> tuple[Array, ...]:
@@ -367,13 +371,6 @@ def channels_second(axis: int) -> View | None:
     return None if axis == 1 else lambda array: np.moveaxis(array, axis, 1)
 
 
-def split_groups(axis: int, groups: int) -> View:
-    """Show an array of the shape of x as (N, groups, channels of a group, ...)."""
-    if axis == 1:
-        return lambda array: grouped(array, groups)
-    return lambda array: grouped(np.moveaxis(array, axis, 1), groups)
-
-
 # --- Range ----------------------------------------------------------------------------------------
 
 
@@ -422,17 +419,21 @@ def update_running(running: Running, mean: Array, var: Array) -> None:
                 on_device = to_device_of(mean, counts.astype(np.float64, order="C"))
             target.device.update_running(target, parts, on_device, momentum, unbiased=unbiased)
         elif target is not None:
-            moved.append((target, _moved(target, to_host(parts), counts, momentum, unbiased)))
+            batch = to_host(parts)
+            if unbiased:
+                with np.errstate(all="ignore"):
+                    batch = batch * (counts / (counts - 1))
+            moved.append((target, moved_running(target, batch, counts > 0, momentum, 0)))
     # both are there before the first is written: without memory for it none is
     for target, values in moved:
         target[...] = values
 
 
-def _moved(running: Array, parts: Array, counts: Array, momentum: float, unbiased: bool) -> Array:
-    seen = counts > 0
+def moved_running(
+    running: Array, batch: Array, seen: Array, momentum: float, axes: int | tuple[int, ...]
+) -> Array:
+    """Running statistics moved by the average over `axes` of those of `batch` that are `seen`."""
     with np.errstate(all="ignore"):
-        if unbiased:
-            parts = parts * (counts / (counts - 1))
-        average = np.sum(parts, axis=0, where=seen) / np.count_nonzero(seen, axis=0)
+        average = np.sum(batch, axis=axes, where=seen) / np.count_nonzero(seen, axis=axes)
         values = (1 - momentum) * running.astype(np.float64) + momentum * average
-        return np.where(seen.any(axis=0), values.astype(running.dtype), running)
+        return np.where(seen.any(axis=axes), values.astype(running.dtype), running)

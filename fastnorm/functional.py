@@ -6,6 +6,7 @@ along theirs.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal, TypeAlias, overload
 
 import numpy as np
@@ -20,6 +21,7 @@ from fastnorm.arguments import (
     channel_axis_of,
     channel_parameter,
     check_running,
+    grouped,
     groups_of,
     layer_axes,
     machine_epsilon,
@@ -36,7 +38,6 @@ from fastnorm.execution import (
     channels_second,
     counted,
     new_like,
-    split_groups,
 )
 
 __all__ = [
@@ -442,7 +443,7 @@ def group_norm(
         residual,
         activation,
         out,
-        view=split_groups(axis, groups),
+        view=partial(grouped, groups=groups, axis=axis),
         statistics=(samples, groups),
         return_stats=return_stats,
     )

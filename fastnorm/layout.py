@@ -2,7 +2,7 @@
 
 Every norm is handed to the kernels as the same thing: an array whose axes are *kept* (each index
 has statistics of its own) or *reduced* (they share them), and operands that broadcast against it.
-`describe` sorts those axes by their place in memory, merges the ones that are one walk through
+`layout_of` sorts those axes by their place in memory, merges the ones that are one walk through
 memory, and names what is left: a kept pair (a, b), a reduced pair (p, s) and columns c.
 """
 
@@ -20,13 +20,18 @@ from fastnorm.schedule import MIN_RUN
 
 Array = NDArray[Any]
 
+# An operand's name, shape, strides in bytes, and bytes of an element.
+Operand = tuple[str, tuple[int, ...], tuple[int, ...], int]
+
 # Operands of the size of x. The kernels read and write them along the innermost axis.
 FULL = ("x", "y", "residual", "addend", "total", "dy", "dx")
 # Operands that along the innermost axis are one number, or as many numbers side by side.
 PARAMETERS = ("weight", "bias", "dweight")
+# Operands that lie as another does: the statistics as "stats", dbias as dweight.
+ALIKE = ("mean", "var", "rstd", "g", "gx", "dbias")
 
 
-# `describe` keeps them: the same one, or another
+# `describe` keeps them: two are the same object, or differ
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Layout:
     """A pass over memory: five dimensions (a, b, p, s, c) and each operand's strides in elements.
@@ -48,15 +53,6 @@ class _Axis:
     strides: dict[str, int]
 
 
-def steps_of(array: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides in elements; 0 where the array is broadcast."""
-    size = array.itemsize
-    return tuple(
-        0 if length == 1 != whole else stride // size
-        for stride, length, whole in zip(array.strides, array.shape, shape, strict=True)
-    )
-
-
 def ascending(operands: dict[str, Any]) -> dict[str, Any]:
     """The same walk with every stride of x positive."""
     negative = tuple(axis for axis, stride in enumerate(operands["x"].strides) if stride < 0)
@@ -65,27 +61,43 @@ def ascending(operands: dict[str, Any]) -> dict[str, Any]:
     return {name: flip(array, negative) for name, array in operands.items()}
 
 
-@lru_cache(maxsize=4096)
-def describe(
-    shape: tuple[int, ...],
-    reduced: tuple[bool, ...],
-    strides: tuple[tuple[str, tuple[int, ...]], ...],
-) -> Layout | None:
-    """Describe a pass, or return None where its axes lie in no order the kernels can walk.
+def layout_of(operands: Mapping[str, Any], reduced: tuple[bool, ...]) -> Layout | None:
+    """The layout of a pass over these arrays, or None where no kernel can walk them as they lie.
 
-    `strides` holds, for each operand, a stride in elements along each axis: 0 where the operand is
-    broadcast. "stats" are the means and variances. Those of x are positive.
+    The first is "x", whose strides are positive. The others have as many axes, each of its length
+    or 1.
     """
-    names = [name for name, _ in strides]
-    axes = [
-        _Axis(size, kind, {name: steps[i] for name, steps in strides})
-        for i, (size, kind) in enumerate(zip(shape, reduced, strict=True))
-        if size != 1
-    ]
-    if any(axis.strides["x"] <= 0 for axis in axes):
-        return None
-    axes = _merged(sorted(axes, key=lambda axis: -axis.strides["x"]))
-    none = _Axis(1, True, dict.fromkeys(names, 0))
+    lie = [(n, a.shape, a.strides, a.itemsize) for n, a in operands.items() if n not in ALIKE]
+    return describe(tuple(lie), reduced)
+
+
+@lru_cache(maxsize=4096)
+def describe(operands: tuple[Operand, ...], reduced: tuple[bool, ...]) -> Layout | None:
+    """What `layout_of` finds, by all that it reads of the arrays."""
+    shape = operands[0][1]
+    steps = {  # in elements; 0 where an array is broadcast
+        name: [
+            0 if n == 1 != whole else stride // size
+            for n, stride, whole in zip(own, strides, shape, strict=True)
+        ]
+        for name, own, strides, size in operands
+    }
+    axes: list[_Axis] = []
+    for i in sorted(range(len(shape)), key=lambda i: -steps["x"][i]):
+        if shape[i] == 1:
+            continue
+        if steps["x"][i] <= 0:
+            return None
+        axis = _Axis(shape[i], reduced[i], {name: own[i] for name, own in steps.items()})
+        if (
+            axes
+            and axes[-1].reduced == axis.reduced
+            # a step along the one is `size` steps along the other, for every operand
+            and all(s == axis.strides[name] * axis.size for name, s in axes[-1].strides.items())
+        ):
+            axis.size *= axes.pop().size
+        axes.append(axis)
+    none = _Axis(1, True, dict.fromkeys(steps, 0))
     inner = axes.pop() if axes else none
     if inner is not none and (
         any(inner.strides.get(name, 1) != 1 for name in FULL)
@@ -116,23 +128,8 @@ def describe(
         columns,
         (a, b, p, s, c),
         neighbours,
-        {name: tuple(axis.strides[name] for axis in five) for name in names},
+        {name: tuple(axis.strides[name] for axis in five) for name in steps},
     )
-
-
-def _merged(axes: list[_Axis]) -> list[_Axis]:
-    merged: list[_Axis] = []
-    for axis in axes:
-        if (
-            merged
-            and merged[-1].reduced == axis.reduced
-            # a step along the one is `size` steps along the other, for every operand
-            and all(s == axis.strides[name] * axis.size for name, s in merged[-1].strides.items())
-        ):
-            merged[-1] = _Axis(merged[-1].size * axis.size, axis.reduced, axis.strides)
-        else:
-            merged.append(axis)
-    return merged
 
 
 def _side_by_side(outer: _Axis, inner: _Axis) -> bool:

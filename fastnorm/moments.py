@@ -36,7 +36,7 @@ from fastnorm.arguments import (
 )
 from fastnorm.backends import compute_moments, moments_at_once
 from fastnorm.dispatch import adapter_of, function_of, public
-from fastnorm.execution import Done, Norm, Request, exponents_of, extremes
+from fastnorm.execution import Done, Norm, Request, exponents_of, extremes, reciprocal
 from fastnorm.problem import Scaling
 
 # One number, where all axes are reduced, or an array of them.
@@ -245,8 +245,8 @@ def scales_of(
             divisor = np.maximum(np.sqrt(var), np.ldexp(eps, -exponent))
         else:
             divisor = np.sqrt(var + np.ldexp(eps, -2 * exponent))
-        rstd = np.where(divisor == 0, 0.0, 1 / divisor)
-        return Scales(np.where(fields[0] > 0, mean, np.nan), rest, rstd, exponent)
+        mean = np.where(fields[0] > 0, mean, np.nan)
+        return Scales(mean, rest, reciprocal(divisor), exponent)
 
 
 def normalised_by(

@@ -11,6 +11,10 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 
+# Operands of a pass but for its statistics, by the names of their fields in Problem.
+OPERANDS = ("x", "y", "residual", "addend", "total", "mask", "weight", "bias")
+
+
 class Scaling(IntEnum):
     """How a group's statistics become its scale: `enum Scaling` in _core/forward.h."""
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fastnorm.arguments import grouped
 from fastnorm.arrays import ArrayView, broadcast_to, flip, may_share_memory, moveaxis
-from fastnorm.execution import split_groups
 
 from .helpers import Array
 
@@ -81,9 +81,8 @@ def test_another_shape_is_a_view_or_refused(array: Array, shape: tuple[int, ...]
 def test_channels_in_groups() -> None:
     x = np.zeros((2, 8, 3, 4), np.float32)
     for array in (x, np.moveaxis(x.reshape(2, 3, 4, 8), -1, 1)):
-        split = split_groups(1, 4)
         view: Any = shown(array)
-        assert_same_place(split(view), split(array))  # type: ignore[arg-type]
+        assert_same_place(grouped(view, 4), grouped(array, 4))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("shape", [(0,), (3, 0, 4), (0, 12)])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import fastnorm as fn
 from fastnorm._bench.operations import OPERATIONS, Operation
-from fastnorm.layout import describe
+from fastnorm.layout import layout_of
 
 from .helpers import (
     BF16,
@@ -347,14 +347,12 @@ def test_any_shape(draw: st.DataObject) -> None:
         assert_close(got, right, 32)
 
 
-def test_describe_names_the_walk() -> None:
+def test_a_layout_names_the_walk() -> None:
     def walk(shape: tuple[int, ...], reduced: str, order: str) -> Any:
         x = np.empty([shape[int(a)] for a in order]).transpose(np.argsort([int(a) for a in order]))
-        steps = tuple(s // 8 for s in x.strides)
         kept = np.empty([1 if r == "R" else n for n, r in zip(shape, reduced)])
-        stats = tuple(0 if n == 1 else s // 8 for n, s in zip(kept.shape, kept.strides))
         flags = tuple(r == "R" for r in reduced)
-        return describe(shape, flags, (("x", steps), ("y", steps), ("stats", stats)))
+        return layout_of({"x": x, "y": x, "stats": kept}, flags)
 
     batch = walk((4, 8, 90), "RKR", "012")
     assert (batch.columns, batch.dims) == (False, (1, 8, 4, 90, 1))

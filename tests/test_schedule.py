@@ -28,6 +28,13 @@ from .helpers import BF16, F16, F32, F64
 THREADS = (1, 2, 3, 8, 64)
 
 
+def laid_out(
+    shape: tuple[int, ...], reduced: tuple[bool, ...], strides: dict[str, tuple[int, ...]]
+) -> Layout | None:
+    """The layout of operands, x first, by their strides in elements."""
+    return describe(tuple((name, shape, own, 1) for name, own in strides.items()), reduced)
+
+
 def walk(
     shape: tuple[int, ...],
     reduced: str,
@@ -56,7 +63,7 @@ def walk(
         strides |= {name: own(tuple(axis == "w" for axis in weight)) for name in ("weight", "bias")}
         strides |= {"factor": strides["weight"], "dweight": strides["weight"]}
     strides["stats"] = own(kept)
-    found = describe(shape, tuple(axis == "r" for axis in reduced), tuple(strides.items()))
+    found = laid_out(shape, tuple(axis == "r" for axis in reduced), strides)
     assert found is not None
     return found
 
@@ -210,7 +217,7 @@ def test_short_planes_of_doubles_that_lie_apart_are_copied_together() -> None:
     """Group norm of channels that are not neighbours: planes of a group, far from one another."""
     strides = {"x": (64 * 256, 256, 4 * 256, 1)}
     strides |= {"y": strides["x"], "stats": (4, 1, 0, 0)}
-    layout = describe((8, 4, 16, 256), (False, False, True, True), tuple(strides.items()))
+    layout = laid_out((8, 4, 16, 256), (False, False, True, True), strides)
     assert layout is not None
     found = {
         t: forward_schedule(layout, dtypes(layout, t), MODELS["zen5"]).path for t in (F32, F64)

@@ -12,8 +12,8 @@ from fastnorm import machine
 from fastnorm._reference import IN_KERNELS
 from fastnorm.arguments import computing_type
 from fastnorm.backends.base import sum_to
-from fastnorm.layout import Layout, ascending, describe, steps_of
-from fastnorm.problem import BackwardProblem, Problem
+from fastnorm.layout import ascending, layout_of
+from fastnorm.problem import OPERANDS, BackwardProblem, Problem
 from fastnorm.runtime import kernel_threads
 from fastnorm.schedule import backward_schedule, forward_schedule
 
@@ -22,26 +22,13 @@ Array = NDArray[Any]
 # What the kernels call an activation: 0 is none.
 _NUMBERS = {None: 0} | {name: n for n, name in enumerate(IN_KERNELS, 1)}
 
-# operands in the order of the kernels' signature; all but the statistics may be absent
-_OPERANDS = ("x", "y", "residual", "addend", "total", "mask", "weight", "bias")
-
-
-def _layout_of(operands: dict[str, Array], reduced: tuple[bool, ...]) -> Layout | None:
-    shape = operands["x"].shape
-    steps = {
-        "stats" if name == "rstd" else name: steps_of(array, shape)
-        for name, array in operands.items()
-        if name not in ("mean", "var")
-    }
-    return describe(shape, reduced, tuple(steps.items()))
-
 
 def forward(p: Problem, kernels: Any) -> None:
     """Lay the pass out in five dimensions and run it: in copies if it has none."""
-    given = {n: array for n in _OPERANDS if (array := getattr(p, n)) is not None}
-    given |= {"mean": p.mean, "var": p.var, "rstd": p.rstd}
+    given = {n: array for n in OPERANDS if (array := getattr(p, n)) is not None}
+    given |= {"mean": p.mean, "var": p.var, "stats": p.rstd}
     operands = ascending(given) if min(p.x.strides, default=0) < 0 else given
-    layout = _layout_of(operands, p.reduced)
+    layout = layout_of(operands, p.reduced)
     if p.total is not None and p.addend is not None and (layout is None or layout.columns):
         # the kernels add on the way only along runs
         with np.errstate(all="ignore"):
@@ -60,22 +47,16 @@ def forward(p: Problem, kernels: Any) -> None:
             moved = array.transpose(order)
             if name in ("weight", "bias"):
                 moved = np.broadcast_to(moved, tuple(p.x.shape[axis] for axis in order))
-            if name in ("mean", "var", "rstd"):
-                operands[name] = moved
-            else:
-                operands[name] = (
-                    np.empty(moved.shape, moved.dtype)
-                    if name == "y"
-                    else (np.ascontiguousarray(moved))
-                )
-        layout = _layout_of(operands, tuple(sorted(p.reduced)))
+            if name == "y":
+                moved = np.empty(moved.shape, moved.dtype)
+            elif name not in ("mean", "var", "stats"):
+                moved = np.ascontiguousarray(moved)
+            operands[name] = moved
+        layout = layout_of(operands, tuple(sorted(p.reduced)))
         assert layout is not None, "contiguous operands always have a layout"
-    activation: dict[str, Any] = {"activation": 0}
-    if p.activation is not None:
-        activation = _activation(p, kernels)
     schedule = forward_schedule(
         layout,
-        tuple((name, operands[name].dtype) for name in _OPERANDS if name in operands),
+        tuple([(name, operands[name].dtype) for name in OPERANDS if name in operands]),
         machine.here,
         given=p.given,
         activation=p.activation,
@@ -84,22 +65,13 @@ def forward(p: Problem, kernels: Any) -> None:
     raised = kernels.run_pass(
         layout,
         schedule,
-        operands["x"],
-        operands.get("y"),
-        operands["mean"],
-        operands["var"],
-        operands["rstd"],
-        weight=operands.get("weight"),
-        bias=operands.get("bias"),
-        mask=operands.get("mask"),
-        residual=operands.get("residual"),
-        addend=operands.get("addend"),
-        total=operands.get("total"),
+        rstd=operands.pop("stats"),
+        **{"y": None, **operands},
         centred=p.centred,
         given=p.given,
         scaling=p.scaling,
         eps=p.eps,
-        **activation,
+        **({} if p.activation is None else _activation(p, kernels)),
         activation_first=p.activation_first,
         threads=kernel_threads(),
         ticket=p.ticket if y_back is None else None,
@@ -131,14 +103,11 @@ def _activation(p: Problem, kernels: Any) -> dict[str, Any]:
 
 def backward(p: BackwardProblem, kernels: Any) -> None:
     """Lay a pass back out in five dimensions and run it: in copies if it has none."""
-    operands = {"x": p.x, "dy": p.dy, "dx": p.dx, "rstd": p.rstd, "dweight": p.dweight}
-    if p.mean is not None:
-        operands["mean"] = p.mean
-    beside = {"factor": p.weight, "dbias": p.dbias}
-    operands |= {name: array for name, array in beside.items() if array is not None}
+    operands = {"x": p.x, "dy": p.dy, "dx": p.dx, "stats": p.rstd, "dweight": p.dweight}
+    optional = {"mean": p.mean, "factor": p.weight, "dbias": p.dbias}
+    operands |= {name: array for name, array in optional.items() if array is not None}
     operands = ascending(operands)
-    described = {name: array for name, array in operands.items() if name != "dbias"}
-    layout = _layout_of(described, p.reduced)
+    layout = layout_of(operands, p.reduced)
     if layout is None and p.dy.strides != _strides_like(p.x, p.dy):
         dy = np.empty_like(p.x, p.dy.dtype)
         if dy.strides != p.dy.strides:  # or it would come here again
@@ -158,7 +127,7 @@ def backward(p: BackwardProblem, kernels: Any) -> None:
         operands["dy"],
         operands["dx"],
         mean=operands.get("mean"),
-        rstd=operands["rstd"],
+        rstd=operands["stats"],
         weight=operands.get("factor"),
         dweight=operands["dweight"],
         dbias=operands.get("dbias"),
@@ -213,24 +182,17 @@ def moments(
     x: Array, reduced: tuple[bool, ...], mask: Array | None, fields: Array, kernels: Any
 ) -> None:
     """Lay x out in five dimensions and take its moments: in copies if it has none."""
-    given = {"x": x, "fields": fields} | ({} if mask is None else {"mask": mask})
+    given = {"x": x} if mask is None else {"x": x, "mask": mask}
     turn = tuple(slice(None, None, -1 if stride < 0 else 1) for stride in x.strides)
-    operands = {n: a[(slice(None), *turn)] if n == "fields" else a[turn] for n, a in given.items()}
-    layout = _moments_layout(operands, reduced)
+    operands, into = {n: a[turn] for n, a in given.items()}, fields[(slice(None), *turn)]
+    layout = layout_of(operands | {"stats": into[0]}, reduced)
     if layout is None:
         # an order of axes that the kernels cannot walk: kept axes first, then reduced, in copies
         order = sorted(range(x.ndim), key=lambda axis: reduced[axis])
-        operands = {
-            n: np.ascontiguousarray(a.transpose(order)) for n, a in given.items() if a is not fields
-        }
-        operands["fields"] = fields.transpose(0, *(axis + 1 for axis in order))
-        layout = _moments_layout(operands, tuple(sorted(reduced)))
+        operands = {n: np.ascontiguousarray(a.transpose(order)) for n, a in given.items()}
+        into = fields.transpose(0, *(axis + 1 for axis in order))
+        layout = layout_of(operands | {"stats": into[0]}, tuple(sorted(reduced)))
         assert layout is not None, "contiguous operands always have a layout"
-    dtypes = tuple((name, a.dtype) for name, a in operands.items() if name != "fields")
+    dtypes = tuple((name, array.dtype) for name, array in operands.items())
     schedule = forward_schedule(layout, dtypes, machine.here)
-    kernels.run_moments(layout, schedule, **operands, threads=kernel_threads())
-
-
-def _moments_layout(operands: dict[str, Array], reduced: tuple[bool, ...]) -> Layout | None:
-    first = {"rstd": operands["fields"][0]}
-    return _layout_of({n: a for n, a in operands.items() if n != "fields"} | first, reduced)
+    kernels.run_moments(layout, schedule, **operands, fields=into, threads=kernel_threads())

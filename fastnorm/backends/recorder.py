@@ -15,7 +15,7 @@ from fastnorm import runtime
 from fastnorm.backends import compiled
 from fastnorm.layout import Layout
 from fastnorm.machine import Machine
-from fastnorm.problem import BackwardProblem, Problem
+from fastnorm.problem import OPERANDS, BackwardProblem, Problem
 from fastnorm.schedule import (
     BackwardSchedule,
     Dtypes,
@@ -66,13 +66,10 @@ def _dtypes(arrays: dict[str, Any]) -> Dtypes:
 class _Kernels:
     """What the compiled kernels offer."""
 
-    def run_pass(
-        self, layout: Layout, _: Any, x: Array, y: Array | None, *statistics: Array, **more: Any
-    ) -> bool:
-        names = ("weight", "bias", "mask", "residual", "addend", "total")
-        arrays = {"x": x, "y": y} | {name: more.get(name) for name in names}
-        options = {name: more[name] for name in ("given", "activation_first")}
-        options["activation"] = more["activation"] or None
+    def run_pass(self, layout: Layout, _: Any, *, activation: Any = None, **given: Any) -> bool:
+        arrays = {name: given.get(name) for name in OPERANDS}
+        options = {name: given[name] for name in ("given", "activation_first")}
+        options["activation"] = activation or None
         _asked.get().append(Asked(layout, _dtypes(arrays), False, options))
         return False
 

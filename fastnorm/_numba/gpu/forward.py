@@ -14,19 +14,18 @@ from fastnorm._numba.gpu.launch import address, device_of, launch, plan_of
 from fastnorm._numba.gpu.scales import PARTIAL, SCALE, given_scale, merge_parts
 from fastnorm._numba.gpu.strided import column_apply, column_moments
 from fastnorm._numba.gpu.views import Operands, Options, Statistics, Walk
-from fastnorm._numba.gpu.walks import ALIKE, described, is_aligned, numbers_of, walk_of
+from fastnorm._numba.gpu.walks import described, is_aligned, numbers_of, walk_of
 from fastnorm.arrays import ArrayView, empty_on
-from fastnorm.layout import Layout
-from fastnorm.problem import Problem
+from fastnorm.layout import ALIKE, Layout
+from fastnorm.problem import OPERANDS, Problem
 
 _PLAN = ("x", "y", "other", "total", "mask", "weight", "bias", "stats")
-_OPERANDS = ("x", "y", "residual", "addend", "total", "mask", "weight", "bias")
 
 
 def forward(p: Problem) -> None:
     """Execute a pass on the device."""
     x: Any = p.x
-    operands = {n: array for n in _OPERANDS if (array := getattr(p, n)) is not None}
+    operands = {n: array for n in OPERANDS if (array := getattr(p, n)) is not None}
     operands |= {"mean": p.mean, "var": p.var, "stats": p.rstd}
     with device_of(x):
         layout, operands, write_back = described(

@@ -10,17 +10,7 @@ from fastnorm._numba.gpu.blocking import BLOCK, CHUNK, LANES, WARP, blocks_of, p
 from fastnorm._numba.gpu.launch import address
 from fastnorm._numba.gpu.views import Walk
 from fastnorm.arrays import ArrayView, broadcast_to
-from fastnorm.layout import Layout, ascending, describe, steps_of
-
-# Statistics that lie as "stats" do, and means that lie as their rstd.
-ALIKE = ("mean", "var", "rstd", "g", "gx")
-
-
-def _layout(operands: dict[str, Any], reduced: tuple[bool, ...]) -> Layout | None:
-    """The walk, if there is one. Statistics lie alike: "stats" stands for all of them."""
-    shape = operands["x"].shape
-    steps = {n: steps_of(array, shape) for n, array in operands.items() if n not in ALIKE}
-    return describe(shape, reduced, tuple(steps.items()))
+from fastnorm.layout import Layout, ascending, layout_of
 
 
 def numbers_of(layout: Layout, names: Sequence[str]) -> list[int]:
@@ -69,7 +59,7 @@ def described(
     all operands but those `kept` as they are.
     """
     operands = ascending(operands)
-    layout = _layout(operands, reduced)
+    layout = layout_of(operands, reduced)
     if layout is not None:
         return layout, operands, lambda: None
     order = sorted(range(len(reduced)), key=lambda axis: reduced[axis])
@@ -82,7 +72,7 @@ def described(
             if name not in written:  # a parameter of every element's own
                 moved[name] = broadcast_to(moved[name], shape)
             moved[name] = moved[name].copy()
-    layout = _layout(moved, tuple(sorted(reduced)))
+    layout = layout_of(moved, tuple(sorted(reduced)))
     assert layout is not None, "contiguous operands always have a layout"
 
     def write_back() -> None:

@@ -1,8 +1,8 @@
-"""The Numba backend beside Cython's: `python -m benchmarks.backends [words of a case]`.
+"""The Numba backend and Cython's: `python -m benchmarks.backends [words of a case]`.
 
 Kernels against kernels: both carry out the same described passes, so that what is compared is not
 the door, which only compiled kernels can have in C. Then a user's activation fused into the norm
-beside the two calls it stands for, and the cost of a process's first call.
+and the two calls it stands for, and the cost of a process's first call.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The one table of what is timed: operations, and the shapes they are called on.
 
-`make bench` times CASES, OUT and THREADS beside the peers, the gate times GATE, and
+`make bench` times CASES, OUT and THREADS, and the peers, the gate times GATE, and
 tests/test_benchmarks.py checks every peer's result on shrunken copies of them.
 """
 
@@ -150,7 +150,7 @@ GATE = (
     _group(_PLANES, activation="silu"),
     _add_rms(_ROWS),
     _inference((8, 64, 16, 16), residual=True, activation="relu"),
-    _layer((9216, 1024), out=True),  # past the caches
+    _layer((9216, 1024), out=True),  # non-temporal stores
 )
 # Of these on two threads.
 GATE_THREADS = (_layer((1024, 1024)),)

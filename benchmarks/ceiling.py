@@ -1,4 +1,4 @@
-"""The ceiling: the copy, also in C, with stores through the caches and with stores past them."""
+"""The ceiling: the copy, also in C, with stores through the caches and with non-temporal ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def address(array: Array) -> int:
 
 
 def mover(threads: int, past: bool, march: str = "native") -> Move | None:
-    """The C function on so many threads, its stores past the caches or not; None without C."""
+    """The C function on so many threads, its stores non-temporal or not; None without C."""
     library = native.load("copy", march)
     if library is None:
         return None

@@ -28,7 +28,7 @@ typedef __m128i vector;
 #define STREAM(p, v) _mm_stream_si128((vector *)(p), v)
 #define XOR(a, b) _mm_xor_si128(a, b)
 #define FENCE() _mm_sfence()
-#else /* no stores past the caches that plain C can ask for */
+#else /* plain C has no non-temporal stores */
 typedef uint64_t vector;
 #define LOAD(p) (*(const vector *)(p))
 #define STORE(p, v) (*(vector *)(p) = (v))

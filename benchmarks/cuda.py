@@ -1,4 +1,4 @@
-"""The GPU's kernels beside PyTorch's and a device copy; makes a table where there is a GPU.
+"""The GPU's kernels, PyTorch's and a device copy; makes a table where there is a GPU.
 
     python -m benchmarks.cuda                  # writes benchmarks/results/<GPU>-cuda.md and .json
     python -m benchmarks.cuda --folder /tmp    # elsewhere

@@ -13,7 +13,7 @@ as well: either the yardstick was disturbed, which would hide a slow kernel, or 
 
 Ratios are stored for each instruction set that kernels are built for; the yardstick is compiled for
 the same one. A processor whose instruction set has none is measured with a narrower one that has.
-They are of one processor, which is stored beside them. On another the arithmetic and the memory may
+They are of one processor, which is stored with them. On another the arithmetic and the memory may
 stand in another proportion, so the gate is wider there (ELSEWHERE) until its ratios are stored.
 """
 

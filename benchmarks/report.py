@@ -1,6 +1,6 @@
 """Markdown from the figures: `python -m benchmarks.report results.json [--readme README.md]`.
 
-What comes in is pytest-benchmark's JSON, or the smaller one that is written beside the Markdown.
+What comes in is pytest-benchmark's JSON, or the smaller one that is written with the Markdown.
 Both go into benchmarks/results under a name that says which machine it was.
 """
 
@@ -75,7 +75,7 @@ def _ratio(row: Row, name: str) -> str:
 
 
 def compared(rows: Sequence[Row]) -> str:
-    """Each case beside each peer; where fastnorm loses, the case is marked and the ratio bold."""
+    """Each case and each peer; where fastnorm loses, the case is marked and the ratio bold."""
     peers = peers_of(rows)
     head = ["case", "time", "GB/s", "of the copy", *peers]
     lines = [
@@ -189,7 +189,7 @@ def _torch(rows: list[Row]) -> list[float]:
 
 
 def _best(rows: list[Row]) -> list[float]:
-    """Beside the fastest peer of each case."""
+    """Compared with the fastest peer of each case."""
     return [min(row["ratios"].values()) for row in rows if row["ratios"]]
 
 
@@ -299,7 +299,7 @@ DEMANDS = (
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """What was asked beside what was measured."""
+    """What was asked, and what was measured."""
     lines = []
     for demand in DEMANDS:
         value = demand.measured(rows)

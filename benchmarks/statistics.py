@@ -3,7 +3,7 @@
     python -m benchmarks.statistics                # everything, a few minutes; nothing else may run
     python -m benchmarks.statistics accuracy speed # some of it: accuracy, speed, dask, images
 
-Results are kept in benchmarks/results/statistics.json and shown in statistics.md beside it. Dask,
+Results are kept in benchmarks/results/statistics.json and shown in statistics.md next to it. Dask,
 Pillow, SciPy and scikit-learn are those of the extra "test", psutil is of "bench".
 """
 
@@ -83,7 +83,7 @@ def ratio(ours: Callable[[], Any], theirs: Callable[[], Any]) -> tuple[float, Co
 
 
 def speed() -> list[Row]:
-    """Beside NumPy, SciPy and scikit-learn."""
+    """Compared with NumPy, SciPy and scikit-learn."""
     from scipy.stats import zscore
     from sklearn.preprocessing import scale
 
@@ -238,7 +238,7 @@ def timed(command: list[str]) -> tuple[float, float, Any]:
 
 
 def images() -> list[Row]:
-    """2,000 photographs: the command beside a loop over Pillow and NumPy."""
+    """2,000 photographs: the command and a loop over Pillow and NumPy."""
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

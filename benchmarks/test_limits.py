@@ -1,4 +1,4 @@
-"""fastnorm beside what it can not pass: memory, its own threads, NumPy, the interpreter."""
+"""fastnorm and what it can not surpass: memory, its own threads, NumPy, the interpreter."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _free_memory() -> float:
 
 
 def test_door(compare: Any) -> None:
-    """The smallest call beside what NumPy takes for an empty result."""
+    """The smallest call, and what NumPy takes for an empty result."""
     x = np.ones((1, 64), np.float32)
     weight, bias = np.ones(64, np.float32), np.zeros(64, np.float32)
     contenders = {

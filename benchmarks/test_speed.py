@@ -1,4 +1,4 @@
-"""Every case beside every peer: `make bench`."""
+"""Every case and every peer: `make bench`."""
 
 from __future__ import annotations
 

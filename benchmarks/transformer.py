@@ -1,4 +1,4 @@
-"""A stack of transformer blocks beside PyTorch's: a forward pass, and a process up to its first.
+"""A stack of transformer blocks, and PyTorch's: a forward pass, and a process up to its first.
 
     python -m benchmarks.transformer
 

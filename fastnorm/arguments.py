@@ -452,8 +452,8 @@ def did_you_mean(value: Any, choices: Sequence[str]) -> str:
         return ""
     from difflib import get_close_matches
 
-    near = get_close_matches(value.strip().lower(), choices, 1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    meant = get_close_matches(value.strip().lower(), choices, 1)
+    return f"; did you mean {meant[0]!r}?" if meant else ""
 
 
 def channel_axis_of(x: Array, channel_axis: int, of: str, *, samples: bool = True) -> int:
@@ -680,10 +680,10 @@ def require_two(counts: Array | int, of: str, instead: str, per: str = "channel"
         )
 
 
-def _divisors(n: int, near: int) -> list[int]:
+def _divisors(n: int, asked: int) -> list[int]:
     """Up to 12 divisors of n, of those that are found in a millisecond the nearest."""
     small = [d for d in range(1, min(math.isqrt(n), 1 << 14) + 1) if n % d == 0]
-    return sorted(sorted({*small, *(n // d for d in small)}, key=lambda d: abs(d - near))[:12])
+    return sorted(sorted({*small, *(n // d for d in small)}, key=lambda d: abs(d - asked))[:12])
 
 
 def groups_of(num_groups: int, channels: int) -> int:

@@ -1,4 +1,4 @@
-"""What ``fastnorm bench`` does: norms timed beside their peers and beside a copy.
+"""What ``fastnorm bench`` does: norms, their peers and a copy are timed.
 
 A call is written as in "group_norm 8x256x32x32 channels-last bfloat16 + silu"; the names in results
 are such calls. `case_of` makes of one what `fastnorm._bench` times.
@@ -105,9 +105,9 @@ def words_of(call: str, words: Sequence[str]) -> tuple[str, tuple[int, ...], lis
         raise CannotUse(f"CALL is {call!r}, {expected}")
     name, *rest = words
     if name not in FUNCTIONS:
-        near = did_you_mean(name, FUNCTIONS)
+        meant = did_you_mean(name, FUNCTIONS)
         known = f"one of {', '.join(FUNCTIONS)}"
-        raise CannotUse(f"CALL {call!r} begins with {name!r}, expected {known}{near}")
+        raise CannotUse(f"CALL {call!r} begins with {name!r}, expected {known}{meant}")
     shape: tuple[int, ...] | None = None
     options: list[str] = []
     value = False
@@ -118,8 +118,8 @@ def words_of(call: str, words: Sequence[str]) -> tuple[str, tuple[int, ...], lis
         elif word.startswith("--"):
             flag, given, _ = word.partition("=")
             if flag not in OPTIONS:
-                near = did_you_mean(flag, tuple(OPTIONS))
-                raise CannotUse(f"CALL {call!r} has {flag}, expected one of {_OPTIONS}{near}")
+                meant = did_you_mean(flag, tuple(OPTIONS))
+                raise CannotUse(f"CALL {call!r} has {flag}, expected one of {_OPTIONS}{meant}")
             options.append(word)
             value = OPTIONS[flag] and not given
         elif word in WORDS:
@@ -129,8 +129,8 @@ def words_of(call: str, words: Sequence[str]) -> tuple[str, tuple[int, ...], lis
         elif shape is None:
             shape = shape_of(f"CALL {call!r}", word)
         else:
-            near = did_you_mean(word, tuple(WORDS))
-            raise CannotUse(f"CALL {call!r} has {word!r}, expected an option{near}")
+            meant = did_you_mean(word, tuple(WORDS))
+            raise CannotUse(f"CALL {call!r} has {word!r}, expected an option{meant}")
     if shape is None:
         raise CannotUse(f"CALL {call!r} has no shape, {expected}")
     return name, shape, options
@@ -248,8 +248,8 @@ def case_of_text(call: str) -> Case:
             value = rest.pop(0)
         if option in choices and value not in choices[option]:
             expected = f"expected one of {', '.join(choices[option])}"
-            near = did_you_mean(value, choices[option])
-            raise CannotUse(f"CALL {call!r} has {flag} {value!r}, {expected}{near}")
+            meant = did_you_mean(value, choices[option])
+            raise CannotUse(f"CALL {call!r} has {flag} {value!r}, {expected}{meant}")
         if option not in choices and not re.fullmatch("-?[0-9]{1,9}", value):
             raise CannotUse(f"CALL {call!r} has {flag} {value!r}, expected a whole number")
         options[option] = value if option in choices else int(value)
@@ -345,7 +345,7 @@ def run(
     rounds: int = ROUNDS,
     report: Callable[[str], None] = lambda step: None,
 ) -> dict[str, Any]:
-    """Time each case with each number of threads, beside peers and a copy.
+    """Time each case, its peers and a copy, with each number of threads.
 
     Parameters
     ----------

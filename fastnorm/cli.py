@@ -261,7 +261,7 @@ def _add_bench(commands: Any) -> None:
         "that are installed)",
     )
     parser.add_argument(
-        "--load", type=_workers, default=0, metavar="N", help="processes kept busy beside it"
+        "--load", type=_workers, default=0, metavar="N", help="processes kept busy meanwhile"
     )
     parser.add_argument(
         "--seconds",

@@ -41,7 +41,7 @@ from fastnorm.moments import standardize as standardize_chunk
 # Chunks that share a statistic, at most, that are kept in memory from the first to the second use.
 KEPT = 16
 
-Operands = dict[str, Any]  # arrays beside x that broadcast against it, by their argument's name
+Operands = dict[str, Any]  # arrays that broadcast against x, by their argument's name
 
 # --- Operands -------------------------------------------------------------------------------------
 
@@ -67,7 +67,7 @@ def _is_known(x: Any) -> None:
 
 
 def _operand(value: Any, name: str) -> Any:
-    """What came in beside x: an array of Dask's, or of NumPy's; refuse what a mask hides."""
+    """Another array than x: one of Dask's, or of NumPy's; refuse what a mask hides."""
     if not isinstance(value, da.Array):
         return arguments.read(value, name)
     return value.map_blocks(arguments.read, name) if arguments.is_masked(value._meta) else value
@@ -107,7 +107,7 @@ def _on_axes(x: Any, axes: tuple[int, ...]) -> Callable[[Any, str], Any]:
     return lambda p, name: arguments.along_axes(p, name, x, axes)
 
 
-def _beside(x: Any, where: Any, residual: Any) -> Operands:
+def _mask_and_residual(x: Any, where: Any, residual: Any) -> Operands:
     """`where` and `residual` of the shape and in the chunks of x."""
     given: Operands = {}
     if where is not None:
@@ -143,14 +143,14 @@ def _native(x: Any) -> Any:
 
 
 def _call(x: Any, *operands: Any, names: tuple[str, ...], function: Any, **options: Any) -> Any:
-    """`function` of one chunk of x and of what lies beside it."""
+    """`function` of one chunk of x and those of its operands."""
     return function(_native(x), **dict(zip(names, operands)), **options)
 
 
 def _each(
     function: Callable[..., Any], x: Any, operands: Operands, dtype: Any, **options: Any
 ) -> Any:
-    """`function` of every chunk of x, its operands beside it; results are shaped as the chunks."""
+    """`function` of every chunk of x and of its operands; results are shaped as the chunks."""
     return da.map_blocks(
         _call,
         x,
@@ -338,21 +338,21 @@ def _normalised(
     """
     _is_known(x)
     arguments.check_activation(activation)
-    dtype, beside = _dtype(x), _beside(x, where, residual)
+    dtype, others = _dtype(x), _mask_and_residual(x, where, residual)
     if _whole(x, axes, group):
         more = {"activation": activation, "eps": eps, "return_stats": return_stats, **options}
-        found = _each(own, x, affine | beside, dtype, **more)
+        found = _each(own, x, affine | others, dtype, **more)
         if not return_stats:
             return found, None, None
         mean = _part(found, 1, np.float64, axes) if centred else None
         rstd = _part(found, 2 if centred else 1, np.float64, axes)
         return _part(found, 0, dtype), mean, rstd
-    fields = _fields(x, axes, beside.pop("where", None))
+    fields = _fields(x, axes, others.pop("where", None))
     if group is not None:
         channel, size = group
         together = partial(_merged, axis=-1)
         fields = _grouped(fields, channel + 1, size, together, x.chunks[channel])
-    operands = _scales(fields, eps, centred=centred) | affine | beside
+    operands = _scales(fields, eps, centred=centred) | affine | others
     y = _each(_by_scales, _again(x, fields, axes), operands, dtype, activation=activation)
     rstd = _of_fields(_rstd_of_x, fields, eps=eps, centred=centred)
     return y, _of_fields(mean_of, fields) if centred else None, rstd
@@ -444,7 +444,7 @@ def batch_norm(
         arguments.check_activation(activation)
         mean = _parameter(running_mean, "running_mean", x, place, wide=True)
         var = _parameter(running_var, "running_var", x, place, wide=True)
-        operands = {"mean": mean, "var": var} | affine | _beside(x, None, residual)
+        operands = {"mean": mean, "var": var} | affine | _mask_and_residual(x, None, residual)
         y = _each(_step, x, operands, _dtype(x), activation=activation, eps=eps)
         rstd = var.map_blocks(execution.rstd_of, eps, dtype=np.float64)
     else:
@@ -466,7 +466,7 @@ def batch_norm(
             channel_axis=axis,
         )
         if running_mean is not None or running_var is not None:
-            fields = _fields(x, axes, _beside(x, where, None).get("where"))
+            fields = _fields(x, axes, _mask_and_residual(x, where, None).get("where"))
             _update(running_mean, running_var, fields, axis, momentum)
     return (y, mean.reshape(channels), rstd.reshape(channels)) if return_stats else y
 
@@ -537,7 +537,7 @@ def instance_norm(
         **shared,
     )
     if running_mean is not None or running_var is not None:
-        fields = _fields(x, axes, _beside(x, where, None).get("where"))
+        fields = _fields(x, axes, _mask_and_residual(x, where, None).get("where"))
         _update(running_mean, running_var, fields, axis, momentum)
     return (y, mean.reshape(both), rstd.reshape(both)) if return_stats else y
 
@@ -702,7 +702,7 @@ def _without_mask(x: Any) -> Any:
 def _total(x: Any, residual: Any) -> Any:
     _is_known(x)
     x = x.astype(_dtype(x))
-    added = _beside(x, None, residual)["residual"]
+    added = _mask_and_residual(x, None, residual)["residual"]
     return _each(_sum, x, {"addend": added}, x.dtype)
 
 
@@ -902,9 +902,9 @@ def _gradients(
         total = a.sum(axis=shared, keepdims=True).reshape(w.shape)
         return _unplaced(total, shape, x, place, kind)
 
-    beside = _beside(x, where, None)
+    others = _mask_and_residual(x, where, None)
     if training and axes and _whole(x, axes, group):
-        operands = _given(slope=slope, rstd=rstd, weight=w, mean=mean) | beside
+        operands = _given(slope=slope, rstd=rstd, weight=w, mean=mean) | others
         found = _each(_chunk_gradients, x, operands, dtype, axes=axes, group=group)
         sums = [to_weight(_part(found, i, np.float64, shared)) for i in (1, 2)]
         return _part(found, 0, dtype), sums[0], sums[1]
@@ -927,7 +927,7 @@ def _gradients(
             together = partial(np.sum, axis=-1, keepdims=True)
             return _grouped(summed, channel, size, together, x.chunks[channel])
 
-        count = da.maximum(total(_each(_chosen, x, beside, bool)), 1)  # of none it is not asked
+        count = da.maximum(total(_each(_chosen, x, others, bool)), 1)  # of none it is not asked
         averages = [total(g * standard) / count]
         averages += [] if mean is None else [total(g) / count]
         if math.prod(x.numblocks[a] for a in axes) > KEPT:
@@ -936,7 +936,7 @@ def _gradients(
     if training:
         through = standard_again * averages[0]
         through = through if mean is None else through + averages[1]
-        dx = da.where(_each(_chosen, again[1], beside, bool), dx - through, dx)
+        dx = da.where(_each(_chosen, again[1], others, bool), dx - through, dx)
     return (dx * rstd).astype(dtype), to_weight(slope * standard), to_weight(slope)
 
 
@@ -1158,7 +1158,7 @@ def moments(
     axes = arguments.reduced_axes(x, axis, "moments")
     ddof = check_ddof(ddof)
     arguments.as_numbers(np.empty(0, x.dtype), "x")
-    fields = _fields(x, axes, _beside(x, where, None).get("where"))
+    fields = _fields(x, axes, _mask_and_residual(x, where, None).get("where"))
     mean = _of_fields(mean_of, fields)
     var = _of_fields(var_of, fields, ddof=ddof)
     return (mean, var) if keepdims else (mean.squeeze(axes), var.squeeze(axes))
@@ -1178,11 +1178,11 @@ def standardize(
     _is_known(x)
     axes = arguments.reduced_axes(x, axis, "standardize")
     ddof, eps = check_ddof(ddof), check_eps(eps)
-    dtype, beside = _dtype(x), _beside(x, where, None)
+    dtype, others = _dtype(x), _mask_and_residual(x, where, None)
     if _whole(x, axes):
         options = {"axis": axes, "ddof": ddof, "eps": eps}
-        return _each(standardize_chunk, x, beside, dtype, **options)
-    fields = _fields(x, axes, beside.get("where"))
+        return _each(standardize_chunk, x, others, dtype, **options)
+    fields = _fields(x, axes, others.get("where"))
     return _each(_by_scales, _again(x, fields, axes), _scales(fields, eps, ddof), dtype)
 
 
@@ -1190,5 +1190,5 @@ def fields_of(x: Any, axis: Axes | None, where: Any = None) -> Any:
     """Compute the fields of x without these axes: what an accumulator takes in."""
     axes = arguments.reduced_axes(x, axis, "Moments.update")
     arguments.as_numbers(np.empty(0, x.dtype), "batch")
-    fields = _fields(x, axes, _beside(x, where, None).get("where"))
+    fields = _fields(x, axes, _mask_and_residual(x, where, None).get("where"))
     return np.asarray(fields.squeeze(tuple(a + 1 for a in axes)).compute())

@@ -432,7 +432,7 @@ BEFORE, AFTER = 1.0, 3.0  # the colour scales reach from minus this to this
 def draw(images: Array, x: Array, names: Sequence[str]) -> bytes:
     """Draw the photographs, some of their channels before and after each norm, and who shares what.
 
-    The block beside each norm is its whole input; the blue cells share a mean and a spread. The
+    The block next to each norm is its whole input; the blue cells share a mean and a spread. The
     picture is a PNG file.
     """
     from matplotlib import rc_context
@@ -533,7 +533,7 @@ def _draw_histograms(ax: Any, channels: Array, last: bool) -> None:
     """How the values of some channels (K, H, W) are distributed."""
     edges = np.linspace(-4, 4, 41)
     for values, colour in zip(channels, SHOWN.values()):
-        # the square root shows the tails beside a narrow peak
+        # the square root shows the tails of a narrow peak
         heights = np.sqrt(np.histogram(values, edges)[0] / values.size)
         ax.stairs(heights, edges, color=colour, lw=1.1)
         ax.stairs(heights, edges, color=colour, alpha=0.12, fill=True)

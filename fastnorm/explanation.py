@@ -90,7 +90,7 @@ def _stand_in(value: Any) -> Any:
 _PATHS = {
     "rows": "each row from its sums to its result in one loop",
     "gathered": "short planes that lie apart are copied together first",
-    "pipelined": "tiles of short groups: the sums of one beside the step of the one before",
+    "pipelined": "tiles of short groups: the sums of one while the one before is applied",
     "items": "moments of blocks, merged; then the step",
 }
 _PATHS_BACK = {
@@ -199,7 +199,7 @@ def _numbers(asked: recorder.Asked, found: ForwardSchedule | BackwardSchedule) -
     x = types["x"].name
     if "y" not in types and not asked.backward:
         native = x in ("float32", "float64") and "mask" not in types
-        return f"{x}, {'in place' if native else 'by way of tiles'}"
+        return f"{x}, {'in place' if native else 'through tiles'}"
     if isinstance(found, BackwardSchedule):
         direct = found.bf16_direct or x in ("float32", "float64")
         return f"{x}, {'in place' if direct else 'converted in tiles'}"
@@ -207,7 +207,7 @@ def _numbers(asked: recorder.Asked, found: ForwardSchedule | BackwardSchedule) -
         return f"{x}, converted on the way"
     if found.direct or found.direct_non_temporal:
         return f"{x}, in place"
-    return f"{x}, by way of tiles"
+    return f"{x}, through tiles"
 
 
 # --- Bytes ----------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ class Machine:
         return self.l2 + self.last_cache // max(self.l3_cores, 1)
 
 
-# What decisions are tested on beside the machine at hand; sizes as their systems tell them.
+# What decisions are tested on, besides the machine at hand; sizes as their systems tell them.
 MODELS = {
     "zen5": Machine(l1=48 << 10, l2=1 << 20, l3=32 << 20, l3_cores=8, cores=8),
     "sapphire-rapids": Machine(l1=48 << 10, l2=2 << 20, l3=480 << 20, l3_cores=60, cores=2),

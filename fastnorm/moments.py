@@ -50,7 +50,7 @@ FIELDS = ("count", "mean", "mean_rest", "m2", "m2_rest", "exponent")
 # their squares overflows.
 MOST = 1e135
 # So are deviations from this on, whose squares keep all their digits, and what differs at all
-# beside a mean from this on: a unit in its last place is 1e-116.
+# from a mean from this on: a unit in its last place is 1e-116.
 LEAST, LEAST_MEAN = 1e-135, 1e-100
 
 # --- The fields and their merge -------------------------------------------------------------------
@@ -85,7 +85,7 @@ def merge(a: Array, b: Array) -> Array:
     """Return the fields of the union of two sets; an empty one changes nothing."""
     with np.errstate(all="ignore"):
         if a[5].any() or b[5].any():
-            # the larger unit: what falls below it is nothing beside the larger numbers
+            # the larger unit: what falls below it is nothing to the larger numbers
             common = np.maximum(_own_exponent(a), _own_exponent(b))
             common = np.where(np.isfinite(common), common, 0.0)
             a, b = _at(a, common), _at(b, common)
@@ -99,7 +99,7 @@ def merge(a: Array, b: Array) -> Array:
         merged = np.stack(
             [count, mean, a[2] + rest + difference * share, m2, a[4] + b[4] + lost + more, a[5]]
         )
-        # beside an infinity nothing is left of differences: the mean is infinite or not a number
+        # of differences to an infinity nothing is left: the mean is infinite or not a number
         finite = np.isfinite(a[1]) & np.isfinite(b[1])
         none = np.zeros_like(count)
         infinite = np.stack([count, a[1] + b[1], none, a[3] + b[3], none, none])
@@ -146,7 +146,7 @@ def _mend(x: Array, axes: tuple[int, ...], mask: Array | None, fields: Array, od
             _fill(np.ldexp(x, -exponent), reduced, mask, again)
             again[5] = exponent
             np.copyto(fields, again, where=exponent != 0)
-        # infinite of one sign: that; of both, or beside a NaN: NaN
+        # infinite of one sign: that; of both, or with a NaN: NaN
         m2 = np.where(np.isnan(largest), np.nan, np.inf)
         none = np.zeros_like(m2)
         np.copyto(fields[1:5], np.stack([low + high, none, m2, none]), where=odd & ~finite)
@@ -267,7 +267,7 @@ def normalised_by(
             seen = abs(rest) * rstd > 2.0**-54
             if seen.any():
                 # Digits of the mean that one double does not hold would be seen in the result. Only
-                # in these groups: the bits of the others must not depend on which they lie beside.
+                # in these groups: the bits of the others must not depend on their neighbours.
                 array = (array - np.where(seen, mean, 0.0)) - np.where(seen, rest, 0.0)
                 mean = np.where(seen, 0.0, mean)
     given = np.ascontiguousarray(mean), np.ascontiguousarray(rstd)
@@ -311,7 +311,7 @@ def moments(
     mean, var
         float64, in the units of x and of x squared. NaN of no elements, the variance also of `ddof`
         or fewer. A variance beyond the range is infinite. Of a group with infinities the mean is
-        theirs, or NaN of both signs or beside a NaN, and the variance NaN.
+        theirs, or NaN of both signs or with a NaN, and the variance NaN.
 
     Raises
     ------
@@ -725,7 +725,7 @@ def _checked_axis(axis: Any, name: str = "axis") -> tuple[int, ...] | None:
 
 
 def _places(axis: tuple[int, ...] | None, kept: int) -> tuple[int, ...] | None:
-    """The reduced axes in order, with `kept` others beside them; None where there are no others."""
+    """The reduced axes in order, if there are `kept` others; None where there are no others."""
     if axis is None or not kept:
         return None
     return tuple(sorted(a % (kept + len(axis)) for a in axis))

@@ -201,7 +201,7 @@ def _sizes(placement: Placement, depth: int, seed: int) -> Array:
 
 
 def residual(depth: int, seeds: int, report: Report) -> dict[str, Any]:
-    """Measure the residual stream by layer, in units of d, beside lemma 2 of the paper.
+    """Measure the residual stream by layer, in units of d, to compare with lemma 2 of the paper.
 
     Returns
     -------

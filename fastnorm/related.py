@@ -1,4 +1,4 @@
-"""Norms beside the five: of lengths, weights and responses, and what takes a norm's place."""
+"""Further norms: of lengths, weights and responses, and what takes a norm's place."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def local_response_norm(
     chosen = np.broadcast_to(np.True_ if where is None else where, array.shape)
     moved, result, counted = (np.moveaxis(a, axis, 1) for a in (array, y, chosen))
     with np.errstate(all="ignore"):
-        # sample by sample, in float64: what is beside x and y is the size of one sample
+        # sample by sample, in float64: what is needed besides x and y is the size of one sample
         for sample, target, counts in zip(moved, result, counted, strict=True):
             wide = sample.astype(np.float64)
             seen = np.where(counts, wide, 0.0)
@@ -186,10 +186,10 @@ def _respond(x: Array, seen: Array, size: int, alpha: float, beta: float, k: flo
             if low < high:
                 yield slice(low, high), values[low + shift : high + shift]
 
-    near = np.zeros_like(x)
+    squared = np.zeros_like(x)
     for place, squares in around(seen * seen):
-        near[place] += squares
-    base = k + alpha / size * near
+        squared[place] += squares
+    base = k + alpha / size * squared
     y: Array = x * base**-beta
     if (good := (abs(base) > _LEAST_SQUARE) & (abs(base) < _MOST_SQUARE)).all():
         return y
@@ -201,10 +201,10 @@ def _respond(x: Array, seen: Array, size: int, alpha: float, beta: float, k: flo
     exponent = exponents_of(largest)
     if k:
         exponent = np.maximum(exponent, math.frexp(k)[1] // 2)
-    near[...] = 0
+    squared[...] = 0
     for place, values in around(seen):
-        near[place] += np.ldexp(values, -exponent[place]) ** 2
-    base = np.ldexp(k, -2 * exponent) + alpha / size * near
+        squared[place] += np.ldexp(values, -exponent[place]) ** 2
+    base = np.ldexp(k, -2 * exponent) + alpha / size * squared
     root = np.sqrt(abs(base))
     half = exponent // 2  # r itself may be too small to have all its digits
     power = np.ldexp(root, half) ** (1 - 2 * beta) * np.sign(base) ** -beta
@@ -376,10 +376,10 @@ def global_response_norm(
             low, high = extremes(moved, axes)
             exponent = np.where(good, 0, exponents_of(np.maximum(-low, high)))
             with np.errstate(all="ignore"):
-                near = np.ldexp(moved, -exponent)
+                rescaled = np.ldexp(moved, -exponent)
             # it may lie otherwise in memory than x: the sums of the others are as they were
             mean, again, rstd = unknown(array, places)
-            compute(Problem(near, None, reduced, mean, again, rstd, centred=False))
+            compute(Problem(rescaled, None, reduced, mean, again, rstd, centred=False))
             var = np.where(good, squares, again)
     with np.errstate(all="ignore"):
         length = np.sqrt(to_host(var) * math.prod(moved.shape[2:]))

@@ -82,11 +82,11 @@ TILE_ELEMENTS = 4096
 MIN_ROW = 256
 FEW_ROWS = 4
 SHORT_ROW = 2048
-# elements that two loops go over one after the other, by way of a tile in L1 (Numba's kernels)
+# elements that two loops go over one after the other, through a tile in L1 (Numba's kernels)
 APPLY_ELEMENTS = 2048
 
-# bytes that are asked for in advance; bytes of a group beside which as many of the next one fit in
-# L2
+# bytes that are asked for in advance; bytes of a group for which L2 has room twice: for this one
+# and the next
 PREFETCH_BYTES = 4096
 PREFETCH_WINDOW = 1 << 18
 
@@ -99,7 +99,7 @@ NON_TEMPORAL_EIGHTHS_BACKWARD = 2
 NON_TEMPORAL_EIGHTHS_BACKWARD_STRIDED = 3
 NON_TEMPORAL_EIGHTHS_GATHERED = 4
 NON_TEMPORAL_MIN_RUN = 1024
-# elements stored at a time, by way of a tile in L1
+# elements stored at a time, through a tile in L1
 NON_TEMPORAL_TILE = 256
 
 # bytes of x: below which waking a second thread costs more; for each thread, up to which shares are
@@ -162,7 +162,7 @@ Path = Literal["rows", "gathered", "pipelined", "items"]
 # How an item is carried out, the first that fits:
 #   rows       each a group of its own, from its sums to its result in one loop
 #   gathered   short planes of doubles that lie apart are copied together first
-#   pipelined  tiles of short groups: the sums of one beside the step of the one before
+#   pipelined  tiles of short groups: the sums of one while the one before is applied
 #   items      one after the other: moments of its blocks, merged; then the step
 PATHS: tuple[Path, ...] = ("items", "pipelined", "gathered", "rows")
 
@@ -189,11 +189,11 @@ class ForwardSchedule:
     chunks: int  # items side by side
     items: int
     foldable: bool  # a weight is one number for a run or a column
-    single_rows: bool  # groups are rows with nothing beside weights, whatever their dtype
+    single_rows: bool  # groups are rows with weights at most, whatever their dtype
     tabulated: bool  # given statistics: each scale is made once for all samples
-    non_temporal: bool  # y is stored past the caches
-    direct: bool  # x and y are read and written where they lie, not by way of tiles
-    direct_non_temporal: bool  # or read where they lie and stored past the caches
+    non_temporal: bool  # y is stored without going through the caches
+    direct: bool  # x and y are read and written where they lie, not through tiles
+    direct_non_temporal: bool  # or read where they lie, with non-temporal stores
     bytes: int  # of x
     max_threads: int  # 1, or 0: as many as there are
     static_threads: int  # from so many threads on their shares are fixed
@@ -361,7 +361,7 @@ class BackwardSchedule:
     together: int  # items of an owner that are taken together
     few_owners: bool  # fewer than make tasks enough: their segments are shared out
     convert_weight: bool  # to the computing type, once for all rows
-    non_temporal: bool  # dx is stored past the caches
+    non_temporal: bool  # dx is stored without going through the caches
     bf16_direct: bool  # bfloat16 is converted on the way
     bytes: int  # of x
     max_threads: int  # 1, or 0: as many as there are

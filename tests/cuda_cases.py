@@ -605,7 +605,7 @@ def test_a_huge_neighbour_changes_nothing(layout: str) -> None:
 
 
 def test_a_neighbour_far_from_zero_changes_nothing() -> None:
-    """It is summed twice, the columns beside it are not."""
+    """It is summed twice, its neighbours are not."""
     x = LAYOUTS["channels-last"](data((1, 4, 13), F32, 3.0))
     far = x.copy("K")
     far[:, 2] += 1e4

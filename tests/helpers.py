@@ -43,7 +43,7 @@ _LEAST = {"float16": -24, "bfloat16": -133, "float32": -149, "float64": -1074}
 
 
 def non_temporal(always: bool = True) -> AbstractContextManager[None]:
-    """Results of any size go past the caches, which as a rule only large ones do."""
+    """Results of any size take non-temporal stores, which as a rule only large ones do."""
     return on_machine(replace(machine.here, always_non_temporal=always))
 
 
@@ -249,7 +249,7 @@ def assert_fence(array: Array) -> None:
     whole = np.frombuffer(array.base, np.uint8)
     start = array.ctypes.data - whole.ctypes.data
     for rest in (whole[PAGE:start], whole[start + array.nbytes : -PAGE]):
-        assert (rest == REMAINDER).all(), "bytes beside an array were overwritten"
+        assert (rest == REMAINDER).all(), "bytes outside an array were overwritten"
 
 
 # --- Other processes ------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Tests that are a Python process each, begun before all others and run beside them.
+"""Tests that are a Python process each, begun before all others and run meanwhile.
 
 Such a test is marked ``own_process(*arguments, **environment)`` and takes the fixture of that name:
 the process when it has ended. They run one after the other, so that the others keep a processor.

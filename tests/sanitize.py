@@ -4,7 +4,7 @@ python -m tests.sanitize          its widest instruction set: 2,000 random calls
 python -m tests.sanitize --all    every instruction set that this processor has
 python -m tests.sanitize --examples 300 --short   what CI runs: below 4 minutes with the build
 
-AddressSanitizer ends the process at an access beside an array of the C library's memory or of the
+AddressSanitizer ends the process at an access outside an array of the C library's memory or of the
 stack, UndefinedBehaviorSanitizer at an overflow or a misaligned access, and `_core/check.h` at one
 that leaves what a kernel was given, or a piece of its scratch memory. gcc on Linux only.
 """
@@ -29,7 +29,7 @@ SHORT = ("tests/test_bounds.py",)
 
 
 def build(levels: list[str]) -> None:
-    """Install the package beside the tree, with its kernels for these instruction sets."""
+    """Install the package outside the tree, with its kernels for these instruction sets."""
     subprocess.run(
         [
             *(sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q"),

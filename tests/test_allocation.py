@@ -92,7 +92,7 @@ def test_memory_is_flat(name: str) -> None:
 # --- References after errors ----------------------------------------------------------------------
 
 
-def refused(x: Any, image: Any, beside: Any) -> list[Callable[[], Any]]:
+def refused(x: Any, image: Any, other: Any) -> list[Callable[[], Any]]:
     """Calls that are errors, of arguments and behind; others of their kind are cached."""
     locked = x.copy()
     locked.flags.writeable = False
@@ -107,13 +107,13 @@ def refused(x: Any, image: Any, beside: Any) -> list[Callable[[], Any]]:
         lambda: fn.layer_norm(x, 41),
         lambda: fn.layer_norm(x, 40, image),
         lambda: fn.layer_norm(x, axis=7),
-        lambda: fn.rms_norm(x, 40, beside.astype(complex)),
+        lambda: fn.rms_norm(x, 40, other.astype(complex)),
         lambda: fn.group_norm(image, 3),
-        lambda: fn.batch_norm(image, beside, beside, training=True),
+        lambda: fn.batch_norm(image, other, other, training=True),
         lambda: fn.batch_norm(image, training=False),
         lambda: fn.add_layer_norm(x, image, 40),
-        lambda: fn.layer_norm_backward(x, x, beside, beside, 40),
-        lambda: fn.layer_norm_backward(image, x, beside, beside, 40),
+        lambda: fn.layer_norm_backward(x, x, other, other, 40),
+        lambda: fn.layer_norm_backward(image, x, other, other, 40),
         lambda: fn.moments(x, axis=5),
         lambda: fn.standardize(x, out=image),
         lambda: fn.Moments(axis=(0, 3)).update(x),
@@ -123,23 +123,23 @@ def refused(x: Any, image: Any, beside: Any) -> list[Callable[[], Any]]:
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_an_error_keeps_no_reference(name: str) -> None:
-    x, image, beside = np.ones((6, 40), "f4"), np.ones((2, 8, 5, 6), "f4"), np.ones(7, "f4")
+    x, image, other = np.ones((6, 40), "f4"), np.ones((2, 8, 5, 6), "f4"), np.ones(7, "f4")
     with fn.backend(name):
         for _ in range(2):
             fn.layer_norm(x, 40)
-        wrong = refused(x, image, beside)
+        wrong = refused(x, image, other)
         for call in wrong:  # what is kept once, such as a compiled pattern
             with pytest.raises((ValueError, TypeError)):
                 call()
         gc.collect()
-        before = [sys.getrefcount(a) for a in (x, image, beside)]
+        before = [sys.getrefcount(a) for a in (x, image, other)]
         for call in wrong * 3:
             with suppress(ValueError, TypeError):
                 call()
         gc.collect()
-        assert [sys.getrefcount(a) for a in (x, image, beside)] == before
-        watched = [weakref.ref(a) for a in (x, image, beside)]
-        del x, image, beside, wrong, call
+        assert [sys.getrefcount(a) for a in (x, image, other)] == before
+        watched = [weakref.ref(a) for a in (x, image, other)]
+        del x, image, other, wrong, call
         gc.collect()
         assert [ref() for ref in watched] == [None] * 3
 

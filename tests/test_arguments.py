@@ -164,7 +164,7 @@ def test_every_argument_is_refused_by_its_name(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "near"),
+    ("call", "meant"),
     [
         (lambda: fn.layer_norm(X, 6, activation="Relu"), "relu"),
         (lambda: fn.layer_norm(X, 6, activation="gelu-tanh"), "gelu_tanh"),
@@ -174,8 +174,8 @@ def test_every_argument_is_refused_by_its_name(name: str) -> None:
         (lambda: fn.show_config("dict"), "dicts"),
     ],
 )
-def test_near_misses_are_suggested(call: Any, near: str) -> None:
-    with pytest.raises(ValueError, match=f"did you mean '{near}'"):
+def test_near_misses_are_suggested(call: Any, meant: str) -> None:
+    with pytest.raises(ValueError, match=f"did you mean '{meant}'"):
         call()
 
 

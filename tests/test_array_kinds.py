@@ -65,7 +65,7 @@ def test_a_mask_that_hides_nothing_and_one_beside_a_where() -> None:
     assert_same_bits(fn.layer_norm(x, 6, where=chosen), fn.layer_norm(x, 6, where=x >= 0))
 
 
-# Functions of statistics, and what comes back of each beside arrays: (of x and where, gradients).
+# Functions of statistics, and what comes back of each besides arrays: (of x and where, gradients).
 PATHS: dict[str, Callable[..., Any]] = {
     **WITH_WHERE,
     "channels last": lambda x, **o: fn.group_norm(x, 1, channel_axis=-1, **o),
@@ -175,8 +175,8 @@ def test_masks_in_the_norms_beside_the_five() -> None:
     mean, std = x.mean((1, 2), keepdims=True).data, x.std((1, 2), keepdims=True).data
     exact = (x.data - mean) / std
     np.testing.assert_allclose(fn.weight_standardize(x, eps=0.0), exact, rtol=1e-10)
-    near = sum(np.pad(seen**2, ((0, 0), (1, 1), (0, 0)))[:, i : i + 4] for i in range(3))
-    exact = x.data * (1 + 0.3 / 3 * near) ** -0.5
+    squared = sum(np.pad(seen**2, ((0, 0), (1, 1), (0, 0)))[:, i : i + 4] for i in range(3))
+    exact = x.data * (1 + 0.3 / 3 * squared) ** -0.5
     got = fn.local_response_norm(x, 3, alpha=0.3, beta=0.5)
     np.testing.assert_allclose(got, exact, rtol=1e-14)
     length = np.sqrt((seen**2).sum(-1, keepdims=True))

@@ -593,7 +593,7 @@ def test_bad_numbers_stay_in_their_group(
 ) -> None:
     """Nor does a group beyond float32's range, redone in float64, change the bits of others.
 
-    Not even of those beside it: of 24 channels, three are taken together.
+    Not even of its neighbours: of 24 channels, three are taken together.
     """
     x, dy = pair((4, 24, 5, 66), dtype, 1.0, layout)
     p = parameters(op, x, weights)
@@ -1035,7 +1035,7 @@ def peaks() -> dict[str, tuple[int, int]]:
 def test_peak_memory(label: str, peaks: dict[str, tuple[int, int]]) -> None:
     """Beyond what comes in and goes out, 4 MB and 2 % of x at most."""
     peak, x = peaks[label]
-    assert peak <= 4e6 + 0.02 * x, f"{peak / 1e6:.1f} MB beside an x of {x / 1e6:.1f} MB"
+    assert peak <= 4e6 + 0.02 * x, f"{peak / 1e6:.1f} MB for an x of {x / 1e6:.1f} MB"
 
 
 # --- Bad input ------------------------------------------------------------------------------------

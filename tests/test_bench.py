@@ -55,7 +55,7 @@ def refuse(text: str) -> NoReturn:
 
 
 def told(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0) -> dict[str, Any]:
-    """The JSON of a short run; nothing was said beside it."""
+    """The JSON of a short run; nothing else was said."""
     assert cli.main(["bench", *arguments, *SHORT, "--json"]) == status
     out, err = capsys.readouterr()
     assert err == "" or status

@@ -89,7 +89,7 @@ def test_the_copy_copies() -> None:
                     y = np.zeros_like(a)
                     move(y[part], a[part], None if second is None else second[part])
                     assert (y[part] == right[part]).all()
-                    assert y.sum(dtype=int) == right[part].sum(dtype=int)  # and nothing beside it
+                    assert y.sum(dtype=int) == right[part].sum(dtype=int)  # and nothing else
 
 
 # --- Timing ---------------------------------------------------------------------------------------

@@ -268,7 +268,7 @@ def test_every_operand_is_walked_by_its_own_strides(
                         norm(padded(x, x) if "x" in apart else x, residual=e, out=out, **chosen)
                         assert close(out, right), (name, apart, masked)
                         gaps = memory.astype(np.float64)
-                        assert (gaps == 7).sum() >= memory.size - out.size, "beside out"
+                        assert (gaps == 7).sum() >= memory.size - out.size, "outside out"
         for padded_x, padded_dy in ((True, False), (False, True), (True, True)):
             x1, dy1 = (padded(a, x) if p else a for a, p in ((x, padded_x), (dy, padded_dy)))
             _, mean, rstd = fn.group_norm(x, 3, weight, return_stats=True)

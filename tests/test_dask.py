@@ -328,7 +328,7 @@ def test_masked_chunks_in_every_operation(op: Operation) -> None:
 
 
 def test_masked_operands_are_refused_or_hide() -> None:
-    """What a mask hides beside a lazy x is not taken for data; a mask of `where` is False."""
+    """What a mask hides in another operand than x is no data; a mask of `where` is False."""
     v, seen = np.random.default_rng(0).standard_normal((2, 4, 6, 5))
     x, where = da.from_array(v, chunks=(2, 6, 5)), np.ma.array(v > 0, mask=seen > 1)
     hides, five = np.ma.array(v, mask=seen > 1), np.ma.masked_equal([1.0, 2, 3, 4, 5], 4)

@@ -240,7 +240,7 @@ def test_half_precision_weights_are_cached(dtype: Any, monkeypatch: pytest.Monke
         fn.group_norm(x, 3, w[::-1])
 
 
-def test_norms_beside_the_five_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_further_norms_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     x, w = data((4, 6, 8), F32, 1.0), np.ones(8, F32)
 
     def calls() -> None:

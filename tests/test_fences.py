@@ -29,7 +29,7 @@ def test_a_write_beside_the_array_is_found(side: str, place: int) -> None:
     assert_fence(a[1:])
     assert not a.any()
     ctypes.memset(a.ctypes.data + place, 1, 1)
-    with pytest.raises(AssertionError, match="beside an array"):
+    with pytest.raises(AssertionError, match="outside an array"):
         assert_fence(a)
 
 

@@ -1061,7 +1061,7 @@ sys.exit(main(["stats", *sys.argv[2:]]))
 
 @pytest.fixture(scope="module")
 def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What a process of little memory says of each of `HOSTILE`, and of a good file beside them."""
+    """What a process of little memory says of each of `HOSTILE`, and of a good file among them."""
     root = tmp_path_factory.mktemp("hostile")
     np.savez(root / "good.npz", a=np.arange(4.0))
     for name, (write, _) in HOSTILE.items():
@@ -1093,7 +1093,7 @@ def test_more_means_than_fit(tmp_path: Path) -> None:
 
 
 def test_a_column_of_large_chunks(tmp_path: Path) -> None:
-    """To have the means of all columns, all chunks beside one another are held."""
+    """To have the means of all columns, all chunks that are side by side are held."""
     with pytest.importorskip("h5py").File(tmp_path / "x.h5", "w") as file:
         file.create_dataset("x", (1 << 20, 1 << 12), "u1", chunks=(1 << 20, 1))
     with pytest.raises(CannotRead, match="4,294,967,296 bytes of it are held at once"):

@@ -15,7 +15,18 @@ from fastnorm import schedule
 
 from . import test_backward  # noqa: F401  has @given, which may not be met first within another
 from .fuzz.__main__ import run
-from .fuzz.cases import BAD, BESIDE, BY_LABEL, FLOATS, INTEGERS, SIZES, TARGETS, Case, cases, draw
+from .fuzz.cases import (
+    BAD,
+    BY_LABEL,
+    FLOATS,
+    INTEGERS,
+    OTHER_OPERANDS,
+    SIZES,
+    TARGETS,
+    Case,
+    cases,
+    draw,
+)
 from .fuzz.checks import judge
 from .helpers import BACKENDS
 
@@ -69,7 +80,7 @@ def kinds_of(case: Case) -> Iterator[tuple[str, object]]:
     for name in ("where", "weight", "bias", "activation", "out", "running"):
         yield name, case.get(name)
     yield from (("bad", name) for name, _ in case["bad"])
-    yield from (("beside", operand) for operand, *_ in case["bad beside"])
+    yield from (("elsewhere", operand) for operand, *_ in case["bad elsewhere"])
     yield from (("threads", n) for n in case["threads"])
     yield from (("longer than", n) for n in (0, 4096, 27_700, 65_536) if max(shape) > n)
     yield "larger than 2**20", math.prod(shape) > 1 << 20
@@ -94,7 +105,7 @@ def test_every_kind_of_call_is_drawn() -> None:
         "out": {*TARGETS, "own", None},
         "running": {None, "float32", "float64"},
         "bad": set(BAD),
-        "beside": set(BESIDE),
+        "elsewhere": set(OTHER_OPERANDS),
         "threads": {1, 2, 8},
         "longer than": {0, 4096, 27_700, 65_536},
         "larger than 2**20": {True},

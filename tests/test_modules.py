@@ -123,7 +123,7 @@ def test_a_model_saved_by_pytorch(torch: Any, tmp_path: Any) -> None:
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("name", ["BatchNorm", "InstanceNorm"])
 def test_fifty_steps_stay_within_rounding(name: str, momentum: float | None) -> None:
-    """A float32 module beside the same in float64, through 50 steps of training."""
+    """A float32 module, and the same in float64, through 50 steps of training."""
     options = {"num_features": 8, "momentum": momentum, "affine": True, "track_running_stats": True}
     single, double = (getattr(fn.nn, name)(**options, dtype=t) for t in ("f4", "f8"))
     for step in range(50):

@@ -1,4 +1,4 @@
-"""Modules beside torch.nn's in what is rarely asked for, states that are wrong, and losses."""
+"""Modules as torch.nn's are, in what is rarely asked for, states that are wrong, and losses."""
 
 from __future__ import annotations
 

@@ -247,7 +247,7 @@ def test_standardize_is_like_scipy() -> None:
 def test_standardize_of_a_group_alone(dtype: Any, masked: bool) -> None:
     """A group's bits are its own, whether its means need more digits or its numbers another unit.
 
-    Each kind of group is alone, beside one of each other kind and among all of them.
+    Each kind of group is alone, with one of each other kind and among all of them.
     """
     rng = np.random.default_rng(5)
     kinds = [

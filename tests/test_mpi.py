@@ -18,7 +18,7 @@ from .helpers import PATIENCE, REQUIRED, ROOT
 
 
 def mpiexec() -> str | None:
-    """The launcher that came with a PyPI package, beside this Python, or else the system's."""
+    """The launcher that came with a PyPI package, next to this Python, or else the system's."""
     return shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or shutil.which("mpiexec")
 
 

@@ -1,4 +1,4 @@
-"""The Numba backend beside Cython's, a user's functions in and around the norms, threads, forks.
+"""The Numba backend as Cython's; a user's functions in and around the norms, threads, forks.
 
 What every backend must do (accuracy, gradients, features, determinism) is tested with each of them
 in the other files.
@@ -102,7 +102,7 @@ def test_doubles_with_options_to_the_bit(shape: tuple[int, ...], layout: str) ->
 @pytest.mark.parametrize("length", [300, 768, 3072])
 @pytest.mark.parametrize("dtype", DTYPES, ids=named)
 def test_rows_one_by_one(dtype: Any, length: int) -> None:
-    """Beside rows whose scale their type cannot hold; past the caches, in place and alone."""
+    """Among rows whose scale their type cannot hold; non-temporal, in place and alone."""
     kind = F64 if dtype == F64 else F32
     x, residual = data((24, length), dtype, 3.0), data((24, length), dtype, 0.0, seed=1)
     w, b = data((2, length), kind, 1.0, seed=2)
@@ -272,7 +272,7 @@ OUTERMOST = (
     FASTNORM_CPU="x86-64-v2",
 )  # fmt: skip
 def test_without_fused_multiply_adds(own_process: subprocess.CompletedProcess[str]) -> None:
-    """Such processors compute by way of wider numbers, here too: the same tests, the same bits."""
+    """Such processors compute in wider numbers, here too: the same tests, the same bits."""
     assert own_process.returncode == 0, own_process.stdout[-3000:]
     assert " passed" in own_process.stdout
 

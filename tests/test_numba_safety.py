@@ -82,7 +82,7 @@ def test_every_operand_by_its_own_strides(name: str, dtype: Any) -> None:
         assert norm(x, view) is view
         assert (abs(view.astype(F64) - right) <= 2 * size).all(), f"out {label}"
         view[...] = 7
-        assert (whole == 7).all(), f"out {label}: what lies beside it was overwritten"
+        assert (whole == 7).all(), f"out {label}: what lies around it was overwritten"
         assert_fence(whole)
         view[...] = x
         norm(view, view)
@@ -110,7 +110,7 @@ BAD = (np.nan, np.inf, -3e38, 1e-42, 0.0)
 @pytest.mark.parametrize("side", ["before", "after"])
 @pytest.mark.parametrize("dtype", [F16, F32, F64], ids=named)
 def test_bad_numbers_anywhere_in_a_long_run(dtype: Any, side: str) -> None:
-    """In a group of several pieces, its neighbour is as it is without them; nothing is beside."""
+    """In a group of several pieces: its neighbour is as without them, nothing else is written."""
     good = data((3, 70_001), dtype, 2.0)
     x, y = guarded(good.shape, dtype, side), guarded(good.shape, dtype, side)
     w = guarded_copy(np.linspace(1, 2, 70_001, dtype=F64 if dtype == F64 else F32), side)

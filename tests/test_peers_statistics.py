@@ -94,7 +94,7 @@ def test_masks_like_those_of_flax() -> None:
         seen = row[mask[i]]
         np.testing.assert_allclose(mean[i], seen.mean(), rtol=CLOSE)
         right = (row - seen.mean()) / np.sqrt(seen.var() + 1e-6)
-        # one element alone has a spread of 0: what is beside it is divided by sqrt(eps)
+        # one element alone has a spread of 0: what comes after it is divided by sqrt(eps)
         np.testing.assert_allclose(y[i], right, rtol=1e3 * CLOSE, atol=CLOSE)
     running = np.zeros(6), np.ones(6)
     whole = np.broadcast_to(mask[:, None], X.shape)

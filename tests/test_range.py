@@ -53,7 +53,7 @@ def assert_near(found: Any, right: Any, relative: float, least: float = 0.0) -> 
 
 
 def lazily(x: Array, **given: Any) -> Any:
-    """x in chunks that cut every group, and what lies beside it as it is."""
+    """x in chunks that cut every group, and its other operands as they are."""
     da = pytest.importorskip("dask.array")
     return da.from_array(x, chunks=(2, 4, 3)[: x.ndim])
 
@@ -136,7 +136,7 @@ def test_eps_beside_numbers_that_are_nothing(lay: Any) -> None:
 @pytest.mark.parametrize("lay", [np.asarray, lazily], ids=["numpy", "dask"])
 def test_global_response(lay: Any, power: int) -> None:
     x = whole_numbers() if power < 1013 else np.round(whole_numbers() / 64)
-    x[1] = 0  # lengths that are all 0 are 0 beside their mean
+    x[1] = 0  # lengths that are all 0 are 0 over their mean
     zeros = np.zeros(6)
     exact = reference.global_response_norm(x, HALVES, zeros, eps=0.0, dtype=np.longdouble)
     y = fn.global_response_norm(lay(times(x, power)), HALVES, zeros, eps=0.0)
@@ -152,7 +152,7 @@ def test_global_response(lay: Any, power: int) -> None:
     [(0.75, 532, 1.0), (0.75, 1000, 1.0), (1 / 3, -1060, 0.0), (2.0, 600, 3.0), (0.25, -520, 0.0)],
 )
 def test_local_response(beta: float, power: int, k: float) -> None:
-    """Where k is nothing beside the squares, y goes as x^(1 - 2 beta)."""
+    """Where k is nothing to the squares, y goes as x^(1 - 2 beta)."""
     x = whole_numbers()
     given = {"size": 5, "alpha": 0.3, "beta": beta}
     right = reference.local_response_norm(x, **given, k=0.0, dtype=np.longdouble)
@@ -298,7 +298,7 @@ def test_means_of_the_largest_and_smallest() -> None:
 @pytest.mark.parametrize("ratio", [0, 100])
 @pytest.mark.parametrize("ddof", [0, 1])
 def test_z_scores(ddof: int, ratio: int, power: int) -> None:
-    """As right beside a mask and with ddof as without: the mean is more than one number."""
+    """As right with a mask and with ddof as without: the mean is more than one number."""
     n = 40
     x = np.random.default_rng(3).integers(0, 10, n) + 10.0 * ratio
     where = np.arange(n) % 4 != 0
@@ -345,7 +345,7 @@ MEANS: dict[str, tuple[tuple[int, ...], Callable[[Array], Any]]] = {
 @pytest.mark.parametrize("dtype", [F16, BF16, F32, F64], ids=named)
 @pytest.mark.parametrize("path", MEANS)
 def test_the_mean_beside_an_infinity(path: str, dtype: Any) -> None:
-    """Infinite of one sign: that; of both, or beside a NaN: NaN; wherever it stands."""
+    """Infinite of one sign: that; of both, or with a NaN: NaN; wherever it stands."""
     shape, mean_of = MEANS[path]
     n = shape[1]
     ordinary = np.random.default_rng(0).integers(-9, 10, shape).astype(dtype)
@@ -373,7 +373,7 @@ def test_the_mean_of_merged_infinities() -> None:
     mean, var = (v.compute() for v in fn.moments(da.from_array(x, chunks=2), 1))
     np.testing.assert_array_equal(mean, [1.0, np.inf, np.nan, 1.0])
     np.testing.assert_array_equal(var, [0.0, np.nan, np.nan, 0.0])
-    # beside an infinity a root mean square is infinite, in chunks as in one piece
+    # with an infinity a root mean square is infinite, in chunks as in one piece
     y = fn.rms_norm(da.from_array(x, chunks=2), 6).compute()
     np.testing.assert_allclose(y, fn.rms_norm(x, 6), rtol=2.0**-52)
 

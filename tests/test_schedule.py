@@ -173,7 +173,7 @@ def test_a_sum_and_its_norm_are_four_arrays() -> None:
 
 
 def test_short_runs_do_not_go_past_the_caches() -> None:
-    """Lines of which one part is stored past the caches and another is not cost more."""
+    """Lines of which only a part is stored non-temporally cost more."""
     n = NON_TEMPORAL_MIN_RUN // 4
     for length, past in ((n - 1, False), (n, True)):
         layout = walk((10_000_000 // length, 2, length), "kkr")

@@ -127,7 +127,7 @@ def test_make_installs_nothing_by_the_projects_name() -> None:
 
 
 def test_pip_takes_ours(tmp_path: Path) -> None:
-    """`pip install fastnorm-kernels[stats]` beside somebody else's fastnorm, without an index."""
+    """`pip install fastnorm-kernels[stats]` where somebody else's fastnorm is, without an index."""
     (tmp_path / "index").mkdir()
     for name, version in ((NAME, fn.__version__), ("fastnorm", "99.0")):
         folder = tmp_path / name

@@ -69,8 +69,8 @@ no_array = st.one_of(
 
 
 def not_of(*choices: str) -> st.SearchStrategy[Any]:
-    near = st.sampled_from(choices).map(str.capitalize)
-    return st.one_of(words, near, st.none(), small, objects).filter(
+    misspelt = st.sampled_from(choices).map(str.capitalize)
+    return st.one_of(words, misspelt, st.none(), small, objects).filter(
         lambda v: not (isinstance(v, str) and v in choices)
     )
 
@@ -78,7 +78,7 @@ def not_of(*choices: str) -> st.SearchStrategy[Any]:
 ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh")
 no_dtype = st.sampled_from(["flaot32", 5, "i4", "c8", object, 1.5, [], X, "float8_e5m2", "M8[s]"])
 
-# By the argument's name; those of arrays are in test_arguments.py, beside what fits them.
+# By the argument's name; those of arrays are in test_arguments.py, with what fits them.
 WRONG: dict[str, st.SearchStrategy[Any]] = {
     "eps": negative,
     "momentum": no_share,
@@ -346,8 +346,8 @@ no_file = st.sampled_from(["p.txt", "p", "nowhere/p.png", ".", "", "p.png.gz", "
 
 
 def none_of(*choices: str) -> st.SearchStrategy[str]:
-    near = st.sampled_from(choices).map(str.swapcase)
-    return st.one_of(letters, near, st.just("")).filter(lambda text: text not in choices)
+    misspelt = st.sampled_from(choices).map(str.swapcase)
+    return st.one_of(letters, misspelt, st.just("")).filter(lambda text: text not in choices)
 
 
 # Of each option: what it does not take. The rest are switches, or names of what is asked of a file.

@@ -86,7 +86,7 @@ ATTACKS: tuple[Attack, ...] = (
     Attack("forks, signals, other processes", tests("tests/test_processes.py")),
     Attack("no memory, and what is left of calls", tests("tests/test_allocation.py")),
     Attack(
-        "bad numbers beside good ones",
+        "bad numbers among good ones",
         tests("tests/test_features.py", "tests/test_backward.py", "-k", "bad_numbers"),
     ),
     Attack("numbers beyond every range", tests("tests/test_range.py")),

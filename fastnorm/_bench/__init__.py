@@ -1,1 +1,1 @@
-"""Timing norms beside their peers: what ``fastnorm bench`` and ``benchmarks/`` share."""
+"""Timing norms and their peers: what ``fastnorm bench`` and ``benchmarks/`` share."""

@@ -1,4 +1,4 @@
-"""The copy that times stand beside: as many bytes read and written as the case needs, no more.
+"""The copy that times are compared with: as many bytes read and written as the case needs, no more.
 
 A norm reads x (and a residual, and dy) and writes its result. The copy does this and nothing else,
 and writes where fastnorm writes: into the array given as `out`, or into a fresh one. Of several

@@ -81,8 +81,8 @@ def norms_of(name: str, given: Shape | None = None, *, training: bool = False) -
     absent = [source for source in SOURCES if source not in sources]
     if absent:
         broken += f"; {absent[0]}, which is not installed, may have it"
-    near = did_you_mean(name, known)
-    raise ValueError(f"there is no such model in {' or '.join(sources)}{near}{broken}")
+    meant = did_you_mean(name, known)
+    raise ValueError(f"there is no such model in {' or '.join(sources)}{meant}{broken}")
 
 
 @contextmanager

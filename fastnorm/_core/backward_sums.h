@@ -152,7 +152,7 @@ FN_INLINE void add_products(Product t0, Product t1, Product t2, Product t3, doub
     *second += (double)(fn_fma32(t0.g, t0.xhat, t1.g * t1.xhat) +
                         fn_fma32(t2.g, t2.xhat, t3.g * t3.xhat));
 }
-/* bfloat16 is converted 64 at a time: beside doubles gcc would take half of the vector. */
+/* bfloat16 is converted 64 at a time: in a loop with doubles gcc would take half of the vector. */
 FN_INLINE void add_run_f32(const Rows *q, Slope_f32 v, const float *w,
                            Storage storage, double *FN_RESTRICT lanes) {
     const char *x = q->x, *dy = q->dy;

@@ -335,7 +335,7 @@ def is_checked():
     return bool(FN_CHECKED)
 
 def multiply_add():
-    """How a product is added to (numbers.h): fused, by way of extended precision, or plain."""
+    """How a product is added to (numbers.h): fused, through extended precision, or plain."""
     return "fused" if FN_HAS_FMA else "extended" if FN_HAS_EXTENDED else "plain"
 
 def sizes():

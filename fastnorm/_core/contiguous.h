@@ -170,8 +170,8 @@ static void T(normalize_out_of_range)(const Forward *q, const T(Scales) *s, ptrd
     }
 }
 /* One run of group k, or one row of columns, of at most a tile's numbers, from x to y: from memory
- * to memory where it can be, through tiles in L1 where a format is converted or y written past the
- * caches. */
+ * to memory where it can be, through tiles in L1 where a format is converted or y takes
+ * non-temporal stores. */
 static void T(normalize_by_tiles)(Forward *q, const T(Scales) *s, ptrdiff_t k, T(Loop) *j,
                               Scratch *h) {
     const Storage x_storage = source_of(q)->storage, e_storage = q->residual.storage;
@@ -206,7 +206,7 @@ static void T(normalize_by_tiles)(Forward *q, const T(Scales) *s, ptrdiff_t k, T
         if (after.residual || after.activation != IDENTITY) T(normalize)(&after);
     } else if (IS_FLOAT && user && FN_HAS_FMA && !j->columns && !j->residual && j->x != j->y &&
                ((!j->w && !j->b) || (j->w && j->w_along && (!j->b || j->b_along)))) {
-        /* in one loop: a division of the user's then goes on beside the next number */
+        /* in one loop: a division of the user's then goes on during the next number */
         const REAL scale[3] = {j->hi0, j->r0, j->shift0};
         if (user(j->x, j->y, j->n, scale, j->w, j->b)) q->raised = 1;
         user = NULL;
@@ -276,7 +276,7 @@ static void T(normalize_run)(Forward *q, const Item *it, const T(Scales) *s, ptr
     if (one_step && q->direct && !q->activation_first) T(normalize)(&j);
     else T(normalize_by_tiles)(q, s, k, &j, h);
 }
-/* Whether a run of each group goes past the caches whole, however long it is. */
+/* Whether a run of each group takes non-temporal stores whole, however long it is. */
 FN_INLINE int T(all_non_temporal)(const Forward *q, const Item *it, const T(Scales) *s, Run r) {
 #if IS_FLOAT
     if (!q->direct_non_temporal || s->any_out_of_range) return 0;

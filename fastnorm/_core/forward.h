@@ -24,9 +24,9 @@ typedef ptrdiff_t (*UserLoop)(const void *x, void *y, ptrdiff_t n, const void *s
 
 typedef enum {
     WALK_ITEMS,     /* each from its moments to its output before the next */
-    WALK_PIPELINED, /* tiles of short groups: the sums of one beside the output of the one before */
+    WALK_PIPELINED, /* tiles of short groups: the sums of one while the one before is applied */
     WALK_GATHERED,  /* groups of short planes of doubles, each copied together first */
-    WALK_ROWS,      /* rows with nothing but weights beside them */
+    WALK_ROWS,      /* rows with weights at most */
 } Walk;
 
 typedef struct {
@@ -101,8 +101,8 @@ FN_INLINE ptrdiff_t groups_of(const Forward *q, const Item *it) {
 }
 /* Where an operand's number for the first group or column of an item lies, and how far it is to the
  * next. */
-FN_INLINE char *beside(const Forward *q, const Operand *o, const Item *it, ptrdiff_t c,
-                       ptrdiff_t n, ptrdiff_t *step) {
+FN_INLINE char *first_of(const Forward *q, const Operand *o, const Item *it, ptrdiff_t c,
+                         ptrdiff_t n, ptrdiff_t *step) {
     *step = q->columns ? o->c : o->b;
     if (!o->data) return NULL;
     char *p = at(o, it->a, it->b) + c * o->c;
@@ -113,7 +113,7 @@ FN_INLINE char *beside(const Forward *q, const Operand *o, const Item *it, ptrdi
 FN_INLINE double *statistics_at(const Forward *q, const Operand *o, const Item *it,
                                 ptrdiff_t *step) {
     const ptrdiff_t c = q->columns ? it->c / q->neighbours : 0;
-    return (double *)beside(q, o, it, c, groups_of(q, it), step);
+    return (double *)first_of(q, o, it, c, groups_of(q, it), step);
 }
 FN_INLINE void put_statistics(const Forward *q, const Item *it, double mean, double var,
                                  double rstd) {
@@ -145,8 +145,7 @@ FN_INLINE char *run_of(const Operand *o, const Item *it, ptrdiff_t k, Run r) {
     all_within(o, p, o->s, r.n, bytes_of(o->storage), "a run");
     return p;
 }
-/* How much of a run is applied at once through a tile: what is written past the caches then begins
- * at a line. */
+/* How much of a run is applied at once through a tile: non-temporal stores then begin at a line. */
 FN_INLINE ptrdiff_t stretch_of(const Forward *q, const Item *it, ptrdiff_t k, Run r) {
     if (!q->non_temporal || q->direct_non_temporal) return least(r.n, BLOCK);
     const uintptr_t y = (uintptr_t)run_of(&q->y, it, k, r);

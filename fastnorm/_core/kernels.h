@@ -1,4 +1,4 @@
-/* The kernels, compiled once for each instruction set by the _kernels_*.pyx beside this file.
+/* The kernels, compiled once for each instruction set by the _kernels_*.pyx in this folder.
  *
  * Files that name REAL are compiled twice, for float and for double: templates that a debugger can
  * step through. */

@@ -1,5 +1,5 @@
 # The kernels, in C (kernels.h), and Python's way to them; compiled once for each instruction set by
-# the _kernels_*.pyx beside this file.
+# the _kernels_*.pyx in this folder.
 
 include "bindings.pxi"
 include "operands.pxi"

@@ -82,7 +82,7 @@ static inline void merge(double *FN_RESTRICT into, const double *FN_RESTRICT oth
         const double whole = delta + extra;
         const double together = mean + other[step + i];
         fn_add_two(&mean, &low, delta * f);
-        /* beside an infinity there are no differences: it stays, or it is no number */
+        /* to an infinity there are no differences: it stays, or it is no number */
         mean = fabs(delta) < INFINITY ? mean : together;
         fn_add_two(&m2, &m2_low, other[3 * step + i]);
         fn_add_two(&m2, &m2_low, whole * whole * (into[i] * f));

@@ -23,9 +23,9 @@ typedef struct {
 /* How a loop is compiled: constants. */
 #if IS_FLOAT
 enum { COLUMNS = 1, AFFINE = 2, W_ALONG = 4, B_ALONG = 8, RESIDUAL = 16, OF_BF16 = 32,
-       PAST_CACHES = 64 };
+       NON_TEMPORAL = 64 };
 enum { PLANES, RUN, ROWS, NON_TEMPORAL_RUN, NON_TEMPORAL_ROWS };
-/* Written past the caches at a time: in fewer, gcc takes them one by one. */
+/* Bytes of non-temporal stores at a time: of fewer, gcc takes one by one. */
 enum { CHUNK_BYTES = 512 };
 #endif
 
@@ -98,7 +98,7 @@ FN_INLINE void T(normalize_rows_of)(const T(Loop) *all, int how, Activation acti
         }
     }
 }
-/* n numbers, in whole lines of y, past the caches. */
+/* n numbers, in whole lines of y, with non-temporal stores. */
 FN_INLINE void T(normalize_lines)(T(Loop) *j, ptrdiff_t n, int how, Activation activation) {
     enum { LINE_NUMBERS = 64 / sizeof(REAL), CHUNK = CHUNK_BYTES / sizeof(REAL) };
     for (ptrdiff_t i = 0, m; i < n; i += m) {
@@ -115,7 +115,7 @@ FN_INLINE void T(normalize_lines)(T(Loop) *j, ptrdiff_t n, int how, Activation a
         T(advance)(j, m, how);
     }
 }
-/* A run of any length, past the caches but for its ends. */
+/* A run of any length, with non-temporal stores but for its ends. */
 FN_INLINE void T(normalize_run_of)(const T(Loop) *all, int how, Activation activation) {
     enum { LINE_NUMBERS = 64 / sizeof(REAL) };
     T(Loop) j = *all;
@@ -127,7 +127,7 @@ FN_INLINE void T(normalize_run_of)(const T(Loop) *all, int how, Activation activ
     T(normalize_span)(&j, 0, j.n - head - lines, how, activation);
 }
 FN_INLINE void T(normalize_plane)(const T(Loop) *j, int how, Activation activation) {
-    if (how & PAST_CACHES) T(normalize_run_of)(j, how, activation);
+    if (how & NON_TEMPORAL) T(normalize_run_of)(j, how, activation);
     else T(normalize_one)(j, how, activation);
 }
 /* Planes, one after the other.  Doubles, whose weights are applied apart, have one for each. */
@@ -179,7 +179,7 @@ FN_INLINE void T(normalize_as)(const T(Loop) *j, int shape, int how) {
 static void T(normalize_planes)(const T(Loop) *j) { T(normalize_as)(j, PLANES, 0); }
 #if !IS_FLOAT
 static void normalize_non_temporal_planes(const Loop_f64 *j) {
-    normalize_planes_of_f64(j, PAST_CACHES, IDENTITY);
+    normalize_planes_of_f64(j, NON_TEMPORAL, IDENTITY);
 }
 #endif
 static void T(normalize_rows)(const T(Loop) *j) { T(normalize_as)(j, ROWS, 0); }

@@ -1,5 +1,5 @@
-/* Short groups that lie in one piece: rows with nothing but weights beside them, from their sums to
- * their output, and tiles of groups whose sums are taken beside the output of the tile before. */
+/* Short groups that lie in one piece: rows with weights at most, from their sums to their
+ * output, and tiles of groups whose sums are taken while the tile before is applied. */
 
 static void T(walk_item)(Forward *q, ptrdiff_t index, Scratch *h);
 
@@ -28,7 +28,7 @@ static inline void T(add_residual)(const REAL *x, const REAL *e, REAL *y, ptrdif
     }
 }
 #if IS_FLOAT
-/* A row: x, or x + residual, which goes to `total` and, by way of a tile, past the caches. */
+/* A row: x, or x + residual, which goes to `total`, through a tile if stores are non-temporal. */
 FN_INLINE const void *row_of(const Forward *q, const Item *it, ptrdiff_t i, Scratch *h) {
     const Run r = {0, 0, q->length};
     const char *x = run_of(&q->x, it, 0, r);

@@ -93,8 +93,8 @@ static void finalize_f32(const Forward *q, const Item *it, const double *m, Scal
     s->folded = q->foldable && !q->weight.p && !q->bias.p &&
                 !(q->tabulated && (q->weight.a || q->bias.a));
     if (s->folded) {
-        w = (const float *)beside(q, &q->weight, it, it->c, it->width, &w_step);
-        b = (const float *)beside(q, &q->bias, it, it->c, it->width, &b_step);
+        w = (const float *)first_of(q, &q->weight, it, it->c, it->width, &w_step);
+        b = (const float *)first_of(q, &q->bias, it, it->c, it->width, &b_step);
     }
     const Scales_f32 into = *s; /* a copy: bytes written through it are none of its pointers */
     int any = 0;

@@ -179,7 +179,7 @@ static void T(strided_output)(Forward *q, const Item *it, const T(Scales) *s, pt
     const ptrdiff_t size = sizeof(REAL), row = it->width * size;
     const char *y = at(&q->y, it->a, it->b) + it->c * q->y.c;
     const int in_place = IS_FLOAT && s->folded && !s->any_out_of_range;
-    /* past the caches line by line, or, where rows follow one another, in long runs */
+    /* non-temporal stores line by line, or, where rows follow one another, in long runs */
     const int lines = in_place && q->direct_non_temporal &&
                       ((uintptr_t)y | (uintptr_t)(q->y.p | q->y.s | row)) % 64 == 0;
     const int runs = in_place && q->direct_non_temporal && q->y.s == row && !lines;

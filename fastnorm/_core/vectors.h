@@ -104,7 +104,7 @@ FN_INLINE double fn_added_up(const double *v) {
 }
 
 /* ---- non-temporal stores ----
- * A result larger than the last cache is not read again soon.  Written past the caches, its lines
+ * A result larger than the last cache is not read again soon.  Stored without the caches, its lines
  * are not fetched first, which is a third of the traffic of a pass over memory.  A fence belongs
  * between the last of these and whoever reads the result in another thread. */
 
@@ -124,7 +124,7 @@ FN_INLINE void fn_stream_line(void *to, const void *from) {
 #endif
 }
 /* n bytes: whole lines, and what lies before and behind them as usual.  A line of which only a part
- * is written past the caches takes several times as long. */
+ * is stored so takes several times as long. */
 static inline void fn_stream(char *FN_RESTRICT to, const char *FN_RESTRICT from, size_t n) {
     const size_t head = (size_t)(-(uintptr_t)to % 64);
     if (n >= 256 + head) {

@@ -42,8 +42,8 @@ static void T(walk_item)(Forward *q, ptrdiff_t index, Scratch *h) {
 /* Groups of short planes, which are copied together first. */
 static void walk_gathered(Forward *q, ptrdiff_t first, ptrdiff_t last, Scratch *h) {
     const ptrdiff_t run = q->s * (ptrdiff_t)sizeof(double), size = q->p * run;
-    Forward near = *q;
-    near.x.a = 0, near.x.b = size, near.x.p = run;
+    Forward gathered = *q;
+    gathered.x.a = 0, gathered.x.b = size, gathered.x.p = run;
     for (ptrdiff_t i = first; i < last; i++) {
         const Item it = item_at(q, i);
         fits(it.width * size, h->gathered_size, "the tile of planes copied together");
@@ -53,11 +53,11 @@ static void walk_gathered(Forward *q, ptrdiff_t first, ptrdiff_t last, Scratch *
                 fn_fetch(x + q->x.p, run);
                 memcpy(h->gathered + k * size + p * run, x, (size_t)run);
             }
-        aim_at(&near.x, h->gathered, h->gathered_size);
-        near.x.data -= it.b * size;
-        walk_item_f64(&near, i, h);
+        aim_at(&gathered.x, h->gathered, h->gathered_size);
+        gathered.x.data -= it.b * size;
+        walk_item_f64(&gathered, i, h);
     }
-    if (near.raised) q->raised = 1;
+    if (gathered.raised) q->raised = 1;
 }
 #endif
 static void T(walk)(Forward *q, ptrdiff_t first, ptrdiff_t last, Scratch *h) {

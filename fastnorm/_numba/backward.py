@@ -407,12 +407,12 @@ def step_sharers(q, sharers, p, t, n, sums, tile, kinds):
         a, b = group_of(q, owner, i)
         count = 1
         # four neighbours in b, or in a where b is the owners'
-        near = q.b - b if not q.own_b else q.a - a
+        neighbours = q.b - b if not q.own_b else q.a - a
         if q.own_b:
-            near = near if q.b == 1 else 1  # their terms lie apart
-        # beside one out of range all are taken alone, and the fours after it begin where they would
+            neighbours = neighbours if q.b == 1 else 1  # their terms lie apart
+        # with one of them out of range all four are taken alone; those after begin where they would
         left = min(last - i, q.together - (i - first) % q.together)
-        if min(left, near) == BACKWARD_SHARED_RUNS and not (q.own_a and q.own_b):
+        if min(left, neighbours) == BACKWARD_SHARED_RUNS and not (q.own_a and q.own_b):
             count = BACKWARD_SHARED_RUNS
         terms = q.terms + size * (a * q.b + b)
         for k in range(count):
@@ -425,15 +425,15 @@ def step_sharers(q, sharers, p, t, n, sums, tile, kinds):
         weight = 0
         if q.weight.data != 0:
             weight = at(q.weight, a, b) + p * q.weight.p + t * q.weight.s
-        beside = n * size_of(kind)
-        to, into = (dx, steps) if q.direct else (tile, (steps[0], steps[1], beside))
+        row_bytes = n * size_of(kind)
+        to, into = (dx, steps) if q.direct else (tile, (steps[0], steps[1], row_bytes))
         step_along((x, dy, to), into, n, terms, count, weight, sums, kinds)
         for k in range(count):
             if not q.training:
                 row = dy + k * steps[1]
                 step_apart(row, to + k * into[2], n, terms + k * size, weight, 1, kind, stored)
             if not q.direct:
-                stream(dx + k * steps[2], tile + k * beside, beside)
+                stream(dx + k * steps[2], tile + k * row_bytes, row_bytes)
         i += count
 
 

@@ -87,7 +87,7 @@ def columns_sums(q, base, rows, width, pivot, sums, kind):
 
 @inner
 def add_neighbours(groups, k, v):
-    """Sums of k columns beside one another."""
+    """Sums of k neighbouring columns."""
     for g in range(groups):
         total = read(v, g * k, np.float64)
         for j in range(1, k):
@@ -387,7 +387,7 @@ def step_row(x, y, along, width, affine, kinds):
 
 @inner
 def row_folded(q, x, y, e, along, width, past, kind):
-    """The folded step of a row of floats, and what is beside it."""
+    """The folded step of a row of floats, its residual and activation."""
     size = size_of(kind)
     n = width * size // 64 * 64
     scale = along, along + 8 * width, along + 16 * width

@@ -81,12 +81,12 @@ _sharing = threading.Lock()
 
 
 def _share(
-    kernel: int, record: int, items: int, threads: int, task: int, room: Room, near: bool = False
+    kernel: int, record: int, items: int, threads: int, task: int, room: Room, static: bool = False
 ) -> None:
     """Let up to so many threads take turns at the items of a kernel, each with room of its own.
 
-    `record` is the address of a record. What is `near` is shared out once and for all: each core
-    then finds its part in its own cache.
+    `record` is the address of a record. With `static` the shares are
+    fixed: each core then finds its own in its cache.
     """
     threads = min(threads, items, numba.config.NUMBA_NUM_THREADS)
     locked = False
@@ -95,25 +95,32 @@ def _share(
         locked = threading.active_count() == 1 and _sharing.acquire(blocking=False)
         threads = threads if locked else 1
     try:
-        _run(kernel, record, items, threads, task, room, near)
+        _run(kernel, record, items, threads, task, room, static)
     finally:
         if locked:
             _sharing.release()
 
 
 def _run(
-    kernel: int, record: int, items: int, threads: int, task: int, parts: Room, near: bool
+    kernel: int, record: int, items: int, threads: int, task: int, parts: Room, static: bool
 ) -> None:
     room = size_of_room(parts)
     memory = np.empty(threads * room + 63, np.uint8)
     start = _address(memory)
     start += -start % 64
     with watched(spans=spans_of(start, parts, threads)):
-        _call(kernel, record, items, threads, task, start, room, near)
+        _call(kernel, record, items, threads, task, start, room, static)
 
 
 def _call(
-    kernel: int, record: int, items: int, threads: int, task: int, start: int, room: int, near: bool
+    kernel: int,
+    record: int,
+    items: int,
+    threads: int,
+    task: int,
+    start: int,
+    room: int,
+    static: bool,
 ) -> None:
     if threads == 1:
         alone(kernel, record, start, task)
@@ -121,7 +128,7 @@ def _call(
         before = numba.get_num_threads()  # of this thread; theirs who called
         if before != threads:
             numba.set_num_threads(threads)
-        turns = threads if near else min(items, TURNS_PER_THREAD * threads)
+        turns = threads if static else min(items, TURNS_PER_THREAD * threads)
         try:
             together(kernel, record, start, room, turns, task, threads)
         finally:
@@ -183,7 +190,7 @@ class _Plan:
 
 
 class _Asked(NamedTuple):
-    """What is asked of a forward pass beside its arrays."""
+    """What is asked of a forward pass, without its arrays."""
 
     centred: bool = True
     given: bool = False
@@ -311,13 +318,13 @@ def run_pass(
     function that Numba has compiled (`activations`).
     """
     computing = np.float64 if x.dtype == np.float64 else np.float32
-    beside = []
+    added = []
     for name, array in (("residual", residual), ("addend", addend)):
         if array is not None and array.dtype != x.dtype and array.dtype != computing:
             array, strides = _converted(array, layout.strides[name], layout.dims, computing)
             layout = replace(layout, strides={**layout.strides, name: strides})
-        beside.append(array)
-    residual, addend = beside
+        added.append(array)
+    residual, addend = added
     dtypes = _dtypes(
         x=x, y=y, mask=mask, weight=weight, bias=bias, residual=residual, addend=addend, total=total
     )
@@ -418,7 +425,7 @@ class _BackPlan:
 
 
 class _AskedBack(NamedTuple):
-    """What is asked of a backward pass beside its arrays, and how two lie that may be copies."""
+    """What is asked of a backward pass, and how two arrays lie that may be copies."""
 
     centred: bool
     training: bool

@@ -89,7 +89,7 @@ def _watched(*arrays: Array | None, spans: Any = ()) -> Iterator[None]:
             low, high = known[i]
             raise AssertionError(
                 f"a kernel of Numba's touched address {wrong:#x}, {max(apart, 0)} bytes outside "
-                f"memory {i} of {len(known)}, which is [{low:#x}, {high:#x}): bytes beside it, or "
+                f"memory {i} of {len(known)}, which is [{low:#x}, {high:#x}): bytes next to it, or "
                 "part of a number that begins in it"
             )
 
@@ -148,5 +148,5 @@ def _build_look_up(module: Any, function: Any, word: Any) -> None:
     builder.position_at_end(missing)
     builder.store(address, place(word(1)))
     rest = builder.ptrtoint(place(word(2 + 2 * _MOST)), word)
-    # what is written past the caches must lie on a line
+    # what is stored without the caches must begin at a line
     builder.ret(builder.and_(builder.add(rest, word(63)), word(-64)))

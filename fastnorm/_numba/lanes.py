@@ -1,6 +1,6 @@
 """Loops over many numbers side by side, written out: their order is fixed, their speed known.
 
-LLVM vectorises a sum only where it may choose the order, and no loop that stores past the caches.
+LLVM vectorises a sum only where it may choose the order, and no loop of non-temporal stores.
 """
 
 from __future__ import annotations
@@ -454,7 +454,7 @@ def step_back_rows(
                 if rows == 4:
                     _fetch_numbers(builder, kind, x, i, line, ahead[0])
                     _fetch_numbers(builder, stored, dy, i, line, ahead[1])
-                if rows == 1 or _size(kind) == 2:  # four rows of floats go past the caches
+                if rows == 1 or _size(kind) == 2:  # four rows of floats take non-temporal stores
                     _fetch_numbers(builder, kind, dx, i, line, ahead[2])
 
         own = types.NumberClass(number)

@@ -212,7 +212,7 @@ def write(typingctx: Any, address: Any, index: Any, value: Any) -> Any:
 
 @intrinsic
 def stream_line(typingctx: Any, to: Any, source: Any) -> Any:
-    """Copy 64 bytes, past the caches, to an address that is a multiple of 64."""
+    """Copy 64 bytes with a non-temporal store, to an address that is a multiple of 64."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         line = ir.VectorType(ir.IntType(64), 8)

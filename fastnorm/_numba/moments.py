@@ -198,7 +198,7 @@ def moments(x, n, centred, into, step, lanes, kind):
 
 @inner
 def merge_into(into, other, n, step):
-    """Merge n moments beside one another into others."""
+    """Merge n moments, side by side, into others."""
     for i in range(n):
         one = (
             read(into, i, np.float64),

@@ -1,4 +1,4 @@
-"""Groups that are one row each with nothing beside weights, from their sums to their step."""
+"""Groups that are one row each with weights at most, from their sums to their output."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def step_row_alone(q, x, y, n, scale, parameters, tile, kinds):
                 other = read_real(b, 0, kind) if b != 0 else zero
                 step_lines(at_x, at_y, size * m, scale, (one, other), None, (None, None, 1))
         else:
-            # by way of a tile where x and y are one array
+            # through a tile where x and y are one array
             if folded:
                 steps_plain(at_x, tile, m, hi, r, shift, kind, tiled)
             else:
@@ -99,7 +99,7 @@ def sum_of_row(q, a, b, i, n, tile, kind):
 
 @inner
 def rows(q, first, last, room, kinds):
-    """Groups [first, last) that are rows with nothing beside weights, one after the other.
+    """Groups [first, last) that are rows with weights at most, one after the other.
 
     Short ones are stepped after the sums of the next, which hide how long a quotient and a root
     take; of long ones the cache would have lost the beginning by then.

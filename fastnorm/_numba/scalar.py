@@ -69,7 +69,7 @@ def merge(one: Any, other: Any) -> Any:
     whole = delta + extra
     together = mean + other_mean
     mean, lost = two_sum(mean, delta * f)
-    # beside an infinity there are no differences: it stays, or it is no number
+    # to an infinity there are no differences: it stays, or it is no number
     mean = mean if abs(delta) < math.inf else together
     m2, lost_2 = two_sum(m2, other_m2)
     m2, lost_3 = two_sum(m2, whole * whole * (count * f))

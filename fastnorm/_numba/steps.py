@@ -1,4 +1,4 @@
-"""The step of a run from x to y, and what is beside it: residual, activation, affine step."""
+"""A run is applied, from x to y: scale, affine step, residual, activation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fastnorm._numba.memory import (
 )
 from fastnorm.schedule import APPLY_ELEMENTS, NON_TEMPORAL_TILE, PREFETCH_BYTES, PREFETCH_WINDOW
 
-# --- Beside the affine step -----------------------------------------------------------------------
+# --- Residual and activation ----------------------------------------------------------------------
 
 
 @inner
@@ -56,7 +56,7 @@ def affine(t, weight, bias, wv, bv, n, kind):
 
 @inner
 def stream(to, source, size):
-    """Copy `size` bytes past the caches."""
+    """Copy `size` bytes with non-temporal stores."""
     head = min((-to) % 64, size)
     i = 0
     while i < head:
@@ -224,7 +224,7 @@ def steps(x, y, n, s, apart, affine, foldable_far, kinds):
 
 
 @inner
-def steps_beside(x, y, residual, n, hi, r, shift, kind):
+def steps_with_residual(x, y, residual, n, hi, r, shift, kind):
     """The step of some floats and, unless it is None, a residual."""
     for i in range(n):
         t = scalar.step(load(x, i, kind), hi, r, shift)
@@ -234,8 +234,8 @@ def steps_beside(x, y, residual, n, hi, r, shift, kind):
 
 
 @inner
-def steps_past(q, arrays, n, scale, ahead, tile, kind):
-    """The step of a run of floats, and what is beside it, past the caches."""
+def steps_non_temporal(q, arrays, n, scale, ahead, tile, kind):
+    """A run of floats is applied with its residual and activation, with non-temporal stores."""
     x, y, residual = arrays
     hi, r, shift = scale
     size = size_of(kind)
@@ -253,21 +253,21 @@ def steps_past(q, arrays, n, scale, ahead, tile, kind):
         elif m == 0:
             m = n - i
         at_x, at_y = x + size * i, y + size * i
-        beside = residual + size * i
+        added = residual + size * i
         if lines and straight:
             if residual != 0 and q.relu:
-                step_lines(at_x, at_y, size * m, scale, (None, None), beside, (1, ahead, 1))
+                step_lines(at_x, at_y, size * m, scale, (None, None), added, (1, ahead, 1))
             elif residual != 0:
-                step_lines(at_x, at_y, size * m, scale, (None, None), beside, (None, ahead, 1))
+                step_lines(at_x, at_y, size * m, scale, (None, None), added, (None, ahead, 1))
             elif q.relu:
                 step_lines(at_x, at_y, size * m, scale, (None, None), None, (1, ahead, 1))
             else:
                 step_lines(at_x, at_y, size * m, scale, (None, None), None, (None, ahead, 1))
         else:
             if residual != 0:
-                steps_beside(at_x, tile, beside, m, hi, r, shift, kind)
+                steps_with_residual(at_x, tile, added, m, hi, r, shift, kind)
             else:
-                steps_beside(at_x, tile, None, m, hi, r, shift, kind)
+                steps_with_residual(at_x, tile, None, m, hi, r, shift, kind)
             if q.activation != 0:
                 activate(q, tile, m)
             stream(at_y, tile, size * m)
@@ -305,7 +305,7 @@ def step_run(q, place, n, s, apart, room, kinds):
             ahead = PREFETCH_BYTES
             if not q.given and q.length * source.s <= PREFETCH_WINDOW:
                 ahead = source.b  # this group lies in cache, the next one does not yet
-            steps_past(q, (x, y, residual), n, (hi, r, shift), ahead, tile, kind)
+            steps_non_temporal(q, (x, y, residual), n, (hi, r, shift), ahead, tile, kind)
             return
     i = 0
     while i < n:

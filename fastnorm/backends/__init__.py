@@ -1,6 +1,6 @@
 """Who computes. Everything above describes passes and knows no backend.
 
-To add one: write a module beside these with the functions of `base.Backend`, and name it in
+To add one: write a module in this folder with the functions of `base.Backend`, and name it in
 `MODULES`.
 """
 

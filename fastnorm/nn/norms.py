@@ -283,7 +283,7 @@ class BatchNorm(_ChannelNorm):
         return y, (_kept(array, x), mean, rstd, count)
 
     def _moments(self, array: Array, x: ArrayLike) -> Moments:
-        """Those of each channel of `array`, x checked, as of values in one axis beside them."""
+        """Those of each channel of `array`, x checked, as of values in one more axis."""
         kept = unmask(x, None)[1]
         where = None if kept is None else np.moveaxis(kept, self.channel_axis, 0)
         moved = np.moveaxis(array, self.channel_axis, 0)

@@ -51,8 +51,8 @@ NORMS = ("layer", "rms")
 _SCORES = 1 << 18
 
 # So many first weights are drawn and scaled at once, for the same reason, and so many are what a
-# thread takes next: 0.7 ms. OpenBLAS's threads spin for 0.1 s once NumPy is imported. Beside one of
-# them a thread gets half a processor, and with equal halves the other would wait for it.
+# thread takes next: 0.7 ms. OpenBLAS's threads spin for 0.1 s once NumPy is imported. With one of
+# them about a thread gets half a processor, and with equal halves the other would wait for it.
 _DRAWN = 1 << 16
 _SHARE = 1 << 19
 

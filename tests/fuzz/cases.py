@@ -82,7 +82,7 @@ BAD = (
     "nan", "inf", "-inf", "max", "-max", "1e31", "-3e38", "1e38", "1e-38", "1e-33", "1e300",
     "1e-300", "least",
 )  # fmt: skip
-BESIDE = (
+OTHER_OPERANDS = (
     "weight",
     "bias",
     "residual",
@@ -214,12 +214,12 @@ def draw(
         for name in some(choose, 1, 3, BAD):
             place = sum(choose(DIGIT) << 4 * place for place in range(6)) / 2**24
             case["bad"].append([name, place])
-    case["bad beside"] = []
+    case["bad elsewhere"] = []
     if one_in(choose, 8):
         place = choose(DIGIT) / 16
-        case["bad beside"] = [[choose(BESIDE), choose(BAD), place] for _ in range(2)]
+        case["bad elsewhere"] = [[choose(OTHER_OPERANDS), choose(BAD), place] for _ in range(2)]
     case["threads"] = choose([[1, 2, 8], [2, 1, 8], [8, 2, 1], [1, 8, 1]])
-    case["past"] = choose([[], [1], [2], [0, 1]])  # calls whose results go past the caches
+    case["past"] = choose([[], [1], [2], [0, 1]])  # calls with non-temporal stores
     case["known"] = one_in(choose, 2)  # a plain call of this shape was made before
     case["eps"] = choose([1e-5, 0.0, 1e-12, 1.0, None])
     if op.label in AXES:

@@ -156,7 +156,7 @@ class Call:
         if not array.size or array.dtype.kind in "iub" or self.stranger[0] == name:
             return
         dtype = array.dtype.newbyteorder("=")
-        for operand, number, where in self.case.get("bad beside") or []:
+        for operand, number, where in self.case.get("bad elsewhere") or []:
             if operand == name and array is not self.arrays.get("x"):
                 writable, array.flags.writeable = array.flags.writeable, True
                 array.flat[int(where * array.size)] = bad_number(number, dtype)
@@ -404,7 +404,7 @@ def three_times(call: Callable[[], Any], case: Case, memory: Call) -> Results:
         what = f"call {turn + 1} of three, on {threads} threads"
         if (turn in case["past"]) != (0 in case["past"]):
             # which stores are used is told by the size; the sign of a NaN is not promised
-            found, what = without_signs(found), f"{what}, past the caches or not"
+            found, what = without_signs(found), f"{what}, with non-temporal stores or not"
             same(found, without_signs(first), what)
         else:
             same(found, first, what)
@@ -510,7 +510,7 @@ def compare(got: Array, exact: Array, error: Array, computing: Any, judged: Any,
     with np.errstate(all="ignore"):
         # below the normal numbers of the type that is computed in, too
         error = error + 4 * unit(0.0, computing) + 0.5000001 * unit(np.nan_to_num(exact), dtype)
-        if dtype.itemsize == 2:  # stored by way of a float
+        if dtype.itemsize == 2:  # stored through a float
             error = error + 2.0**-24 * abs(exact)
         right = (abs(wide - exact) <= error) | (wide == exact) | (np.isnan(wide) & np.isnan(exact))
         # about as large as the dtype holds, or on the way there
@@ -634,7 +634,7 @@ def _check_neighbours(call: Call, results: Results) -> Array:
         clean = kept(call())
         call.restore()
         if results[0].shape == x.shape:
-            same((results[0][~hit],), (clean[0][~hit],), "groups beside bad numbers")
+            same((results[0][~hit],), (clean[0][~hit],), "groups without bad numbers")
     entering = ~finite & np.broadcast_to(call.plain.get("where", True), x.shape)
     nan = np.isnan(x.astype(np.float64)) & entering
     if nan.any() and call.op.name not in NO_EPS and call.options.get("activation") is None:

@@ -14,7 +14,7 @@ static size_t fn_trim(void) { return 0; }
 
 static int failures, checks;
 
-static void near(const char *what, ptrdiff_t where, double found, long double right,
+static void check_close(const char *what, ptrdiff_t where, double found, long double right,
                  long double allowed) {
     checks++;
     if (found == right || (found != found && right != right)) return;
@@ -57,27 +57,27 @@ static void check_sums(double mean, double pivot) {
             one_about += d, two_about += d * d, size += fabsl(d) + v[i] * v[i] + d * d;
         }
         sums_f32(f + 3, n, &first, &second);
-        near("sums_f32: first", n, first, one, 1e-14L * size);
-        near("sums_f32: second", n, second, two, 1e-14L * size);
-        near("squares_f32", n, squares_f32(f + 3, n), two, 1e-14L * size);
+        check_close("sums_f32: first", n, first, one, 1e-14L * size);
+        check_close("sums_f32: second", n, second, two, 1e-14L * size);
+        check_close("squares_f32", n, squares_f32(f + 3, n), two, 1e-14L * size);
         sums_about_f32(f + 3, n, pivot, &first, &second);
-        near("sums_about_f32: first", n, first, one_about, 1e-14L * size);
-        near("sums_about_f32: second", n, second, two_about, 1e-14L * size);
+        check_close("sums_about_f32: first", n, first, one_about, 1e-14L * size);
+        check_close("sums_about_f32: second", n, second, two_about, 1e-14L * size);
         sums_about_bf16(h + 3, n, pivot, &first, &second);
-        near("sums_about_bf16: first", n, first, one_about, 1e-14L * size);
-        near("sums_about_bf16: second", n, second, two_about, 1e-14L * size);
+        check_close("sums_about_bf16: first", n, first, one_about, 1e-14L * size);
+        check_close("sums_about_bf16: second", n, second, two_about, 1e-14L * size);
         sums_bf16(h + 3, n, &first, &second);
-        near("sums_bf16: first", n, first, one, 1e-6L * size);
-        near("sums_bf16: second", n, second, two, 1e-6L * size);
-        near("squares_bf16", n, squares_bf16(h + 3, n), two, 1e-6L * size);
-        near("deviations", n, deviations(v, n, 0, pivot), one_about, 1e-14L * size);
+        check_close("sums_bf16: first", n, first, one, 1e-6L * size);
+        check_close("sums_bf16: second", n, second, two, 1e-6L * size);
+        check_close("squares_bf16", n, squares_bf16(h + 3, n), two, 1e-6L * size);
+        check_close("deviations", n, deviations(v, n, 0, pivot), one_about, 1e-14L * size);
         sums_about_f64(v, n, 0, pivot, &first, &second, &low);
-        near("sums_about_f64: first", n, first, one_about, 1e-14L * size);
-        near("sums_about_f64: second", n, second, two_about - low, 1e-14L * size);
+        check_close("sums_about_f64: first", n, first, one_about, 1e-14L * size);
+        check_close("sums_about_f64: second", n, second, two_about - low, 1e-14L * size);
         add_f32(f + 3, n / 3, 0, a, b);
         add_f32(f + 3 + n / 3, n - n / 3, 0, a, b);
-        near("add_f32: first", n, fold_lanes(a), one, 1e-14L * size);
-        near("add_f32: second", n, fold_lanes(b), two, 1e-14L * size);
+        check_close("add_f32: first", n, fold_lanes(a), one, 1e-14L * size);
+        check_close("add_f32: second", n, fold_lanes(b), two, 1e-14L * size);
     }
 }
 static void check_columns(ptrdiff_t rows, ptrdiff_t width, int about) {
@@ -96,10 +96,10 @@ static void check_columns(ptrdiff_t rows, ptrdiff_t width, int about) {
             const long double x = v[i * STEP + c], d = x - pivot[c], e = about ? d : x;
             one += e, two += e * e, one_about += d, two_about += d * d;
         }
-        near("column_sums: first", c, a[c], one, 1e-13L);
-        near("column_sums: second", c, b[c], two, 1e-13L);
-        near("add_deviations: total", c, total[c], one_about, 1e-13L);
-        near("add_deviations: squares", c, m2[c], two_about - low[c], 1e-13L);
+        check_close("column_sums: first", c, a[c], one, 1e-13L);
+        check_close("column_sums: second", c, b[c], two, 1e-13L);
+        check_close("add_deviations: total", c, total[c], one_about, 1e-13L);
+        check_close("add_deviations: squares", c, m2[c], two_about - low[c], 1e-13L);
     }
 }
 /* Moments of two parts, merged, are those of the whole. */
@@ -116,9 +116,9 @@ static void check_merge(ptrdiff_t n, ptrdiff_t first) {
     mean /= n;
     for (ptrdiff_t i = 0; i < n; i++) m2 += (v[i] - mean) * (v[i] - mean);
     for (int k = 0; k < 2; k++) {
-        near("merge: count", n, m[k][COUNT], n, 0);
-        near("merge: mean", n, m[k][MEAN], mean - m[k][MEAN_LOW], 1e-15L);
-        near("merge: m2", n, m[k][M2], m2 - m[k][M2_LOW], 1e-13L);
+        check_close("merge: count", n, m[k][COUNT], n, 0);
+        check_close("merge: mean", n, m[k][MEAN], mean - m[k][MEAN_LOW], 1e-15L);
+        check_close("merge: m2", n, m[k][M2], m2 - m[k][M2_LOW], 1e-13L);
     }
 }
 /* Every number of 16 bits there and back, and floats to the nearest. */
@@ -129,13 +129,13 @@ static void check_storage(void) {
         float t;
         load_f32((const char *)&h, F16, 1, &t);
         store_f32(&t, 1, (char *)&back, F16);
-        if (t == t) near("float16", i, back, h, 0);
+        if (t == t) check_close("float16", i, back, h, 0);
         load_f32((const char *)&h, BF16, 1, &t);
         store_f32(&t, 1, (char *)&back, BF16);
-        if (t == t) near("bfloat16", i, back, h, 0);
+        if (t == t) check_close("bfloat16", i, back, h, 0);
         t = (float)(number_at_random() * 100);
-        near("bfloat16 of a float", i, fn_from_bf16(fn_to_bf16(t)), t, fabsf(t) / 256);
-        near("float16 of a float", i, fn_from_f16(fn_to_f16(t)), t, fabsf(t) / 2048 + 1e-7L);
+        check_close("bfloat16 of a float", i, fn_from_bf16(fn_to_bf16(t)), t, fabsf(t) / 256);
+        check_close("float16 of a float", i, fn_from_f16(fn_to_f16(t)), t, fabsf(t) / 2048 + 1e-7L);
     }
 }
 
@@ -232,7 +232,7 @@ static void check_pass(const Case *c) {
     if (o.biased) q.bias = operand_of(b, weights, l->w, computing);
     if (o.residual) q.residual = operand_of(e, n, l->x, o.storage);
     forward_threads(&q, o.threads);
-    if (run_forward(&q)) near("memory", 0, 1, 0, 0);
+    if (run_forward(&q)) check_close("memory", 0, 1, 0, 0);
     Backward r = c->backward;
     r.a = l->a, r.b = l->b, r.p = l->p, r.s = l->s, r.c = l->c, r.columns = l->columns;
     r.neighbours = l->neighbours, r.centred = o.centred, r.training = 1;
@@ -241,7 +241,7 @@ static void check_pass(const Case *c) {
     if (!o.centred) r.mean = (Operand){.storage = F64};
     r.dweight = operand_of(dw, weights, l->w, F64), r.dbias = operand_of(db, weights, l->w, F64);
     backward_threads(&r, o.threads);
-    if (run_backward(&r)) near("memory", 0, 1, 0, 0);
+    if (run_backward(&r)) check_close("memory", 0, 1, 0, 0);
 
     ptrdiff_t i[5] = {0}, begin[5];
     do {
@@ -258,7 +258,7 @@ static void check_pass(const Case *c) {
             const long double g = dy[k] * (o.weighted ? w[j] : 1), xhat = (x[k] - mean) * rstd;
             long double y = xhat * (o.weighted ? w[j] : 1) + (o.biased ? b[j] : 0);
             y = activated(y + (o.residual ? e[k] : 0), o.activation);
-            near(l->name, k, number(q.y.data + k * bytes_of(o.storage), o.storage), y,
+            check_close(l->name, k, number(q.y.data + k * bytes_of(o.storage), o.storage), y,
                  unit * (1 + fabsl(y)));
             sum_g += g, sum_gh += g * xhat;
             dw[j] += (double)(dy[k] * xhat), db[j] += dy[k];
@@ -269,15 +269,15 @@ static void check_pass(const Case *c) {
             const long double dx =
                 rstd * (g - (o.centred ? sum_g / count : 0) - xhat * sum_gh / count);
             if (o.scaling == RSTD)
-                near("dx", k, number(r.dx.data + k * bytes_of(o.storage), o.storage), dx,
+                check_close("dx", k, number(r.dx.data + k * bytes_of(o.storage), o.storage), dx,
                      unit * (1 + fabsl(dx)) * 4);
         } while (next_of_group(l, i));
         memcpy(i, begin, sizeof i);
     } while (next_group(l, i));
     for (ptrdiff_t j = 0; j < weights; j++) {
         const long double allowed = o.storage == F64 ? 1e-9L : 1e-4L;
-        near("dweight", j, ((double *)r.dweight.data)[j], dw[j], allowed * (1 + fabs(dw[j])));
-        near("dbias", j, ((double *)r.dbias.data)[j], db[j], allowed * (1 + fabs(db[j])));
+        check_close("dweight", j, ((double *)r.dweight.data)[j], dw[j], allowed * (1 + fabs(dw[j])));
+        check_close("dbias", j, ((double *)r.dbias.data)[j], db[j], allowed * (1 + fabs(db[j])));
     }
     Operand *all[] = {&q.x, &q.y, &q.mean, &q.var, &q.rstd, &q.weight, &q.bias, &q.residual,
                       &r.dx, &r.dy, &r.dweight, &r.dbias};

@@ -276,8 +276,10 @@ static void check_pass(const Case *c) {
     } while (next_group(l, i));
     for (ptrdiff_t j = 0; j < weights; j++) {
         const long double allowed = o.storage == F64 ? 1e-9L : 1e-4L;
-        check_close("dweight", j, ((double *)r.dweight.data)[j], dw[j], allowed * (1 + fabs(dw[j])));
-        check_close("dbias", j, ((double *)r.dbias.data)[j], db[j], allowed * (1 + fabs(db[j])));
+        check_close("dweight", j, ((double *)r.dweight.data)[j], dw[j],
+                    allowed * (1 + fabs(dw[j])));
+        check_close("dbias", j, ((double *)r.dbias.data)[j], db[j],
+                    allowed * (1 + fabs(db[j])));
     }
     Operand *all[] = {&q.x, &q.y, &q.mean, &q.var, &q.rstd, &q.weight, &q.bias, &q.residual,
                       &r.dx, &r.dy, &r.dweight, &r.dbias};

@@ -646,7 +646,7 @@ def check_running(
                 f"{name} is a {type(value).__name__}, expected a NumPy array: it is updated in "
                 f"place; write np.{'zeros' if name == 'running_mean' else 'ones'}({channels})"
             )
-        array = read(value, name)
+        array: Array = np.ndarray.view(value, np.ndarray) if is_plain(value) else read(value, name)
         if array.shape != (channels,):
             raise ValueError(
                 f"{name} has shape {array.shape}, expected ({channels},): one for each channel"

@@ -41,9 +41,9 @@ from fastnorm.arrays import (
     to_device_of,
     to_host,
 )
-from fastnorm.backends import compute, compute_backward
+from fastnorm.backends import at_hand, compute_backward
 from fastnorm.problem import BackwardProblem, Problem, Scaling
-from fastnorm.runtime import empty_like
+from fastnorm.runtime import chosen_backend, empty_like
 
 R = TypeVar("R", covariant=True)
 View = Callable[[Array], Array]
@@ -201,10 +201,13 @@ class Norm(Request[R]):
             y = destination(array, into, [array, *operands])
         seen = array if view is None else view(array)
         reduced = tuple([axis in self.axes for axis in range(seen.ndim)])
-        if array.size and self.given is None and not on_device:
-            mean, var, rstd = np.empty([3, *[1 if r else n for n, r in zip(seen.shape, reduced)]])
+        kept = [1 if r else n for n, r in zip(seen.shape, reduced)]
+        if self.given is not None:
+            mean, var, rstd = self._given(*self.given)
+        elif array.size and not on_device:
+            mean, var, rstd = np.empty([3, *kept])
         else:
-            mean, var, rstd = self._room(seen, reduced)
+            mean, var, rstd = unknown(array, kept)
         if array.size:
             problem = Problem(
                 seen,
@@ -228,9 +231,12 @@ class Norm(Request[R]):
                 ticket=ticket,
                 statistics=self.statistics,
             )
-            compute(problem)
+            backend = array.device if isinstance(array, ArrayView) else at_hand[chosen_backend()]
+            backend.forward(problem)
             if self.running is not None:
-                self._move_running(self.running, mean, var)
+                channels = self.statistics[-1]
+                parts = (mean.size // channels, channels)
+                update_running(self.running, mean.reshape(parts), var.reshape(parts))
         if self.out is not None:
             delivered(y, self.x, into)
             y = self.out
@@ -243,22 +249,13 @@ class Norm(Request[R]):
         rstd = handed_out(rstd, self.statistics)
         return (y, handed_out(mean, self.statistics), rstd) if self.centred else (y, rstd)
 
-    def _room(self, seen: Array, reduced: tuple[bool, ...]) -> tuple[Array, ...]:
-        """The statistics: given, or room for them along the axes of `seen`, reduced ones as 1."""
-        if self.given is None:
-            kept = [1 if r else n for n, r in zip(seen.shape, reduced, strict=True)]
-            return unknown(self.array, kept)
-        mean, var = (to_device_of(self.array, part) for part in self.given)
+    def _given(self, mean: Array, var: Array) -> tuple[Array, Array, Array]:
+        """The statistics that were given where x is, and rstd: of use only if it is returned."""
         if isinstance(self.array, ArrayView):
-            (rstd,) = unknown(self.array, mean.shape, 1)
-        else:
-            rstd = rstd_of(var, self.eps)
+            mean, var = to_device_of(self.array, mean), to_device_of(self.array, var)
+            return mean, var, *unknown(self.array, mean.shape, 1)
+        rstd = rstd_of(var, self.eps) if self.return_stats else np.empty_like(var)
         return mean, var, rstd
-
-    def _move_running(self, running: Running, mean: Array, var: Array) -> None:
-        channels = self.statistics[-1]
-        parts = (mean.size // channels, channels)
-        update_running(running, mean.reshape(parts), var.reshape(parts))
 
 
 def scaled(

@@ -199,8 +199,8 @@ def _by_running(norm: Norm[Any], means: Array, variances: Array, axis: int) -> N
     array = norm.array
     place = (1, array.shape[axis]) + (1,) * (array.ndim - 2)
     norm.given = (
-        as_array(means, "running_mean").astype(np.float64, order="C").reshape(place),
-        as_array(variances, "running_var").astype(np.float64, order="C").reshape(place),
+        means.astype(np.float64, order="C").reshape(place),
+        variances.astype(np.float64, order="C").reshape(place),
     )
     # In the order of memory: where the channels are neighbours all rows at once, for which the
     # scales are computed once; otherwise every sample on its own.

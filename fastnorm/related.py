@@ -25,7 +25,7 @@ from fastnorm.arguments import (
     taken,
 )
 from fastnorm.arrays import ArrayView, to_host
-from fastnorm.backends import compute
+from fastnorm.backends import at_hand
 from fastnorm.dispatch import public
 from fastnorm.execution import (
     Done,
@@ -40,6 +40,7 @@ from fastnorm.execution import (
     unknown,
 )
 from fastnorm.problem import Problem, Scaling
+from fastnorm.runtime import chosen_backend
 
 __all__ = [
     "l2_normalize",
@@ -367,7 +368,8 @@ def global_response_norm(
     places = moved.shape[:2] + (1,) * (array.ndim - 2)
     mean, var, rstd = unknown(array, places)
     reduced = tuple(a >= 2 for a in range(array.ndim))
-    compute(Problem(moved, None, reduced, mean, var, rstd, centred=False))
+    backend = array.device if isinstance(array, ArrayView) else at_hand[chosen_backend()]
+    backend.forward(Problem(moved, None, reduced, mean, var, rstd, centred=False))
     squares, exponent = to_host(var), np.zeros(places, np.int64)
     if array.dtype == np.float64 and not isinstance(array, ArrayView):
         good = (squares > _LEAST_SQUARE) & (squares < _MOST_SQUARE)
@@ -379,7 +381,7 @@ def global_response_norm(
                 rescaled = np.ldexp(moved, -exponent)
             # it may lie otherwise in memory than x: the sums of the others are as they were
             mean, again, rstd = unknown(array, places)
-            compute(Problem(rescaled, None, reduced, mean, again, rstd, centred=False))
+            backend.forward(Problem(rescaled, None, reduced, mean, again, rstd, centred=False))
             var = np.where(good, squares, again)
     with np.errstate(all="ignore"):
         length = np.sqrt(to_host(var) * math.prod(moved.shape[2:]))

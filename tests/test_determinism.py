@@ -233,7 +233,7 @@ def test_half_precision_weights_are_cached(dtype: Any, monkeypatch: pytest.Monke
         fn.group_norm_backward(x, x, mean, rstd, 3, w)
 
     calls()
-    for name in ("compute", "compute_backward"):
+    for name in ("Problem", "BackwardProblem"):
         monkeypatch.setattr(execution, name, None)
     calls()
     with pytest.raises(TypeError):
@@ -252,7 +252,7 @@ def test_further_norms_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
         fn.nn.activate(x, "gelu", w)
 
     calls()
-    monkeypatch.setattr(execution, "compute", None)
+    monkeypatch.setattr(execution, "Problem", None)
     calls()
     with pytest.raises(TypeError):
         fn.l2_normalize(x, 2)

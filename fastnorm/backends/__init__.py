@@ -21,7 +21,8 @@ from fastnorm.arguments import did_you_mean, shown
 from fastnorm.arrays import ArrayView, assign, to_device_of, to_host
 from fastnorm.backends import cython, numba, numpy
 from fastnorm.backends.base import Backend
-from fastnorm.problem import BackwardProblem, Problem
+from fastnorm.problem import BackwardProblem
+from fastnorm.runtime import chosen_backend
 
 Array = NDArray[Any]
 
@@ -38,21 +39,8 @@ class _AtHand(dict[str, Backend]):
         return recorder
 
 
-# Those that this installation has.
+# Those that this installation has; `at_hand[chosen_backend()]` computes.
 at_hand = _AtHand((name, module) for name, module in MODULES.items() if module.available())
-
-
-def in_use() -> Backend:
-    """The backend of this context."""
-    return at_hand[runtime.chosen_backend()]
-
-
-def compute(p: Problem) -> None:
-    """Carry out a pass on the backend in use, or where x is."""
-    if isinstance(p.x, ArrayView):
-        p.x.device.forward(p)
-    else:
-        at_hand[runtime.chosen_backend()].forward(p)
 
 
 def compute_backward(p: BackwardProblem) -> None:
@@ -62,7 +50,7 @@ def compute_backward(p: BackwardProblem) -> None:
     elif isinstance(p.x, ArrayView):
         p.x.device.backward(p)
     else:
-        in_use().backward(p)
+        at_hand[chosen_backend()].backward(p)
 
 
 def _masked_backward(p: BackwardProblem) -> None:
@@ -85,7 +73,7 @@ BLOCK = 1 << 18
 
 def moments_at_once(dtype: np.dtype[Any]) -> int | None:
     """How many elements `compute_moments` takes in one call; None for any number."""
-    return None if in_use().takes_whole(dtype) else BLOCK
+    return None if at_hand[chosen_backend()].takes_whole(dtype) else BLOCK
 
 
 def compute_moments(x: Array, reduced: tuple[bool, ...], mask: Array | None, fields: Array) -> None:
@@ -96,7 +84,7 @@ def compute_moments(x: Array, reduced: tuple[bool, ...], mask: Array | None, fie
     """
     if x.dtype.kind in "iu" and x.dtype.itemsize > 2:
         x = x.astype(np.float64)
-    in_use().moments(x, reduced, mask, fields)
+    at_hand[chosen_backend()].moments(x, reduced, mask, fields)
 
 
 # --- The choice -----------------------------------------------------------------------------------
@@ -166,7 +154,7 @@ def get_backend() -> str:
     >>> fn.get_backend() in ("cython", "numba", "numpy")
     True
     """
-    return runtime.chosen_backend()
+    return chosen_backend()
 
 
 @contextmanager

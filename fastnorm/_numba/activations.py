@@ -21,7 +21,7 @@ _OURS = tuple(
     (getattr(scalar, f"{name}32"), getattr(scalar, f"{name}64")) for name in _reference.IN_KERNELS
 )
 
-# In place where `scale` is 0, else of the step of x, which lies apart from y: (x, y, n, scale,
+# In place where `scale` is 0, else of x by that scale, which lies apart from y: (x, y, n, scale,
 # weight, bias), all but n addresses, 0 for what is not there. Returns 1 where f raised, else 0.
 _LOOP = types.int64(*[types.intp] * 6)
 
@@ -76,14 +76,14 @@ def _loop(f: Callable[[Any], Any], kind: type, cache: bool, refused: int) -> Any
         shift, zero = read_real(scale, 2, kind), real(0.0, kind)
         if weight == 0:
             for i in range(n):
-                t = scalar.step(read_real(x, i, kind), hi, r, shift)
+                t = scalar.apply(read_real(x, i, kind), hi, r, shift)
                 v, raised = _attempt(f, t, kind, refused)
                 if raised:
                     return 1
                 write(y, i, v)
         elif bias == 0:
             for i in range(n):
-                t = scalar.step(read_real(x, i, kind), hi, r, shift)
+                t = scalar.apply(read_real(x, i, kind), hi, r, shift)
                 t = scalar.fma(t, read_real(weight, i, kind), zero)
                 v, raised = _attempt(f, t, kind, refused)
                 if raised:
@@ -91,7 +91,7 @@ def _loop(f: Callable[[Any], Any], kind: type, cache: bool, refused: int) -> Any
                 write(y, i, v)
         else:
             for i in range(n):
-                t = scalar.step(read_real(x, i, kind), hi, r, shift)
+                t = scalar.apply(read_real(x, i, kind), hi, r, shift)
                 t = scalar.fma(t, read_real(weight, i, kind), read_real(bias, i, kind))
                 v, raised = _attempt(f, t, kind, refused)
                 if raised:

@@ -20,9 +20,10 @@ from numba import cfunc
 from numba.extending import register_jitable
 
 from fastnorm._numba import scalar
-from fastnorm._numba.blocking import FINISH, MOMENTS, STEPS, WHOLE, at, record_of
+from fastnorm._numba.apply import deliver, store_non_temporal
+from fastnorm._numba.blocking import APPLY, FINALIZE, MOMENTS, WHOLE, at, record_of
 from fastnorm._numba.extents import part_at
-from fastnorm._numba.lanes import add_pairs_to_lanes, added_up, step_back_rows
+from fastnorm._numba.lanes import add_pairs_to_lanes, added_up, apply_back_rows
 from fastnorm._numba.memory import (
     KERNEL,
     STRICT,
@@ -41,7 +42,6 @@ from fastnorm._numba.memory import (
     take,
     write,
 )
-from fastnorm._numba.steps import deliver, stream
 from fastnorm.schedule import (
     BACKWARD_CHUNK,
     BACKWARD_SHARED_RUNS,
@@ -52,13 +52,12 @@ from fastnorm.schedule import (
     TILE_GROUPS,
 )
 
-TERMS = (
-    5  # numbers that the step needs to know of a group: mean, rstd, c1, c2, and whether it is wide
-)
+# numbers that dx needs of a group: mean, rstd, c1, c2, and whether it is out of range
+TERMS = 5
 
 OPERANDS = ("x", "dy", "dx", "weight", "mean", "rstd")
 NUMBERS = (
-    "a", "b", "p", "s", "c", "neighbours", "centred", "training", "stream", "direct",
+    "a", "b", "p", "s", "c", "neighbours", "centred", "training", "non_temporal", "direct",
     "own_a", "own_b", "along_p", "sharers", "parts", "segments", "chunks", "width", "items",
     "cells", "joined", "together", "sums", "terms", "collected",
 )  # fmt: skip
@@ -80,11 +79,11 @@ def xhat_of(x, i, hi, r, shift, kind):
     """One element, normalised, for a sum. The shift of doubles, which have no rest, is 0."""
     if is_double(kind):
         return (load(x, i, kind) - hi) * r
-    return scalar.step(load(x, i, kind), hi, r, shift)
+    return scalar.apply(load(x, i, kind), hi, r, shift)
 
 
 @summing
-def wide_sums(x, dy, n, mean, weight, kind, stored):
+def sums_out_of_range(x, dy, n, mean, weight, kind, stored):
     """Of dy weight and of dy weight (x - mean), where float32 cannot hold xhat."""
     first = 0.0
     second = 0.0
@@ -104,7 +103,7 @@ def deviation(x, mean):
 
 
 @inner
-def is_wide(mean, rstd, kind):
+def is_out_of_range(mean, rstd, kind):
     """Whether float32 cannot hold what a group is scaled by."""
     if is_double(kind) or rstd == 0.0:
         return False
@@ -119,8 +118,8 @@ def add_run(q, place, n, statistics, weight, lanes, kinds):
     kind, stored = kinds
     x = at(q.x, a, b) + p * q.x.p + t * q.x.s
     dy = at(q.dy, a, b) + p * q.dy.p + t * q.dy.s
-    if is_wide(mean, rstd, kind):
-        one, two = wide_sums(x, dy, n, mean, weight, kind, stored)
+    if is_out_of_range(mean, rstd, kind):
+        one, two = sums_out_of_range(x, dy, n, mean, weight, kind, stored)
         write(lanes, 0, read(lanes, 0, np.float64) + one)
         write(lanes, PAIR_LANES, read(lanes, PAIR_LANES, np.float64) + two * rstd)
         return
@@ -184,7 +183,7 @@ def segment_sums(q, place, segment, weighted, lanes, kinds):
 
 @inner
 def group_terms(q, a, b, weighted, kind):
-    """What the step needs to know of a group, from the sums of its segments."""
+    """What dx needs of a group, from the sums of its segments."""
     mean, rstd = read_group(q, a, b, 0)
     first = 0.0
     second = 0.0
@@ -198,7 +197,7 @@ def group_terms(q, a, b, weighted, kind):
             of = q.sums + 16 * (group * q.segments + segment)
             first += w * read(of, 0, np.float64)
             second += w * read(of, 1, np.float64)
-    finish(q, mean, rstd, first, second, np.float64(q.p * q.s), q.terms + 8 * TERMS * group, kind)
+    finalize(q, mean, rstd, first, second, np.float64(q.p * q.s), q.terms + 8 * TERMS * group, kind)
 
 
 @inner
@@ -211,13 +210,13 @@ def read_group(q, a, b, offset):
 
 
 @inner
-def finish(q, mean, rstd, first, second, count, into, kind):
-    """From a group's sums to what the step needs to know of it."""
+def finalize(q, mean, rstd, first, second, count, into, kind):
+    """From a group's sums to what dx needs of it."""
     write(into, 0, mean)
     write(into, 1, rstd)
     write(into, 2, rstd * (first / count) if q.training and q.centred else 0.0)
     write(into, 3, rstd * (second / count) if q.training else 0.0)
-    write(into, 4, 1.0 if is_wide(mean, rstd, kind) else 0.0)
+    write(into, 4, 1.0 if is_out_of_range(mean, rstd, kind) else 0.0)
 
 
 # --- Runs with one weight each --------------------------------------------------------------------
@@ -232,7 +231,7 @@ def scale_at(terms, kind):
 
 
 @inner
-def step_wide(x, dy, dx, n, terms, weight, along, kinds):
+def apply_out_of_range(x, dy, dx, n, terms, weight, along, kinds):
     """dx of n elements of a run in float64; no weight (0) is 1."""
     kind, stored = kinds
     mean = read(terms, 0, np.float64)
@@ -247,27 +246,27 @@ def step_wide(x, dy, dx, n, terms, weight, along, kinds):
 
 
 @inner
-def step_run(x, dy, dx, n, terms, weight, ahead, kinds):
+def apply_run(x, dy, dx, n, terms, weight, ahead, kinds):
     """dx of n elements of a run that share a weight; asked for so many bytes ahead."""
     kind = kinds[0]
     if read(terms, 4, np.float64) != 0.0:
-        step_wide(x, dy, dx, n, terms, weight, 0, kinds)
+        apply_out_of_range(x, dy, dx, n, terms, weight, 0, kinds)
         return
     w = np.float64(read_real(weight, 0, kind)) if weight != 0 else 1.0
     wr = real(w * read(terms, 1, np.float64), kind)
     scales = (scale_at(terms, kind),)
-    step_back_rows((x, dy, dx), (0, 0, ahead), n, scales, wr, (None, None), kinds)
+    apply_back_rows((x, dy, dx), (0, 0, ahead), n, scales, wr, (None, None), kinds)
 
 
 @inner
-def step_apart(dy, dx, n, terms, weight, along, kind, stored):
+def apply_apart(dy, dx, n, terms, weight, along, kind, stored):
     """dx of n elements by given statistics, in which x, out of range or not, has no part."""
     rstd = read(terms, 1, np.float64)
-    wide = read(terms, 4, np.float64) != 0.0
+    out_of_range = read(terms, 4, np.float64) != 0.0
     for i in range(n):
         t = load(dy, i, stored)
         w = np.float64(read_real(weight, i * along, kind)) if weight != 0 else 1.0
-        if wide:
+        if out_of_range:
             v = real(rstd * np.float64(t) * w, kind)
         elif along != 0:
             v = t * (real(w, kind) * real(rstd, kind))
@@ -277,7 +276,7 @@ def step_apart(dy, dx, n, terms, weight, along, kind, stored):
 
 
 @inner
-def segment_step(q, a, b, width, segment, tile, kind, stored):
+def apply_segment(q, a, b, width, segment, tile, kind, stored):
     """dx of a segment of `width` groups side by side."""
     f, last = segment_at(q, segment)
     # where dx goes in one piece (group norm 8x256x32x32 860 to 740 us, one thread, out of L2)
@@ -301,11 +300,11 @@ def segment_step(q, a, b, width, segment, tile, kind, stored):
                 dx = at(q.dx, a, b + k) + p * q.dx.p + t * q.dx.s
                 to = dx if q.direct else tile
                 if q.training:
-                    step_run(x, dy, to, n, terms, weight, ahead, (kind, stored))
+                    apply_run(x, dy, to, n, terms, weight, ahead, (kind, stored))
                 else:
-                    step_apart(dy, to, n, terms, weight, 0, kind, stored)
+                    apply_apart(dy, to, n, terms, weight, 0, kind, stored)
                 if not q.direct:
-                    stream(dx, tile, n * size_of(kind))
+                    store_non_temporal(dx, tile, n * size_of(kind))
                 t += n
         f += end - start
 
@@ -320,10 +319,10 @@ def planes(record, memory, turn, turns, task, kind, stored):
     q = record_at(record, BACK)
     width = q.width
     tile, lanes = part_at(memory, RUNS_PARTS, 0), part_at(memory, RUNS_PARTS, 1)
-    total = q.items if task == WHOLE or task == FINISH else q.items * q.segments
+    total = q.items if task == WHOLE or task == FINALIZE else q.items * q.segments
     while turn < turns:
         for i in range(total * turn // turns, total * (turn + 1) // turns):
-            item = i if task == WHOLE or task == FINISH else i // q.segments
+            item = i if task == WHOLE or task == FINALIZE else i // q.segments
             a = item // q.chunks
             b = (item - a * q.chunks) * width
             n = min(width, q.b - b)
@@ -332,14 +331,14 @@ def planes(record, memory, turn, turns, task, kind, stored):
             if task == WHOLE or task == MOMENTS:
                 for segment in range(first, last):
                     segment_sums(q, (a, b, n), segment, False, lanes, (kind, stored))
-            if task == WHOLE or task == FINISH:
+            if task == WHOLE or task == FINALIZE:
                 for k in range(n):
                     group_terms(q, a, b + k, False, kind)
-            if task != MOMENTS and task != FINISH:
+            if task != MOMENTS and task != FINALIZE:
                 for segment in range(first, last):
-                    segment_step(q, a, b, n, segment, tile, kind, stored)
+                    apply_segment(q, a, b, n, segment, tile, kind, stored)
         turn = take(record)
-    if q.stream:
+    if q.non_temporal:
         fence()
 
 
@@ -361,7 +360,7 @@ def group_of(q, owner, sharer):
 
 
 @inner
-def collect_wide(x, dy, n, terms, gw, gb, kind, stored):
+def collect_out_of_range(x, dy, n, terms, gw, gb, kind, stored):
     """Add what a run has for the gradients of its weights and biases, in float64."""
     mean = read(terms, 0, np.float64)
     rstd = read(terms, 1, np.float64)
@@ -373,7 +372,7 @@ def collect_wide(x, dy, n, terms, gw, gb, kind, stored):
 
 
 @inner
-def step_along(arrays, steps, n, terms, count, weight, sums, kinds):
+def apply_along(arrays, steps, n, terms, count, weight, sums, kinds):
     """dx of n elements of one run or four, and what they add to the gradients of their weights."""
     x, dy, dx = arrays
     gw, gb = sums
@@ -384,20 +383,20 @@ def step_along(arrays, steps, n, terms, count, weight, sums, kinds):
         second, third = scale_at(terms + size, kind), scale_at(terms + 2 * size, kind)
         scales = own, second, third, scale_at(terms + 3 * size, kind)
         if weight != 0:
-            step_back_rows(arrays, steps, n, scales, weight, sums, kinds)
+            apply_back_rows(arrays, steps, n, scales, weight, sums, kinds)
         else:
-            step_back_rows(arrays, steps, n, scales, None, sums, kinds)
+            apply_back_rows(arrays, steps, n, scales, None, sums, kinds)
     elif read(terms, 4, np.float64) != 0.0:
-        collect_wide(x, dy, n, terms, gw, gb, kind, stored)
-        step_wide(x, dy, dx, n, terms, weight, 1, kinds)
+        collect_out_of_range(x, dy, n, terms, gw, gb, kind, stored)
+        apply_out_of_range(x, dy, dx, n, terms, weight, 1, kinds)
     elif weight != 0:
-        step_back_rows(arrays, steps, n, (own,), weight, sums, kinds)
+        apply_back_rows(arrays, steps, n, (own,), weight, sums, kinds)
     else:
-        step_back_rows(arrays, steps, n, (own,), None, sums, kinds)
+        apply_back_rows(arrays, steps, n, (own,), None, sums, kinds)
 
 
 @inner
-def step_sharers(q, sharers, p, t, n, sums, tile, kinds):
+def apply_sharers(q, sharers, p, t, n, sums, tile, kinds):
     """dx of n elements of a plane of sharers [first, last), and what these add to the gradients."""
     owner, first, last = sharers
     kind, stored = kinds
@@ -427,13 +426,13 @@ def step_sharers(q, sharers, p, t, n, sums, tile, kinds):
             weight = at(q.weight, a, b) + p * q.weight.p + t * q.weight.s
         row_bytes = n * size_of(kind)
         to, into = (dx, steps) if q.direct else (tile, (steps[0], steps[1], row_bytes))
-        step_along((x, dy, to), into, n, terms, count, weight, sums, kinds)
+        apply_along((x, dy, to), into, n, terms, count, weight, sums, kinds)
         for k in range(count):
             if not q.training:
                 row = dy + k * steps[1]
-                step_apart(row, to + k * into[2], n, terms + k * size, weight, 1, kind, stored)
+                apply_apart(row, to + k * into[2], n, terms + k * size, weight, 1, kind, stored)
             if not q.direct:
-                stream(dx + k * steps[2], tile + k * row_bytes, row_bytes)
+                store_non_temporal(dx + k * steps[2], tile + k * row_bytes, row_bytes)
         i += count
 
 
@@ -447,13 +446,13 @@ def rows(record, memory, turn, turns, task, kind, stored):
     total = q.items * q.parts  # owners times parts
     if task == MOMENTS:
         total = q.a * q.b * q.segments
-    elif task == FINISH:
+    elif task == FINALIZE:
         total = q.a * q.b
     elif task != WHOLE:
         total = q.items * (q.p if q.along_p else 1) * chunks
     while turn < turns:
         for i in range(total * turn // turns, total * (turn + 1) // turns):
-            if task == MOMENTS or task == FINISH:
+            if task == MOMENTS or task == FINALIZE:
                 group = i // q.segments if task == MOMENTS else i
                 a = group // q.b
                 b = group - a * q.b
@@ -485,7 +484,7 @@ def rows(record, memory, turn, turns, task, kind, stored):
                         while t < q.s:
                             n = min(BACKWARD_CHUNK, q.s - t)
                             into = gw + 8 * (cell + t), gb + 8 * (cell + t)
-                            step_sharers(q, (owner, first, end), p, t, n, into, tile, kinds)
+                            apply_sharers(q, (owner, first, end), p, t, n, into, tile, kinds)
                             t += BACKWARD_CHUNK
                     first = end
             else:
@@ -501,9 +500,9 @@ def rows(record, memory, turn, turns, task, kind, stored):
                     write(gb, j, 0.0)
                 first = plane - owner * q.p if q.along_p else 0
                 for p in range(first, first + 1 if q.along_p else q.p):
-                    step_sharers(q, (owner, 0, q.sharers), p, t, n, (gw, gb), tile, kinds)
+                    apply_sharers(q, (owner, 0, q.sharers), p, t, n, (gw, gb), tile, kinds)
         turn = take(record)
-    if q.stream:
+    if q.non_temporal:
         fence()
 
 
@@ -512,8 +511,8 @@ def rows(record, memory, turn, turns, task, kind, stored):
 
 @inner
 def columns_terms_at(q, a, b, c, width, into, kind):
-    """mean, rstd, hi, r, shift of columns c, c + 1 ... as arrays; whether any is wide."""
-    any_wide = False
+    """mean, rstd, hi, r, shift of columns c, c + 1 ... as arrays; whether any is out of range."""
+    any_out_of_range = False
     for j in range(width):
         mean, rstd = read_group(q, a, b, (c + j) // q.neighbours)
         write(into, j, mean)
@@ -521,8 +520,8 @@ def columns_terms_at(q, a, b, c, width, into, kind):
         write(into + 16 * width, j, real(mean, kind))
         write(into + 24 * width, j, real(rstd, kind))
         write(into + 32 * width, j, real(-(mean - np.float64(real(mean, kind))) * rstd, kind))
-        any_wide = any_wide or is_wide(mean, rstd, kind)
-    return any_wide
+        any_out_of_range = any_out_of_range or is_out_of_range(mean, rstd, kind)
+    return any_out_of_range
 
 
 @inner
@@ -566,7 +565,7 @@ def rows_pairs(x, dy, steps, n, width, into, sums, kinds):
 
 
 @inner
-def columns_sums(q, place, segment, into, any_wide, kinds):
+def columns_sums(q, place, segment, into, any_out_of_range, kinds):
     """Sums of a segment of rows, for each column, into `sums`."""
     a, b, c, width = place
     kind, stored = kinds
@@ -584,11 +583,11 @@ def columns_sums(q, place, segment, into, any_wide, kinds):
         dy = at(q.dy, a, b) + p * q.dy.p + t * q.dy.s + c * q.dy.c
         rows_pairs(x, dy, (q.x.s, q.dy.s), n, width, into, (first, second), kinds)
         f += n
-    if not any_wide:
+    if not any_out_of_range:
         return
     for j in range(width):
         mean, rstd = read(into, j, np.float64), read(into, width + j, np.float64)
-        if is_wide(mean, rstd, kind):
+        if is_out_of_range(mean, rstd, kind):
             total = 0.0
             for i in range(segment * BACKWARD_SPAN_ROWS, last):
                 p = i // q.s
@@ -601,7 +600,7 @@ def columns_sums(q, place, segment, into, any_wide, kinds):
 
 
 @inner
-def columns_finish(q, a, b, c, width, into, kind):
+def finalize_columns(q, a, b, c, width, into, kind):
     """From sums to wr, c1 and c2 of each column, in float64 and then rounded."""
     k = q.neighbours
     count = np.float64(q.p * q.s * k)
@@ -633,12 +632,12 @@ def columns_finish(q, a, b, c, width, into, kind):
 
 
 @inner
-def step_row(x, dy, dx, width, into, kind, stored, to):
+def apply_row(x, dy, dx, width, into, kind, stored, to):
     """dx of a row."""
     hi, r, shift = into + 16 * width, into + 24 * width, into + 32 * width
     wr, c1, c2 = into + 64 * width, into + 72 * width, into + 80 * width
     for j in range(width):
-        v = scalar.step_back(
+        v = scalar.apply_back(
             load(x, j, kind), load(dy, j, stored), read_real(hi, j, kind), read_real(r, j, kind),
             read_real(shift, j, kind), read_real(wr, j, kind), read_real(c1, j, kind),
             read_real(c2, j, kind),
@@ -647,7 +646,7 @@ def step_row(x, dy, dx, width, into, kind, stored, to):
 
 
 @inner
-def step_row_apart(dy, dx, width, into, kind, stored, to):
+def apply_row_apart(dy, dx, width, into, kind, stored, to):
     """dx of a row by given statistics, in which x, out of range or not, has no part."""
     wr = into + 64 * width
     for j in range(width):
@@ -655,7 +654,7 @@ def step_row_apart(dy, dx, width, into, kind, stored, to):
 
 
 @inner
-def columns_step(q, place, segment, into, any_wide, room, kinds):
+def apply_columns(q, place, segment, into, any_out_of_range, room, kinds):
     """dx of a segment of rows; `room` is a tile and a spare."""
     a, b, c, width = place
     tile, spare = room
@@ -667,19 +666,21 @@ def columns_step(q, place, segment, into, any_wide, room, kinds):
         x = at(q.x, a, b) + p * q.x.p + t * q.x.s + c * q.x.c
         dy = at(q.dy, a, b) + p * q.dy.p + t * q.dy.s + c * q.dy.c
         dx = at(q.dx, a, b) + p * q.dx.p + t * q.dx.s + c * q.dx.c
-        if q.direct and not any_wide:
+        if q.direct and not any_out_of_range:
             if q.training:
-                step_row(x, dy, dx, width, into, kind, stored, kind)
+                apply_row(x, dy, dx, width, into, kind, stored, kind)
             else:
-                step_row_apart(dy, dx, width, into, kind, stored, kind)
+                apply_row_apart(dy, dx, width, into, kind, stored, kind)
             continue
         if q.training:
-            step_row(x, dy, tile, width, into, kind, stored, computed)
+            apply_row(x, dy, tile, width, into, kind, stored, computed)
         else:
-            step_row_apart(dy, tile, width, into, kind, stored, computed)
-        if any_wide:
+            apply_row_apart(dy, tile, width, into, kind, stored, computed)
+        if any_out_of_range:
             for j in range(width):
-                if is_wide(read(into, j, np.float64), read(into, width + j, np.float64), kind):
+                if is_out_of_range(
+                    read(into, j, np.float64), read(into, width + j, np.float64), kind
+                ):
                     d = np.float64(load(x, j, kind)) - read(into, j, np.float64)
                     xhat = d * read(into, width + j, np.float64)
                     g = np.float64(load(dy, j, stored)) * read(into + 40 * width, j, np.float64)
@@ -687,10 +688,10 @@ def columns_step(q, place, segment, into, any_wide, room, kinds):
                     if q.training:
                         v -= xhat * read(into + 56 * width, j, np.float64)
                     write(tile, j, real(v, kind))
-        deliver(tile, spare, dx, width, q.stream != 0, kind)
+        deliver(tile, spare, dx, width, q.non_temporal != 0, kind)
 
 
-OF_COLUMN = 11  # numbers that the step needs to know of each column
+OF_COLUMN = 11  # numbers that dx needs of each column
 
 
 @register_jitable
@@ -707,10 +708,10 @@ def columns(record, memory, turn, turns, task, kind, stored, computed):
     room = columns_parts(width)
     own, tile = part_at(memory, room, 0), part_at(memory, room, 1)
     spare = part_at(memory, room, 2)
-    total = q.items if task == WHOLE or task == FINISH else q.items * q.segments
+    total = q.items if task == WHOLE or task == FINALIZE else q.items * q.segments
     while turn < turns:
         for i in range(total * turn // turns, total * (turn + 1) // turns):
-            item = i if task == WHOLE or task == FINISH else i // q.segments
+            item = i if task == WHOLE or task == FINALIZE else i // q.segments
             outer = item // q.chunks
             c = (item - outer * q.chunks) * width
             a = outer // q.b
@@ -719,26 +720,28 @@ def columns(record, memory, turn, turns, task, kind, stored, computed):
             into = (
                 own if task == WHOLE or task == MOMENTS else q.terms + 8 * OF_COLUMN * width * item
             )
-            any_wide = False
-            if task == STEPS:
+            any_out_of_range = False
+            if task == APPLY:
                 for j in range(n):
                     mean, rstd = read(into, j, np.float64), read(into, n + j, np.float64)
-                    any_wide = any_wide or is_wide(mean, rstd, kind)
+                    any_out_of_range = any_out_of_range or is_out_of_range(mean, rstd, kind)
             else:
-                any_wide = columns_terms_at(q, a, b, c, n, into, kind)
+                any_out_of_range = columns_terms_at(q, a, b, c, n, into, kind)
             first = 0 if task == WHOLE else i - item * q.segments
             last = q.segments if task == WHOLE else first + 1
             if task == WHOLE or task == MOMENTS:
                 for segment in range(first, last):
-                    columns_sums(q, (a, b, c, n), segment, into, any_wide, (kind, stored))
-            if task == WHOLE or task == FINISH:
-                columns_finish(q, a, b, c, n, into, kind)
-            if task == WHOLE or task == STEPS:
+                    columns_sums(q, (a, b, c, n), segment, into, any_out_of_range, (kind, stored))
+            if task == WHOLE or task == FINALIZE:
+                finalize_columns(q, a, b, c, n, into, kind)
+            if task == WHOLE or task == APPLY:
                 for segment in range(first, last):
                     kinds = kind, stored, computed
-                    columns_step(q, (a, b, c, n), segment, into, any_wide, (tile, spare), kinds)
+                    apply_columns(
+                        q, (a, b, c, n), segment, into, any_out_of_range, (tile, spare), kinds
+                    )
         turn = take(record)
-    if q.stream:
+    if q.non_temporal:
         fence()
 
 

@@ -17,7 +17,7 @@ FIELDS = 5  # numbers of moments
 SCALE = 8  # numbers of the scale of a group
 
 RSTD, NORM, FACTOR = 0, 1, 2  # problem.Scaling
-WHOLE, MOMENTS, FINISH, STEPS = range(4)  # what a kernel is asked to do
+WHOLE, MOMENTS, FINALIZE, APPLY = range(4)  # what a kernel is asked to do
 
 Field: TypeAlias = tuple[str, Any]
 OPERAND = np.dtype([(name, np.int64) for name in ("data", "a", "b", "p", "s", "c")])
@@ -26,10 +26,10 @@ OPERANDS = (
 )  # fmt: skip
 NUMBERS = (
     "a", "b", "p", "s", "c", "neighbours", "columns", "centred", "given", "scaling", "activation",
-    "activation_first", "stream", "residual_real", "addend_real", "foldable", "folded_groups",
-    "whole_sums", "whole_steps", "length", "width", "chunks", "items", "block", "pieces", "parts",
+    "activation_first", "non_temporal", "residual_real", "addend_real", "foldable", "folded_groups",
+    "whole_sums", "whole_output", "length", "width", "chunks", "items", "block", "splits", "parts",
     "scales", "plain", "direct", "fields", "raised", "kept",
-    "alone", "past", "relu",
+    "alone", "direct_non_temporal", "relu",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Columns side by side, or neighbours that share a statistic: their moments and their steps."""
+"""Columns side by side, or neighbours that share a statistic: their moments, and their output."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import math
 import numpy as np
 
 from fastnorm._numba import scalar
+from fastnorm._numba.apply import activate, add, affine, apply_out_of_range, deliver
 from fastnorm._numba.blocking import FIELDS, at, chosen
-from fastnorm._numba.lanes import step_lines
+from fastnorm._numba.lanes import apply_lines
 from fastnorm._numba.memory import (
     inner,
     is_double,
@@ -21,7 +22,6 @@ from fastnorm._numba.memory import (
     write,
 )
 from fastnorm._numba.moments import merge_into
-from fastnorm._numba.steps import activate, add, affine, deliver, steps_wide
 from fastnorm.schedule import PREFETCH_BYTES, SPLIT_ROWS
 
 
@@ -276,14 +276,14 @@ def columns_chosen(q, place, rows, into, work, kind):
 
 
 @inner
-def columns_moments(q, place, piece, into, room, kind):
-    """Moments of a piece of each group: those of its blocks merged in order, then neighbours."""
+def columns_moments(q, place, split, into, room, kind):
+    """Moments of a split of each group: those of its blocks merged in order, then neighbours."""
     width = place[3]
     part, every, work = room
     k = q.neighbours
     groups = width // k
     span = max(q.block, SPLIT_ROWS - SPLIT_ROWS % q.block)
-    first = piece * span
+    first = split * span
     last = min(first + span, q.length)
     if not is_double(kind) and q.mask.data == 0:
         columns_block(q, place, (first, last), into, work, kind)
@@ -314,15 +314,15 @@ def columns_moments(q, place, piece, into, room, kind):
 def spread(q, a, b, c, width, scale, along, kind):
     """From scales of groups to hi, r and shift of columns, the affine step in them where it can be.
 
-    `along` has room for four numbers for each column: the last tells whether it is wide, which is
-    also what a product of rstd and weight is that a float32 cannot hold. Returns whether any is.
+    `along` has room for four numbers for each column: the last tells whether it is out of range:
+    so is a product of rstd and weight that a float32 cannot hold, too. Returns whether any is.
     """
     k = q.neighbours
     groups = width // k
     hi = along
     r = hi + 8 * width
     shift = r + 8 * width
-    wide = shift + 8 * width
+    out_of_range = shift + 8 * width
     folded = q.foldable != 0 and not is_double(kind)
     weight = 0
     bias = 0
@@ -330,7 +330,7 @@ def spread(q, a, b, c, width, scale, along, kind):
         weight = at(q.weight, a, b) + c * q.weight.c
     if folded and q.bias.data != 0:
         bias = at(q.bias, a, b) + c * q.bias.c
-    any_wide = False
+    any_out_of_range = False
     for g in range(groups):
         mean = read(scale, g, np.float64)
         rstd = read(scale, 2 * groups + g, np.float64)
@@ -344,21 +344,21 @@ def spread(q, a, b, c, width, scale, along, kind):
             apart = read(scale, 4 * groups + g, np.float64) != 0.0 or (
                 folded and not scalar.holds(rstd * w)
             )
-            write(wide, j, 1.0 if apart else 0.0)
-            any_wide = any_wide or apart
-    return any_wide
+            write(out_of_range, j, 1.0 if apart else 0.0)
+            any_out_of_range = any_out_of_range or apart
+    return any_out_of_range
 
 
 @inner
 def column_of_row(x, i, along, width, kind):
     """One element of a row, with the scale of its column."""
     hi, r = read_real(along, i, kind), read_real(along + 8 * width, i, kind)
-    return scalar.step(load(x, i, kind), hi, r, read_real(along + 16 * width, i, kind))
+    return scalar.apply(load(x, i, kind), hi, r, read_real(along + 16 * width, i, kind))
 
 
 @inner
-def step_row(x, y, along, width, affine, kinds):
-    """The step of a row, one scale for each column."""
+def apply_row(x, y, along, width, affine, kinds):
+    """A row is applied, with one scale for each column."""
     weight, bias, wv, bv = affine
     kind, to = kinds
     n = width
@@ -387,29 +387,29 @@ def step_row(x, y, along, width, affine, kinds):
 
 @inner
 def row_folded(q, x, y, e, along, width, past, kind):
-    """The folded step of a row of floats, its residual and activation."""
+    """A row of floats is applied, the affine step in the scale, with residual and activation."""
     size = size_of(kind)
     n = width * size // 64 * 64
     scale = along, along + 8 * width, along + 16 * width
     none = None, None
     if past:
         if e != 0 and q.relu:
-            step_lines(x, y, n, scale, none, e, (1, PREFETCH_BYTES, 1))
+            apply_lines(x, y, n, scale, none, e, (1, PREFETCH_BYTES, 1))
         elif e != 0:
-            step_lines(x, y, n, scale, none, e, (None, PREFETCH_BYTES, 1))
+            apply_lines(x, y, n, scale, none, e, (None, PREFETCH_BYTES, 1))
         elif q.relu:
-            step_lines(x, y, n, scale, none, None, (1, PREFETCH_BYTES, 1))
+            apply_lines(x, y, n, scale, none, None, (1, PREFETCH_BYTES, 1))
         else:
-            step_lines(x, y, n, scale, none, None, (None, PREFETCH_BYTES, 1))
+            apply_lines(x, y, n, scale, none, None, (None, PREFETCH_BYTES, 1))
         return
     if e != 0 and q.relu:
-        step_lines(x, y, n, scale, none, e, (1, None, None))
+        apply_lines(x, y, n, scale, none, e, (1, None, None))
     elif e != 0:
-        step_lines(x, y, n, scale, none, e, (None, None, None))
+        apply_lines(x, y, n, scale, none, e, (None, None, None))
     elif q.relu:
-        step_lines(x, y, n, scale, none, None, (1, None, None))
+        apply_lines(x, y, n, scale, none, None, (1, None, None))
     else:
-        step_lines(x, y, n, scale, none, None, (None, None, None))
+        apply_lines(x, y, n, scale, none, None, (None, None, None))
     for i in range(n // size, width):
         t = column_of_row(x, i, along, width, kind)
         if e != 0:
@@ -420,8 +420,8 @@ def row_folded(q, x, y, e, along, width, past, kind):
 
 
 @inner
-def columns_step(q, place, piece, scale, along, any_wide, room, kinds):
-    """The step of a piece of each group of an item; `room` is a tile and a spare."""
+def apply_columns(q, place, split, scale, along, any_out_of_range, room, kinds):
+    """A split of each group of an item is applied; `room` is a tile and a spare."""
     a, b, c, width = place
     tile, spare = room
     kind = kinds[0]
@@ -429,12 +429,12 @@ def columns_step(q, place, piece, scale, along, any_wide, room, kinds):
     groups = width // k
     source = q.total if q.total.data != 0 else q.x
     span = max(q.block, SPLIT_ROWS - SPLIT_ROWS % q.block)
-    first = piece * span
+    first = split * span
     last = min(first + span, q.length)
     affined = (q.foldable == 0 or is_double(kind)) and not q.activation_first
     wv = 1 if q.weight.c != 0 else 0
     bv = 1 if q.bias.c != 0 else 0
-    folded = q.foldable != 0 and size_of(kind) == 4 and not any_wide
+    folded = q.foldable != 0 and size_of(kind) == 4 and not any_out_of_range
     folded = folded and (q.activation == 0 or q.relu != 0)
     p = first // q.s
     t = first - p * q.s
@@ -453,30 +453,30 @@ def columns_step(q, place, piece, scale, along, any_wide, room, kinds):
         v = bias if affined else 0
         # numbers that the statistics are not of may leave the range, and come back by their weight
         far = w != 0 and (q.mask.data != 0 or (q.given != 0 and q.foldable == 0))
-        if q.plain and not any_wide and not far:
-            step_row(x, y, along, width, (w, v, wv, bv), (kind, kind))
+        if q.plain and not any_out_of_range and not far:
+            apply_row(x, y, along, width, (w, v, wv, bv), (kind, kind))
             t += 1
             continue
         residual = 0
         if q.residual.data != 0:
             residual = at(q.residual, a, b) + c * q.residual.c + p * q.residual.p + t * q.residual.s
         t += 1
-        if folded and (q.stream == 0 or (y | (width * size_of(kind))) % 64 == 0):
-            row_folded(q, x, y, residual, along, width, q.stream != 0, kind)
+        if folded and (q.non_temporal == 0 or (y | (width * size_of(kind))) % 64 == 0):
+            row_folded(q, x, y, residual, along, width, q.non_temporal != 0, kind)
             continue
-        # what is wide is read once more, and may lie where y does
-        direct = q.direct and not any_wide and not far
+        # what is out of range is read once more, and may lie where y does
+        direct = q.direct and not any_out_of_range and not far
         target = y if direct else tile
-        step_row(x, target, along, width, (w, v, wv, bv), kinds)
-        if any_wide or far:
+        apply_row(x, target, along, width, (w, v, wv, bv), kinds)
+        if any_out_of_range or far:
             w = 0 if q.activation_first else weight
             v = 0 if q.activation_first else bias
             for j in range(width):
                 s = scale + 8 * (j // k)
-                if (any_wide and read(along + 24 * width, j, np.float64) != 0.0) or (
+                if (any_out_of_range and read(along + 24 * width, j, np.float64) != 0.0) or (
                     far and not math.isfinite(read_real(target, j, kind))
                 ):
-                    steps_wide(
+                    apply_out_of_range(
                         x + j * source.c,
                         target + j * (8 if is_double(kind) else 4),
                         1,
@@ -501,4 +501,4 @@ def columns_step(q, place, piece, scale, along, any_wide, room, kinds):
         if q.activation_first:
             affine(target, weight, bias, wv, bv, width, kind)
         if not direct:
-            deliver(tile, spare, y, width, q.stream != 0, kind)
+            deliver(tile, spare, y, width, q.non_temporal != 0, kind)

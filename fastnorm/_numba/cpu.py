@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from fastnorm import _core
 from fastnorm._numba import activations, backward, blocking, forward
-from fastnorm._numba.blocking import FINISH, MOMENTS, OPERANDS, PASS, STEPS, WHOLE
+from fastnorm._numba.blocking import APPLY, FINALIZE, MOMENTS, OPERANDS, PASS, WHOLE
 from fastnorm._numba.extents import size_of_room, spans_of, watched
 from fastnorm._numba.memory import COUNTERS, SOURCES, alone, compiling, together
 from fastnorm.layout import Layout
@@ -184,7 +184,7 @@ class _Plan:
     schedule: ForwardSchedule
     items: int
     width: int
-    streamed: bool
+    non_temporal: bool
     followed: bool  # by a residual or an activation
     half: bool
 
@@ -226,13 +226,13 @@ def _plan(layout: Layout, schedule: ForwardSchedule, dtypes: Dtypes, asked: _Ask
     steps = layout.strides
     weights = [steps.get(name, (0,) * 5) for name in ("weight", "bias")]
     width, chunks, items = schedule.width, schedule.chunks, schedule.items
-    streamed = written and schedule.non_temporal
+    non_temporal = written and schedule.non_temporal
     # short planes of doubles that lie apart, which are not copied together here
     apart = schedule.path == "gathered" and s * size % 64 == 0
-    streamed |= apart and schedule.direct_non_temporal
+    non_temporal |= apart and schedule.direct_non_temporal
     foldable = schedule.foldable
     # rows one by one: of float16, too, which is converted a row at a time
-    alone = schedule.single_rows and not (streamed and size == 2)
+    alone = schedule.single_rows and not (non_temporal and size == 2)
     alone &= "total" not in types or kind is np.float32
     kept = 0
     if alone:
@@ -262,11 +262,11 @@ def _plan(layout: Layout, schedule: ForwardSchedule, dtypes: Dtypes, asked: _Ask
         *(_operand(steps.get(name), sizes.get(name, size)) for name in ARRAYS),
         *(_operand(stats, 8) for _ in range(3)),
         a, b, p, s, c, layout.neighbours, layout.columns, centred, given, scaling,
-        activations.address_of(activation, computing), activation_first, streamed, residual_real,
-        addend_real, foldable, folded_groups, _planes_follow(layout, source),
+        activations.address_of(activation, computing), activation_first, non_temporal,
+        residual_real, addend_real, foldable, folded_groups, _planes_follow(layout, source),
         written and _planes_follow(layout, source, "y"), length, width, chunks, items,
         numeric.block, numeric.splits, 0, 0, 0, 0, 0, 0, kept, alone,
-        streamed and foldable and kind is np.float32, activation == 1, eps,
+        non_temporal and foldable and kind is np.float32, activation == 1, eps,
     )  # fmt: skip
     return _Plan(
         record.view(np.int64),
@@ -275,7 +275,7 @@ def _plan(layout: Layout, schedule: ForwardSchedule, dtypes: Dtypes, asked: _Ask
         schedule,
         items,
         width,
-        streamed,
+        non_temporal,
         "residual" in types or activation != 0 or activation_first,
         size == 2,
     )
@@ -334,8 +334,8 @@ def run_pass(
     addresses = [0 if array is None else _address(array) for array in arrays]
     record = plan.template.copy()
     record[_DATA] = addresses
-    if y is not None and not plan.streamed and addresses[0] != addresses[1]:
-        # straight from x to y
+    if y is not None and not plan.non_temporal and addresses[0] != addresses[1]:
+        # from x to y, through no tile
         record[_AT["plain"]] = not plan.followed
         record[_AT["direct"]] = not plan.half and addresses[5] != addresses[1]
     where = _address(record)
@@ -345,7 +345,7 @@ def run_pass(
         table = np.empty(chunks * blocking.SCALE * plan.width)
         record[_AT["scales"]], record[_AT["items"]] = _address(table), chunks
         with watched(record, table, *arrays):
-            _share(plan.kernel, where, chunks, 1, FINISH, plan.room)
+            _share(plan.kernel, where, chunks, 1, FINALIZE, plan.room)
         record[_AT["items"]] = plan.items
     with watched(record, table, *arrays):
         _carry_out(plan, record, threads, given=given, written=y is not None)
@@ -355,24 +355,24 @@ def run_pass(
 def _carry_out(
     plan: _Plan, record: Array, threads: int, *, given: bool = False, written: bool = False
 ) -> None:
-    """Run a kernel of items on their own, or of pieces where they are few and large."""
+    """Run a kernel of items on their own, or of splits where they are few and large."""
     kernel, room, items = plan.kernel, plan.room, plan.items
-    pieces = plan.schedule.blocking.splits
+    splits = plan.schedule.blocking.splits
     where = _address(record)
     threads, sharing = plan.schedule.threads(threads), plan.schedule.sharing(threads)
     if sharing != "split":
         _share(kernel, where, items, threads, WHOLE, room, sharing == "static")
         return
-    # few large groups: all threads take pieces of each; the merge is in the pieces' order
-    parts = np.empty(items * pieces * blocking.FIELDS * plan.width)
+    # few large groups: all threads take splits of each; the merge is in the splits' order
+    parts = np.empty(items * splits * blocking.FIELDS * plan.width)
     scales = np.empty(items * blocking.SCALE * plan.width)
     record[_AT["parts"]], record[_AT["scales"]] = _address(parts), _address(scales)
     with watched(parts, scales):
         if not given:
-            _share(kernel, where, items * pieces, threads, MOMENTS, room)
-        _share(kernel, where, items, 1, FINISH, room)
+            _share(kernel, where, items * splits, threads, MOMENTS, room)
+        _share(kernel, where, items, 1, FINALIZE, room)
         if written:
-            _share(kernel, where, items * pieces, threads, STEPS, room)
+            _share(kernel, where, items * splits, threads, APPLY, room)
 
 
 def run_moments(
@@ -410,9 +410,9 @@ class _BackPlan:
     kernel: int
     room: Room
     items: int
-    pieces: int
+    segments: int
     inside: bool  # the weight differs along a run
-    turns: int  # of the step alone, where it does
+    turns: int  # of dx alone, where it does
     owners: tuple[int, ...]  # the cells' shape, where it does
     parts: int
     cells: int
@@ -448,9 +448,9 @@ def _back_plan(
     steps = layout.strides
     shared = steps["dweight"]
     inside, segments = numeric.inside, numeric.segments
-    streamed = schedule.non_temporal
+    non_temporal = schedule.non_temporal
     if layout.columns and not schedule.always_non_temporal:
-        streamed &= c * size >= NON_TEMPORAL_MIN_RUN  # rows are stored one by one
+        non_temporal &= c * size >= NON_TEMPORAL_MIN_RUN  # rows are stored one by one
     # across planes, unless these have weights of their own
     joined = layout.columns or inside or shared[2] == 0 or p == 1
     sharers = parts = chunks = width = turns = together = 1
@@ -498,9 +498,9 @@ def _back_plan(
         _operand(asked.weight, real),
         _operand(stats if asked.has_mean else None, 8),
         _operand(stats, 8),
-        a, b, p, s, c, layout.neighbours, asked.centred, asked.training, streamed, not streamed,
-        shared[0] != 0, shared[1] != 0, shared[2] != 0, sharers, parts, segments, chunks, width,
-        items, cells, joined, together, 0, 0, 0,
+        a, b, p, s, c, layout.neighbours, asked.centred, asked.training, non_temporal,
+        not non_temporal, shared[0] != 0, shared[1] != 0, shared[2] != 0, sharers, parts,
+        segments, chunks, width, items, cells, joined, together, 0, 0, 0,
     )  # fmt: skip
     return _BackPlan(
         record.view(np.int64),
@@ -595,21 +595,21 @@ def run_backward(
 def _carry_back(plan: _BackPlan, record: Array, threads: int, groups: int, training: bool) -> None:
     """Run a kernel of tasks on their own, or shared out where they are few and large."""
     where = _address(record)
-    kernel, room, items, pieces = plan.kernel, plan.room, plan.items, plan.pieces
+    kernel, room, items, segments = plan.kernel, plan.room, plan.items, plan.segments
     tasks, threads = items * plan.parts, plan.schedule.threads(threads)
     few = items < ITEMS_PER_THREAD * threads
     apart = plan.parts == 1 and few and (plan.inside or items % threads != 0)
-    if threads == 1 or not apart or (pieces == 1 and not plan.inside):
+    if threads == 1 or not apart or (segments == 1 and not plan.inside):
         _share(kernel, where, tasks, threads, WHOLE, room)
     elif plan.inside:
         if training:
-            _share(kernel, where, groups * pieces, threads, MOMENTS, room)
-        _share(kernel, where, groups, 1, FINISH, room)
-        _share(kernel, where, plan.turns, threads, STEPS, room)
+            _share(kernel, where, groups * segments, threads, MOMENTS, room)
+        _share(kernel, where, groups, 1, FINALIZE, room)
+        _share(kernel, where, plan.turns, threads, APPLY, room)
     else:
-        _share(kernel, where, items * pieces, threads, MOMENTS, room)
-        _share(kernel, where, items, 1, FINISH, room)
-        _share(kernel, where, items * pieces, threads, STEPS, room)
+        _share(kernel, where, items * segments, threads, MOMENTS, room)
+        _share(kernel, where, items, 1, FINALIZE, room)
+        _share(kernel, where, items * segments, threads, APPLY, room)
 
 
 def _totals(plan: _BackPlan, layout: Layout, sums: Array, collected: Array) -> tuple[Array, Array]:

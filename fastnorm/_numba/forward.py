@@ -5,7 +5,7 @@
     c      columns: neighbours in memory with a statistic each, or `neighbours` with one together
 
 With one column the innermost axis is s and a group is a list of contiguous *runs*; with many it is
-c. Both do the same three things, block by block: moments, merge, step. Blocks and pieces depend on
+c. Both do the same three things, block by block: moments, merge, apply. Blocks and splits depend on
 the shape alone and are merged in their order, so that results do not depend on the threads.
 
 Everything a kernel needs to know is in one record, `PASS`; memory is known by its address, and so
@@ -19,14 +19,14 @@ from typing import Any
 from numba import cfunc
 from numba.extending import register_jitable
 
-from fastnorm._numba.blocking import FIELDS, FINISH, MOMENTS, PASS, SCALE, STEPS, WHOLE
-from fastnorm._numba.columns import columns_moments, columns_step, spread
+from fastnorm._numba.blocking import APPLY, FIELDS, FINALIZE, MOMENTS, PASS, SCALE, WHOLE
+from fastnorm._numba.columns import apply_columns, columns_moments, spread
 from fastnorm._numba.extents import part_at
 from fastnorm._numba.memory import KERNEL, STRICT, fence, inner, record_at, take
 from fastnorm._numba.moments import merge_into
 from fastnorm._numba.rows import rows
-from fastnorm._numba.runs import runs_moments, runs_step
-from fastnorm._numba.scales import finish
+from fastnorm._numba.runs import apply_runs, runs_moments
+from fastnorm._numba.scales import finalize
 from fastnorm.schedule import APPLY_ELEMENTS, BLOCK, LANES
 
 # --- Runs -----------------------------------------------------------------------------------------
@@ -43,11 +43,11 @@ def runs_parts(width, kept):
 
 @inner
 def runs(record, memory, turn, turns, task, kind, tiled):
-    """What `task` asks for, of all items or pieces of items; each turn is taken by one thread."""
+    """What `task` asks for, of all items or splits of items; each turn is taken by one thread."""
     q = record_at(record, PASS)
     width = q.width
     kinds = kind, tiled
-    total = q.items if task == WHOLE or task == FINISH else q.items * q.pieces
+    total = q.items if task == WHOLE or task == FINALIZE else q.items * q.splits
     room = runs_parts(width, q.kept)
     whole, part, other = (
         part_at(memory, room, 0),
@@ -64,7 +64,7 @@ def runs(record, memory, turn, turns, task, kind, tiled):
             turn = take(record)
             continue
         for i in range(total * turn // turns, total * (turn + 1) // turns):
-            item = i if task == WHOLE or task == FINISH else i // q.pieces
+            item = i if task == WHOLE or task == FINALIZE else i // q.splits
             a = item // q.chunks
             b = (item - a * q.chunks) * width
             n = min(width, q.b - b)
@@ -72,33 +72,33 @@ def runs(record, memory, turn, turns, task, kind, tiled):
             scale = own
             if task == MOMENTS:
                 into = q.parts + i * 8 * FIELDS * width
-                runs_moments(q, place, i - item * q.pieces, into, part, (work, tile), kinds)
+                runs_moments(q, place, i - item * q.splits, into, part, (work, tile), kinds)
                 continue
             if q.scales != 0:
                 scale = q.scales + item * 8 * SCALE * width
-            if task == FINISH:
-                merged = q.parts + item * q.pieces * 8 * FIELDS * width
+            if task == FINALIZE:
+                merged = q.parts + item * q.splits * 8 * FIELDS * width
                 if not q.given:
-                    for piece in range(1, q.pieces):
-                        merge_into(merged, merged + piece * 8 * FIELDS * width, n, n)
-                finish(q, a, b, 0, n, merged, scale, kind)
-            elif task == STEPS:
-                runs_step(q, place, i - item * q.pieces, scale, (tile, spare), kinds)
+                    for split in range(1, q.splits):
+                        merge_into(merged, merged + split * 8 * FIELDS * width, n, n)
+                finalize(q, a, b, 0, n, merged, scale, kind)
+            elif task == APPLY:
+                apply_runs(q, place, i - item * q.splits, scale, (tile, spare), kinds)
             else:
                 if q.given and q.scales != 0:
                     scale = q.scales + (item - a * q.chunks) * 8 * SCALE * width
                 else:
                     if not q.given:
                         runs_moments(q, place, 0, whole, part, (work, tile), kinds)
-                        for piece in range(1, q.pieces):
-                            runs_moments(q, place, piece, other, part, (work, tile), kinds)
+                        for split in range(1, q.splits):
+                            runs_moments(q, place, split, other, part, (work, tile), kinds)
                             merge_into(whole, other, n, n)
-                    finish(q, a, b, 0, n, whole, scale, kind)
+                    finalize(q, a, b, 0, n, whole, scale, kind)
                 if q.y.data != 0:
-                    for piece in range(q.pieces):
-                        runs_step(q, place, piece, scale, (tile, spare), kinds)
+                    for split in range(q.splits):
+                        apply_runs(q, place, split, scale, (tile, spare), kinds)
         turn = take(record)
-    if q.stream:
+    if q.non_temporal:
         fence()
 
 
@@ -116,11 +116,11 @@ def columns_parts(width):
 
 @inner
 def columns(record, memory, turn, turns, task, kind, tiled):
-    """What `task` asks for, of all items or pieces of items; each turn is taken by one thread."""
+    """What `task` asks for, of all items or splits of items; each turn is taken by one thread."""
     q = record_at(record, PASS)
     width = q.width
     kinds = kind, tiled
-    total = q.items if task == WHOLE or task == FINISH else q.items * q.pieces
+    total = q.items if task == WHOLE or task == FINALIZE else q.items * q.splits
     room = columns_parts(width)
     whole, part, other = (
         part_at(memory, room, 0),
@@ -132,7 +132,7 @@ def columns(record, memory, turn, turns, task, kind, tiled):
     spare = part_at(memory, room, 8)
     while turn < turns:
         for i in range(total * turn // turns, total * (turn + 1) // turns):
-            item = i if task == WHOLE or task == FINISH else i // q.pieces
+            item = i if task == WHOLE or task == FINALIZE else i // q.splits
             outer = item // q.chunks
             c = (item - outer * q.chunks) * width
             a = outer // q.b
@@ -144,32 +144,34 @@ def columns(record, memory, turn, turns, task, kind, tiled):
             scale = own
             if task == MOMENTS:
                 into = q.parts + i * 8 * FIELDS * width
-                columns_moments(q, place, i - item * q.pieces, into, sums_room, kind)
+                columns_moments(q, place, i - item * q.splits, into, sums_room, kind)
                 continue
             if q.scales != 0:
                 scale = q.scales + item * 8 * SCALE * width
-            if task == FINISH:
-                merged = q.parts + item * q.pieces * 8 * FIELDS * width
+            if task == FINALIZE:
+                merged = q.parts + item * q.splits * 8 * FIELDS * width
                 if not q.given:
-                    for piece in range(1, q.pieces):
-                        merge_into(merged, merged + piece * 8 * FIELDS * width, groups, groups)
-                finish(q, a, b, c, groups, merged, scale, kind)
+                    for split in range(1, q.splits):
+                        merge_into(merged, merged + split * 8 * FIELDS * width, groups, groups)
+                finalize(q, a, b, c, groups, merged, scale, kind)
                 continue
             if task == WHOLE:
                 if not q.given:
                     columns_moments(q, place, 0, whole, sums_room, kind)
-                    for piece in range(1, q.pieces):
-                        columns_moments(q, place, piece, other, sums_room, kind)
+                    for split in range(1, q.splits):
+                        columns_moments(q, place, split, other, sums_room, kind)
                         merge_into(whole, other, groups, groups)
-                finish(q, a, b, c, groups, whole, scale, kind)
+                finalize(q, a, b, c, groups, whole, scale, kind)
             if q.y.data != 0:
-                any_wide = spread(q, a, b, c, n, scale, along, kind)
-                begin = 0 if task == WHOLE else i - item * q.pieces
-                end = q.pieces if task == WHOLE else begin + 1
-                for piece in range(begin, end):
-                    columns_step(q, place, piece, scale, along, any_wide, (tile, spare), kinds)
+                any_out_of_range = spread(q, a, b, c, n, scale, along, kind)
+                begin = 0 if task == WHOLE else i - item * q.splits
+                end = q.splits if task == WHOLE else begin + 1
+                for split in range(begin, end):
+                    apply_columns(
+                        q, place, split, scale, along, any_out_of_range, (tile, spare), kinds
+                    )
         turn = take(record)
-    if q.stream:
+    if q.non_temporal:
         fence()
 
 

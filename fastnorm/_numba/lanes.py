@@ -389,7 +389,7 @@ def _fetch_numbers(builder: Any, kind: Any, array: Any, i: Any, n: int, ahead: A
 
 
 @intrinsic
-def step_back_rows(
+def apply_back_rows(
     typingctx: Any, arrays: Any, steps: Any, n: Any, scales: Any, weight: Any, sums: Any, kinds: Any
 ) -> Any:
     """dx of n elements of one row or of four, and what they add to the weights' gradients.
@@ -427,18 +427,18 @@ def step_back_rows(
                 return _repeated(builder, k, weight)
             return builder.fmul(_numbers_at(builder, own, k, weight, i), r)
 
-        def some(i: Any, k: int, stepped: Sequence[int], collecting: bool) -> None:
+        def some(i: Any, k: int, applied: Sequence[int], collecting: bool) -> None:
             terms, results = [], []
-            for row in range(rows) if collecting else stepped:
+            for row in range(rows) if collecting else applied:
                 hi, r, shift, c1, c2 = (_repeated(builder, k, v) for v in scales[row])
                 t = _numbers_at(builder, stored, k, dys[row], i)
                 d = builder.fsub(_numbers_at(builder, kind, k, xs[row], i), hi)
                 h = build_multiply_add(builder, d, r, shift)
                 terms.append((t, h))
-                if row in stepped:
+                if row in applied:
                     v = build_multiply_add(builder, t, slope(i, k, r), builder.fneg(c1))
                     results.append(build_multiply_add(builder, builder.fneg(h), c2, v))
-            for row, v in zip(stepped, results, strict=True):
+            for row, v in zip(applied, results, strict=True):
                 _put_numbers(builder, kind, dxs[row], i, v)
             if collecting:
                 t, h = terms[0]
@@ -465,7 +465,7 @@ def step_back_rows(
             # x87 has no vectors, and registers for one row (13.9 and not 24.9 ms for 4096x768)
             gradients: list[tuple[Sequence[int], bool, set[int]]] = [((), True, {1})]
             loops = [*gradients * collecting, *(((row,), False, {1}) for row in range(rows))]
-        for stepped, collected, counts in loops:
+        for applied, collected, counts in loops:
             begin = ADDRESS(0)
             for count in sorted(counts, reverse=True):
                 end = builder.and_(n, ADDRESS(-count))
@@ -473,7 +473,7 @@ def step_back_rows(
                     if count == line:
                         fetch(i)
                     for part in range(0, count, block):
-                        some(builder.add(i, ADDRESS(part)), min(block, count), stepped, collected)
+                        some(builder.add(i, ADDRESS(part)), min(block, count), applied, collected)
                 begin = end
         return context.get_dummy_value()
 
@@ -485,15 +485,15 @@ def step_back_rows(
 
 
 @intrinsic
-def step_lines(
+def apply_lines(
     typingctx: Any, x: Any, y: Any, size: Any, scale: Any, affine: Any, e: Any, how: Any
 ) -> Any:
     """`size` bytes of y = relu(((x - hi) r + shift) w + b + e), 64 at a time.
 
-    `scale` is hi, r and shift, `affine` w and b, `how` is relu, ahead and past. A scale or weight
-    is one number or the address of many; None leaves away what it stands for.
-    x and e are asked for `ahead` bytes in advance. `past` the caches y is a multiple of 64: LLVM
-    itself vectorises no loop that stores there, and asks of any other whether x and y overlap.
+    `scale` is hi, r and shift, `affine` w and b, `how` is relu, ahead and non-temporal. A scale or
+    weight is one number or the address of many; None leaves away what it stands for. x and e are
+    asked for `ahead` bytes in advance. For non-temporal stores y is a multiple of 64:
+    LLVM itself vectorises no loop of these, and asks of any other whether x and y overlap.
     """
     kind = next((v for v in (scale[1], affine[1]) if isinstance(v, types.Float)), types.float32)
     given = [x, y, size, *scale, *affine, e, *how]

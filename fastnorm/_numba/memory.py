@@ -211,7 +211,7 @@ def write(typingctx: Any, address: Any, index: Any, value: Any) -> Any:
 
 
 @intrinsic
-def stream_line(typingctx: Any, to: Any, source: Any) -> Any:
+def store_line(typingctx: Any, to: Any, source: Any) -> Any:
     """Copy 64 bytes with a non-temporal store, to an address that is a multiple of 64."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:

@@ -22,11 +22,11 @@ from numba.extending import overload
 
 import fastnorm
 from fastnorm._numba import scalar
+from fastnorm._numba.apply import apply_scale
 from fastnorm._numba.blocking import FIELDS, SCALE
 from fastnorm._numba.memory import inner, is_double, read, write
 from fastnorm._numba.moments import merge_into, moments
 from fastnorm._numba.scales import rstd_of
-from fastnorm._numba.steps import steps
 from fastnorm.schedule import BLOCK, LANES
 
 
@@ -73,7 +73,7 @@ def scaled_moments(x, n, unit, centred, into, part, lanes):
 
 @inner
 def row_scale(x, n, centred, eps, room, kind):
-    """From a row to the scale of its step, at `room` + FIELDS numbers twice over."""
+    """From a row to its scale, at `room` + FIELDS numbers twice over."""
     part = room + 8 * FIELDS
     scale = part + 8 * FIELDS
     lanes = scale + 8 * SCALE
@@ -89,14 +89,14 @@ def row_scale(x, n, centred, eps, room, kind):
     _, rstd = rstd_of(
         np.float64(n), read(room, 3, np.float64), read(room, 4, np.float64), eps, unit, kind
     )
-    wide = unit != 1.0
+    out_of_range = unit != 1.0
     if not is_double(kind):
-        wide = not scalar.holds(rstd) or (rstd != 0.0 and abs(mean) >= scalar.MOST)
+        out_of_range = not scalar.holds(rstd) or (rstd != 0.0 and abs(mean) >= scalar.MOST)
     write(scale, 0, mean)
     write(scale, 1, read(room, 2, np.float64))
     write(scale, 2, rstd)
     write(scale, 3, unit)
-    write(scale, 4, 1.0 if wide else 0.0)
+    write(scale, 4, 1.0 if out_of_range else 0.0)
     write(scale, 5, 0.0)
     return scale
 
@@ -109,14 +109,14 @@ def given_scale(mean, var, eps, room, kind):
     """The same of statistics that are given."""
     scale = room + 8 * 2 * FIELDS
     rstd = scalar.inverse_root(var + eps, 0.0) if var + eps != 0.0 else 0.0
-    wide = not is_double(kind) and (
+    out_of_range = not is_double(kind) and (
         not scalar.holds(rstd) or (rstd != 0.0 and abs(mean) >= scalar.MOST)
     )
     write(scale, 0, mean)
     write(scale, 1, 0.0)
     write(scale, 2, rstd)
     write(scale, 3, 1.0)
-    write(scale, 4, 1.0 if wide else 0.0)
+    write(scale, 4, 1.0 if out_of_range else 0.0)
     write(scale, 5, 0.0)
     return scale
 
@@ -139,24 +139,26 @@ def rows(x, y, n, weight, bias, centred, eps, kind):
         at = x.ctypes.data + start
         s = scale_of(at, n, centred, eps, room.ctypes.data, kind)
         w, b = address(weight), address(bias)
-        steps(at, y.ctypes.data + start, n, s, 1, (w, b, wv, bv), (False, False), (kind, kind))
+        apply_scale(
+            at, y.ctypes.data + start, n, s, 1, (w, b, wv, bv), (False, False), (kind, kind)
+        )
     room[0] = 0.0
 
 
 @inner
 def channels(x, y, s, n, count, weight, bias, kind):
-    """The step of `count` channels of n elements, one weight each, by the scale at s."""
+    """Apply the scale at s to `count` channels of n elements, with one weight each."""
     size = 8 if is_double(kind) else 4
     if n == 1:
         wv = 1 if weight != 0 else 0
         bv = 1 if bias != 0 else 0
-        steps(x, y, count, s, 1, (weight, bias, wv, bv), (False, False), (kind, kind))
+        apply_scale(x, y, count, s, 1, (weight, bias, wv, bv), (False, False), (kind, kind))
         return
     for c in range(count):
         w = weight + c * size if weight != 0 else 0
         b = bias + c * size if bias != 0 else 0
         at = c * n * size
-        steps(x + at, y + at, n, s, 1, (w, b, 0, 0), (True, False), (kind, kind))
+        apply_scale(x + at, y + at, n, s, 1, (w, b, 0, 0), (True, False), (kind, kind))
 
 
 # --- What came in ---------------------------------------------------------------------------------

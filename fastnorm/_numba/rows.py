@@ -7,19 +7,19 @@ import math
 import numpy as np
 
 from fastnorm._numba import scalar
+from fastnorm._numba.apply import apply_affine, apply_plain, convert, store_non_temporal
 from fastnorm._numba.blocking import RSTD, at
-from fastnorm._numba.lanes import step_lines
+from fastnorm._numba.lanes import apply_lines
 from fastnorm._numba.memory import inner, is_double, load, read_real, real, size_of, store, write
 from fastnorm._numba.moments import double_moments, fetch_ahead, squares, sums, sums_about
-from fastnorm._numba.runs import runs_step
-from fastnorm._numba.scales import finish, rstd_of
-from fastnorm._numba.steps import convert, steps_affine, steps_plain, stream
+from fastnorm._numba.runs import apply_runs
+from fastnorm._numba.scales import finalize, rstd_of
 from fastnorm.schedule import APPLY_ELEMENTS, NON_TEMPORAL_TILE, SHORT_ROW
 
 
 @inner
-def step_row_alone(q, x, y, n, scale, parameters, tile, kinds):
-    """The step of one row, whose scale has the affine one in it where it can be."""
+def apply_row_alone(q, x, y, n, scale, parameters, tile, kinds):
+    """A row is applied, whose scale has the affine step in it where it can be."""
     hi, r, shift = scale
     weight, bias = parameters
     kind, tiled = kinds
@@ -28,18 +28,18 @@ def step_row_alone(q, x, y, n, scale, parameters, tile, kinds):
     bv = wv and bias != 0
     if q.plain:
         if folded:
-            steps_plain(x, y, n, hi, r, shift, kind, kind)
+            apply_plain(x, y, n, hi, r, shift, kind, kind)
         else:
-            steps_affine(x, y, n, scale, (weight, bias, wv, bv), (kind, kind))
+            apply_affine(x, y, n, scale, (weight, bias, wv, bv), (kind, kind))
         return
     size = size_of(kind)
     i = 0
     while i < n:
         m = min((-(y + size * i)) % 64 // size, n - i)
-        lines = q.stream != 0 and m == 0 and n - i >= 64 // size
+        lines = q.non_temporal != 0 and m == 0 and n - i >= 64 // size
         if lines:
             m = (n - i) // (64 // size) * (64 // size)
-        elif m == 0 or not q.stream:
+        elif m == 0 or not q.non_temporal:
             m = min(n - i, APPLY_ELEMENTS)
         at_x, at_y = x + size * i, y + size * i
         w = weight + q.weight.s * i if weight != 0 else 0
@@ -47,21 +47,21 @@ def step_row_alone(q, x, y, n, scale, parameters, tile, kinds):
         zero = real(0.0, kind)
         if lines:
             if folded:
-                step_lines(at_x, at_y, size * m, scale, (None, None), None, (None, None, 1))
+                apply_lines(at_x, at_y, size * m, scale, (None, None), None, (None, None, 1))
             elif bv:
-                step_lines(at_x, at_y, size * m, scale, (w, b), None, (None, None, 1))
+                apply_lines(at_x, at_y, size * m, scale, (w, b), None, (None, None, 1))
             elif wv:
-                step_lines(at_x, at_y, size * m, scale, (w, zero), None, (None, None, 1))
+                apply_lines(at_x, at_y, size * m, scale, (w, zero), None, (None, None, 1))
             else:
                 one = read_real(w, 0, kind) if w != 0 else real(1.0, kind)
                 other = read_real(b, 0, kind) if b != 0 else zero
-                step_lines(at_x, at_y, size * m, scale, (one, other), None, (None, None, 1))
+                apply_lines(at_x, at_y, size * m, scale, (one, other), None, (None, None, 1))
         else:
             # through a tile where x and y are one array
             if folded:
-                steps_plain(at_x, tile, m, hi, r, shift, kind, tiled)
+                apply_plain(at_x, tile, m, hi, r, shift, kind, tiled)
             else:
-                steps_affine(at_x, tile, m, scale, (w, b, wv, bv), kinds)
+                apply_affine(at_x, tile, m, scale, (w, b, wv, bv), kinds)
             convert(tile, at_y, m, kind)
         i += m
 
@@ -81,7 +81,7 @@ def lined_up(w, y, n, room, kind):
 def sum_of_row(q, a, b, i, n, tile, kind):
     """x + addend of row i, where they lie when their moments are taken."""
     x, e, to = at(q.x, a, b), at(q.addend, a, b), at(q.total, a, b)
-    t = tile + (i & 1) * n * size_of(kind) if q.stream else to
+    t = tile + (i & 1) * n * size_of(kind) if q.non_temporal else to
     f = 0
     while f < n:
         m = min(n - f, NON_TEMPORAL_TILE)
@@ -92,8 +92,8 @@ def sum_of_row(q, a, b, i, n, tile, kind):
         for j in range(m):
             store(at_t, j, real(load(at_x, j, kind) + load(at_e, j, kind), kind), kind)
         f += m
-    if q.stream:
-        stream(to, t, n * size_of(kind))
+    if q.non_temporal:
+        store_non_temporal(to, t, n * size_of(kind))
     return t
 
 
@@ -101,7 +101,7 @@ def sum_of_row(q, a, b, i, n, tile, kind):
 def rows(q, first, last, room, kinds):
     """Groups [first, last) that are rows with weights at most, one after the other.
 
-    Short ones are stepped after the sums of the next, which hide how long a quotient and a root
+    Short ones are applied after the sums of the next, which hide how long a quotient and a root
     take; of long ones the cache would have lost the beginning by then.
     """
     whole, own, work, tile, spare, kept = room
@@ -135,7 +135,7 @@ def rows(q, first, last, room, kinds):
         else:
             m2 = squares(x, n, kind)
         if late and before != 0:
-            step_row_alone(q, before, before_y, n, (hi, r, shift), (w, v), spare, kinds)
+            apply_row_alone(q, before, before_y, n, (hi, r, shift), (w, v), spare, kinds)
         if q.centred and not is_double(kind):
             mean, rest, m2, again = scalar.moments_of_sums(count, mean, m2, 0.0)
             if again and math.isfinite(mean):
@@ -161,15 +161,15 @@ def rows(q, first, last, room, kinds):
         if not held:
             # what its type cannot hold
             before = 0
-            if q.total.data != 0 and q.stream:
+            if q.total.data != 0 and q.non_temporal:
                 x = at(q.total, a, b)
             write(whole, 0, count)
             write(whole, 1, mean)
             write(whole, 2, rest)
             write(whole, 3, m2)
             write(whole, 4, m2_rest)
-            finish(q, a, b, 0, 1, whole, own, kind)
-            runs_step(q, (a, b, 1), 0, own, (tile, spare), kinds)
+            finalize(q, a, b, 0, 1, whole, own, kind)
+            apply_runs(q, (a, b, 1), 0, own, (tile, spare), kinds)
             continue
         if q.mean.data != 0:
             write(at(q.mean, a, b), 0, mean)
@@ -179,6 +179,6 @@ def rows(q, first, last, room, kinds):
         shift = real(c - lo * rw if q.foldable and not is_double(kind) else -lo * rw, kind)
         before, before_y = x, y
         if not late:
-            step_row_alone(q, x, y, n, (hi, r, shift), (w, v), spare, kinds)
+            apply_row_alone(q, x, y, n, (hi, r, shift), (w, v), spare, kinds)
     if late and before != 0:
-        step_row_alone(q, before, before_y, n, (hi, r, shift), (weight, bias), spare, kinds)
+        apply_row_alone(q, before, before_y, n, (hi, r, shift), (weight, bias), spare, kinds)

@@ -1,4 +1,4 @@
-"""Groups that are lists of contiguous runs: their moments and their steps."""
+"""Groups that are lists of contiguous runs: their moments, and their output."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import math
 import numpy as np
 
 from fastnorm._numba import scalar
+from fastnorm._numba.apply import apply_plain, apply_run
 from fastnorm._numba.blocking import at
 from fastnorm._numba.memory import inner, is_double, load, read, read_real, real, store, write
 from fastnorm._numba.moments import merge_into, moments, squares, sums, sums_about
-from fastnorm._numba.steps import step_run, steps_plain
 from fastnorm.schedule import BLOCK, SPLIT_BLOCKS
 
 
@@ -135,10 +135,10 @@ def runs_block(q, place, first, last, into, room, kinds):
 
 
 @inner
-def runs_moments(q, place, piece, into, part, room, kinds):
-    """Moments of a piece of each of `width` groups: those of its blocks, merged in order."""
+def runs_moments(q, place, split, into, part, room, kinds):
+    """Moments of a split of each of `width` groups: those of its blocks, merged in order."""
     width = place[2]
-    first = piece * BLOCK * SPLIT_BLOCKS
+    first = split * BLOCK * SPLIT_BLOCKS
     last = min(first + BLOCK * SPLIT_BLOCKS, q.length)
     f = first
     while True:
@@ -152,12 +152,12 @@ def runs_moments(q, place, piece, into, part, room, kinds):
 
 
 @inner
-def runs_step(q, place, piece, scale, room, kinds):
-    """The step of a piece of each of `width` groups; `room` is a tile and a spare."""
+def apply_runs(q, place, split, scale, room, kinds):
+    """A split of each of `width` groups is applied; `room` is a tile and a spare."""
     a, b, width = place
     kind = kinds[0]
     source = q.total if q.total.data != 0 else q.x
-    f = piece * BLOCK * SPLIT_BLOCKS
+    f = split * BLOCK * SPLIT_BLOCKS
     last = min(f + BLOCK * SPLIT_BLOCKS, q.length)
     while f < last:
         p = f // q.s
@@ -168,7 +168,7 @@ def runs_step(q, place, piece, scale, room, kinds):
             and q.bias.s == 0
             and q.weight.p == 0
             and q.bias.p == 0
-            and q.whole_steps
+            and q.whole_output
             and q.plain
         ):
             n = last - f
@@ -179,7 +179,7 @@ def runs_step(q, place, piece, scale, room, kinds):
                 hi = real(read(scale, k, np.float64), kind)
                 r = real(read(scale, 6 * width + k, np.float64), kind)
                 shift = real(read(scale, 7 * width + k, np.float64), kind)
-                steps_plain(x, y, n, hi, r, shift, kind, kind)
+                apply_plain(x, y, n, hi, r, shift, kind, kind)
             else:
-                step_run(q, (a, b + k, p, t), n, scale + 8 * k, width, room, kinds)
+                apply_run(q, (a, b + k, p, t), n, scale + 8 * k, width, room, kinds)
         f += n

@@ -91,18 +91,18 @@ def holds(scale: Any) -> Any:
     return not (abs(scale) <= LEAST or abs(scale) >= MOST) or scale == 0.0
 
 
-# --- Steps ----------------------------------------------------------------------------------------
+# --- Output ---------------------------------------------------------------------------------------
 
 
-def step(x: Any, hi: Any, r: Any, shift: Any) -> Any:
+def apply(x: Any, hi: Any, r: Any, shift: Any) -> Any:
     """(x - mean) rstd; mean = hi + lo, `shift` = -lo rstd: x - hi is exact where it matters.
 
-    With rstd * weight for `r` and bias - lo * rstd * weight for `shift` it is the whole step.
+    With rstd * weight for `r` and bias - lo * rstd * weight for `shift` the affine step is in it.
     """
     return fma(x - hi, r, shift)
 
 
-def step_back(x: Any, dy: Any, hi: Any, r: Any, shift: Any, wr: Any, c1: Any, c2: Any) -> Any:
+def apply_back(x: Any, dy: Any, hi: Any, r: Any, shift: Any, wr: Any, c1: Any, c2: Any) -> Any:
     """dx = rstd (weight dy - mean(weight dy) - xhat mean(weight dy xhat)): wr = weight rstd.
 
     `c1` and `c2` are the two means times rstd.

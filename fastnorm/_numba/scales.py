@@ -1,4 +1,4 @@
-"""From moments to the scale of a group, and to what the step needs of it."""
+"""From moments to the scale of a group, and to what its output needs of it."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def power_sum(q, x, mask, unit, pivot, square):
 
 
 @inner
-def rescue(q, x, mask):
+def rescaled_moments(q, x, mask):
     """Moments of one group whose squares leave float64's range, on x * unit: slow, rare.
 
-    (whether there was something to rescue, mean, rest, M2, unit): nothing where elements are no
+    (whether there was something to rescale, mean, rest, M2, unit): nothing where elements are no
     numbers or infinite (the mean of centred ones is their sum) or where all are the same (mean
     that, M2 0).
     """
@@ -88,12 +88,12 @@ def rstd_of(count, m2, m2_rest, eps, unit, kind):
 
 
 @inner
-def finish(q, a, b, c, n, of, scale, kind):
-    """From the moments of n groups to what the step needs; the statistics are written out.
+def finalize(q, a, b, c, n, of, scale, kind):
+    """From the moments of n groups to what their output needs; the statistics are written out.
 
-    Mean, rest, rstd, unit, whether it is wide, whether it is folded, and then rstd * weight and
-    bias - lo * rstd * weight. What a float32 cannot hold (data at 1e38 or 1e-42) is wide: its step
-    runs in float64, on x times the power of two `unit`.
+    Mean, rest, rstd, unit, whether it is out of range, whether it is folded, and then rstd * weight
+    and bias - lo * rstd * weight. What a float32 cannot hold (data at 1e38 or 1e-42) is out of
+    range, and applied in float64, on x times the power of two `unit`.
     """
     source = q.total if q.total.data != 0 else q.x
     for g in range(n):
@@ -130,7 +130,7 @@ def finish(q, a, b, c, n, of, scale, kind):
                 if not 1e-270 < v < 1e270 and count > 0.0:
                     x = at(source, a, group) + offset * source.c
                     mask = 0 if q.mask.data == 0 else at(q.mask, a, group) + offset * q.mask.c
-                    found, other_mean, other_rest, other_m2, unit = rescue(q, x, mask)
+                    found, other_mean, other_rest, other_m2, unit = rescaled_moments(q, x, mask)
                     if found or other_mean == other_mean:
                         mean, rest, m2, m2_rest = other_mean, other_rest, other_m2, 0.0
             var, rstd = rstd_of(count, m2, m2_rest, q.eps, unit, kind)
@@ -142,16 +142,16 @@ def finish(q, a, b, c, n, of, scale, kind):
                 write(at(q.mean, a, group) + place, 0, mean / unit)
                 write(at(q.var, a, group) + place, 0, var / unit / unit)
                 write(at(q.rstd, a, group) + place, 0, rstd * unit)
-        wide = unit != 1.0
+        out_of_range = unit != 1.0
         if not is_double(kind):
-            wide = not scalar.holds(rstd) or (rstd != 0.0 and abs(mean) >= scalar.MOST)
+            out_of_range = not scalar.holds(rstd) or (rstd != 0.0 and abs(mean) >= scalar.MOST)
         write(scale, g, mean)
         write(scale, n + g, rest)
         write(scale, 2 * n + g, rstd)
         write(scale, 3 * n + g, unit)
-        write(scale, 4 * n + g, 1.0 if wide else 0.0)
+        write(scale, 4 * n + g, 1.0 if out_of_range else 0.0)
         write(scale, 5 * n + g, 0.0)
-        if q.folded_groups and not wide:
+        if q.folded_groups and not out_of_range:
             w = 1.0
             v = 0.0
             if q.weight.data != 0:

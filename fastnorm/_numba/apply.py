@@ -1,4 +1,4 @@
-"""A run is applied, from x to y: scale, affine step, residual, activation."""
+"""From x and a scale to y: affine step, residual, activation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from fastnorm._numba import scalar
 from fastnorm._numba.blocking import at
-from fastnorm._numba.lanes import step_lines
+from fastnorm._numba.lanes import apply_lines
 from fastnorm._numba.memory import (
     call,
     inner,
@@ -19,7 +19,7 @@ from fastnorm._numba.memory import (
     real,
     size_of,
     store,
-    stream_line,
+    store_line,
     write,
 )
 from fastnorm.schedule import APPLY_ELEMENTS, NON_TEMPORAL_TILE, PREFETCH_BYTES, PREFETCH_WINDOW
@@ -55,7 +55,7 @@ def affine(t, weight, bias, wv, bv, n, kind):
 
 
 @inner
-def stream(to, source, size):
+def store_non_temporal(to, source, size):
     """Copy `size` bytes with non-temporal stores."""
     head = min((-to) % 64, size)
     i = 0
@@ -63,7 +63,7 @@ def stream(to, source, size):
         write(to, i, read(source, i, np.uint8))
         i += 1
     while i + 64 <= size:
-        stream_line(to + i, source + i)
+        store_line(to + i, source + i)
         i += 64
     while i < size:
         write(to, i, read(source, i, np.uint8))
@@ -84,16 +84,16 @@ def deliver(t, spare, y, n, past, kind):
         convert(t, y, n, kind)
     elif size_of(kind) == 2:
         convert(t, spare, n, kind)
-        stream(y, spare, 2 * n)
+        store_non_temporal(y, spare, 2 * n)
     else:
-        stream(y, t, size_of(kind) * n)
+        store_non_temporal(y, t, size_of(kind) * n)
 
 
-# --- The step of a run ----------------------------------------------------------------------------
+# --- Scale and affine step ------------------------------------------------------------------------
 
 
 @inner
-def steps_wide(x, y, n, scale, affine, kinds):
+def apply_out_of_range(x, y, n, scale, affine, kinds):
     """What float32 cannot hold, in float64; `scale` is mean, rest, rstd and unit."""
     mean, rest, rstd, unit = scale
     weight, bias, wv, bv = affine
@@ -107,15 +107,15 @@ def steps_wide(x, y, n, scale, affine, kinds):
 
 
 @inner
-def steps_plain(x, y, n, hi, r, shift, kind, to):
-    """The step where the affine one is in the scale."""
+def apply_plain(x, y, n, hi, r, shift, kind, to):
+    """Apply a scale that has the affine step in it."""
     for i in range(n):
-        store(y, i, scalar.step(load(x, i, kind), hi, r, shift), to)
+        store(y, i, scalar.apply(load(x, i, kind), hi, r, shift), to)
 
 
 @inner
-def steps_affine(x, y, n, scale, affine, kinds):
-    """The step and then the affine one; addresses of 0 for what is not there.
+def apply_affine(x, y, n, scale, affine, kinds):
+    """Apply a scale and then the affine step; addresses of 0 for what is not there.
 
     `scale` is hi, r and shift; `affine` the addresses of weight and bias, and how far apart their
     numbers are; `kinds` those of x and of y.
@@ -131,24 +131,24 @@ def steps_affine(x, y, n, scale, affine, kinds):
         b = read_real(bias, 0, kind)
     if wv and bv:
         for i in range(n):
-            t = scalar.step(load(x, i, kind), hi, r, shift)
+            t = scalar.apply(load(x, i, kind), hi, r, shift)
             store(y, i, scalar.fma(t, read_real(weight, i, kind), read_real(bias, i, kind)), to)
     elif wv:
         for i in range(n):
-            t = scalar.step(load(x, i, kind), hi, r, shift)
+            t = scalar.apply(load(x, i, kind), hi, r, shift)
             store(y, i, scalar.fma(t, read_real(weight, i, kind), b), to)
     elif bv:
         for i in range(n):
-            t = scalar.step(load(x, i, kind), hi, r, shift)
+            t = scalar.apply(load(x, i, kind), hi, r, shift)
             store(y, i, scalar.fma(t, w, read_real(bias, i, kind)), to)
     else:
         for i in range(n):
-            store(y, i, scalar.fma(scalar.step(load(x, i, kind), hi, r, shift), w, b), to)
+            store(y, i, scalar.fma(scalar.apply(load(x, i, kind), hi, r, shift), w, b), to)
 
 
 @inner
-def steps_far(x, y, n, s, apart, affine, kinds):
-    """`steps_affine` of numbers that the statistics are not of.
+def apply_far(x, y, n, s, apart, affine, kinds):
+    """`apply_affine` of numbers that the statistics are not of.
 
     A mask left them out, or they were given. A product that leaves the type's range may come back
     by its weight.
@@ -165,7 +165,7 @@ def steps_far(x, y, n, s, apart, affine, kinds):
         v = load(x, i, kind)
         w = read_real(weight, i * wv, kind)
         b = read_real(bias, i * bv, kind) if bias != 0 else real(0.0, kind)
-        t = scalar.step(v, hi, r, shift)
+        t = scalar.apply(v, hi, r, shift)
         if math.isfinite(t):
             store(y, i, scalar.fma(t, w, b), to)
         else:
@@ -193,8 +193,8 @@ def scale_of_run(s, apart, weight, bias, kind):
 
 
 @inner
-def steps(x, y, n, s, apart, affine, foldable_far, kinds):
-    """The step of a run whose scale is at `s`, its numbers `apart`; written as numbers of `to`.
+def apply_scale(x, y, n, s, apart, affine, foldable_far, kinds):
+    """Apply the scale at `s`, its numbers `apart`, to a run; written as numbers of `to`.
 
     Whether the affine step may be in the scale, and whether the statistics may not be of these
     numbers, is in `foldable_far`.
@@ -205,48 +205,48 @@ def steps(x, y, n, s, apart, affine, foldable_far, kinds):
     if foldable and not is_double(kind):
         hi, r, shift, holds = scale_of_run(s, apart, weight, bias, kind)
         if holds:
-            steps_plain(x, y, n, hi, r, shift, kind, to)
+            apply_plain(x, y, n, hi, r, shift, kind, to)
             return
     mean = read(s, 0, np.float64)
     rest = read(s, apart, np.float64)
     rstd = read(s, 2 * apart, np.float64)
     if read(s, 4 * apart, np.float64) != 0.0:
         unit = read(s, 3 * apart, np.float64)
-        steps_wide(x, y, n, (mean, rest, rstd, unit), affine, kinds)
+        apply_out_of_range(x, y, n, (mean, rest, rstd, unit), affine, kinds)
         return
     if far and weight != 0:
-        steps_far(x, y, n, s, apart, affine, kinds)
+        apply_far(x, y, n, s, apart, affine, kinds)
         return
     hi = real(mean, kind)
     lo = (mean - np.float64(hi)) + rest
     r = real(rstd, kind)
-    steps_affine(x, y, n, (hi, r, real(-lo * rstd, kind)), affine, kinds)
+    apply_affine(x, y, n, (hi, r, real(-lo * rstd, kind)), affine, kinds)
 
 
 @inner
-def steps_with_residual(x, y, residual, n, hi, r, shift, kind):
-    """The step of some floats and, unless it is None, a residual."""
+def apply_with_residual(x, y, residual, n, hi, r, shift, kind):
+    """Apply a scale to some floats and, unless it is None, add a residual."""
     for i in range(n):
-        t = scalar.step(load(x, i, kind), hi, r, shift)
+        t = scalar.apply(load(x, i, kind), hi, r, shift)
         if residual is not None:
             t = real(t + load(residual, i, kind), kind)
         write(y, i, t)
 
 
 @inner
-def steps_non_temporal(q, arrays, n, scale, ahead, tile, kind):
-    """A run of floats is applied with its residual and activation, with non-temporal stores."""
+def apply_non_temporal(q, arrays, n, scale, ahead, tile, kind):
+    """Apply a scale, a residual and an activation to a run of floats, with non-temporal stores."""
     x, y, residual = arrays
     hi, r, shift = scale
     size = size_of(kind)
-    straight = q.relu != 0 or q.activation == 0
+    in_lines = q.relu != 0 or q.activation == 0
     i = 0
     while i < n:
         m = min((-(y + size * i)) % 64 // size, n - i)
         lines = m == 0 and n - i >= 64 // size
         if lines:
             m = (
-                (n - i if straight else min(n - i, NON_TEMPORAL_TILE))
+                (n - i if in_lines else min(n - i, NON_TEMPORAL_TILE))
                 // (64 // size)
                 * (64 // size)
             )
@@ -254,28 +254,28 @@ def steps_non_temporal(q, arrays, n, scale, ahead, tile, kind):
             m = n - i
         at_x, at_y = x + size * i, y + size * i
         added = residual + size * i
-        if lines and straight:
+        if lines and in_lines:
             if residual != 0 and q.relu:
-                step_lines(at_x, at_y, size * m, scale, (None, None), added, (1, ahead, 1))
+                apply_lines(at_x, at_y, size * m, scale, (None, None), added, (1, ahead, 1))
             elif residual != 0:
-                step_lines(at_x, at_y, size * m, scale, (None, None), added, (None, ahead, 1))
+                apply_lines(at_x, at_y, size * m, scale, (None, None), added, (None, ahead, 1))
             elif q.relu:
-                step_lines(at_x, at_y, size * m, scale, (None, None), None, (1, ahead, 1))
+                apply_lines(at_x, at_y, size * m, scale, (None, None), None, (1, ahead, 1))
             else:
-                step_lines(at_x, at_y, size * m, scale, (None, None), None, (None, ahead, 1))
+                apply_lines(at_x, at_y, size * m, scale, (None, None), None, (None, ahead, 1))
         else:
             if residual != 0:
-                steps_with_residual(at_x, tile, added, m, hi, r, shift, kind)
+                apply_with_residual(at_x, tile, added, m, hi, r, shift, kind)
             else:
-                steps_with_residual(at_x, tile, None, m, hi, r, shift, kind)
+                apply_with_residual(at_x, tile, None, m, hi, r, shift, kind)
             if q.activation != 0:
                 activate(q, tile, m)
-            stream(at_y, tile, size * m)
+            store_non_temporal(at_y, tile, size * m)
         i += m
 
 
 @inner
-def step_run(q, place, n, s, apart, room, kinds):
+def apply_run(q, place, n, s, apart, room, kinds):
     """Elements [t, t + n) of plane p of group (a, b), from x to y; `room` is a tile and a spare."""
     a, b, p, t = place
     tile, spare = room
@@ -294,9 +294,9 @@ def step_run(q, place, n, s, apart, room, kinds):
     far = q.mask.data != 0 or (q.given != 0 and q.foldable == 0)
     foldable_far = q.foldable != 0, far
     if q.plain:
-        steps(x, y, n, s, apart, (weight, bias, wv, bv), foldable_far, (kind, kind))
+        apply_scale(x, y, n, s, apart, (weight, bias, wv, bv), foldable_far, (kind, kind))
         return
-    if q.past:
+    if q.direct_non_temporal:
         hi, r, shift, holds = scale_of_run(s, apart, weight, bias, kind)
         if holds:
             residual = 0
@@ -305,7 +305,7 @@ def step_run(q, place, n, s, apart, room, kinds):
             ahead = PREFETCH_BYTES
             if not q.given and q.length * source.s <= PREFETCH_WINDOW:
                 ahead = source.b  # this group lies in cache, the next one does not yet
-            steps_non_temporal(q, (x, y, residual), n, (hi, r, shift), ahead, tile, kind)
+            apply_non_temporal(q, (x, y, residual), n, (hi, r, shift), ahead, tile, kind)
             return
     i = 0
     while i < n:
@@ -315,7 +315,7 @@ def step_run(q, place, n, s, apart, room, kinds):
         target = y + i * size if q.direct else tile
         w = weight + i * q.weight.s if weight != 0 else 0
         v = bias + i * q.bias.s if bias != 0 else 0
-        steps(x + i * size, target, m, s, apart, (w, v, wv, bv), foldable_far, kinds)
+        apply_scale(x + i * size, target, m, s, apart, (w, v, wv, bv), foldable_far, kinds)
         if q.residual.data != 0:
             residual = at(q.residual, a, b) + p * q.residual.p + (t + i) * q.residual.s
             add(target, residual, m, q.residual_real != 0, kind)
@@ -330,5 +330,5 @@ def step_run(q, place, n, s, apart, room, kinds):
                 v = at(q.bias, a, b) + p * q.bias.p + (t + i) * q.bias.s
             affine(target, w, v, 1 if q.weight.s != 0 else 0, 1 if q.bias.s != 0 else 0, m, kind)
         if not q.direct:
-            deliver(tile, spare, y + i * size, m, q.stream != 0, kind)
+            deliver(tile, spare, y + i * size, m, q.non_temporal != 0, kind)
         i += m

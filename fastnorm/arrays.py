@@ -12,11 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fastnorm.problem import BackwardProblem, Problem
+from fastnorm.problem import Array, BackwardProblem, Problem
 
-Array = NDArray[Any]
 Shape = tuple[int, ...]
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 import fastnorm as fn
 from fastnorm import bench
@@ -16,8 +15,6 @@ from fastnorm._files.names import CannotUse
 from fastnorm.backends import recorder
 from fastnorm.machine import Machine
 from fastnorm.schedule import BackwardSchedule, ForwardSchedule
-
-Array = NDArray[Any]
 
 _WIDTH = 10  # of the names at the beginning of lines
 

@@ -13,12 +13,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from numpy.typing import NDArray
-
 from fastnorm.arrays import flip
 from fastnorm.schedule import MIN_RUN
-
-Array = NDArray[Any]
 
 # An operand's name, shape, strides in bytes, and bytes of an element.
 Operand = tuple[str, tuple[int, ...], tuple[int, ...], int]

@@ -14,17 +14,14 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastnorm import _core, runtime
 from fastnorm.arguments import did_you_mean, shown
 from fastnorm.arrays import ArrayView, assign, to_device_of, to_host
 from fastnorm.backends import cython, numba, numpy
 from fastnorm.backends.base import Backend
-from fastnorm.problem import BackwardProblem
+from fastnorm.problem import Array, BackwardProblem
 from fastnorm.runtime import chosen_backend
-
-Array = NDArray[Any]
 
 # All there are, the fastest first.
 MODULES: dict[str, Backend] = {"cython": cython, "numba": numba, "numpy": numpy}

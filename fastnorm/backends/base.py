@@ -5,11 +5,8 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fastnorm.problem import BackwardProblem, Problem
-
-Array = NDArray[Any]
+from fastnorm.problem import Array, BackwardProblem, Problem
 
 
 class Backend(Protocol):

@@ -6,18 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastnorm import machine
 from fastnorm._reference import IN_KERNELS
 from fastnorm.arguments import computing_type
 from fastnorm.backends.base import sum_to
 from fastnorm.layout import ascending, layout_of
-from fastnorm.problem import OPERANDS, BackwardProblem, Problem
+from fastnorm.problem import OPERANDS, Array, BackwardProblem, Problem
 from fastnorm.runtime import kernel_threads
 from fastnorm.schedule import backward_schedule, forward_schedule
-
-Array = NDArray[Any]
 
 # What the kernels call an activation: 0 is none.
 _NUMBERS = {None: 0} | {name: n for n, name in enumerate(IN_KERNELS, 1)}

@@ -6,13 +6,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastnorm import _core
 from fastnorm._reference import IN_KERNELS
 from fastnorm.backends import compiled
-
-Array = NDArray[Any]
+from fastnorm.problem import Array
 
 
 def available() -> bool:

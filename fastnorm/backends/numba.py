@@ -6,12 +6,9 @@ from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastnorm.backends import compiled
-from fastnorm.problem import BackwardProblem, Problem
-
-Array = NDArray[Any]
+from fastnorm.problem import Array, BackwardProblem, Problem
 
 
 def available() -> bool:

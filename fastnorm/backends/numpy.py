@@ -5,14 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastnorm import _reference
 from fastnorm.arguments import computing_type
 from fastnorm.backends.base import sum_to
-from fastnorm.problem import BackwardProblem, Problem, Scaling
-
-Array = NDArray[Any]
+from fastnorm.problem import Array, BackwardProblem, Problem, Scaling
 
 
 def available() -> bool:

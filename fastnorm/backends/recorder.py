@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastnorm import runtime
-from fastnorm.backends import compiled
+from fastnorm.backends import compiled, cython
 from fastnorm.layout import Layout
 from fastnorm.machine import Machine
-from fastnorm.problem import OPERANDS, BackwardProblem, Problem
+from fastnorm.problem import OPERANDS, Array, BackwardProblem, Problem
 from fastnorm.schedule import (
     BackwardSchedule,
     Dtypes,
@@ -23,8 +22,6 @@ from fastnorm.schedule import (
     backward_schedule,
     forward_schedule,
 )
-
-Array = NDArray[Any]
 
 NAME = "recorder"
 
@@ -108,6 +105,4 @@ def moments(x: Array, reduced: tuple[bool, ...], mask: Array | None, out: Array)
     compiled.moments(x, reduced, mask, out, _kernels)
 
 
-def takes_whole(dtype: np.dtype[Any]) -> bool:
-    """As the compiled kernels."""
-    return not (dtype.kind in "iu" and dtype.itemsize > 2)
+takes_whole = cython.takes_whole

@@ -21,8 +21,8 @@ from fastnorm._numba.gpu.forward import forward
 from fastnorm._numba.gpu.launch import address, device_of, launch, wait_for_all
 from fastnorm._numba.gpu.libraries import dense_strides, handles, library_of
 from fastnorm._numba.gpu.package import SIMULATED, cuda, is_scalar_function
-from fastnorm.arrays import Array, ArrayView, Shape, assign, empty_on, moveaxis
-from fastnorm.problem import BackwardProblem, Problem
+from fastnorm.arrays import ArrayView, Shape, assign, empty_on, moveaxis
+from fastnorm.problem import Array, BackwardProblem, Problem
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from fastnorm._numba.memory import COUNTERS, inner, read
+from fastnorm.problem import OPERANDS
 
 FIELDS = 5  # numbers of moments
 SCALE = 8  # numbers of the scale of a group
@@ -21,9 +22,7 @@ WHOLE, MOMENTS, FINALIZE, APPLY = range(4)  # what a kernel is asked to do
 
 Field: TypeAlias = tuple[str, Any]
 OPERAND = np.dtype([(name, np.int64) for name in ("data", "a", "b", "p", "s", "c")])
-OPERANDS = (
-    "x", "y", "mask", "weight", "bias", "residual", "addend", "total", "mean", "var", "rstd",
-)  # fmt: skip
+ADDRESSES = (*OPERANDS, "mean", "var", "rstd")
 NUMBERS = (
     "a", "b", "p", "s", "c", "neighbours", "columns", "centred", "given", "scaling", "activation",
     "activation_first", "non_temporal", "residual_real", "addend_real", "foldable", "folded_groups",
@@ -40,7 +39,7 @@ def record_of(operands: Sequence[str], numbers: Sequence[str], *more: Field) -> 
     return np.dtype([*fields, *((name, np.int64) for name in numbers), *more])
 
 
-PASS = record_of(OPERANDS, NUMBERS, ("eps", np.float64))
+PASS = record_of(ADDRESSES, NUMBERS, ("eps", np.float64))
 
 
 @inner

@@ -6,7 +6,7 @@ Kernels are compiled on first use, for the kind of number at hand, and kept on d
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from fastnorm import _core
 from fastnorm._numba import activations, backward, blocking, forward
-from fastnorm._numba.blocking import APPLY, FINALIZE, MOMENTS, OPERANDS, PASS, WHOLE
+from fastnorm._numba.blocking import ADDRESSES, APPLY, FINALIZE, MOMENTS, PASS, WHOLE
 from fastnorm._numba.extents import size_of_room, spans_of, watched
 from fastnorm._numba.memory import COUNTERS, SOURCES, alone, compiling, together
 from fastnorm.layout import Layout
+from fastnorm.problem import OPERANDS
 from fastnorm.schedule import (
     BACKWARD_CHUNK,
     BACKWARD_SHARED_RUNS,
@@ -259,7 +260,7 @@ def _plan(layout: Layout, schedule: ForwardSchedule, dtypes: Dtypes, asked: _Ask
     record = np.zeros(1, PASS)
     record[0] = (
         0,
-        *(_operand(steps.get(name), sizes.get(name, size)) for name in ARRAYS),
+        *(_operand(steps.get(name), sizes.get(name, size)) for name in OPERANDS),
         *(_operand(stats, 8) for _ in range(3)),
         a, b, p, s, c, layout.neighbours, layout.columns, centred, given, scaling,
         activations.address_of(activation, computing), activation_first, non_temporal,
@@ -281,10 +282,15 @@ def _plan(layout: Layout, schedule: ForwardSchedule, dtypes: Dtypes, asked: _Ask
     )
 
 
-ARRAYS = OPERANDS[:8]
 # Places in a record, counted in whole numbers: slices are set in a third of the time.
-_DATA = slice(len(COUNTERS), len(COUNTERS) + 6 * len(OPERANDS), 6)
+_DATA = slice(len(COUNTERS), len(COUNTERS) + 6 * len(ADDRESSES), 6)
 _AT = {name: int(PASS.fields[name][1]) // 8 for name in blocking.NUMBERS}  # type: ignore[index]
+
+
+def _addresses(arrays: Mapping[str, Array | None]) -> dict[str, int]:
+    """Where the arrays of a forward pass are, in the order of a record; 0: there is none."""
+    given = {name: arrays.get(name) for name in ADDRESSES}
+    return {name: 0 if array is None else _address(array) for name, array in given.items()}
 
 
 def run_pass(
@@ -325,29 +331,30 @@ def run_pass(
             layout = replace(layout, strides={**layout.strides, name: strides})
         added.append(array)
     residual, addend = added
-    dtypes = _dtypes(
-        x=x, y=y, mask=mask, weight=weight, bias=bias, residual=residual, addend=addend, total=total
-    )
+    arrays = {
+        "x": x, "y": y, "residual": residual, "addend": addend, "total": total, "mask": mask,
+        "weight": weight, "bias": bias, "mean": mean, "var": var, "rstd": rstd,
+    }  # fmt: skip
+    dtypes = _dtypes(**{name: arrays[name] for name in OPERANDS})
     asked = _Asked(centred, given, scaling, eps, activation, activation_first)
     plan = _plan(layout, schedule, dtypes, asked)
-    arrays = (x, y, mask, weight, bias, residual, addend, total, mean, var, rstd)
-    addresses = [0 if array is None else _address(array) for array in arrays]
     record = plan.template.copy()
-    record[_DATA] = addresses
-    if y is not None and not plan.non_temporal and addresses[0] != addresses[1]:
+    at = _addresses(arrays)
+    record[_DATA] = list(at.values())
+    if y is not None and not plan.non_temporal and at["x"] != at["y"]:
         # from x to y, through no tile
         record[_AT["plain"]] = not plan.followed
-        record[_AT["direct"]] = not plan.half and addresses[5] != addresses[1]
+        record[_AT["direct"]] = not plan.half and at["residual"] != at["y"]
     where = _address(record)
     table = None
     if plan.schedule.tabulated:
         chunks = int(record[_AT["chunks"]])
         table = np.empty(chunks * blocking.SCALE * plan.width)
         record[_AT["scales"]], record[_AT["items"]] = _address(table), chunks
-        with watched(record, table, *arrays):
+        with watched(record, table, *arrays.values()):
             _share(plan.kernel, where, chunks, 1, FINALIZE, plan.room)
         record[_AT["items"]] = plan.items
-    with watched(record, table, *arrays):
+    with watched(record, table, *arrays.values()):
         _carry_out(plan, record, threads, given=given, written=y is not None)
     return bool(record[_AT["raised"]])
 
@@ -390,10 +397,9 @@ def run_moments(
     """
     plan = _plan(layout, schedule, _dtypes(x=x, mask=mask), _Asked())
     record = plan.template.copy()
-    where = _address(fields[0])
-    arrays = (x, None, mask, None, None, None, None, None)
-    addresses = [0 if array is None else _address(array) for array in arrays]
-    record[_DATA] = [*addresses, where, where, where]
+    first = fields[0]
+    at = _addresses({"x": x, "mask": mask, "mean": first, "var": first, "rstd": first})
+    record[_DATA] = list(at.values())
     record[_AT["fields"]] = fields.strides[0]
     with watched(record, x, mask, fields):
         _carry_out(plan, record, threads)

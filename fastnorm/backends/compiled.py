@@ -193,3 +193,8 @@ def moments(
     dtypes = tuple((name, array.dtype) for name, array in operands.items())
     schedule = forward_schedule(layout, dtypes, machine.here)
     kernels.run_moments(layout, schedule, **operands, fields=into, threads=kernel_threads())
+
+
+def takes_whole(dtype: np.dtype[Any]) -> bool:
+    """All but integers of more than two bytes, which are converted."""
+    return not (dtype.kind in "iu" and dtype.itemsize > 2)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
-
-import numpy as np
 
 from fastnorm import _core
 from fastnorm._reference import IN_KERNELS
@@ -30,6 +27,4 @@ def moments(x: Array, reduced: tuple[bool, ...], mask: Array | None, out: Array)
     compiled.moments(x, reduced, mask, out, _core.kernels)
 
 
-def takes_whole(dtype: np.dtype[Any]) -> bool:
-    """All but integers of more than two bytes, which are converted."""
-    return not (dtype.kind in "iu" and dtype.itemsize > 2)
+takes_whole = compiled.takes_whole

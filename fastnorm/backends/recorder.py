@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastnorm import runtime
-from fastnorm.backends import compiled, cython
+from fastnorm.backends import compiled
 from fastnorm.layout import Layout
 from fastnorm.machine import Machine
 from fastnorm.problem import OPERANDS, Array, BackwardProblem, Problem
@@ -105,4 +105,4 @@ def moments(x: Array, reduced: tuple[bool, ...], mask: Array | None, out: Array)
     compiled.moments(x, reduced, mask, out, _kernels)
 
 
-takes_whole = cython.takes_whole
+takes_whole = compiled.takes_whole

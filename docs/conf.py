@@ -88,7 +88,7 @@ def write_pages(app):
     """Write the page of each public function, as autosummary does for what it finds by itself."""
     names = [
         name
-        for module in ("functional", "backward", "related")
+        for module in ("functional", "backward", "related", "elementwise")
         for name in import_module(f"fastnorm.{module}").__all__
     ]
     found = Path(app.doctreedir, "public.rst")

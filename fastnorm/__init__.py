@@ -1,9 +1,10 @@
 """fastnorm: batch, layer, instance, group and RMS normalization for NumPy, fast and right."""
 
-from fastnorm import backward, functional, nn, related
+from fastnorm import backward, elementwise, functional, nn, related
 from fastnorm.backends import backend, get_backend, set_backend
 from fastnorm.backward import *
 from fastnorm.config import VERSION, explain, show_config
+from fastnorm.elementwise import *
 from fastnorm.functional import *
 from fastnorm.moments import Moments, moments, standardize
 from fastnorm.related import *
@@ -28,6 +29,7 @@ __all__ = [
     "trim_memory",
 ]
 __all__ += backward.__all__
+__all__ += elementwise.__all__
 __all__ += functional.__all__
 __all__ += related.__all__
 

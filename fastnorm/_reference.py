@@ -799,9 +799,64 @@ def dynamic_tanh(
     dtype: DTypeLike = np.float64,
 ) -> Array:
     """No statistics: weight * tanh(alpha * x) + bias."""
-    y: Array = np.tanh(np.asarray(alpha).astype(dtype) * np.asarray(x).astype(dtype))
+    return _squashed("tanh", x, alpha, 0, weight, bias, dtype)
+
+
+def dynamic_tanh_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    alpha: ArrayLike,
+    weight: ArrayLike | None = None,
+    *,
+    dtype: DTypeLike = np.float64,
+) -> tuple[Array, ...]:
+    """(dx, dalpha, dweight, dbias)."""
+    dx, dalpha, _, *affine = _squashed_back(
+        "tanh", lambda u: 1 / np.cosh(u) ** 2, dy, x, alpha, 0, weight, dtype=dtype
+    )
+    return (dx, dalpha, *affine)
+
+
+def _squashed(
+    f: str,
+    x: ArrayLike,
+    alpha: ArrayLike,
+    shift: ArrayLike,
+    weight: ArrayLike | None,
+    bias: ArrayLike | None,
+    dtype: DTypeLike,
+) -> Array:
+    """weight * f(alpha * x + shift) + bias."""
+    x, alpha, shift = (np.asarray(p).astype(dtype) for p in (x, alpha, shift))
+    y: Array = SQUASHES[f](alpha * x + shift)
     if weight is not None:
         y = y * np.asarray(weight).astype(dtype)
     if bias is not None:
         y = y + np.asarray(bias).astype(dtype)
     return y
+
+
+@quiet
+def _squashed_back(
+    f: str,
+    slope: Callable[[Array], Array],
+    dy: ArrayLike,
+    x: ArrayLike,
+    alpha: ArrayLike,
+    shift: ArrayLike,
+    weight: ArrayLike | None,
+    *,
+    dtype: DTypeLike,
+) -> tuple[Array, ...]:
+    """(dx, dalpha, dshift, dweight, dbias)."""
+    weight = np.ones(np.shape(x)[-1:]) if weight is None else weight
+    dy, x, alpha, shift, w = (np.asarray(p).astype(dtype) for p in (dy, x, alpha, shift, weight))
+    u = alpha * x + shift
+    du = dy * w * slope(u)
+    placed = (1,) * (x.ndim - w.ndim) + w.shape
+    kept = tuple(a for a, n in enumerate(placed) if n == 1)
+    dweight, dbias = (_sum(v, kept).reshape(w.shape) for v in (dy * SQUASHES[f](u), dy))
+    dalpha, dshift = (
+        _sum(v, None).reshape(number.shape) for v, number in ((du * x, alpha), (du, shift))
+    )
+    return du * alpha, dalpha, dshift, dweight, dbias

@@ -183,6 +183,10 @@ def case_of(
         (activation is not None and "activation" not in op.features, "--activation"),
         (residual and "residual" not in op.features, "--residual"),
         (out and "out" not in op.features, "--out"),
+        (
+            backward and op.elementwise_backward is not None,
+            "--backward: its gradients are not timed",
+        ),
         (backward and op.backward is None, "--backward: there is no such function"),
         (
             backward and (activation is not None or residual or out),

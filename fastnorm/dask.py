@@ -22,9 +22,8 @@ import dask.array as da
 import numpy as np
 from dask.base import tokenize
 from dask.graph_manipulation import bind
-from numpy.typing import ArrayLike
 
-from fastnorm import arguments, backward, execution, functional, related
+from fastnorm import arguments, backward, elementwise, execution, functional, related
 from fastnorm.arguments import Activation, Axes, check_ddof, check_eps, computing_type, is_float
 from fastnorm.moments import (
     FIELDS,
@@ -848,9 +847,11 @@ def global_response_norm(
     return _each(_scaled, x, operands, _dtype(x))
 
 
-def dynamic_tanh(x: Any, alpha: ArrayLike, weight: Any = None, bias: Any = None) -> Any:
-    """As :func:`fastnorm.dynamic_tanh`."""
-    arguments.check_ndim(x, 1, "dynamic_tanh", "(..., D)")
+def _elementwise(
+    x: Any, *, function: str, weight: Any = None, bias: Any = None, **numbers: Any
+) -> Any:
+    """A public function that takes each element by itself."""
+    arguments.check_ndim(x, 1, function, "(..., D)")
     expected = f"expected ({x.shape[-1]},) or a shape that broadcasts against x"
 
     def place(p: Any, name: str) -> Any:
@@ -859,7 +860,13 @@ def dynamic_tanh(x: Any, alpha: ArrayLike, weight: Any = None, bias: Any = None)
     affine = _given(
         weight=_parameter(weight, "weight", x, place), bias=_parameter(bias, "bias", x, place)
     )
-    return _each(related.dynamic_tanh, x, affine, _dtype(x), alpha=alpha)
+    return _each(getattr(elementwise, function), x, affine, _dtype(x), **numbers)
+
+
+def __getattr__(name: str) -> Any:
+    if name in elementwise.__all__ and not name.endswith("_backward"):
+        return partial(_elementwise, function=name)
+    raise AttributeError(f"module {__name__} has no attribute {name}")
 
 
 # --- Gradients ------------------------------------------------------------------------------------

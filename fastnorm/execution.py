@@ -260,14 +260,14 @@ class Norm(Request[R]):
 
 def scaled(
     x: ArrayLike, array: Array, factor: float, weight: Array | None = None,
-    bias: Array | None = None, **options: Any,
+    bias: Array | None = None, *, centre: float = 0.0, **options: Any,
 ) -> Norm[Array]:  # fmt: skip
-    """x * factor, then what follows a norm; by `axes`, if they are given, at a time.
+    """(x - centre) * factor, then what follows a norm; by `axes`, if they are given, at a time.
 
     Of those along which a weight differs, only the last in memory should be among them.
     """
     one = (1,) * array.ndim
-    options |= {"given": (np.zeros(one), np.full(one, factor)), "scaling": Scaling.FACTOR}
+    options |= {"given": (np.full(one, centre), np.full(one, factor)), "scaling": Scaling.FACTOR}
     axes = options.pop("axes", range(array.ndim))
     return Norm(x, array, axes, weight, bias, statistics=(1,), **options)
 

@@ -13,7 +13,6 @@ from fastnorm.arguments import (
     Array,
     Axes,
     along_channels,
-    as_array,
     axis_parameter,
     cast,
     channel_axis_of,
@@ -21,7 +20,6 @@ from fastnorm.arguments import (
     layer_axes,
     number,
     parameter,
-    spread,
     taken,
 )
 from fastnorm.arrays import ArrayView, to_host
@@ -46,7 +44,6 @@ __all__ = [
     "l2_normalize",
     "local_response_norm",
     "global_response_norm",
-    "dynamic_tanh",
     "weight_norm",
     "weight_standardize",
 ]
@@ -408,63 +405,6 @@ def relative_lengths(length: Array, exponent: Array, axis: int, eps: float) -> A
         length = np.ldexp(length, exponent - unit)
         whole = length.mean(axis=axis, keepdims=True) + np.ldexp(eps, -unit)
         return np.where(whole == 0, 0.0, length / whole)
-
-
-@public()
-def dynamic_tanh(
-    x: ArrayLike,
-    alpha: ArrayLike,
-    weight: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-) -> Request[Array]:
-    r"""Squash each value: a layer without statistics that stands in for a norm.
-
-    .. math:: y = w \tanh(\alpha x) + b
-
-    Parameters
-    ----------
-    x
-        Any shape of at least 1 dimension.
-    alpha
-        One number.
-    weight, bias
-        Any shape that broadcasts against `x`: (D,) along the last axis, (C, 1, 1) for NCHW.
-
-    Returns
-    -------
-    y
-        The shape, dtype and memory order of `x`.
-
-    Raises
-    ------
-    ValueError
-        For shapes that do not fit.
-    TypeError
-        For dtypes other than real numbers.
-
-    References
-    ----------
-    Zhu, Chen, He, LeCun and Liu, "Transformers without Normalization", 2025, arXiv:2503.10622.
-
-    Examples
-    --------
-    >>> import numpy as np, fastnorm as fn
-    >>> fn.dynamic_tanh(np.array([0.0, 100.0]), 0.5, np.array([1.0, 2.0]))
-    array([0., 2.])
-    """
-    array, _ = taken(x, None, "dynamic_tanh")
-    factor = as_array(to_host(alpha), "alpha")
-    if factor.size != 1:
-        raise ValueError(f"alpha has shape {factor.shape}, expected one number")
-    expected = f"expected ({array.shape[-1]},) or a shape that broadcasts against x"
-
-    def placed(value: ArrayLike | None, name: str) -> Array | None:
-        if value is None:
-            return None
-        return spread(parameter(value, name, array), array.shape, name, expected)
-
-    w, b = placed(weight, "weight"), placed(bias, "bias")
-    return scaled(x, array, float(factor.reshape(())), w, b, squash="tanh")
 
 
 @public(adapters=False)

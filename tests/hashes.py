@@ -58,6 +58,9 @@ def calls(
         p = {k: v.copy() if isinstance(v, np.ndarray) else v for k, v in parameters.items()}
         found = getattr(fn, op.name)(x, **p, **option)
         yield name, [found, *(v for k, v in p.items() if k.startswith("running"))]
+    if op.elementwise_backward:
+        kept = {k: v for k, v in parameters.items() if k != "bias"}
+        yield "backward", [getattr(fn, op.elementwise_backward)(dy, x, **kept)]
     if op.backward:
         _, *statistics = getattr(fn, op.name)(x, **parameters, return_stats=True)
         kept = {k: parameters[k] for k in op.backward_keywords if k in parameters}

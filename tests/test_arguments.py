@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastnorm as fn
+from fastnorm._bench.operations import OPERATIONS
 
 from .helpers import F32, assert_same_bits, data
 
@@ -42,12 +43,17 @@ RIGHT: dict[str, dict[str, Any]] = {
     "weight_norm": {"v": X, "g": C[:4]},
     "weight_standardize": {"w": X},
     "global_response_norm": {"x": X, "weight": C, "bias": C},
-    "dynamic_tanh": {"x": X, "alpha": 0.5},
     "moments": {"x": X},
     "standardize": {"x": X},
 }  # fmt: skip
 
-ARRAYS = {"x", "v", "w", "dy", "residual", "mean", "rstd", "weight", "bias", "g", "alpha"}
+# The functions that take each element by itself, and those of their gradients.
+for op in OPERATIONS:
+    if op.elementwise_backward:
+        RIGHT[op.name] = {"x": X, "alpha": 0.5}
+        RIGHT[op.elementwise_backward] = {"dy": X, "x": X, "alpha": 0.5}
+
+ARRAYS = {"x", "v", "w", "dy", "residual", "mean", "rstd", "weight", "bias", "g", "alpha", "shift"}
 
 NOT_ARRAYS = ["abc", [[1.0], [1.0, 2.0]], 1j, object(), {"a": 1}, np.ones(8, "M8[s]"), b"ab"]
 NOT_INTEGERS = [1.0, 1.9, "1", "t", True, np.True_, 1j, [1.5], np.array(1.0), object(), b"1"]
@@ -68,6 +74,7 @@ WRONG: dict[str, list[Any]] = {
     "v": [*NOT_ARRAYS, None],
     "w": [*NOT_ARRAYS, None],
     "alpha": [*NOT_ARRAYS, np.ones(7), None],
+    "shift": [*NOT_ARRAYS, np.ones(7), None],
     "eps": [*NOT_NUMBERS, *NOT_FINITE, -1, -1e-9],
     "momentum": [*NOT_NUMBERS, *NOT_FINITE, None, -1, 5, 1.0001],
     "weight_offset": [*NOT_NUMBERS, *NOT_FINITE, None],

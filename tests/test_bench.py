@@ -289,6 +289,7 @@ def test_a_wrong_value_is_named(drawn: st.DataObject) -> None:
         (["group_norm 4x30x2 --num-groups 7"], "30 channels, expected .*: 1, 2, 3, 5, 6"),
         (["batch_norm 1x8 --training"], "one value for each statistic"),
         (["add_layer_norm 4x8", "--backward"], "--backward: there is no such function"),
+        (["dynamic_tanh 4x8", "--backward"], "--backward: its gradients are not timed"),
         (["layer_norm 4x8", "--backward", "--activation", "silu"], "with --backward"),
         (["l2_normalize 4x8", "--activation", "silu"], "does not take --activation"),
     ],

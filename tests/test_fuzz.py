@@ -69,7 +69,7 @@ def kinds_of(case: Case) -> Iterator[tuple[str, object]]:
     op, shape = BY_LABEL[case["op"]], case["shape"]
     yield "function", op.name.partition(".")[0]
     if case.get("backward"):
-        yield "function", op.backward
+        yield "function", op.backward or op.elementwise_backward
     for name, value in case.items():
         if name.endswith("layout"):
             yield from (("layout", key) for key in value if key not in ("axis", "order"))

@@ -110,10 +110,20 @@ class Operation:
     backward_keywords: tuple[str, ...] = ()
     """Which of the parameters the backward function takes too."""
 
+    formula: Callable[..., Any] | None = None
+    """Of a function that takes each element by itself: y of a Formula (peers.py), x and these."""
+    gradients: tuple[str, ...] = ()
+    """Of such a function: what its backward function returns, after (dy, x) and its parameters."""
+
     @property
     def backward(self) -> str | None:
-        """The backward function's name, if there is one."""
+        """The name of the backward function that takes statistics, if there is one."""
         return f"{self.name}_backward" if self.stats else None
+
+    @property
+    def elementwise_backward(self) -> str | None:
+        """That of one that takes none: of a function of each element by itself."""
+        return f"{self.name}_backward" if self.gradients else None
 
     def parameters(
         self,
@@ -513,5 +523,7 @@ OPERATIONS: tuple[Operation, ...] = (
         linked=_nothing,
         torch=_torch_dynamic_tanh,
         features=frozenset({"per_sample"}),
+        formula=lambda f, x, p: p["weight"] * f.xp.tanh(p["alpha"] * x) + p["bias"],
+        gradients=("dx", "dalpha", "dweight", "dbias"),
     ),
 )

@@ -337,7 +337,8 @@ class Formula:
 
     def forward(self, x: Any, residual: Any, p: dict[str, Any]) -> Any:
         xp, dtype = self.xp, x.dtype
-        if (related := RELATED.get(self.case.operation.name)) is not None:
+        operation = self.case.operation
+        if (related := RELATED.get(operation.name, operation.formula)) is not None:
             return related(self, self.wide(x), p).astype(dtype)
         total = x + residual if self.case.operation.outputs == 2 else None
         seen = self.grouped(self.wide(x if total is None else total))
@@ -366,6 +367,11 @@ class Formula:
                 raise Absent("NumPy has no error function, which gelu is made of")
             return import_module("jax").nn.gelu(y, approximate=False)
         return y
+
+    def erf(self, x: Any) -> Any:
+        if self.xp is np:
+            raise Absent("NumPy has no error function")
+        return import_module("jax").scipy.special.erf(x)
 
     def length(self, x: Any, axes: Any) -> Any:
         return self.xp.sqrt((x * x).sum(axes, keepdims=True))
@@ -434,7 +440,6 @@ RELATED: dict[str, Callable[[Formula, Any, dict[str, Any]], Any]] = {
     "weight_norm": lambda f, x, p: x * (p["g"] / f.length(x, f.axes)),
     "weight_standardize": _weight_standardize,
     "global_response_norm": _global_response_norm,
-    "dynamic_tanh": lambda f, x, p: p["weight"] * f.xp.tanh(p["alpha"] * x) + p["bias"],
 }
 
 

@@ -264,6 +264,10 @@ def draw(
         case["dy dtype"] = often(choose, None, dtypes, 3)
         case["dy layout"] = layout(choose)
         case["statistics layout"] = layout(choose)
+    if op.elementwise_backward:
+        case["backward"] = one_in(choose, 2)
+        case["dy dtype"] = often(choose, None, dtypes, 3)
+        case["dy layout"] = layout(choose)
     return case
 
 

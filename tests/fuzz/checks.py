@@ -14,7 +14,7 @@ import numpy as np
 
 import fastnorm as fn
 from fastnorm import _reference as reference
-from fastnorm._bench.operations import Operation
+from fastnorm._bench.operations import OPERATIONS, Operation
 from fastnorm.related import activate
 from tests.helpers import BF16, F32, F64, epsilon, non_temporal, unit
 
@@ -26,7 +26,8 @@ Results = tuple[Array, ...]
 MANY = 150_000  # elements of which long double would take seconds
 
 STATISTICS = ("moments", "Moments.update")  # whose results are not of the shape of x
-NO_EPS = ("local_response_norm", "weight_norm", "dynamic_tanh", "activate", *STATISTICS)
+ELEMENTWISE = tuple(op.name for op in OPERATIONS if op.elementwise_backward)
+NO_EPS = ("local_response_norm", "weight_norm", *ELEMENTWISE, "activate", *STATISTICS)
 CENTRED = (
     "batch_norm", "instance_norm", "group_norm", "layer_norm", "standardize", "weight_standardize",
 )  # fmt: skip
@@ -191,7 +192,7 @@ class Call:
                 each = own
         elif op.label in ("standardize", "l2_normalize", "moments", "Moments.update"):
             p["axis"] = axes
-        elif op.name in ("dynamic_tanh", "activate"):
+        elif op.name in (*ELEMENTWISE, "activate"):
             own = shape[-1:]
             each = (shape[0], *[1] * (len(shape) - 2), shape[-1])[: len(shape)]
             if len(shape) == 1:
@@ -243,8 +244,9 @@ class Call:
         if kind and kind != "x":
             values = self.rng.standard_normal(shape).astype(dtype_of(kind))
             self.put("residual", values, self._usable("residual"))
-        if "alpha" in p:
-            p["alpha"] = float(p["alpha"])
+        for name in ("alpha", "shift"):
+            if name in p:
+                p[name] = float(p[name])
         kind = case.get("where")
         if kind:
             mask = self.rng.random(shape) < 0.7
@@ -487,10 +489,14 @@ def allowed(call: Call, x: Array, wide: Any) -> tuple[Array, Array]:
             error = error + w * 2.0**-44 * (1 + ratio)
     if call.computing == F64 and "where" in call.plain and name not in NO_EPS:
         apart = abs(expected(call, x, wide, *affine))  # where x was not selected
-    if call.floats == BF16 and name not in ("activate", "dynamic_tanh", "local_response_norm"):
+    if call.floats == BF16 and name not in ("activate", *ELEMENTWISE, "local_response_norm"):
         error = error + 2.0**-19 * (abs(plain) + w)
-    if name in ("local_response_norm", "dynamic_tanh"):
+    if name in ("local_response_norm", *ELEMENTWISE):
         error = 4 * error
+    if "shift" in call.options:
+        # where alpha x and the shift cancel: the centre is kept to float64's digits, or two floats'
+        terms = abs(x.astype(wide) * call.options["alpha"]) + abs(call.options["shift"])
+        error = error + w * 2.0 ** (-50 if call.computing == F64 else -44) * terms
     # a sum on the way may leave the range, and so may x in units of a spread that is not its own
     error = np.where(np.maximum(size, apart) > np.finfo(call.computing).max / 4, np.inf, error)
     activation = call.options.get("activation")
@@ -579,7 +585,7 @@ def judge(case: Case) -> None:
         if not call.spoilt:
             _check_numbers(call, results, bad)
         if case.get("backward"):
-            _check_backward(call, bad)
+            (_check_backward if call.op.backward else _check_elementwise_backward)(call, bad)
 
 
 def _make_known(call: Call) -> None:
@@ -782,3 +788,50 @@ def _check_backward(call: Call, bad: Array) -> None:
         value = value.astype(value.dtype.newbyteorder("="))
         if name != "dweight" or np.all(judged):
             compare(value, right, error, call.computing, True, f"{op.backward}: {name}")
+
+
+def _check_elementwise_backward(call: Call, bad: Array) -> None:
+    case, op = call.case, call.op
+    call.restore()
+    memory = Call.__new__(Call)
+    memory.__dict__ |= call.__dict__
+    memory.arenas = {n: a for n, a in call.arenas.items() if n in ("x", "weight")}
+    memory.arrays = {}
+    rng = np.random.default_rng(case["seed"] + 1)
+    dtype = dtype_of(case["dy dtype"] or call.floats.name)
+    memory.put("dy", rng.standard_normal(call.shape).astype(dtype), case["dy layout"])
+    memory.spoil("dy")
+    for arena in memory.arenas.values():
+        arena.remember()
+    p = call.options | {n: a for n, a in call.arrays.items() if n == "weight"}
+    x, dy = call.arrays["x"], memory.arrays["dy"]
+
+    def backward() -> Any:
+        return getattr(fn, str(op.elementwise_backward))(dy, x, **p)
+
+    try:
+        results = three_times(backward, case, memory)
+    except TypeError:
+        if call.stranger[0] != "dy":
+            raise
+        return
+    assert call.stranger[0] != "dy", f"dy of {call.stranger[1]} was taken"
+    if call.spoilt or "dy" in memory.spoilt or case["weight scale"] != 1.0:
+        return
+    if bad.any() or case["values"] not in ("normal", "offset", "two") or x.size > MANY:
+        return
+    p = call.options | {n: a for n, a in call.plain.items() if n == "weight"}
+    slope, plain = Call._plainly(dy), call.plain["x"]
+    back = getattr(reference, str(op.elementwise_backward))
+    exact = back(slope, plain, **p, dtype=np.longdouble)
+    with np.errstate(all="ignore"):
+        # float64 rounds each term, and of a slope the exponent, u or u^2
+        wide, rise = abs(plain.astype(np.float64)), abs(slope.astype(np.float64))
+        size_of = {n: abs(np.asarray(v).astype(np.float64)) for n, v in p.items()}
+        reach = 1 + (size_of["alpha"] * wide).max(initial=0.0) + size_of.get("shift", 0.0)
+        terms = rise * (1 + wide) * (1 + size_of["alpha"]) * size_of.get("weight", 1.0)
+        total = terms.sum() + rise.sum()
+        for name, value, right in zip(op.gradients, results, exact, strict=True):
+            error = 2.0**-50 * reach**2 * (terms if name == "dx" else total)
+            value = value.astype(value.dtype.newbyteorder("="))
+            compare(value, right, error, F64, True, f"{op.elementwise_backward}: {name}")

@@ -188,11 +188,28 @@ def _normal_cdf(y: Array) -> Array:
     if y.dtype == np.float64:
         cdf = np.vectorize(math.erfc, otypes=[np.float64])(-y * math.sqrt(0.5)) / 2
         return cdf
-    z = np.minimum(abs(y), 200)  # the density underflows long before 200
+    _, tail = _normal_halves(abs(y))
+    cdf = np.where(y < 0, tail, 1 - tail)
+    return cdf
+
+
+def _erf(y: Array) -> Array:
+    erf: Array
+    if y.dtype == np.float64:
+        erf = np.vectorize(math.erf, otypes=[np.float64])(y)
+        return erf
+    within, _ = _normal_halves(abs(y) * np.sqrt(y.dtype.type(2)))
+    erf = np.copysign(2 * within, y)
+    return erf
+
+
+def _normal_halves(z: Array) -> tuple[Array, Array]:
+    """P(0 < Z < z) and P(Z > z), both relatively accurate."""
+    z = np.minimum(z, 200)  # the density underflows long before 200
     # exp(-z^2/2) amplifies the rounding of z^2, so z is split into a part whose square is exact.
     coarse = np.round(z * 16) / 16
     density = np.exp(-(coarse**2) / 2) * np.exp(-(z - coarse) * (z + coarse) / 2)
-    density /= np.sqrt(2 * _pi(y.dtype))
+    density /= np.sqrt(2 * _pi(z.dtype))
     # Below 2: 1/2 - density * (z + z^3/3 + z^5/(3*5) + ...). At z = 2, 60 terms reach 1e-40.
     small = np.minimum(z, 2)
     term = series = small
@@ -204,9 +221,9 @@ def _normal_cdf(y: Array) -> Array:
     fraction = large
     for k in range(200, 0, -1):
         fraction = large + k / fraction
-    tail = np.where(z < 2, 0.5 - density * series, density / fraction)
-    cdf = np.where(y < 0, tail, 1 - tail)
-    return cdf
+    within, beyond = density * series, density / fraction
+    central = z < 2
+    return np.where(central, within, 0.5 - beyond), np.where(central, 0.5 - within, beyond)
 
 
 # What a caller may name, and what takes the place of a norm. The kernels number all of them in this
@@ -218,7 +235,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda y: y * _normal_cdf(y),
     "gelu_tanh": _gelu_tanh,
 }
-SQUASHES: dict[str, Callable[[Array], Array]] = {"tanh": np.tanh}
+SQUASHES: dict[str, Callable[[Array], Array]] = {"tanh": np.tanh, "erf": _erf}
 IN_KERNELS = (*ACTIVATIONS, *SQUASHES)
 
 
@@ -815,6 +832,38 @@ def dynamic_tanh_backward(
         "tanh", lambda u: 1 / np.cosh(u) ** 2, dy, x, alpha, 0, weight, dtype=dtype
     )
     return (dx, dalpha, *affine)
+
+
+@quiet
+def derf(
+    x: ArrayLike,
+    alpha: ArrayLike,
+    shift: ArrayLike = 0.0,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    dtype: DTypeLike = np.float64,
+) -> Array:
+    """No statistics: weight * erf(alpha * x + shift) + bias."""
+    return _squashed("erf", x, alpha, shift, weight, bias, dtype)
+
+
+def derf_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    alpha: ArrayLike,
+    shift: ArrayLike = 0.0,
+    weight: ArrayLike | None = None,
+    *,
+    dtype: DTypeLike = np.float64,
+) -> tuple[Array, ...]:
+    """(dx, dalpha, dshift, dweight, dbias)."""
+
+    def slope(u: Array) -> Array:
+        found: Array = 2 / np.sqrt(_pi(u.dtype)) * np.exp(-u * u)
+        return found
+
+    return _squashed_back("erf", slope, dy, x, alpha, shift, weight, dtype=dtype)
 
 
 def _squashed(

@@ -14,6 +14,8 @@ from fastnorm.dispatch import public
 from fastnorm.execution import Done, Request, delivered, new_like, scaled
 
 __all__ = [
+    "derf",
+    "derf_backward",
     "dynamic_tanh",
     "dynamic_tanh_backward",
 ]
@@ -110,6 +112,101 @@ def dynamic_tanh_backward(
 def _slope_of_tanh(u: Array) -> Array:
     e = np.exp(-2.0 * abs(u))  # 1 - tanh^2 would cancel
     slope: Array = 4.0 * e / (1.0 + e) ** 2
+    return slope
+
+
+@public(cached=False)
+def derf(
+    x: ArrayLike,
+    alpha: ArrayLike,
+    shift: ArrayLike = 0.0,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+) -> Request[Array]:
+    r"""Squash each value by the error function: a layer that stands in for a norm.
+
+    .. math:: y = w \operatorname{erf}(\alpha x + s) + b
+
+    Parameters
+    ----------
+    x
+        Any shape of at least 1 dimension.
+    alpha, shift
+        One number each.
+    weight, bias
+        Any shape that broadcasts against `x`: (D,) along the last axis, (C, 1, 1) for NCHW.
+
+    Returns
+    -------
+    y
+        The shape, dtype and memory order of `x`.
+
+    Raises
+    ------
+    ValueError
+        For shapes that do not fit.
+    TypeError
+        For dtypes other than real numbers.
+
+    References
+    ----------
+    Chen, Lu, Zhu, Sun and Liu, "Stronger Normalization-Free Transformers", 2025, arXiv:2512.10938.
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm as fn
+    >>> fn.derf(np.array([-1.0, 100.0]), 0.5, 0.5, np.array([1.0, 2.0]))
+    array([0., 2.])
+    """
+    return _squashed("erf", "derf", x, alpha, shift, weight, bias)
+
+
+@public(cached=False, devices=False)
+def derf_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    alpha: ArrayLike,
+    shift: ArrayLike = 0.0,
+    weight: ArrayLike | None = None,
+) -> Request[tuple[Array, ...]]:
+    r"""Gradients of `derf`.
+
+    Parameters
+    ----------
+    dy
+        The gradient of y: the shape of `x`.
+    x, alpha, shift, weight
+        As they were given to `derf`.
+
+    Returns
+    -------
+    dx
+        The shape, dtype and memory order of `x`.
+    dalpha, dshift
+        The shapes of `alpha` and `shift`.
+    dweight, dbias
+        The shape and dtype of `weight`, or without one (D,), the last axis of `x`, and its dtype.
+
+    Raises
+    ------
+    ValueError
+        For shapes that do not fit.
+    TypeError
+        For dtypes other than real numbers.
+
+    Examples
+    --------
+    >>> import numpy as np, fastnorm as fn
+    >>> x, dy = np.array([0.0, 100.0]), np.array([1.0, 1.0])
+    >>> dx, dalpha, dshift, dweight, dbias = fn.derf_backward(dy, x, 0.5)
+    >>> dx.round(3), dweight
+    (array([0.564, 0.   ]), array([0., 1.]))
+    """
+    return Done(_gradients("erf", _slope_of_erf, "derf_backward", dy, x, alpha, shift, weight))
+
+
+def _slope_of_erf(u: Array) -> Array:
+    slope: Array = 2.0 / math.sqrt(math.pi) * np.exp(-u * u)
     return slope
 
 

@@ -323,6 +323,12 @@ def _torch_dynamic_tanh(x: Any, *, alpha: Any, weight: Any, bias: Any) -> Any:
     return weight * torch.tanh(alpha * x) + bias
 
 
+def _torch_derf(x: Any, *, alpha: Any, shift: Any, weight: Any, bias: Any) -> Any:
+    import torch
+
+    return weight * torch.erf(alpha * x + shift) + bias
+
+
 # --- The table ------------------------------------------------------------------------------------
 
 
@@ -525,5 +531,19 @@ OPERATIONS: tuple[Operation, ...] = (
         features=frozenset({"per_sample"}),
         formula=lambda f, x, p: p["weight"] * f.xp.tanh(p["alpha"] * x) + p["bias"],
         gradients=("dx", "dalpha", "dweight", "dbias"),
+    ),
+    Operation(
+        label="derf",
+        name="derf",
+        description="each element by itself, squashed by the error function: no statistics",
+        build=lambda r: (
+            {name: np.asarray(v).astype(r.dtype) for name, v in (("alpha", 0.5), ("shift", -0.25))}
+            | r.row_affine()
+        ),
+        linked=_nothing,
+        torch=_torch_derf,
+        features=frozenset({"per_sample"}),
+        formula=lambda f, x, p: p["weight"] * f.erf(p["alpha"] * x + p["shift"]) + p["bias"],
+        gradients=("dx", "dalpha", "dshift", "dweight", "dbias"),
     ),
 )

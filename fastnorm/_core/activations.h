@@ -57,12 +57,9 @@ FN_INLINE float fn_one_and_exp32(float x) {
 
 FN_INLINE float fn_silu32(float x) { return x / fn_one_and_exp32(-x); }
 
-/* x Phi(x), Phi(x) = erfc(-x/sqrt(2))/2.  erfc(t) = e^(-t^2) g(q)/(1 + 2t) with
- * q = (t - 2)/(t + 2); 0.34 * 2^-24 up to t = 10.6, where e^(-t^2) leaves float32.  The tail keeps
- * its relative precision: 1 + erf(x/sqrt(2)) would cancel there. */
-FN_INLINE float fn_gelu32(float x) {
-    float a = fn_within32(fn_float(fn_bits(x) & 0x7fffffffu), 0x41700000); /* 15 */
-    float t = a * 0.70710678f;
+/* g of erfc(t) = e^(-t^2) g/(1 + 2t), a polynomial of (t - 2)/(t + 2); 0.34 * 2^-24 up to t = 10.6,
+ * where e^(-t^2) leaves float32. */
+FN_INLINE float fn_erfc_factor32(float t) {
     float q = (t - 2.0f) / (t + 2.0f);
     float g = -0.000404705759f;
     g = fn_fma32(g, q, -0.00123237038f);
@@ -73,7 +70,15 @@ FN_INLINE float fn_gelu32(float x) {
     g = fn_fma32(g, q, 0.164056093f);
     g = fn_fma32(g, q, -0.166031197f);
     g = fn_fma32(g, q, -0.09276402f);
-    g = fn_fma32(g, q, 1.27697837f);
+    return fn_fma32(g, q, 1.27697837f);
+}
+
+/* x Phi(x), Phi(x) = erfc(-x/sqrt(2))/2.  The tail keeps its relative precision: 1 + erf(x/sqrt(2))
+ * would cancel there. */
+FN_INLINE float fn_gelu32(float x) {
+    float a = fn_within32(fn_float(fn_bits(x) & 0x7fffffffu), 0x41700000); /* 15 */
+    float t = a * 0.70710678f;
+    float g = fn_erfc_factor32(t);
     float s = a * a;
     float rest = fn_fma32(a, a, -s); /* what a*a lost, restored below */
     float e = fn_exp32(-0.5f * s);
@@ -104,10 +109,28 @@ FN_INLINE float fn_tanh32(float x) {
     return a >= 0.625f ? large : small; /* not a number stays so */
 }
 
+/* Below 0.875 an odd polynomial, 0.15 * 2^-24; above, 1 - erfc(|x|), which is 1 from 4 on. */
+FN_INLINE float fn_erf32(float x) {
+    float a = x < 0.0f ? -x : x;
+    float z = x * x;
+    float p = 8.67543131e-5f;
+    p = fn_fma32(p, z, -8.21111375e-4f);
+    p = fn_fma32(p, z, 5.20674838e-3f);
+    p = fn_fma32(p, z, -2.68615857e-2f);
+    p = fn_fma32(p, z, 1.1283733e-1f);
+    p = fn_fma32(p, z, -3.76126349e-1f);
+    p = fn_fma32(p, z, 1.28379166e-1f);
+    float small = fn_fma32(x, p, x);
+    float t = fn_within32(a, 0x40800000); /* 4 */
+    float large = 1.0f - fn_erfc_factor32(t) * fn_exp32(-t * t) / (1.0f + 2.0f * t);
+    large = x < 0.0f ? -large : large;
+    return a >= 0.875f ? large : small; /* not a number stays so */
+}
+
 FN_INLINE float fn_relu32(float x) { return x < 0.0f ? 0.0f : x; } /* keeps NaN */
 
 /* All of them, in the order of IN_KERNELS in _reference.py: X of each. */
-#define FN_ACTIVATIONS(X) X(IDENTITY) X(RELU) X(SILU) X(GELU) X(GELU_TANH) X(TANH)
+#define FN_ACTIVATIONS(X) X(IDENTITY) X(RELU) X(SILU) X(GELU) X(GELU_TANH) X(TANH) X(ERF)
 
 #define FN_NAME(NAME) NAME,
 typedef enum { FN_ACTIVATIONS(FN_NAME) ACTIVATION_COUNT } Activation;
@@ -120,6 +143,7 @@ FN_INLINE float activated_f32(float t, Activation activation) {
     case GELU: return fn_gelu32(t);
     case GELU_TANH: return fn_gelu_tanh32(t);
     case TANH: return fn_tanh32(t);
+    case ERF: return fn_erf32(t);
     default: return t;
     }
 }
@@ -130,6 +154,7 @@ FN_INLINE double activated_f64(double t, Activation activation) {
     case GELU: return t * 0.5 * erfc(t * -0.70710678118654752440);
     case GELU_TANH: return t / (1.0 + exp(-1.5957691216057307 * fma(0.044715 * t, t * t, t)));
     case TANH: return tanh(t);
+    case ERF: return erf(t);
     default: return t;
     }
 }

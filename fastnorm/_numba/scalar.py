@@ -224,15 +224,8 @@ def silu32(x: Any) -> Any:
     return np.float32(x / _one_and_exp32(np.float32(-x)))
 
 
-def gelu32(x: Any) -> Any:
-    """x Phi(x) of a float32.
-
-    Phi(x) = erfc(-x/sqrt(2))/2, erfc(t) = e^(-t^2) g(q)/(1 + 2t), q = (t - 2)/(t + 2): the tail
-    keeps its relative precision.
-    """
-    a = abs(x)
-    a = np.float32(15.0) if a > np.float32(15.0) else a
-    t = np.float32(a * np.float32(0.70710678))
+def _erfc_factor32(t: Any) -> Any:
+    """g of erfc(t) = e^(-t^2) g/(1 + 2t), a polynomial of (t - 2)/(t + 2)."""
     q = np.float32((t - np.float32(2.0)) / (t + np.float32(2.0)))
     g = np.float32(-0.000404705759)
     g = fma(g, q, np.float32(-0.00123237038))
@@ -243,7 +236,15 @@ def gelu32(x: Any) -> Any:
     g = fma(g, q, np.float32(0.164056093))
     g = fma(g, q, np.float32(-0.166031197))
     g = fma(g, q, np.float32(-0.09276402))
-    g = fma(g, q, np.float32(1.27697837))
+    return fma(g, q, np.float32(1.27697837))
+
+
+def gelu32(x: Any) -> Any:
+    """x Phi(x) of a float32, Phi(x) = erfc(-x/sqrt(2))/2: the tail keeps its relative precision."""
+    a = abs(x)
+    a = np.float32(15.0) if a > np.float32(15.0) else a
+    t = np.float32(a * np.float32(0.70710678))
+    g = _erfc_factor32(t)
     s = np.float32(a * a)
     rest = fma(a, a, np.float32(-s))  # what a * a lost, restored below
     e = np.float32(exp32(np.float32(np.float32(-0.5) * s)))
@@ -276,6 +277,26 @@ def tanh32(x: Any) -> Any:
     return large if a >= np.float32(0.625) else small  # not a number stays so
 
 
+def erf32(x: Any) -> Any:
+    """Error function of a float32: an odd polynomial, from 0.875 on 1 - erfc(|x|)."""
+    a = abs(x)
+    z = np.float32(x * x)
+    p = np.float32(8.67543131e-5)
+    p = fma(p, z, np.float32(-8.21111375e-4))
+    p = fma(p, z, np.float32(5.20674838e-3))
+    p = fma(p, z, np.float32(-2.68615857e-2))
+    p = fma(p, z, np.float32(1.1283733e-1))
+    p = fma(p, z, np.float32(-3.76126349e-1))
+    p = fma(p, z, np.float32(1.28379166e-1))
+    small = fma(x, p, x)
+    t = _within32(a, np.uint32(0x40800000))  # 4
+    e = np.float32(exp32(np.float32(-np.float32(t * t))))
+    tail = np.float32(np.float32(_erfc_factor32(t) * e) / (np.float32(1.0) + np.float32(2.0) * t))
+    large = np.float32(np.float32(1.0) - tail)
+    large = np.float32(-large) if x < np.float32(0.0) else large
+    return large if a >= np.float32(0.875) else small  # not a number stays so
+
+
 def _one_and_exp64(x: Any) -> Any:
     return 1.0 + (math.exp(x) if x < 709.0 else (x if x != x else math.inf))
 
@@ -298,3 +319,8 @@ def gelu_tanh64(x: Any) -> Any:
 def tanh64(x: Any) -> Any:
     """Hyperbolic tangent of a float64."""
     return math.tanh(x)
+
+
+def erf64(x: Any) -> Any:
+    """Error function of a float64."""
+    return math.erf(x)

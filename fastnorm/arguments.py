@@ -417,16 +417,16 @@ def whole_numbers(value: Any, name: str) -> tuple[int, ...]:
     if has(value, "__index__") and not shape_of(value):
         return (whole(value, name, expected),)
     # an array of data that came in an option's place may be large
-    odd = isinstance(value, str | bytes | Set | Mapping) or len(shape_of(value)) > 1
+    refused = isinstance(value, str | bytes | Set | Mapping) or len(shape_of(value)) > 1
     try:
         # no array has more axes than these, and what gives numbers may never end
-        items = [] if odd else list(islice(value, MOST_AXES + 3))
-        odd |= len(items) > MOST_AXES + 2
-        odd |= np.dtype(asked(value, "dtype", int)).kind not in "iu"
+        items = [] if refused else list(islice(value, MOST_AXES + 3))
+        refused |= len(items) > MOST_AXES + 2
+        refused |= np.dtype(asked(value, "dtype", int)).kind not in "iu"
     except Exception:  # whatever somebody's code raises
-        odd = True
-    if odd:
-        return (whole(value, name, expected),)  # refused
+        refused = True
+    if refused:
+        return (whole(value, name, expected),)
     return tuple(whole(item, name, expected) for item in items)
 
 

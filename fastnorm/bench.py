@@ -472,7 +472,7 @@ def to_text(results: dict[str, Any]) -> str:
     parts += [_model(results["model"])] if "model" in results else []
     turn = text.seconds(method["seconds"])
     rounds = f"{method['rounds']} turn{'s' if method['rounds'] > 1 else ''}"
-    load = f", beside {method['load']} busy processes" if method["load"] else ""
+    load = f", while {method['load']} other processes were busy" if method["load"] else ""
     parts.append(
         f"time: the median of {rounds} of {turn} or more{load}.\n"
         "times: as long as fastnorm takes.\n"

@@ -223,11 +223,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_bench(commands: Any) -> None:
-    about = "time norms beside NumPy, PyTorch, ONNX Runtime and JAX, and beside a copy"
+    about = "time norms against NumPy, PyTorch, ONNX Runtime and JAX, and against a copy"
     parser = commands.add_parser(
         "bench",
         help=about,
-        description="Time norms beside peers and a copy. Public functions are called as a user "
+        description="Time norms against peers and a copy. Public functions are called as a user "
         "calls them, all in turn in one process; results are compared first. A result is a fresh "
         "array in each call. The copy reads and writes as many bytes with np.copyto, into a fresh "
         "array, on one thread or in parts on all, whichever is faster.",
@@ -663,10 +663,11 @@ def _stats(arguments: argparse.Namespace) -> int:
         warn("nothing could be read" if complete else "nothing had been read yet")
         return status or 1
     total, scale = found.total, arguments.scale
-    odd = report.odd_channels(total, scale)
-    for channel in odd:
-        warn(f"{channel}{_advice(found.odd, options.ignore_nan) if found.odd else ''}")
-    status = status or (1 if odd else 0)
+    not_finite = report.not_finite_channels(total, scale)
+    advice = _advice(found.not_finite, options.ignore_nan) if found.not_finite else ""
+    for channel in not_finite:
+        warn(f"{channel}{advice}")
+    status = status or (1 if not_finite else 0)
     if arguments.plot is not None and found.histogram is not None:
         kind = arguments.plot.suffix[1:].lower()
         try:
@@ -674,7 +675,7 @@ def _stats(arguments: argparse.Namespace) -> int:
         except OSError as error:
             warn(f"cannot write the picture: {error}")
             status = status or 1
-    line = None if odd else report.normalize_line(total, scale)
+    line = None if not_finite else report.normalize_line(total, scale)
     if arguments.json:
         result: dict[str, Any] = report.summary(total, scale) | {
             "scale": scale,
@@ -684,7 +685,7 @@ def _stats(arguments: argparse.Namespace) -> int:
                 {"path": in_json(path), "reason": in_json(reason)} for path, reason in found.bad
             ],
             "normalize": line,
-            "moments": None if odd else total.to_dict(),
+            "moments": None if not_finite else total.to_dict(),
         }
         if arguments.by:
             each = sorted(found.moments.items())

@@ -117,11 +117,11 @@ def fields_of(x: Array, axes: tuple[int, ...], mask: Array | None = None) -> Arr
         return fields_of(x[np.newaxis], (0,), None if mask is None else mask[np.newaxis])[:, 0]
     _fill(x, reduced, mask, fields)
     if x.dtype != np.float64:  # whose squares cannot leave the range
-        odd = ~np.isfinite(fields[1])
+        wrong = ~np.isfinite(fields[1])
     else:
-        odd = _out_of_range(fields)
-    if odd.any():
-        _mend(x, axes, mask, fields, odd)
+        wrong = _out_of_range(fields)
+    if wrong.any():
+        _rescale(x, axes, mask, fields, wrong)
     return fields
 
 
@@ -133,13 +133,15 @@ def _out_of_range(fields: Array) -> Array:
         return (count > 0) & ~good
 
 
-def _mend(x: Array, axes: tuple[int, ...], mask: Array | None, fields: Array, odd: Array) -> None:
-    """Fill in the `odd` fields: of numbers brought to 1 by a power of two, or of infinities."""
+def _rescale(
+    x: Array, axes: tuple[int, ...], mask: Array | None, fields: Array, wrong: Array
+) -> None:
+    """Fill in what is out of range: of numbers brought to 1 by a power of two, or of infinities."""
     low, high = extremes(x, axes, mask)
     with np.errstate(all="ignore"):
         largest = np.maximum(-low, high)  # NaN of NaN
         finite = np.isfinite(largest)
-        exponent = np.where(odd, exponents_of(largest), 0)
+        exponent = np.where(wrong, exponents_of(largest), 0)
         if exponent.any():
             again = np.zeros_like(fields)
             reduced = tuple(axis in axes for axis in range(x.ndim))
@@ -149,7 +151,7 @@ def _mend(x: Array, axes: tuple[int, ...], mask: Array | None, fields: Array, od
         # infinite of one sign: that; of both, or with a NaN: NaN
         m2 = np.where(np.isnan(largest), np.nan, np.inf)
         none = np.zeros_like(m2)
-        np.copyto(fields[1:5], np.stack([low + high, none, m2, none]), where=odd & ~finite)
+        np.copyto(fields[1:5], np.stack([low + high, none, m2, none]), where=wrong & ~finite)
 
 
 def _fill(x: Array, reduced: tuple[bool, ...], mask: Array | None, fields: Array) -> None:

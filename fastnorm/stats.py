@@ -51,7 +51,7 @@ class Found:
     histogram: Histogram | None = None
     parts: int = 0
     bad: list[tuple[str, str]] = field(default_factory=list)  # paths, and why they cannot be read
-    odd: str = ""  # the first path with an infinity or NaN
+    not_finite: str = ""  # the first path with an infinity or NaN
 
     @property
     def total(self) -> fn.Moments:
@@ -70,7 +70,7 @@ class Found:
             self.histogram = (self.histogram or Histogram()).merge(other.histogram)
         self.parts += other.parts
         self.bad += other.bad
-        self.odd = self.odd or other.odd
+        self.not_finite = self.not_finite or other.not_finite
 
 
 def work(task: Sequence[Part], options: Options) -> Found:
@@ -101,7 +101,7 @@ def _found_in(part: Part, options: Options) -> Found:
         if options.histogram:
             more.histogram = Histogram.of(array, _axes(part, block, options), where)
         if not np.isfinite(np.asarray(moments.mean)[np.asarray(moments.count) > 0]).all():
-            more.odd = part.path
+            more.not_finite = part.path
         found.take(more)
     return found
 

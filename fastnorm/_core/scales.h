@@ -143,22 +143,22 @@ static double sum_of_powers(const Forward *q, const char *x, const char *mask, d
  * what is no number in it (mean set to the sum of those). */
 static int rescale(const Forward *q, const char *x, const char *mask, double *mean, double *low,
                    double *m2, double *scale) {
-    double largest = 0.0, first = 0.0, odd = 0.0;
+    double largest = 0.0, first = 0.0, not_finite = 0.0;
     ptrdiff_t count = 0;
     int constant = 1, exponent;
     for (ptrdiff_t i = 0; i < q->neighbours * q->length; i++) {
         const double *e = chosen(q, x, mask, i);
         if (!e) continue;
         if (!isfinite(*e)) {
-            odd += *e;
+            not_finite += *e;
             continue;
         }
         if (count++ == 0) first = *e;
         constant = constant && *e == first;
         if (fabs(*e) > largest) largest = fabs(*e);
     }
-    if (odd != 0.0) {
-        if (q->centred) *mean = odd;
+    if (not_finite != 0.0) {
+        if (q->centred) *mean = not_finite;
         return 0;
     }
     if (count == 0) return 0;

@@ -36,13 +36,13 @@ def _plain(values: Any) -> Any:
     return array.tolist()
 
 
-def odd_channels(moments: Any, scale: float) -> list[str]:
+def not_finite_channels(moments: Any, scale: float) -> list[str]:
     """Say of each channel whose mean and variance are not finite numbers what is wrong."""
     mean, var, _ = _scaled(moments, scale)
     counts, means = np.asarray(moments.count), np.asarray(mean)
-    odd = ~(np.isfinite(means) & np.isfinite(var))
+    wrong = ~(np.isfinite(means) & np.isfinite(var))
     lines = []
-    for place in map(tuple, np.argwhere(odd)):
+    for place in map(tuple, np.argwhere(wrong)):
         name = f"channel {','.join(map(str, place))}" if place else "all numbers"
         if counts[place] == 0:
             lines.append(f"{name}: there are no numbers to take a mean of")

@@ -45,6 +45,7 @@ GNU_FLAGS = [
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",
+    "-pthread",
     # Else a function that the headers do not declare is found missing only at import.
     "-Werror=implicit-function-declaration",
 ]
@@ -80,7 +81,8 @@ left out. Numba compiles others when they are first called. To get these, instal
 (and, where they are a package of their own, the Python headers) and install fastnorm again.
 """
 NO_OPENMP = """
-fastnorm: the C compiler does not take the OpenMP flag, so the kernels will use one thread.
+fastnorm: the C compiler does not take the OpenMP flag. The kernels' threads are their own, but they
+will not know of limits that OpenMP is given, as by threadpoolctl; on Windows they use one thread.
 """
 
 

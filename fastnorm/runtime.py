@@ -84,8 +84,7 @@ _current = ""
 def _tell_kernels() -> None:
     """Tell the kernels what cached calls need to know of the process."""
     if _core.kernels is not None:
-        allowed = 1 if _forked else MOST_THREADS
-        _core.kernels.set_state(_current == "cython", min(_threads, MOST_THREADS), allowed)
+        _core.kernels.set_state(_current == "cython", min(_threads, MOST_THREADS))
 
 
 def set_process_backend(name: str) -> None:
@@ -103,22 +102,19 @@ def chosen_backend() -> str:
 
 # --- Threads --------------------------------------------------------------------------------------
 
-# GNU OpenMP hangs in a forked child of a process that has used threads, so a child runs serially.
-_forked = False
+# Whether this process is a forked child. The compiled kernels work there as anywhere.
+forked = False
 
 
 def _in_child() -> None:
-    global _forked
-    _forked = True
-    _tell_kernels()
+    global forked
+    forked = True
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_in_child)
 
-
-# However many are asked for, kernels start no more: threads beyond the processors gain nothing, and
-# OpenMP ends the process when the system has no more of them.
+# However many are asked for, kernels start no more: threads beyond the processors gain nothing.
 MOST_THREADS = max(64, os.cpu_count() or 1)
 
 
@@ -143,7 +139,7 @@ _threads = _default_threads()
 def kernel_threads() -> int:
     """How many threads a kernel may use here."""
     here = _here.get()
-    n = 1 if _forked else min((here and here.kernel_threads) or _threads, MOST_THREADS)
+    n = min((here and here.kernel_threads) or _threads, MOST_THREADS)
     limit = 0 if n == 1 or _core.kernels is None else _core.kernels.openmp_limit()
     return min(n, limit) if limit else n
 
@@ -208,7 +204,7 @@ def get_num_threads() -> int:
     -------
     int
         What was asked for; or a limit that OpenMP has been given since it began, as by
-        ``threadpoolctl.threadpool_limits``. 1 in a forked child: OpenMP cannot run there.
+        ``threadpoolctl.threadpool_limits``, which holds for fastnorm's threads, too.
 
     Examples
     --------
@@ -216,8 +212,6 @@ def get_num_threads() -> int:
     >>> fn.get_num_threads() >= 1
     True
     """
-    if _forked:
-        return 1
     here = _here.get()
     n = (here and here.threads) or _threads
     return _within_limit(n)

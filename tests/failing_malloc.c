@@ -1,6 +1,6 @@
 /* An allocator that fails when it is told to: LD_PRELOAD this, and call fail_at(n) in a thread, after which
  * the n-th allocation of that thread returns NULL. allocations() then says how many there were. Those of
- * OpenMP and of Numba's layers of threads do not count: they end the process without memory. */
+ * Numba's layers of threads, and of OpenMP, do not count: they end the process without memory. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>

@@ -37,6 +37,13 @@ def test_kernels_alone(level: str, own_process: Process) -> None:
     assert own_process.returncode == 0, own_process.stdout + own_process.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not can_build(), reason="there is no C compiler")
+@pytest.mark.own_process("-m", "tests.kernels", "threads")
+def test_threads_alone(own_process: Process) -> None:
+    assert own_process.returncode == 0, own_process.stdout + own_process.stderr
+
+
 def test_aarch64_is_tried_where_that_is_asked() -> None:
     assert can_cross_build() or not os.environ.get("FASTNORM_AARCH64")
 

@@ -75,7 +75,7 @@ thread = threading.Thread(target=lambda: (check(), ends.append(forked(check)), c
 thread.start()
 thread.join()
 with fn.threads(2):
-    ends.append(forked(lambda: fn.get_num_threads() == 1 or 1 / 0))
+    ends.append(forked(lambda: fn.get_num_threads() == 2 or 1 / 0))
     ends.append(forked(check))
 check()
 print(ends)

@@ -490,8 +490,6 @@ def test_small_modules_and_other_dtypes_start_no_threads(monkeypatch: pytest.Mon
             assert_same_bits(array, right[name])
         m = fn.nn.TransformerBlock(**large, dtype=np.float16)
         assert m.parameters()["linear1.weight"].std() == pytest.approx((2 / 1280) ** 0.5, rel=0.01)
-        monkeypatch.setattr(runtime, "_forked", True)  # in a child of a fork
-        fn.nn.TransformerBlock(**large)
 
 
 def test_weights_that_cannot_be_written_are_an_error() -> None:

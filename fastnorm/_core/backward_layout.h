@@ -47,12 +47,13 @@ typedef struct {
     ptrdiff_t together;         /* items of an owner that are taken together */
     int sweeps, few_owners;     /* all of an owner's items are; and there are few owners */
     int max_threads;            /* 1, or 0 where there is no such limit */
+    int brief;                  /* too little work to wake a thread that sleeps */
     int threads;
 } Backward;
 
 /* What follows from the number of threads. */
 static inline void backward_threads(Backward *q, int threads) {
-    q->threads = !FN_OPENMP || q->max_threads == 1 || threads < 1 ? 1 : threads;
+    q->threads = !FN_THREADS || q->max_threads == 1 || threads < 1 ? 1 : threads;
     q->share_items = q->sweeps && (q->few_owners || q->threads == 1);
 }
 

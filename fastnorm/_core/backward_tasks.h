@@ -161,10 +161,10 @@ typedef struct {
 FN_INLINE Span T(share)(const T(Work) *w, ptrdiff_t turn) {
     return (Span){w->total * turn / w->turns, w->total * (turn + 1) / w->turns};
 }
-static void T(share_all)(T(Work) *w, ptrdiff_t total, int threads, Turn run) {
+static void T(share_all)(T(Work) *w, ptrdiff_t total, int threads, int backwards, Turn run) {
     w->total = total;
     w->turns = threads == 1 ? 1 : least(total, TURNS_PER_THREAD * (ptrdiff_t)threads);
-    share_out(w->turns, threads, 0, run, w);
+    share_out(w->turns, threads, (Sharing){backwards, w->q->brief}, run, w);
 }
 /* The sums of some segments of the items. */
 static void T(sums_turn)(void *work, ptrdiff_t turn, int thread) {
@@ -212,8 +212,7 @@ static void T(dx_turn)(void *work, ptrdiff_t turn, int thread) {
     const T(Work) *w = work;
     const ptrdiff_t n = w->q->segments;
     T(Space) *h = &w->threads[thread];
-    /* the last read are the first written: what is still in cache is read from there */
-    const Span f = T(share)(w, w->turns - 1 - turn);
+    const Span f = T(share)(w, turn);
     for (ptrdiff_t i = f.first; i < f.last; i++) {
         if (w->q->inside) T(collect_chunk)(w, i, h);
         else T(apply_span)(w->q, &w->items->slopes[i / n], segment(w->q, i % n), h->tiles);
@@ -228,13 +227,14 @@ static void T(take_items)(T(Work) *w) {
     const int sums = q->training || !q->inside;
     for (ptrdiff_t i = 0; i < n; i++)
         T(read_statistics)(q, item_of(q, w->owner, w->sharers.first + i), &h->slopes[i]);
-    if (sums) T(share_all)(w, segments, w->inner, T(sums_turn));
+    if (sums) T(share_all)(w, segments, w->inner, 0, T(sums_turn));
     for (ptrdiff_t i = 0; i < segments && sums; i++)
         T(add_segment)(q, &h->slopes[i / q->segments], i % q->segments, h->sums + i * 2 * q->width,
                        w->cells);
     for (ptrdiff_t i = 0; i < n; i++) T(finish_sums)(q, &h->slopes[i]);
     const ptrdiff_t chunks = (q->cell_p ? q->p : 1) * T(chunks_along)(q);
-    T(share_all)(w, q->inside ? chunks : segments, w->inner, T(dx_turn));
+    /* the last read are the first written: what is still in cache is read from there */
+    T(share_all)(w, q->inside ? chunks : segments, w->inner, 1, T(dx_turn));
 }
 
 /* ---- tasks --------------------------------------------------------------------------------------
@@ -301,7 +301,7 @@ static int T(run_backward)(Backward *q) {
     if (!failed) {
         if (q->parts == 1) w.parts = NULL;
         if (q->convert_weight) T(convert_weight)(q, room);
-        T(share_all)(&w, tasks, outer, T(task_turn));
+        T(share_all)(&w, tasks, outer, 0, T(task_turn));
         if (w.parts) merge_parts(q, w.parts);
         q->weight = weight;
     }

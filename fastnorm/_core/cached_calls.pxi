@@ -11,14 +11,18 @@ from libc.string cimport memcmp
 
 cdef extern from *:
     """
-    /* The most threads that OpenMP has been told to use here, as threadpoolctl does. */
+    /* The most threads that OpenMP has been told to use here, as threadpoolctl does: the threads
+     * are the kernels' own (pool.h), but whoever limits OpenMP's means all that compute. */
     #if defined(_OPENMP)
     #include <omp.h>
+    #define FN_OPENMP 1
     static int fn_openmp_now(void) { return omp_get_max_threads(); }
     #else
+    #define FN_OPENMP 0
     static int fn_openmp_now(void) { return 1; }
     #endif
     """
+    int FN_OPENMP
     int fn_openmp_now() noexcept nogil
 
 cdef enum:
@@ -43,14 +47,13 @@ cdef class Ticket:
 
 cdef bint answering = True
 cdef int most_threads = 1
-cdef int allowed_threads = 1    # whoever asks for more
 cdef object scope = None        # the context's own choice (runtime.py), once there has been one
 cdef int openmp_begun = fn_openmp_now()
 
-def set_state(bint answers, int threads, int allowed):
+def set_state(bint answers, int threads):
     """Whether calls are answered from the cache, and by how many threads: for the process."""
-    global answering, most_threads, allowed_threads
-    answering, most_threads, allowed_threads = answers, threads, allowed
+    global answering, most_threads
+    answering, most_threads = answers, threads
 
 def set_scope(variable):
     """Where contexts have choices of their own: (answers or None, threads or 0, ...), or None."""
@@ -60,6 +63,10 @@ def set_scope(variable):
 cdef inline int limit_here() noexcept:
     cdef int limit = fn_openmp_now()
     return 0 if limit == openmp_begun else limit
+
+def heeds_openmp():
+    """Whether these kernels were built with OpenMP, and know of its limits."""
+    return bool(FN_OPENMP)
 
 def openmp_limit():
     """How many threads OpenMP has been told to use here since it began; 0 where it has not."""
@@ -79,7 +86,6 @@ cdef int threads_here() except -1:
                 n = own
     if not answers:
         return 0
-    n = max(1, min(n, allowed_threads))
     limit = limit_here() if n > 1 else 0
     return min(n, limit) if limit else n
 

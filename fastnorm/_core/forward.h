@@ -60,16 +60,14 @@ typedef struct {
     Walk walk;
     int threads;
     int split_items;   /* threads share each item, not the items */
-    int static_shares; /* each thread has its share once and for all */
     int max_threads;   /* 1, or 0 where there is no such limit */
-    int static_threads; /* from so many threads on shares are fixed */
+    int brief;         /* too little work to wake a thread that sleeps */
     int releases_gil;  /* it takes long enough for the interpreter's lock to be given up */
 } Forward;
 
 /* What follows from the number of threads. */
 static inline void forward_threads(Forward *q, int threads) {
-    q->threads = !FN_OPENMP || q->max_threads == 1 || threads < 1 ? 1 : threads;
-    q->static_shares = q->threads >= q->static_threads;
+    q->threads = !FN_THREADS || q->max_threads == 1 || threads < 1 ? 1 : threads;
     q->split_items = q->threads > 1 && q->splits > 1 && q->items % q->threads != 0 &&
                      q->items < ITEMS_PER_THREAD * q->threads;
 }

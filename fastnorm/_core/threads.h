@@ -2,32 +2,40 @@
 #ifndef FASTNORM_THREADS_H
 #define FASTNORM_THREADS_H
 
-#include "numbers.h"
-#if defined(_OPENMP)
-#include <omp.h>
-#define FN_OPENMP 1
-#else
-#define FN_OPENMP 0
-#endif
+#include "operand.h"
 
 /* One turn of a pass's work; `thread` tells whose scratch memory is to be used. */
 typedef void (*Turn)(void *work, ptrdiff_t turn, int thread);
 
-/* Each turn once, by up to `threads` threads: a fixed share for each, or whoever is free. */
-static inline void share_out(ptrdiff_t turns, int threads, int fixed, Turn run, void *work) {
-#if FN_OPENMP
-    if (threads > 1 && fixed) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-        for (ptrdiff_t turn = 0; turn < turns; turn++) run(work, turn, omp_get_thread_num());
-        return;
-    }
+typedef struct {
+    int backwards; /* each thread's share of the turns from its end */
+    int brief;     /* too little work to wake a thread that sleeps */
+} Sharing;
+
+#if !defined(_WIN32)
+#include "pool.h"
+#define FN_THREADS 1
+#elif defined(_OPENMP)
+#include <omp.h>
+#define FN_THREADS 1
+#else
+#define FN_THREADS 0
+#endif
+
+/* Each turn once, by up to `threads` threads. */
+static inline void share_out(ptrdiff_t turns, int threads, Sharing how, Turn run, void *work) {
+#if !defined(_WIN32)
+    if (threads > 1 && turns > 1 && run_shared(turns, threads, how, run, work)) return;
+#elif defined(_OPENMP)
     if (threads > 1) {
+        ptrdiff_t i;
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
-        for (ptrdiff_t turn = 0; turn < turns; turn++) run(work, turn, omp_get_thread_num());
+        for (i = 0; i < turns; i++)
+            run(work, how.backwards ? turns - 1 - i : i, omp_get_thread_num());
         return;
     }
 #endif
-    for (ptrdiff_t turn = 0; turn < turns; turn++) run(work, turn, 0);
+    for (ptrdiff_t i = 0; i < turns; i++) run(work, how.backwards ? turns - 1 - i : i, 0);
 }
 
 #endif

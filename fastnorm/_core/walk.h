@@ -103,7 +103,7 @@ static void T(moments_turn)(void *work, ptrdiff_t turn, int thread) {
 static void T(output_turn)(void *work, ptrdiff_t turn, int thread) {
     T(Job) *w = work;
     const ptrdiff_t splits = w->q->splits, n = w->q->items * splits;
-    for (ptrdiff_t i = n - n * (turn + 1) / w->turns; i < n - n * turn / w->turns; i++) {
+    for (ptrdiff_t i = n * turn / w->turns; i < n * (turn + 1) / w->turns; i++) {
         const Item it = item_at(w->q, i / splits);
         T(output_of_split)(w->q, &it, i % splits, &w->scales[i / splits], w->h + thread);
     }
@@ -124,7 +124,7 @@ static int T(share_splits)(T(Job) *w) {
         if (!counted && !open_arena(&m)) return 1;
     }
     w->turns = least(total, TURNS_PER_THREAD * q->threads);
-    if (!q->given) share_out(w->turns, q->threads, 0, T(moments_turn), w);
+    if (!q->given) share_out(w->turns, q->threads, (Sharing){0, q->brief}, T(moments_turn), w);
     for (ptrdiff_t i = 0; i < q->items; i++) {
         const Item it = item_at(q, i);
         const ptrdiff_t n = groups_of(q, &it);
@@ -134,7 +134,7 @@ static int T(share_splits)(T(Job) *w) {
         w->scales[i] = T(scales_at)(memory + i * SCALE_BYTES * width, it.width);
         T(finalize_item)(q, &it, whole, &w->scales[i]);
     }
-    if (q->y.data) share_out(w->turns, q->threads, 0, T(output_turn), w);
+    if (q->y.data) share_out(w->turns, q->threads, (Sharing){1, q->brief}, T(output_turn), w);
     close_arena(&m);
     return 0;
 }
@@ -157,9 +157,9 @@ static int T(run_items)(Forward *q) {
         free(w.h);
         return 1;
     }
-    w.turns = least(q->items, (q->static_shares ? 1 : TURNS_PER_THREAD) * q->threads);
+    w.turns = least(q->items, TURNS_PER_THREAD * q->threads);
     if (q->split_items) failed = T(share_splits)(&w);
-    else share_out(w.turns, q->threads, q->static_shares, T(walk_turn), &w);
+    else share_out(w.turns, q->threads, (Sharing){0, q->brief}, T(walk_turn), &w);
     close_scratch(w.h, q->threads);
     free(w.h);
     return failed;

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from fastnorm import _core
+from fastnorm import _core, runtime
 from fastnorm._numba import activations, backward, blocking, forward
 from fastnorm._numba.blocking import ADDRESSES, APPLY, FINALIZE, MOMENTS, PASS, WHOLE
 from fastnorm._numba.extents import size_of_room, spans_of, watched
@@ -89,7 +89,8 @@ def _share(
     `record` is the address of a record. With `static` the shares are
     fixed: each core then finds its own in its cache.
     """
-    threads = min(threads, items, numba.config.NUMBA_NUM_THREADS)
+    # OpenMP, of which Numba's threads may be, ends or hangs a forked child that asks it for some
+    threads = 1 if runtime.forked else min(threads, items, numba.config.NUMBA_NUM_THREADS)
     locked = False
     if threads > 1 and not _takes_several():
         # the count does not know threads that were started without `threading`, the lock does

@@ -1,7 +1,8 @@
-"""Builds check_kernels.c, which calls the kernels directly and without Python, and runs it.
+"""Builds programs that call the kernels, or their threads, without Python, and runs them.
 
 python -m tests.kernels x86-64-v3    for an instruction set, or "plain": the compiler's own
 python -m tests.kernels aarch64      with a cross compiler, under an emulator
+python -m tests.kernels threads      the threads alone, also under ThreadSanitizer
 """
 
 from __future__ import annotations
@@ -18,30 +19,61 @@ from pathlib import Path
 HERE = Path(__file__).parent
 CORE = HERE.parent.parent / "fastnorm/_core"
 # As setup.py has them. -O1 is enough for what is checked, and takes a quarter of the time.
-FLAGS = ["-std=c11", "-O1", "-fno-fast-math", "-ffp-contract=off", "-fopenmp", "-DFN_CHECKED=1"]
+FLAGS = ["-std=c11", "-O1", "-fno-fast-math", "-ffp-contract=off", "-pthread", "-DFN_CHECKED=1"]
 WIDE = {"x86-64-v4": ["-mprefer-vector-width=512"]}
 
 COMPILER = shlex.split(os.environ.get("CC", "cc"))
 CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
 
+# How the threads are built, and what the program is told; nothing is forked under the sanitizer.
+THREADS: dict[str, tuple[list[str], list[str]]] = {
+    "as it is": ([], []),
+    "without the system's futex": (["-DFN_NO_FUTEX"], []),
+    "with ThreadSanitizer": (["-fsanitize=thread", "-g1"], ["no forks"]),
+    "with ThreadSanitizer, without futex": (
+        ["-fsanitize=thread", "-g1", "-DFN_NO_FUTEX"],
+        ["no forks"],
+    ),
+}
 
-def main(level: str) -> int:
-    if level == "aarch64":
-        build, run = [CROSS_COMPILER, *FLAGS, "-static"], [EMULATOR]
-        options = ["short"]
-    else:
-        march = [] if level == "plain" else [f"-march={level}"]
-        build, run = [*COMPILER, *FLAGS, *march, *WIDE.get(level, [])], []
-        options = []
+
+def build_and_run(build: list[str], source: str, run: list[str], options: list[str]) -> int:
+    """What the program of a source file returns."""
     with tempfile.TemporaryDirectory() as folder:
-        program = str(Path(folder, "check_kernels"))
-        source = str(HERE / "check_kernels.c")
         from .cases import write  # and with it fastnorm
 
         write(Path(folder))
+        program = str(Path(folder, "program"))
         headers = [f"-I{CORE}", f"-I{folder}"]
-        built = subprocess.run([*build, *headers, source, "-lm", "-o", program])
+        built = subprocess.run([*build, *headers, str(HERE / source), "-lm", "-o", program])
         return built.returncode or subprocess.run([*run, program, *options]).returncode
+
+
+def check_threads() -> int:
+    failed = 0
+    for name, (flags, options) in THREADS.items():
+        probe = subprocess.run(
+            [*COMPILER, *flags, "-x", "c", "-", "-o", os.devnull],
+            input=b"int main(void) { return 0; }",
+            capture_output=True,
+        )
+        if probe.returncode:
+            print(f"{name}: the compiler has no such flag")
+            continue
+        print(name, end=": ", flush=True)
+        failed |= build_and_run([*COMPILER, *FLAGS, *flags], "check_pool.c", [], options)
+    return failed
+
+
+def main(what: str) -> int:
+    if what == "threads":
+        return check_threads()
+    if what == "aarch64":
+        build = [CROSS_COMPILER, *FLAGS, "-static"]
+        return build_and_run(build, "check_kernels.c", [EMULATOR], ["short"])
+    march = [] if what == "plain" else [f"-march={what}"]
+    build = [*COMPILER, *FLAGS, *march, *WIDE.get(what, [])]
+    return build_and_run(build, "check_kernels.c", [], [])
 
 
 def can_build() -> bool:

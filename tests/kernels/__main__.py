@@ -2,7 +2,7 @@
 
 python -m tests.kernels x86-64-v3    for an instruction set, or "plain": the compiler's own
 python -m tests.kernels aarch64      with a cross compiler, under an emulator
-python -m tests.kernels threads      the threads alone, also under ThreadSanitizer
+python -m tests.kernels threads      the threads alone, and they and kernels with ThreadSanitizer
 """
 
 from __future__ import annotations
@@ -25,15 +25,14 @@ WIDE = {"x86-64-v4": ["-mprefer-vector-width=512"]}
 COMPILER = shlex.split(os.environ.get("CC", "cc"))
 CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
 
-# How the threads are built, and what the program is told; nothing is forked under the sanitizer.
-THREADS: dict[str, tuple[list[str], list[str]]] = {
-    "as it is": ([], []),
-    "without the system's futex": (["-DFN_NO_FUTEX"], []),
-    "with ThreadSanitizer": (["-fsanitize=thread", "-g1"], ["no forks"]),
-    "with ThreadSanitizer, without futex": (
-        ["-fsanitize=thread", "-g1", "-DFN_NO_FUTEX"],
-        ["no forks"],
-    ),
+SANITIZER = ["-fsanitize=thread", "-g1"]
+# What runs on threads, how it is built, and what it is told; the sanitizer follows no forks.
+THREADS: dict[str, tuple[str, list[str], list[str]]] = {
+    "threads": ("check_pool.c", [], []),
+    "without the system's futex": ("check_pool.c", ["-DFN_NO_FUTEX"], []),
+    "with ThreadSanitizer": ("check_pool.c", SANITIZER, ["no forks"]),
+    "with it, without futex": ("check_pool.c", [*SANITIZER, "-DFN_NO_FUTEX"], ["no forks"]),
+    "kernels with ThreadSanitizer": ("check_kernels.c", SANITIZER, ["short"]),
 }
 
 
@@ -51,7 +50,7 @@ def build_and_run(build: list[str], source: str, run: list[str], options: list[s
 
 def check_threads() -> int:
     failed = 0
-    for name, (flags, options) in THREADS.items():
+    for name, (source, flags, options) in THREADS.items():
         probe = subprocess.run(
             [*COMPILER, *flags, "-x", "c", "-", "-o", os.devnull],
             input=b"int main(void) { return 0; }",
@@ -61,7 +60,7 @@ def check_threads() -> int:
             print(f"{name}: the compiler has no such flag")
             continue
         print(name, end=": ", flush=True)
-        failed |= build_and_run([*COMPILER, *FLAGS, *flags], "check_pool.c", [], options)
+        failed |= build_and_run([*COMPILER, *FLAGS, *flags], source, [], options)
     return failed
 
 

@@ -1,4 +1,4 @@
-"""The kernel for groups whose numbers are runs in memory: sums, and the step from x to y.
+"""The kernel for groups whose numbers are runs in memory: sums, and from x and a scale to y.
 
 A group is summed by a team of threads, or in parts by several; parts are merged in order. Within a
 team, x - pivot and its square are summed in float64, as in the Cython kernels: threads that have a
@@ -65,7 +65,7 @@ from fastnorm._numba.gpu.views import (
 
 Function = Callable[..., Any]
 
-fma, step, two_sum = arithmetic.fma, arithmetic.step, arithmetic.two_sum
+fma, apply_scale, two_sum = arithmetic.fma, arithmetic.apply, arithmetic.two_sum
 moments_of_sums, holds = arithmetic.moments_of_sums, arithmetic.holds
 
 WHOLE, SUMS, APPLY = range(3)  # sums and step at once, sums of parts, step with a scale given
@@ -221,7 +221,7 @@ def moment_taker(kind: str, team: int) -> Function:
 
 @cache
 def applier(kind: str, other: str, team: int, activation: Any, first: bool) -> Function:
-    """A function: the step from x to y for what a team sees."""
+    """A function: from x and a scale to y, for what a team sees."""
     real = computing(kind)
     double = real is np.float64
     width = CHUNK // size_of(kind)
@@ -251,7 +251,7 @@ def applier(kind: str, other: str, team: int, activation: Any, first: bool) -> F
                 if out_of_range:
                     v[k] = real(((np.float64(ready[k]) * unit - mean) - rest) * rstd)
                 else:
-                    v[k] = step(ready[k], hi, r, shift)
+                    v[k] = apply_scale(ready[k], hi, r, shift)
             i += team
             now, start = row, col * width
             n = lesser(np.int64(width), share.s - start)

@@ -13,13 +13,13 @@ from fastnorm._numba.gpu.package import arithmetic, device
 
 Function = Callable[..., Any]
 
-fma, holds, step_back = arithmetic.fma, arithmetic.holds, arithmetic.step_back
+fma, holds, apply_back = arithmetic.fma, arithmetic.holds, arithmetic.apply_back
 
 
 @device
 def gradient(x: Any, dy: Any, hi: Any, r: Any, shift: Any, wr: Any, c1: Any, c2: Any) -> Any:
     """dx of one element. By given statistics c2 is 0: x, out of range or not, has no part in it."""
-    v = step_back(x, dy, hi, r, shift, wr, c1, c2)
+    v = apply_back(x, dy, hi, r, shift, wr, c1, c2)
     return v if c2 != 0 else fma(dy, wr, -c1)
 
 

@@ -1,7 +1,7 @@
 """The kernels for columns: groups whose numbers are a row of memory apart.
 
 A block takes LANES chunks of columns and some of the rows; each thread has a chunk's columns to
-itself. One kernel writes the moments of each column, another one applies the step.
+itself. One kernel writes the moments of each column, another one applies scales.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from fastnorm._numba.gpu.views import (
 
 Function = Callable[..., Any]
 
-fma, step, two_sum = arithmetic.fma, arithmetic.step, arithmetic.two_sum
+fma, apply_scale, two_sum = arithmetic.fma, arithmetic.apply, arithmetic.two_sum
 moments_of_sums, holds = arithmetic.moments_of_sums, arithmetic.holds
 
 
@@ -211,7 +211,7 @@ def column_moments(kind: str) -> Any:
 
 @cache
 def column_apply(kind: str, other: str, activation: Any, first: bool) -> Any:
-    """The kernel for the step of columns from x to y."""
+    """The kernel that applies scales of columns, from x to y."""
     real = computing(kind)
     double = real is np.float64
     size, other_size = size_of(kind), size_of(other)
@@ -265,7 +265,7 @@ def column_apply(kind: str, other: str, activation: Any, first: bool) -> Any:
             load_chunk(x.address, p * x.p + q * x.s, tile.n, tile.aligned, ready, 0)
         while i < tile.high:
             for k in range(width):
-                v[k] = step(ready[k], hi[k], r[k], shift[k])
+                v[k] = apply_scale(ready[k], hi[k], r[k], shift[k])
             if out_of_range:
                 for k in range(width):
                     # read again: this is rare, and the numbers would take registers always

@@ -49,7 +49,8 @@ GNU_FLAGS = [
     # Else a function that the headers do not declare is found missing only at import.
     "-Werror=implicit-function-declaration",
 ]
-MSVC_FLAGS = ["/O2", "/fp:precise"]
+# Elsewhere the kernels have threads of their own.
+MSVC_FLAGS = ["/O2", "/fp:precise", "/openmp"]
 
 # With FASTNORM_SANITIZE: what it finds ends the process, with the place in the source.
 SANITIZER_FLAGS = ["-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1", "-O1"]
@@ -73,16 +74,11 @@ DIRECTIVES = {
 }
 
 PYTHON_PROBE = "#include <Python.h>\nint fastnorm_probe(void) { return PY_MAJOR_VERSION; }\n"
-OPENMP_PROBE = "#include <omp.h>\nint fastnorm_probe(void) { return omp_get_max_threads(); }\n"
 
 NO_COMPILER = """
 fastnorm: no C compiler that can build Python extensions was found, so the compiled kernels are
 left out. Numba compiles others when they are first called. To get these, install a C compiler
 (and, where they are a package of their own, the Python headers) and install fastnorm again.
-"""
-NO_OPENMP = """
-fastnorm: the C compiler does not take the OpenMP flag. The kernels' threads are their own, but they
-will not know of limits that OpenMP is given, as by threadpoolctl; on Windows they use one thread.
 """
 
 
@@ -158,11 +154,6 @@ class BuildKernels(build_ext):
             flags.append("/DFN_CHECKED=1" if msvc else "-DFN_CHECKED=1")
         if sanitizers := os.environ.get("FASTNORM_SANITIZE", ""):
             flags += [f"-fsanitize={sanitizers}", *SANITIZER_FLAGS]
-        openmp = "/openmp" if msvc else "-fopenmp"
-        if self.compiles(OPENMP_PROBE, [openmp], [] if msvc else [openmp]):
-            flags.append(openmp)
-        else:
-            print(NO_OPENMP, file=sys.stderr)
 
         variants = {}
         if not msvc and self.plat_name.endswith(("x86_64", "amd64")):

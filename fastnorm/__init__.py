@@ -1,6 +1,6 @@
 """fastnorm: batch, layer, instance, group and RMS normalization for NumPy, fast and right."""
 
-from fastnorm import backward, elementwise, functional, nn, related
+from fastnorm import backward, elementwise, functional, nn, related, threadpools
 from fastnorm.backends import backend, get_backend, set_backend
 from fastnorm.backward import *
 from fastnorm.config import VERSION, explain, show_config
@@ -32,6 +32,8 @@ __all__ += backward.__all__
 __all__ += elementwise.__all__
 __all__ += functional.__all__
 __all__ += related.__all__
+
+threadpools.connect()
 
 
 def __dir__() -> list[str]:

@@ -401,7 +401,7 @@ def _compared(
     rounds: int,
     report: Callable[[str], None],
 ) -> Row:
-    peers.set_torch_threads(threads)  # first, or what was set before would limit OpenMP
+    peers.set_torch_threads(threads)
     with fn.threads(threads), ThreadPoolExecutor(threads) as pool:
         threads = fn.get_num_threads()
         what = f"{case}, {_of_threads(threads)}"

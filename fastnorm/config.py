@@ -76,7 +76,6 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
         },
         "threads": {
             "at most": get_num_threads(),
-            "heeds limits of OpenMP": _core.kernels is not None and _core.kernels.heeds_openmp(),
         },
         "backends": {"in use": backends.get_backend(), "at hand": list(backends.at_hand)},
         "cuda": {"numba.cuda imported": "numba.cuda" in sys.modules},

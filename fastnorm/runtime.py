@@ -84,7 +84,8 @@ _current = ""
 def _tell_kernels() -> None:
     """Tell the kernels what cached calls need to know of the process."""
     if _core.kernels is not None:
-        _core.kernels.set_state(_current == "cython", min(_threads, MOST_THREADS))
+        n, limit = (min(n, MOST_THREADS) for n in (_threads, _limit or MOST_THREADS))
+        _core.kernels.set_state(_current == "cython", n, limit)
 
 
 def set_process_backend(name: str) -> None:
@@ -134,27 +135,36 @@ def _default_threads() -> int:
 
 
 _threads = _default_threads()
+# What others have limited the process to (threadpools.py), and how many they saw before; or None.
+_limit: int | None = None
+_before_limit: int | None = None
 
 
 def kernel_threads() -> int:
     """How many threads a kernel may use here."""
     here = _here.get()
-    n = min((here and here.kernel_threads) or _threads, MOST_THREADS)
-    limit = 0 if n == 1 or _core.kernels is None else _core.kernels.openmp_limit()
-    return min(n, limit) if limit else n
+    return min((here and here.kernel_threads) or _threads, _limit or MOST_THREADS, MOST_THREADS)
 
 
-def _within_limit(n: int) -> int:
-    """`n`, or fewer where OpenMP has been given a limit."""
-    limit = 0 if _core.kernels is None else _core.kernels.openmp_limit()
-    return min(n, limit) if limit else n
+def process_threads() -> int:
+    """The largest number of threads a call may use where no context has chosen."""
+    return min(_threads, _limit or _threads)
+
+
+def limit_threads(n: int) -> None:
+    """Use no more than `n` threads, whatever is chosen; the number from before ends the limit."""
+    global _limit, _before_limit
+    if _limit is None:
+        _before_limit = process_threads()
+    _limit = None if n == _before_limit else max(n, 1)
+    _tell_kernels()
 
 
 def serial() -> AbstractContextManager[None]:
     """Run kernels on one thread inside a ``with`` block, between products of matrices.
 
-    BLAS and OpenMP each keep their threads spinning after a call. Where the two take turns on the
-    same processors they wait for each other: a block stack of 0.13 s took 0.33 s on two cores.
+    BLAS and OpenMP, of which Numba's threads may be, each keep their threads spinning after a call.
+    Where the two take turns on the same processors they wait for each other.
     """
     return scope(Choice(serial=True))
 
@@ -203,8 +213,7 @@ def get_num_threads() -> int:
     Returns
     -------
     int
-        What was asked for; or a limit that OpenMP has been given since it began, as by
-        ``threadpoolctl.threadpool_limits``, which holds for fastnorm's threads, too.
+        What was asked for, or fewer inside ``threadpoolctl.threadpool_limits``.
 
     Examples
     --------
@@ -214,7 +223,7 @@ def get_num_threads() -> int:
     """
     here = _here.get()
     n = (here and here.threads) or _threads
-    return _within_limit(n)
+    return min(n, _limit or n)
 
 
 @contextmanager

@@ -300,7 +300,6 @@ def twice(n=None):
             fn.layer_norm(x, 500), fn.layer_norm(x, 500)
 """
 
-heeds_openmp = fn.show_config("dicts")["threads"]["heeds limits of OpenMP"]
 on_linux = pytest.mark.skipif(not (LINUX and COMPILED), reason="threads are counted on Linux")
 
 
@@ -340,8 +339,7 @@ for n in (100_000, 2**31 - 1, 2**31, 2**63, 10**30):
 
 
 @on_linux
-@pytest.mark.skipif(not heeds_openmp, reason="the compiler brings no OpenMP")
-def test_a_limit_that_openmp_is_given() -> None:
+def test_limits_of_threadpoolctl() -> None:
     program = """
 from threadpoolctl import threadpool_limits
 fn.set_num_threads(4)
@@ -357,12 +355,39 @@ print(started(lambda: limited(1)), started(lambda: limited(3)), started(twice))
     assert started(program) == [1, 3, 0, 2, 1]
 
 
+@on_linux
+@pytest.mark.parametrize("first", ["fastnorm", "threadpoolctl"])
+def test_threadpoolctl_sees_the_threads(first: str) -> None:
+    """Whichever is imported first; and a limit leaves nothing behind, of whatever is in it."""
+    pytest.importorskip("threadpoolctl")
+    program = (
+        f"import {first}; import threadpoolctl as t, fastnorm as fn; fn.set_num_threads(3)"
+        """
+seen = [lib["num_threads"] for lib in t.threadpool_info() if lib["internal_api"] == "fastnorm"]
+with t.threadpool_limits(2):
+    seen.append(fn.get_num_threads())
+    with fn.threads(7):
+        seen.append(fn.get_num_threads())
+    with t.threadpool_limits(1, user_api="openmp"):
+        seen.append(fn.get_num_threads())
+    with t.threadpool_limits(50):
+        seen.append(fn.get_num_threads())
+    seen.append(fn.get_num_threads())
+seen.append(fn.get_num_threads())
+fn.set_num_threads(5)
+print(*seen, fn.get_num_threads())
+"""
+    )
+    run = run_python("-c", program)
+    assert run.stdout.split() == list("32213235"), run.stderr
+
+
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name != "numpy"])
 def test_numba_heeds_a_limit_too(name: str) -> None:
     """Whatever computes asks `_kernel_threads`."""
     limited = pytest.importorskip("threadpoolctl").threadpool_limits
-    if not heeds_openmp:
-        pytest.skip("without kernels that were built with OpenMP nobody knows its limits")
+    if not COMPILED:
+        pytest.skip("threadpoolctl finds threads by the library that they are in")
     with fn.backend(name), fn.threads(4), limited(1, user_api="openmp"):
         assert runtime.kernel_threads() == fn.get_num_threads() == 1
 

@@ -522,10 +522,7 @@ def settings_kept() -> Iterator[None]:
 
 
 def set_torch_threads(n: int) -> None:
-    """For PyTorch's functions, where it is imported.
-
-    Where it shares OpenMP with fastnorm's kernels, a number below fastnorm's limits these as well.
-    """
+    """For PyTorch's functions, where it is imported."""
     library: Any = sys.modules.get("torch")
     if library is not None:
         library.set_num_threads(n)

@@ -9,22 +9,6 @@ from cpython.contextvars cimport get_value_no_default
 from libc.stdint cimport uint64_t
 from libc.string cimport memcmp
 
-cdef extern from *:
-    """
-    /* The most threads that OpenMP has been told to use here, as threadpoolctl does: the threads
-     * are the kernels' own (pool.h), but whoever limits OpenMP's means all that compute. */
-    #if defined(_OPENMP)
-    #include <omp.h>
-    #define FN_OPENMP 1
-    static int fn_openmp_now(void) { return omp_get_max_threads(); }
-    #else
-    #define FN_OPENMP 0
-    static int fn_openmp_now(void) { return 1; }
-    #endif
-    """
-    int FN_OPENMP
-    int fn_openmp_now() noexcept nogil
-
 cdef enum:
     CALLS = 4096                # kept at a time
     RECENT = 256                # of which so many are found without a dictionary
@@ -48,33 +32,21 @@ cdef class Ticket:
 cdef bint answering = True
 cdef int most_threads = 1
 cdef object scope = None        # the context's own choice (runtime.py), once there has been one
-cdef int openmp_begun = fn_openmp_now()
+cdef int thread_limit = 1       # whatever is chosen
 
-def set_state(bint answers, int threads):
+def set_state(bint answers, int threads, int limit):
     """Whether calls are answered from the cache, and by how many threads: for the process."""
-    global answering, most_threads
-    answering, most_threads = answers, threads
+    global answering, most_threads, thread_limit
+    answering, most_threads, thread_limit = answers, threads, limit
 
 def set_scope(variable):
     """Where contexts have choices of their own: (answers or None, threads or 0, ...), or None."""
     global scope
     scope = variable
 
-cdef inline int limit_here() noexcept:
-    cdef int limit = fn_openmp_now()
-    return 0 if limit == openmp_begun else limit
-
-def heeds_openmp():
-    """Whether these kernels were built with OpenMP, and know of its limits."""
-    return bool(FN_OPENMP)
-
-def openmp_limit():
-    """How many threads OpenMP has been told to use here since it began; 0 where it has not."""
-    return limit_here()
-
 cdef int threads_here() except -1:
     """How many threads a call may use here; 0 where it is not answered from the cache."""
-    cdef int n = most_threads, own, limit
+    cdef int n = most_threads, own
     cdef bint answers = answering
     if scope is not None:
         here = get_value_no_default(scope, None)
@@ -86,8 +58,7 @@ cdef int threads_here() except -1:
                 n = own
     if not answers:
         return 0
-    limit = limit_here() if n > 1 else 0
-    return min(n, limit) if limit else n
+    return max(1, min(n, thread_limit))
 
 # --- The calls that are kept ----------------------------------------------------------------------
 

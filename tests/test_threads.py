@@ -22,6 +22,7 @@ import pytest
 import fastnorm as fn
 from fastnorm import backends, limits, runtime
 from fastnorm._bench.operations import OPERATIONS
+from fastnorm.workers import busy_processes
 
 from .helpers import (
     BACKENDS,
@@ -390,6 +391,36 @@ def test_numba_heeds_a_limit_too(name: str) -> None:
         pytest.skip("threadpoolctl finds threads by the library that they are in")
     with fn.backend(name), fn.threads(4), limited(1, user_api="openmp"):
         assert runtime.kernel_threads() == fn.get_num_threads() == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not COMPILED, reason="Numba's threads are not ours")
+def test_nobody_waits_for_a_thread_that_has_not_begun() -> None:
+    """Beside programs that keep all processors busy two threads take about as long as one.
+
+    Means, as a wait of some milliseconds is what is looked for. OpenMP's threads took 3 to 15 times
+    as long; the limit leaves room for what the system does meanwhile.
+    """
+    x = data((1024, 768), F32)
+
+    def mean_time(threads: int) -> float:
+        with fn.backend("cython"), fn.threads(threads):
+            fn.layer_norm(x, 768)
+            calls, start = 0, time.perf_counter()
+            while (passed := time.perf_counter() - start) < 0.1:
+                fn.layer_norm(x, 768)
+                calls += 1
+        return passed / calls
+
+    with busy_processes(limits.processors()):
+        found = []
+        for _ in range(4):
+            times = [(mean_time(1), mean_time(2)) for _ in range(6)]
+            one, two = (sum(column) for column in zip(*times, strict=True))
+            found.append(two / one)
+            if found[-1] < 2:
+                return
+    pytest.fail(f"two threads take {found} times as long as one")
 
 
 HERE = limits.processors()

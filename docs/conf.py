@@ -18,7 +18,7 @@ import fastnorm
 # though the root also holds its sources.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fastnorm._bench.operations import OPERATIONS
+from fastnorm.operations import OPERATIONS
 
 project = "fastnorm"
 author = "The fastnorm developers"
@@ -50,7 +50,7 @@ html_title = f"fastnorm {release}"
 
 
 class OperationsTable(SphinxDirective):
-    """``.. operations-table::`` lists every operation of fastnorm/_bench/operations.py."""
+    """``.. operations-table::`` lists every operation of fastnorm/operations.py."""
 
     def run(self):
         """Return the table."""

@@ -26,11 +26,11 @@ from fastnorm import limits
 from fastnorm import machine as machines
 from fastnorm._bench import copying, machine, peers, text
 from fastnorm._bench.cases import GROUPS, Array, Case, data
-from fastnorm._bench.operations import OPERATIONS
 from fastnorm._bench.rows import COPY, Row, row
 from fastnorm._bench.timing import BLOCK, ROUNDS, Contender, compete
 from fastnorm._files.names import CannotUse
 from fastnorm.arguments import ACTIVATIONS, did_you_mean
+from fastnorm.operations import OPERATIONS
 from fastnorm.workers import busy_processes
 
 FUNCTIONS = tuple(dict.fromkeys(op.name for op in OPERATIONS))

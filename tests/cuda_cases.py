@@ -24,11 +24,11 @@ import pytest
 import fastnorm as fn
 from fastnorm import _reference as reference
 from fastnorm import dispatch
-from fastnorm._bench.operations import OPERATIONS, Operation
 from fastnorm._numba.gpu import adapter, blocking
 from fastnorm._numba.gpu.libraries import Library, handles
 from fastnorm._numba.gpu.package import SIMULATED, cuda
 from fastnorm.arrays import Device
+from fastnorm.operations import OPERATIONS, Operation
 
 from . import test_features as features
 from .helpers import (

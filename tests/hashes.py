@@ -23,7 +23,7 @@ import numpy as np
 
 import fastnorm as fn
 from fastnorm import _core
-from fastnorm._bench.operations import OPERATIONS, Operation
+from fastnorm.operations import OPERATIONS, Operation
 
 from .helpers import BF16, F16, F32, F64, channels_last, data
 

@@ -20,7 +20,7 @@ import numpy as np
 import fastnorm as fn
 from fastnorm import _reference as reference
 from fastnorm import machine
-from fastnorm._bench.operations import Operation
+from fastnorm.operations import Operation
 from fastnorm.runtime import on_machine
 
 Array = np.ndarray[Any, Any]

@@ -23,7 +23,7 @@ from fastnorm import _core
 ROOT = Path(__file__).parent.parent
 TREE = ROOT / "build" / "sanitized"
 SANITIZERS = "address,undefined"
-# The numerical table: every operation, dtype and layout of fastnorm/_bench/operations.py.
+# The numerical table: every operation, dtype and layout of fastnorm/operations.py.
 TABLE = ("tests/test_accuracy.py", "tests/test_features.py", "tests/test_backward.py")
 SHORT = ("tests/test_bounds.py",)
 

@@ -16,7 +16,7 @@ import pytest
 
 import fastnorm as fn
 from fastnorm import _reference as reference
-from fastnorm._bench.operations import OPERATIONS, Operation
+from fastnorm.operations import OPERATIONS, Operation
 
 from .helpers import (
     BF16,

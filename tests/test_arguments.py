@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastnorm as fn
-from fastnorm._bench.operations import OPERATIONS
+from fastnorm.operations import OPERATIONS
 
 from .helpers import F32, assert_same_bits, data
 

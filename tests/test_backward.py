@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 import fastnorm as fn
 from fastnorm import _reference as reference
-from fastnorm._bench.operations import OPERATIONS, Operation, Parameters
+from fastnorm.operations import OPERATIONS, Operation, Parameters
 from fastnorm.schedule import MIN_RUN
 
 from .helpers import (

@@ -32,7 +32,7 @@ from benchmarks import cases as table
 from fastnorm import bench, cli, workers
 from fastnorm._bench import machine, models, peers
 from fastnorm._bench.cases import Case
-from fastnorm._bench.operations import OPERATIONS
+from fastnorm.operations import OPERATIONS
 
 from .helpers import ROOT, run_python
 

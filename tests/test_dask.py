@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import fastnorm as fn
-from fastnorm._bench.operations import OPERATIONS, Operation
+from fastnorm.operations import OPERATIONS, Operation
 
 from .helpers import BF16, F16, F32, F64, Array, assert_close, call, data, expected, named
 

@@ -13,7 +13,7 @@ import pytest
 
 import fastnorm as fn
 from fastnorm import _core, execution, runtime
-from fastnorm._bench.operations import OPERATIONS, Operation
+from fastnorm.operations import OPERATIONS, Operation
 
 from .helpers import (
     BACKENDS,

@@ -9,8 +9,8 @@ import pytest
 
 import fastnorm as fn
 from fastnorm import _reference as reference
-from fastnorm._bench.operations import OPERATIONS, Operation
 from fastnorm.execution import scaled
+from fastnorm.operations import OPERATIONS, Operation
 
 from .helpers import BF16, F16, F32, F64, data, epsilon, named, unit
 

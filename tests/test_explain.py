@@ -10,7 +10,7 @@ import pytest
 
 import fastnorm as fn
 from fastnorm import cli, machine, runtime
-from fastnorm._bench.operations import OPERATIONS
+from fastnorm.operations import OPERATIONS
 
 from .helpers import BF16, F16, F32, F64, named
 

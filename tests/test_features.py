@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastnorm as fn
-from fastnorm._bench.operations import OPERATIONS, Operation
 from fastnorm.layout import layout_of
+from fastnorm.operations import OPERATIONS, Operation
 
 from .helpers import (
     BF16,

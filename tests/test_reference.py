@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fastnorm import _reference as reference
-from fastnorm._bench.operations import OPERATIONS, SHARED, Operation
+from fastnorm.operations import OPERATIONS, SHARED, Operation
 
 Array = np.ndarray[Any, Any]
 

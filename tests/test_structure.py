@@ -15,8 +15,8 @@ import pytest
 
 import fastnorm as fn
 from fastnorm import _core, _reference, arguments, dispatch
-from fastnorm._bench.operations import OPERATIONS
 from fastnorm._numba import scalar
+from fastnorm.operations import OPERATIONS
 
 from .helpers import COMPILED, ROOT, run_python
 

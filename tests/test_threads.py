@@ -21,7 +21,7 @@ import pytest
 
 import fastnorm as fn
 from fastnorm import backends, limits, runtime
-from fastnorm._bench.operations import OPERATIONS
+from fastnorm.operations import OPERATIONS
 from fastnorm.workers import busy_processes
 
 from .helpers import (

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fastnorm as fn
-from fastnorm._bench.operations import OPERATIONS, Operation
+from fastnorm.operations import OPERATIONS, Operation
 
 from .helpers import F32, F64, call, data, epsilon, expected, named
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import fastnorm as fn
-from fastnorm._bench.operations import OPERATIONS, Operation
+from fastnorm.operations import OPERATIONS, Operation
 
 Array = np.ndarray[Any, Any]
 

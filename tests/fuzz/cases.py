@@ -8,7 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from fastnorm._bench.operations import CHANNEL_FEATURES, OPERATIONS, SHARED, Operation
+from fastnorm.operations import CHANNEL_FEATURES, OPERATIONS, SHARED, Operation
 
 Case = dict[str, Any]
 

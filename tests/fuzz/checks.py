@@ -14,7 +14,7 @@ import numpy as np
 
 import fastnorm as fn
 from fastnorm import _reference as reference
-from fastnorm._bench.operations import OPERATIONS, Operation
+from fastnorm.operations import OPERATIONS, Operation
 from fastnorm.related import activate
 from tests.helpers import BF16, F32, F64, epsilon, non_temporal, unit
 

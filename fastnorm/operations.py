@@ -26,7 +26,7 @@ SHARED = frozenset({"where", "residual", "activation", "out", "return_stats"})
 
 
 @dataclass(frozen=True)
-class Request:
+class Wanted:
     """What parameters are wanted for: the input, and how the parameters should lie."""
 
     shape: Shape
@@ -38,20 +38,25 @@ class Request:
 
     @property
     def channel(self) -> int:
+        """The axis of the channels, 0 or more."""
         return self.channel_axis % len(self.shape)
 
     @property
     def channels(self) -> int:
+        """How many channels."""
         return self.shape[self.channel]
 
     @property
     def sample(self) -> int:
+        """The axis of the samples."""
         return 0 if self.channel else 1
 
     def normal(self, shape: Shape, around: float = 0.0) -> np.ndarray[Any, Any]:
+        """Random numbers around another, in the dtype of the input."""
         return np.asarray(around + self.rng.standard_normal(shape) / 4).astype(self.dtype)
 
     def affine(self, shape: Shape) -> Parameters:
+        """A weight around 1 and a bias around 0."""
         return {"weight": self.normal(shape, 1.0), "bias": self.normal(shape)}
 
     def channel_affine(self) -> Parameters:
@@ -69,6 +74,7 @@ class Request:
         return self.affine(tuple(s if a in kept else 1 for a, s in enumerate(self.shape)))
 
     def running(self) -> Parameters:
+        """Running statistics of each channel."""
         return {
             "running_mean": self.normal((self.channels,)),
             "running_var": abs(self.normal((self.channels,), 1.0)),
@@ -91,7 +97,7 @@ class Operation:
     """The function in fastnorm and in fastnorm._reference."""
     description: str
     """What is normalised over what, for the documentation."""
-    build: Callable[[Request], Parameters]
+    build: Callable[[Wanted], Parameters]
     """The keyword arguments for an input. Call `parameters` instead."""
     linked: Callable[[int, int], tuple[int, ...]]
     """(ndim, channel axis, not negative) -> the axes along which elements reach one another."""
@@ -142,7 +148,7 @@ class Operation:
             raise ValueError(f"{self.label} has no channel_axis")
         if per_sample and "per_sample" not in self.features:
             raise ValueError(f"{self.label} has no weights per sample")
-        return self.build(Request(shape, dtype, rng, channel_axis, per_sample, num_groups))
+        return self.build(Wanted(shape, dtype, rng, channel_axis, per_sample, num_groups))
 
     def group_ids(
         self, shape: Shape, *, channel_axis: int = 1, num_groups: int | None = None
@@ -332,7 +338,7 @@ def _torch_derf(x: Any, *, alpha: Any, shift: Any, weight: Any, bias: Any) -> An
 # --- The table ------------------------------------------------------------------------------------
 
 
-def _weight_norm_parameters(r: Request) -> Parameters:
+def _weight_norm_parameters(r: Wanted) -> Parameters:
     return {"g": r.normal(r.shape[:1] + (1,) * (len(r.shape) - 1), 1.0)}
 
 
@@ -340,7 +346,7 @@ def _without_bias(parameters: Parameters) -> Parameters:
     return {key: value for key, value in parameters.items() if key != "bias"}
 
 
-def _last_axis(r: Request) -> Parameters:
+def _last_axis(r: Wanted) -> Parameters:
     return {"normalized_shape": r.shape[-1:]}
 
 

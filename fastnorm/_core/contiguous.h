@@ -15,13 +15,19 @@ static const REAL *T(block_of)(const Forward *q, const Item *it, ptrdiff_t k, pt
         r.n = *count = last - first;
         return (const REAL *)run_of(&q->x, it, k, r);
     }
+    if (T(native)(q->x.storage) && q->mask.data && !q->total.data && r.n == last - first) {
+        const ptrdiff_t skipped = side_by_side(run_of(&q->mask, it, k, r), q->mask.s, r.n, count);
+        if (skipped >= 0) return (const REAL *)run_of(&q->x, it, k, r) + skipped;
+    }
     fits((last - first) * (ptrdiff_t)sizeof(REAL), h->tile_size, "the tile of a block");
     for (ptrdiff_t f = first; f < last; f += r.n) {
         REAL *t = tile + n;
         r = run_at(q, f, last);
         const char *x = run_of(&q->x, it, k, r);
         fn_fetch(x + 4 * q->x.p, r.n * size); /* planes may lie apart */
-        T(load)(x, q->x.storage, r.n, t);
+        const REAL *from = t;
+        if (T(native)(q->x.storage) && !q->total.data) from = (const REAL *)x;
+        else T(load)(x, q->x.storage, r.n, t);
         if (q->total.data) {
             /* x + residual, rounded to the type of x: what the norm is of, and the second result */
             char *total = run_of(&q->total, it, k, r);
@@ -30,13 +36,18 @@ static const REAL *T(block_of)(const Forward *q, const Item *it, ptrdiff_t k, pt
             T(store)(t, r.n, total, q->total.storage);
             T(load)(total, q->total.storage, r.n, t);
         }
-        if (!q->mask.data) {
+        const char *mask = q->mask.data ? run_of(&q->mask, it, k, r) : NULL;
+        if (mask && q->mask.s == 1) {
+            n += T(fn_keep)(t, from, mask, r.n);
+        } else if (mask && q->mask.s) {
+            for (ptrdiff_t i = 0; i < r.n; i++) {
+                tile[n] = from[i];
+                n += mask[i * q->mask.s] != 0;
+            }
+        } else if (!mask || *mask) {
+            if (from != t) memcpy(t, from, (size_t)r.n * sizeof(REAL));
             n += r.n;
-            continue;
         }
-        const char *mask = run_of(&q->mask, it, k, r);
-        for (ptrdiff_t i = 0; i < r.n; i++)
-            if (mask[i * q->mask.s]) tile[n++] = t[i];
     }
     *count = n;
     return tile;
@@ -145,7 +156,16 @@ static void T(run_moments)(const Forward *q, const Item *it, ptrdiff_t first, pt
  * statistics are not of.  A weight may bring the product back. */
 FN_INLINE int T(leaves_range)(const T(Loop) *j) {
     const double largest = IS_FLOAT ? FLT_MAX : DBL_MAX;
+    const REAL small = (REAL)(largest / 2);
     int found = 0;
+    /* in the type of x first, where rounding may be off by less than the factor of 2 */
+    for (ptrdiff_t i = 0; i < j->n; i++) {
+        const REAL v = (j->x[i] - (j->columns ? j->hi[i] : j->hi0)) *
+                       (j->columns ? j->r[i] : j->r0);
+        found |= !((v < small) & (v > -small));
+    }
+    if (!found) return 0;
+    found = 0;
     for (ptrdiff_t i = 0; i < j->n; i++) {
         const REAL hi = j->columns ? j->hi[i] : j->hi0, r = j->columns ? j->r[i] : j->r0;
         found |= fabs(((double)j->x[i] - hi) * r) >= largest;

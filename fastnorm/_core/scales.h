@@ -36,12 +36,14 @@ FN_INLINE int spread(const Scales_f32 *s, ptrdiff_t g, ptrdiff_t k, const float 
     const double mean = s->mean[g], rstd = s->rstd[g], size = fabs(rstd);
     const float hi = (float)mean;
     const double lo = (mean - (double)hi) + s->low[g];
-    const int fits = ((size > 7.9e-31) & (size < 1.3e30) & (fabs(mean) < 1.3e30)) | (size == 0);
+    /* of no elements, or beside a NaN, all is not a number, in whatever type */
+    const int fits = ((size > 7.9e-31) & (size < 1.3e30) & (fabs(mean) < 1.3e30)) | (size == 0) |
+                     (size != size);
     int any = 0;
     for (ptrdiff_t i = 0, j = g * k; i < k; i++, j++) {
         const double weight = w ? (double)w[j * w_step] : 1.0, rw = rstd * weight;
         const int out = !(fits & (((fabs(rw) > 7.9e-31) & (fabs(rw) < 1.3e30)) | (weight == 0) |
-                                  (size == 0)));
+                                  (size == 0) | (size != size)));
         s->hi[j] = hi;
         s->r[j] = (float)rw;
         s->shift[j] = (float)((b ? (double)b[j * b_step] : 0.0) - lo * rw);
@@ -114,7 +116,7 @@ FN_INLINE int fold_run(const Scales_f32 *s, ptrdiff_t k, const float *weight, co
     const double lo = (s->mean[k] - (double)s->hi[k]) + s->low[k];
     *r = (float)rw;
     *shift = (float)((bias ? (double)*bias : 0.0) - lo * rw);
-    return (fabs(rw) > 7.9e-31 && fabs(rw) < 1.3e30) || rw == 0.0;
+    return (fabs(rw) > 7.9e-31 && fabs(rw) < 1.3e30) || rw == 0.0 || rw != rw;
 }
 
 #else

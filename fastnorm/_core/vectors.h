@@ -103,6 +103,74 @@ FN_INLINE double fn_added_up(const double *v) {
 #endif
 }
 
+/* How many of n bytes, `step` apart, come before those that are not 0, if these are side by side;
+ * else -1.  Their `count` is 0 where there are none. */
+static inline ptrdiff_t side_by_side(const char *chosen, ptrdiff_t step, ptrdiff_t n,
+                                     ptrdiff_t *count) {
+    ptrdiff_t first = 0, last;
+    *count = *chosen ? n : 0;
+    if (step == 0) return 0;
+    if (step != 1) return -1;
+    while (first < n && !chosen[first]) first++;
+    const char *end = first < n ? memchr(chosen + first, 0, (size_t)(n - first)) : NULL;
+    last = end ? end - chosen : n;
+    *count = last - first;
+    for (uint64_t eight; last + 8 <= n; last += 8) {
+        memcpy(&eight, chosen + last, sizeof eight);
+        if (eight) return -1;
+    }
+    while (last < n && !chosen[last]) last++;
+    return last == n ? first : -1;
+}
+/* Keep of n numbers those whose byte is not 0, in their order: returns how many.  `to` has room for
+ * n, and may be `from`, or begin before it. */
+static inline ptrdiff_t fn_keep_f32(float *to, const float *from, const char *chosen, ptrdiff_t n) {
+    ptrdiff_t i = 0, kept = 0;
+#if defined(__AVX512F__)
+    for (; i + 16 <= n; i += 16) {
+        const __m128i bytes = _mm_loadu_si128((const __m128i *)(chosen + i));
+        const __mmask16 which = _mm_test_epi8_mask(bytes, bytes);
+        const __m512 x = _mm512_loadu_ps(from + i);
+        _mm512_storeu_ps(to + kept, _mm512_maskz_compress_ps(which, x));
+        kept += _mm_popcnt_u32(which);
+    }
+#elif defined(__AVX2__) && defined(__BMI2__)
+    for (; i + 8 <= n; i += 8) {
+        const __m128i bytes = _mm_loadl_epi64((const __m128i *)(chosen + i));
+        const __m128i none = _mm_cmpeq_epi8(bytes, _mm_setzero_si128());
+        /* where each kept one comes from: a byte for each */
+        const uint64_t which = ~(uint64_t)_mm_cvtsi128_si64(none);
+        const __m128i places = _mm_cvtsi64_si128((int64_t)_pext_u64(0x0706050403020100, which));
+        const __m256 x = _mm256_loadu_ps(from + i);
+        _mm256_storeu_ps(to + kept, _mm256_permutevar8x32_ps(x, _mm256_cvtepu8_epi32(places)));
+        kept += _mm_popcnt_u64(which) / 8;
+    }
+#endif
+    for (; i < n; i++) {
+        to[kept] = from[i];
+        kept += chosen[i] != 0;
+    }
+    return kept;
+}
+static inline ptrdiff_t fn_keep_f64(double *to, const double *from, const char *chosen,
+                                    ptrdiff_t n) {
+    ptrdiff_t i = 0, kept = 0;
+#if defined(__AVX512F__)
+    for (; i + 8 <= n; i += 8) {
+        const __m128i bytes = _mm_loadl_epi64((const __m128i *)(chosen + i));
+        const __mmask8 which = (__mmask8)_mm_test_epi8_mask(bytes, bytes);
+        const __m512d x = _mm512_loadu_pd(from + i);
+        _mm512_storeu_pd(to + kept, _mm512_maskz_compress_pd(which, x));
+        kept += _mm_popcnt_u32(which);
+    }
+#endif
+    for (; i < n; i++) {
+        to[kept] = from[i];
+        kept += chosen[i] != 0;
+    }
+    return kept;
+}
+
 /* ---- non-temporal stores ----
  * A result larger than the last cache is not read again soon.  Stored without the caches, its lines
  * are not fetched first, which is a third of the traffic of a pass over memory.  A fence belongs

@@ -14,6 +14,7 @@
 
 #include <fenv.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <time.h>
@@ -34,6 +35,8 @@ enum {
     TURN_BITS = 16,       /* of a share's word: turns that nobody has begun */
     HELPER_SPINS = 50000, /* ns that a helper looks for work before it sleeps */
     CALLER_SPINS = 20000, /* ns that the caller looks for the last turns' end before it sleeps */
+    LONG_WAIT = 500000,   /* ns after which a helper has lost its processor to another program */
+    ALONE = 200000000,    /* ns for which brief jobs then run alone */
 };
 
 /* The number of the job, and the turns of a share that nobody has begun: one word, so that a helper
@@ -51,6 +54,7 @@ static struct {
     atomic_flag taken;     /* by the call that has the helpers */
     int helpers;           /* that have been started */
     int64_t ended;         /* when the last job did, in ns */
+    int64_t alone_until;   /* brief jobs: another program has a helper's processor */
     _Atomic uint64_t job;  /* its number */
     /* what the job is: as long as one of its turns has not ended, nobody changes it */
     Turn run;
@@ -58,6 +62,7 @@ static struct {
     ptrdiff_t turns;
     int threads, backwards;
     fenv_t rounding;       /* and what becomes of subnormals: as in the caller */
+    atomic_int processor;  /* that the caller was last seen on */
     _Alignas(64) _Atomic uint32_t done; /* turns that have ended */
     _Atomic uint32_t waiting;           /* whether the caller sleeps until all have */
     Share shares[POOL_THREADS];
@@ -109,6 +114,14 @@ static inline void relax(void) {
     __asm__ __volatile__("isb");
 #endif
 }
+/* The processor that this thread is on; -1 where the system does not tell. */
+static inline int processor_here(void) {
+#if defined(__linux__)
+    return sched_getcpu();
+#else
+    return -1;
+#endif
+}
 static inline uint64_t job_of(uint64_t word) { return word >> TURN_BITS; }
 static inline int takes_part(int thread, uint64_t job) {
     return thread < POOL_THREADS && job_of(atomic_load(&pool.shares[thread].word)) == job;
@@ -149,7 +162,8 @@ static void wake_followers(int thread, uint64_t job) {
 static uint64_t next_job(int thread, uint64_t seen) {
     _Atomic uint32_t *asleep = &pool.beds[thread].asleep;
     uint64_t job;
-    const int64_t end = now_ns() + HELPER_SPINS;
+    const int here = processor_here(), alone = here < 0 || here != atomic_load(&pool.processor);
+    const int64_t end = now_ns() + (alone ? HELPER_SPINS : 0); /* the caller is not to be kept off */
     do {
         for (int i = 0; i < 16; i++) {
             if ((job = atomic_load_explicit(&pool.job, memory_order_acquire)) != seen) return job;
@@ -214,6 +228,11 @@ static void watch_forks(void) { pthread_atfork(NULL, NULL, forget_helpers); }
 static int run_shared(ptrdiff_t turns, int threads, Sharing how, Turn run, void *work) {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     if (turns >> TURN_BITS || atomic_flag_test_and_set(&pool.taken)) return 0;
+    const int64_t began = now_ns();
+    if (how.brief && began < pool.alone_until) {
+        atomic_flag_clear(&pool.taken);
+        return 0;
+    }
     threads = (int)least(turns, least(threads, POOL_THREADS));
     pthread_once(&once, watch_forks);
     start_helpers(threads - 1);
@@ -223,6 +242,7 @@ static int run_shared(ptrdiff_t turns, int threads, Sharing how, Turn run, void 
     pool.threads = threads;
     pool.backwards = how.backwards;
     fegetenv(&pool.rounding);
+    atomic_store(&pool.processor, processor_here());
     atomic_store(&pool.done, 0);
     const uint64_t job = atomic_load(&pool.job) + 1;
     for (int k = 0; k < threads; k++) {
@@ -231,17 +251,20 @@ static int run_shared(ptrdiff_t turns, int threads, Sharing how, Turn run, void 
     }
     atomic_store(&pool.job, job);
     /* a sleeper comes too late for a short job, unless another one follows at once */
-    if (!how.brief || now_ns() - pool.ended < HELPER_SPINS) wake_followers(0, job);
+    if (!how.brief || began - pool.ended < HELPER_SPINS) wake_followers(0, job);
     const uint32_t ran = take_turns(0, job), all = (uint32_t)turns;
     uint32_t done = atomic_fetch_add(&pool.done, ran) + ran;
     if (done != all) {
-        const int64_t end = now_ns() + CALLER_SPINS;
-        while ((done = atomic_load(&pool.done)) != all && now_ns() < end) relax();
+        const int64_t waits = now_ns();
+        while ((done = atomic_load(&pool.done)) != all && now_ns() - waits < CALLER_SPINS) relax();
         atomic_store(&pool.waiting, 1);
         while ((done = atomic_load(&pool.done)) != all) sleep_while(&pool.done, done);
         atomic_store(&pool.waiting, 0);
+        pool.ended = now_ns();
+        if (pool.ended - waits > LONG_WAIT) pool.alone_until = pool.ended + ALONE;
+    } else {
+        pool.ended = now_ns();
     }
-    pool.ended = now_ns();
     atomic_flag_clear(&pool.taken);
     return 1;
 }

@@ -1,6 +1,6 @@
 """One thread and two, beside busy programs: what users have who share their machine.
 
-    python -m benchmarks.load                 # 4 minutes; prints a table and keeps it in results/
+    python -m benchmarks.load                 # 2 minutes; prints a table and keeps it in results/
     python -m benchmarks.load --seconds 0.2   # a short look, which keeps nothing
 
 A busy program computes for nothing on one thread. Times are means, as a user has them, not the

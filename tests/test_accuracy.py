@@ -154,6 +154,20 @@ def test_units_in_the_last_place(
 # --- With weight and bias, and in half precision --------------------------------------------------
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", [4, 50, 300, 5000])
+@pytest.mark.parametrize("ratio", [2.0**35, 2.0**42, 2.0**49])
+def test_doubles_far_from_zero(ratio: float, size: int, layout: str, backend: str) -> None:
+    """Where a mean in one double is off by a part of the deviation, or by all of it."""
+    rng = np.random.default_rng(3)
+    steps = rng.integers(-6, 7, (16, size)) * max(0.125, 2.0**-52 * ratio)
+    steps[0, 2:] = steps[0, 0]  # nearly constant
+    exact = exact_rows(steps, "centred")  # of numbers near 0, which long double holds
+    for op in NORMS:
+        if kind(op) == "centred":
+            assert worst(op, steps - ratio, layout, exact) <= PLAIN[F64], op.label
+
+
 @pytest.mark.each_cpu
 @by_layout
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 1e4])

@@ -77,7 +77,8 @@ def rescaled_moments(q, x, mask):
 @inner
 def rstd_of(count, m2, m2_rest, eps, unit, kind):
     """Variance and 1 / sqrt(variance + eps) of a group, both of x times the power of two `unit`."""
-    var = m2 / count
+    # where a rounded mean is far off, much of a double's is in m2_rest
+    var = ((m2 + m2_rest) if is_double(kind) else m2) / count
     small = eps * unit * unit
     v = var + small
     var_rest = 0.0

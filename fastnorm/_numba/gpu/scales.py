@@ -76,7 +76,8 @@ def scale_of(moments: Any, options: Any) -> Any:
     eps = options.eps
     if count == 0.0:  # of no elements: not a number
         return math.nan, math.nan, math.nan
-    var = m2 / count
+    # where a rounded mean is far off, much is in m2_rest
+    var = ((m2 + moments.m2_rest) if abs(moments.m2_rest) > m2 * 2.0**-50 else m2) / count
     if options.scaling == NORM:
         rstd = inverse_root(m2, moments.m2_rest) if m2 != 0.0 else 0.0
         if math.sqrt(m2) < eps * unit:

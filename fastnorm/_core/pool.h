@@ -163,7 +163,7 @@ static uint64_t next_job(int thread, uint64_t seen) {
     _Atomic uint32_t *asleep = &pool.beds[thread].asleep;
     uint64_t job;
     const int here = processor_here(), alone = here < 0 || here != atomic_load(&pool.processor);
-    const int64_t end = now_ns() + (alone ? HELPER_SPINS : 0); /* the caller is not to be kept off */
+    const int64_t end = now_ns() + (alone ? HELPER_SPINS : 0); /* the caller is not kept off */
     do {
         for (int i = 0; i < 16; i++) {
             if ((job = atomic_load_explicit(&pool.job, memory_order_acquire)) != seen) return job;
@@ -219,7 +219,7 @@ static void forget_helpers(void) {
     renew_sleep();
     for (int k = 0; k < POOL_THREADS; k++) atomic_store(&pool.beds[k].asleep, 0);
     atomic_store(&pool.waiting, 0);
-    atomic_store(&pool.job, atomic_load(&pool.job) + 1); /* its shares may have been dealt already */
+    atomic_store(&pool.job, atomic_load(&pool.job) + 1); /* its shares may have been dealt */
     atomic_flag_clear(&pool.taken);
 }
 static void watch_forks(void) { pthread_atfork(NULL, NULL, forget_helpers); }

@@ -128,7 +128,8 @@ static ptrdiff_t rows_f64(const Forward *q, const Item *first_row, ptrdiff_t row
             m[MEAN_LOW] = first / count;
             m[M2_LOW] -= first * m[MEAN_LOW];
         }
-        const double var = (m[M2] + m[M2_LOW]) / count, v = q->scaling == NORM ? m[M2] : var + q->eps;
+        const double var = (m[M2] + m[M2_LOW]) / count;
+        const double v = q->scaling == NORM ? m[M2] : var + q->eps;
         if (!(v > 1e-270 && v < 1e270)) return i;
         const double low = (fma(-var, count, m[M2]) + m[M2_LOW]) / count + ((var - v) + q->eps);
         rstd = inverse_root(v, q->scaling == NORM ? m[M2_LOW] : low);

@@ -135,9 +135,8 @@ def _default_threads() -> int:
 
 
 _threads = _default_threads()
-# What others have limited the process to (threadpools.py), and how many they saw before; or None.
+# What others have limited the process to (threadpools.py), or None.
 _limit: int | None = None
-_before_limit: int | None = None
 
 
 def kernel_threads() -> int:
@@ -152,11 +151,12 @@ def process_threads() -> int:
 
 
 def limit_threads(n: int) -> None:
-    """Use no more than `n` threads, whatever is chosen; the number from before ends the limit."""
-    global _limit, _before_limit
-    if _limit is None:
-        _before_limit = process_threads()
-    _limit = None if n == _before_limit else max(n, 1)
+    """Use no more than `n` threads, whatever has been chosen, until `set_num_threads`.
+
+    As many as the process has chosen are no limit: so one ends, when what was before is set again.
+    """
+    global _limit
+    _limit = max(n, 1) if n < _threads else None
     _tell_kernels()
 
 
@@ -202,8 +202,8 @@ def set_num_threads(n: int) -> None:
     1
     >>> fn.set_num_threads(before)
     """
-    global _threads
-    _threads = _number_of_threads(n)
+    global _threads, _limit
+    _threads, _limit = _number_of_threads(n), None
     _tell_kernels()
 
 

@@ -7,7 +7,8 @@ both have been imported, in whatever order.
 from __future__ import annotations
 
 import sys
-from importlib.machinery import ModuleSpec, PathFinder
+from contextlib import suppress
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -47,12 +48,12 @@ def register(threadpoolctl: Any) -> None:
 class _Awaited:
     """Finds `threadpoolctl` as Python does, and registers as soon as it has been imported."""
 
-    @staticmethod
-    def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name != NAME:
             return None
-        sys.meta_path.remove(_Awaited)
-        spec = PathFinder.find_spec(name, path, target)
+        found = (finder.find_spec(name, path, target) for finder in _others())
+        spec = next((spec for spec in found if spec is not None), None)
         loader: Any = None if spec is None else spec.loader
         if loader is not None:
             load = loader.exec_module
@@ -60,14 +61,20 @@ class _Awaited:
             def load_and_register(module: ModuleType) -> None:
                 load(module)
                 register(module)
+                with suppress(ValueError):  # another thread's import was faster
+                    sys.meta_path.remove(cls)
 
             loader.exec_module = load_and_register
         return spec
+
+
+def _others() -> list[Any]:
+    return [f for f in sys.meta_path if getattr(f, "__qualname__", "") != _Awaited.__qualname__]
 
 
 def connect() -> None:
     """Register now, or when `threadpoolctl` comes."""
     if NAME in sys.modules:
         register(sys.modules[NAME])
-    else:
+    elif len(_others()) == len(sys.meta_path):
         sys.meta_path.insert(0, _Awaited)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from .helpers import BACKENDS, ROOT, run_python
+from .helpers import BACKENDS, COMPILED, ROOT, run_python
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="POSIX's processes and signals")
 
@@ -81,6 +81,25 @@ check()
 print(ends)
 """
     assert good(name, program).strip() == "[0, 0, 0]"
+
+
+@pytest.mark.skipif(not COMPILED, reason="Numba's threads do not outlive a fork")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads are counted on Linux")
+def test_a_fork_during_the_first_call_that_uses_threads() -> None:
+    program = """
+fn.set_num_threads(4)
+x = np.zeros((2048, 1024), np.float32)
+thread = threading.Thread(target=fn.layer_norm, args=(x, 1024))
+thread.start()  # it starts the others
+def child():
+    for _ in range(50):
+        fn.layer_norm(x, 1024)
+    assert len(os.listdir("/proc/self/task")) == 4
+print(forked(child))
+thread.join()
+"""
+    for _ in range(5):
+        assert good("cython", program).strip() == "0"
 
 
 @by_kernels

@@ -383,6 +383,37 @@ print(*seen, fn.get_num_threads())
     assert run.stdout.split() == list("32213235"), run.stderr
 
 
+@on_linux
+def test_what_limits_of_threadpoolctl_leave_behind() -> None:
+    """Nothing that `set_num_threads` does not undo; to ask for the module is not to import it."""
+    pytest.importorskip("threadpoolctl")
+    program = """
+import importlib, importlib.util, sys, fastnorm as fn
+fn.set_num_threads(2)
+assert importlib.util.find_spec("threadpoolctl") is not None
+importlib.reload(fn.threadpools)
+finders = len(sys.meta_path)
+from threadpoolctl import threadpool_limits as limits
+assert len(sys.meta_path) == finders - 1
+seen = []
+with limits(1):
+    seen.append(fn.get_num_threads())
+with limits(2):
+    fn.set_num_threads(8)
+    seen.append(fn.get_num_threads())
+fn.set_num_threads(9)
+seen.append(fn.get_num_threads())
+with limits(1):
+    fn.set_num_threads(4)
+    with limits(8):
+        seen.append(fn.get_num_threads())
+fn.set_num_threads(7)
+print(*seen, fn.get_num_threads())
+"""
+    run = run_python("-c", program)
+    assert run.stdout.split() == list("18947"), run.stderr
+
+
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name != "numpy"])
 def test_numba_heeds_a_limit_too(name: str) -> None:
     """Whatever computes asks `_kernel_threads`."""

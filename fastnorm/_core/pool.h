@@ -217,16 +217,20 @@ static void start_helpers(int count) {
 static void forget_helpers(void) {
     pool.helpers = 0;
     renew_sleep();
-    for (int k = 0; k < POOL_THREADS; k++) atomic_store(&pool.beds[k].asleep, 0);
+    for (int k = 0; k < POOL_THREADS; k++) {
+        atomic_store(&pool.beds[k].asleep, 0);
+        atomic_store(&pool.shares[k].word, 0); /* they may have been dealt for a job to come */
+    }
     atomic_store(&pool.waiting, 0);
-    atomic_store(&pool.job, atomic_load(&pool.job) + 1); /* its shares may have been dealt */
     atomic_flag_clear(&pool.taken);
 }
-static void watch_forks(void) { pthread_atfork(NULL, NULL, forget_helpers); }
+/* When the library is loaded: a fork that has begun calls nobody who comes meanwhile. */
+__attribute__((constructor)) static void watch_forks(void) {
+    pthread_atfork(NULL, NULL, forget_helpers);
+}
 
 /* Each turn once, by up to `threads` threads; 0, and nothing is done, where they are taken. */
 static int run_shared(ptrdiff_t turns, int threads, Sharing how, Turn run, void *work) {
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
     if (turns >> TURN_BITS || atomic_flag_test_and_set(&pool.taken)) return 0;
     const int64_t began = now_ns();
     if (how.brief && began < pool.alone_until) {
@@ -234,7 +238,6 @@ static int run_shared(ptrdiff_t turns, int threads, Sharing how, Turn run, void 
         return 0;
     }
     threads = (int)least(turns, least(threads, POOL_THREADS));
-    pthread_once(&once, watch_forks);
     start_helpers(threads - 1);
     pool.run = run;
     pool.work = work;

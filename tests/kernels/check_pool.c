@@ -12,7 +12,7 @@
 
 #include "threads.h"
 
-enum { CALLERS = 4, TURNS = 300, THREADS = 9, JOBS = 3000, CHILDREN = 40 };
+enum { CALLERS = 4, TURNS = 300, THREADS = 9, JOBS = 3000, CHILDREN = 40, FORKS = 600 };
 
 static atomic_int failures, helped;
 
@@ -25,11 +25,13 @@ typedef struct {
     int seen[THREADS];
     atomic_int busy[THREADS];
     int nested, rounding;
+    pid_t process;
 } Work;
 
 static void count(void *work, ptrdiff_t turn, int thread) {
     Work *w = work;
     if (thread) atomic_store(&helped, 1);
+    if (w->process != getpid()) wrong("a forked child runs a turn of its parent's");
     if (atomic_exchange(&w->busy[thread], 1)) wrong("two threads have the same scratch memory");
     if (fegetround() != w->rounding) wrong("a helper rounds as its caller does not");
     w->ran[turn]++;
@@ -37,7 +39,7 @@ static void count(void *work, ptrdiff_t turn, int thread) {
     for (volatile int i = 0; i < 300; i++) {
     }
     if (w->nested && turn % 7 == 0) {
-        Work inner = {.rounding = w->rounding};
+        Work inner = {.rounding = w->rounding, .process = w->process};
         share_out(5, 3, (Sharing){0, 0}, count, &inner);
         for (int i = 0; i < 5; i++)
             if (inner.ran[i] != 1) wrong("a turn within a turn was not run once");
@@ -52,6 +54,7 @@ static void run_jobs(unsigned seed, int jobs) {
         const Sharing how = {rand_r(&seed) % 2, rand_r(&seed) % 2};
         int sum = 0;
         memset(w, 0, sizeof *w);
+        w->process = getpid();
         w->nested = rand_r(&seed) % 4 == 0;
         w->rounding = rand_r(&seed) % 2 ? FE_TONEAREST : FE_UPWARD;
         fesetround(w->rounding);
@@ -81,6 +84,33 @@ static void be_a_child(unsigned seed) {
     _exit(failures != 0);
 }
 
+/* Forks while shares are dealt, which takes longer the more there are. */
+static void *deal(void *stop) {
+    Work *w = calloc(1, sizeof *w);
+    w->process = getpid(), w->rounding = FE_TONEAREST;
+    while (!*(atomic_int *)stop) share_out(2 * THREADS, THREADS, (Sharing){0, 0}, count, w);
+    free(w);
+    return NULL;
+}
+static void fork_while_dealing(void) {
+    atomic_int stop = 0;
+    pthread_t dealer;
+    pthread_create(&dealer, NULL, deal, &stop);
+    for (int i = 0; i < FORKS; i++) {
+        int status = 0;
+        const pid_t child = fork();
+        if (!child) {
+            alarm(60);
+            failures = 0;
+            run_jobs(7000 + (unsigned)i, 3);
+            _exit(failures != 0);
+        }
+        if (waitpid(child, &status, 0) != child || status) wrong("a child forked while dealing");
+    }
+    stop = 1;
+    pthread_join(dealer, NULL);
+}
+
 int main(int given, char **unused) {
     pthread_t callers[CALLERS];
     (void)unused;
@@ -96,6 +126,7 @@ int main(int given, char **unused) {
         }
     }
     for (int i = 0; i < CALLERS; i++) pthread_join(callers[i], NULL);
+    if (given == 1) fork_while_dealing();
     while (!helped) run_jobs(7, 50);
     printf("%d jobs of %d callers, %d failed\n", CALLERS * JOBS, CALLERS, failures);
     return failures != 0;

@@ -200,7 +200,7 @@ def kinds_of_call(op: Operation) -> Iterator[tuple[Any, dict[str, Any]]]:
 def nothing_cached() -> Iterator[None]:
     """No call is answered from the cache."""
     if _core.kernels is not None:
-        _core.kernels.set_state(False, runtime.kernel_threads())
+        _core.kernels.set_state(False, runtime.kernel_threads(), runtime.MOST_THREADS)
     try:
         yield
     finally:

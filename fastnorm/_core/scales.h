@@ -208,7 +208,8 @@ static void finalize_f64(const Forward *q, const Item *it, const double *m, Scal
                 const char *x = at(source, it->a, b) + c * source->c;
                 if (rescale(q, x, mask, &mean, &low, &m2, &scale)) m2_low = 0.0;
             }
-            var = (m2 + m2_low) / count; /* where a rounded mean is far off, much is in m2_low */
+            /* where a rounded mean is far off, much is in m2_low; with an infinity it is NaN */
+            var = (isfinite(m2_low) ? m2 + m2_low : m2) / count;
             if (q->scaling == RSTD) {
                 const double eps = q->eps * scale * scale;
                 v = var + eps;

@@ -77,8 +77,8 @@ def rescaled_moments(q, x, mask):
 @inner
 def rstd_of(count, m2, m2_rest, eps, unit, kind):
     """Variance and 1 / sqrt(variance + eps) of a group, both of x times the power of two `unit`."""
-    # where a rounded mean is far off, much of a double's is in m2_rest
-    var = ((m2 + m2_rest) if is_double(kind) else m2) / count
+    # where a rounded mean is far off, much of a double's is in m2_rest; with an infinity it is NaN
+    var = ((m2 + m2_rest) if is_double(kind) and math.isfinite(m2_rest) else m2) / count
     small = eps * unit * unit
     v = var + small
     var_rest = 0.0

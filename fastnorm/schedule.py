@@ -108,7 +108,7 @@ NON_TEMPORAL_TILE = 256
 # always begin with their own); below which giving up the interpreter's lock costs more
 SERIAL_BYTES = 1 << 17
 SERIAL_BYTES_BACKWARD = 1 << 16
-BRIEF_BYTES = 1 << 20
+WAKE_BYTES = 1 << 20
 STATIC_BYTES_PER_THREAD = 1 << 20
 GIL_RELEASE_MIN_BYTES = 1 << 15
 # threads take turns at so many shares each; fewer items than so many for each thread are split
@@ -198,7 +198,7 @@ class ForwardSchedule:
     direct_non_temporal: bool  # or read where they lie, with non-temporal stores
     bytes: int  # of x
     max_threads: int  # 1, or 0: as many as there are
-    brief: bool  # not worth waking a thread that sleeps
+    small: bool  # not worth waking a thread that sleeps
     static_threads: int  # from so many threads on their shares are fixed
     releases_gil: bool
 
@@ -314,7 +314,7 @@ def forward_schedule(
     return ForwardSchedule(
         blocking, path, width, chunks, items, foldable, single_rows, tabulated, non_temporal,
         native and not non_temporal, direct_non_temporal, nbytes,
-        1 if nbytes < SERIAL_BYTES else 0, nbytes < BRIEF_BYTES,
+        1 if nbytes < SERIAL_BYTES else 0, nbytes < WAKE_BYTES,
         min(nbytes // STATIC_BYTES_PER_THREAD + 1, 1 << 30),
         nbytes >= GIL_RELEASE_MIN_BYTES,
     )  # fmt: skip
@@ -369,7 +369,7 @@ class BackwardSchedule:
     bf16_direct: bool  # bfloat16 is converted on the way
     bytes: int  # of x
     max_threads: int  # 1, or 0: as many as there are
-    brief: bool  # not worth waking a thread that sleeps
+    small: bool  # not worth waking a thread that sleeps
     always_non_temporal: bool  # whatever the sizes
 
     def threads(self, threads: int) -> int:
@@ -440,7 +440,7 @@ def backward_schedule(
         together = blocking.sharers
     return BackwardSchedule(
         blocking, path, together, blocking.owners < BACKWARD_FEW_TASKS, convert, past, half, nbytes,
-        1 if nbytes < SERIAL_BYTES_BACKWARD else 0, nbytes < BRIEF_BYTES,
+        1 if nbytes < SERIAL_BYTES_BACKWARD else 0, nbytes < WAKE_BYTES,
         machine.always_non_temporal,
     )  # fmt: skip
 

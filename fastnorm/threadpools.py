@@ -25,7 +25,7 @@ def register(threadpoolctl: Any) -> None:
     class Controller(threadpoolctl.LibController):
         """The threads of the compiled kernels.
 
-        They count as OpenMP's: who limits those means whatever computes beside BLAS.
+        They count as OpenMP's: who limits those means whatever computes, besides BLAS.
         """
 
         user_api = "openmp"

@@ -6,7 +6,7 @@
 
 /* ---- activations ------------------------------------------------------------------------
  * float: branch-free, so that loops over them vectorise.  The polynomials are Chebyshev
- * interpolants; the comment beside each gives its largest relative error.
+ * interpolants; the comment at each gives its largest relative error.
  * double: the C library's functions, correct to about one unit in the last place. */
 
 /* x, or the number of its sign whose bits are `largest`, where that is nearer to zero; not a number

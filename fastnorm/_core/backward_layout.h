@@ -47,7 +47,7 @@ typedef struct {
     ptrdiff_t together;         /* items of an owner that are taken together */
     int sweeps, few_owners;     /* all of an owner's items are; and there are few owners */
     int max_threads;            /* 1, or 0 where there is no such limit */
-    int brief;                  /* too little work to wake a thread that sleeps */
+    int small;                  /* too little work to wake a thread that sleeps */
     int threads;
 } Backward;
 

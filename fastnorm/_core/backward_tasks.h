@@ -164,7 +164,7 @@ FN_INLINE Span T(share)(const T(Work) *w, ptrdiff_t turn) {
 static void T(share_all)(T(Work) *w, ptrdiff_t total, int threads, int backwards, Turn run) {
     w->total = total;
     w->turns = threads == 1 ? 1 : least(total, TURNS_PER_THREAD * (ptrdiff_t)threads);
-    share_out(w->turns, threads, (Sharing){backwards, w->q->brief}, run, w);
+    share_out(w->turns, threads, (Sharing){backwards, w->q->small}, run, w);
 }
 /* The sums of some segments of the items. */
 static void T(sums_turn)(void *work, ptrdiff_t turn, int thread) {

@@ -41,7 +41,7 @@ cdef extern from "kernels.h" nogil:
         bint guarded, foldable, tabulated, releases_gil
         bint non_temporal, direct, direct_non_temporal, bf16_direct
         Walk walk
-        int max_threads, brief
+        int max_threads, small
     ctypedef struct Backward:
         Py_ssize_t a, b, p, s, c, neighbours
         bint columns, centred, training
@@ -50,7 +50,7 @@ cdef extern from "kernels.h" nogil:
         Py_ssize_t cell_p, cell_s, cell_c, cells, parts, together
         bint own_a, own_b, own_c, inside, non_temporal, bf16_direct, convert_weight
         bint whole_rows, whole_groups, keep_cells, sweeps, few_owners
-        int max_threads, brief
+        int max_threads, small
     const char* SIZES
     void forward_threads(Forward*, int) noexcept
     int run_planned_forward "run_forward"(Forward*) noexcept
@@ -179,7 +179,7 @@ cdef int follow(Forward* q, schedule) except -1:
     q.guarded = q.mask.data != NULL or (q.given and not q.foldable)
     q.non_temporal, q.direct = schedule.non_temporal, schedule.direct
     q.direct_non_temporal = schedule.direct_non_temporal
-    q.max_threads, q.brief = schedule.max_threads, schedule.brief
+    q.max_threads, q.small = schedule.max_threads, schedule.small
     q.releases_gil = schedule.releases_gil
     return suits(q.length == q.p * q.s and q.items == (q.a * q.b if q.columns else q.a) * q.chunks
                  and q.chunks * q.width >= (q.c if q.columns else q.b)
@@ -282,7 +282,7 @@ cdef int follow_back(Backward* q, schedule) except -1:
     q.whole_rows, q.whole_groups = schedule.path == "rows", schedule.path == "groups"
     q.convert_weight = schedule.convert_weight
     q.non_temporal, q.bf16_direct = schedule.non_temporal, schedule.bf16_direct
-    q.max_threads, q.brief = schedule.max_threads, schedule.brief
+    q.max_threads, q.small = schedule.max_threads, schedule.small
     return suits(q.length == q.p * q.s and q.chunks * q.width >= (q.c if q.columns else q.b)
                  and q.owners * q.sharers == (q.a * q.b if q.columns else q.a) * q.chunks)
 

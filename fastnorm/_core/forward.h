@@ -61,7 +61,7 @@ typedef struct {
     int threads;
     int split_items;   /* threads share each item, not the items */
     int max_threads;   /* 1, or 0 where there is no such limit */
-    int brief;         /* too little work to wake a thread that sleeps */
+    int small;         /* too little work to wake a thread that sleeps */
     int releases_gil;  /* it takes long enough for the interpreter's lock to be given up */
 } Forward;
 

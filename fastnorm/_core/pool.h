@@ -36,7 +36,7 @@ enum {
     HELPER_SPINS = 50000, /* ns that a helper looks for work before it sleeps */
     CALLER_SPINS = 20000, /* ns that the caller looks for the last turns' end before it sleeps */
     LONG_WAIT = 500000,   /* ns after which a helper has lost its processor to another program */
-    ALONE = 200000000,    /* ns for which brief jobs then run alone */
+    ALONE = 200000000,    /* ns for which small jobs then run alone */
 };
 
 /* The number of the job, and the turns of a share that nobody has begun: one word, so that a helper
@@ -54,7 +54,7 @@ static struct {
     atomic_flag taken;     /* by the call that has the helpers */
     int helpers;           /* that have been started */
     int64_t ended;         /* when the last job did, in ns */
-    int64_t alone_until;   /* brief jobs: another program has a helper's processor */
+    int64_t alone_until;   /* small jobs: another program has a helper's processor */
     _Atomic uint64_t job;  /* its number */
     /* what the job is: as long as one of its turns has not ended, nobody changes it */
     Turn run;
@@ -233,7 +233,7 @@ __attribute__((constructor)) static void watch_forks(void) {
 static int run_shared(ptrdiff_t turns, int threads, Sharing how, Turn run, void *work) {
     if (turns >> TURN_BITS || atomic_flag_test_and_set(&pool.taken)) return 0;
     const int64_t began = now_ns();
-    if (how.brief && began < pool.alone_until) {
+    if (how.small && began < pool.alone_until) {
         atomic_flag_clear(&pool.taken);
         return 0;
     }
@@ -253,8 +253,8 @@ static int run_shared(ptrdiff_t turns, int threads, Sharing how, Turn run, void 
         atomic_store(&pool.shares[k].word, job << TURN_BITS | (uint64_t)n);
     }
     atomic_store(&pool.job, job);
-    /* a sleeper comes too late for a short job, unless another one follows at once */
-    if (!how.brief || began - pool.ended < HELPER_SPINS) wake_followers(0, job);
+    /* a sleeper comes too late for a small job, unless another one follows at once */
+    if (!how.small || began - pool.ended < HELPER_SPINS) wake_followers(0, job);
     const uint32_t ran = take_turns(0, job), all = (uint32_t)turns;
     uint32_t done = atomic_fetch_add(&pool.done, ran) + ran;
     if (done != all) {

@@ -36,7 +36,7 @@ FN_INLINE int spread(const Scales_f32 *s, ptrdiff_t g, ptrdiff_t k, const float 
     const double mean = s->mean[g], rstd = s->rstd[g], size = fabs(rstd);
     const float hi = (float)mean;
     const double lo = (mean - (double)hi) + s->low[g];
-    /* of no elements, or beside a NaN, all is not a number, in whatever type */
+    /* of no elements, or with a NaN, all is not a number, in whatever type */
     const int fits = ((size > 7.9e-31) & (size < 1.3e30) & (fabs(mean) < 1.3e30)) | (size == 0) |
                      (size != size);
     int any = 0;

@@ -9,7 +9,7 @@ typedef void (*Turn)(void *work, ptrdiff_t turn, int thread);
 
 typedef struct {
     int backwards; /* each thread's share of the turns from its end */
-    int brief;     /* too little work to wake a thread that sleeps */
+    int small;     /* too little work to wake a thread that sleeps */
 } Sharing;
 
 #if !defined(_WIN32)

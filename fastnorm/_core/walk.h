@@ -124,7 +124,7 @@ static int T(share_splits)(T(Job) *w) {
         if (!counted && !open_arena(&m)) return 1;
     }
     w->turns = least(total, TURNS_PER_THREAD * q->threads);
-    if (!q->given) share_out(w->turns, q->threads, (Sharing){0, q->brief}, T(moments_turn), w);
+    if (!q->given) share_out(w->turns, q->threads, (Sharing){0, q->small}, T(moments_turn), w);
     for (ptrdiff_t i = 0; i < q->items; i++) {
         const Item it = item_at(q, i);
         const ptrdiff_t n = groups_of(q, &it);
@@ -134,7 +134,7 @@ static int T(share_splits)(T(Job) *w) {
         w->scales[i] = T(scales_at)(memory + i * SCALE_BYTES * width, it.width);
         T(finalize_item)(q, &it, whole, &w->scales[i]);
     }
-    if (q->y.data) share_out(w->turns, q->threads, (Sharing){1, q->brief}, T(output_turn), w);
+    if (q->y.data) share_out(w->turns, q->threads, (Sharing){1, q->small}, T(output_turn), w);
     close_arena(&m);
     return 0;
 }
@@ -159,7 +159,7 @@ static int T(run_items)(Forward *q) {
     }
     w.turns = least(q->items, TURNS_PER_THREAD * q->threads);
     if (q->split_items) failed = T(share_splits)(&w);
-    else share_out(w.turns, q->threads, (Sharing){0, q->brief}, T(walk_turn), &w);
+    else share_out(w.turns, q->threads, (Sharing){0, q->small}, T(walk_turn), &w);
     close_scratch(w.h, q->threads);
     free(w.h);
     return failed;

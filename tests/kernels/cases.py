@@ -54,7 +54,7 @@ def fields(**values: Any) -> str:
 def of_forward(found: ForwardSchedule) -> str:
     """As `follow` in _core/bindings.pxi has it."""
     own = ("width", "chunks", "items", "foldable", "tabulated", "non_temporal", "direct")
-    own += ("direct_non_temporal", "max_threads", "brief", "releases_gil")
+    own += ("direct_non_temporal", "max_threads", "small", "releases_gil")
     blocking = ("length", "block", "split_length", "splits", "bf16_direct")
     values = {name: getattr(found, name) for name in own}
     values |= {name: getattr(found.blocking, name) for name in blocking}
@@ -64,7 +64,7 @@ def of_forward(found: ForwardSchedule) -> str:
 def of_backward(found: BackwardSchedule) -> str:
     """As `follow_back` has it."""
     own = ("non_temporal", "bf16_direct", "convert_weight", "together", "few_owners", "max_threads")
-    own += ("brief",)
+    own += ("small",)
     blocking = ("length", "width", "chunks", "inside", "owners", "sharers", "span", "segments")
     blocking += ("plane_segments", "cell_p", "cell_s", "cell_c", "cells", "parts", "sweeps")
     values = {name: getattr(found, name) for name in own}

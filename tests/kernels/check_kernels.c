@@ -232,7 +232,7 @@ static void check_pass(const Case *c) {
     if (o.weighted) q.weight = operand_of(w, weights, l->w, computing);
     if (o.biased) q.bias = operand_of(b, weights, l->w, computing);
     if (o.residual) q.residual = operand_of(e, n, l->x, o.storage);
-    q.max_threads = q.brief = 0; /* however small it is */
+    q.max_threads = q.small = 0; /* however small it is */
     forward_threads(&q, o.threads);
     if (run_forward(&q)) check_close("memory", 0, 1, 0, 0);
     Backward r = c->backward;
@@ -242,7 +242,7 @@ static void check_pass(const Case *c) {
     r.mean = q.mean, r.rstd = q.rstd, r.weight = q.weight;
     if (!o.centred) r.mean = (Operand){.storage = F64};
     r.dweight = operand_of(dw, weights, l->w, F64), r.dbias = operand_of(db, weights, l->w, F64);
-    r.max_threads = r.brief = 0;
+    r.max_threads = r.small = 0;
     backward_threads(&r, o.threads);
     if (run_backward(&r)) check_close("memory", 0, 1, 0, 0);
 

@@ -126,7 +126,7 @@ static inline ptrdiff_t side_by_side(const char *chosen, ptrdiff_t step, ptrdiff
  * n, and may be `from`, or begin before it. */
 static inline ptrdiff_t fn_keep_f32(float *to, const float *from, const char *chosen, ptrdiff_t n) {
     ptrdiff_t i = 0, kept = 0;
-#if defined(__AVX512F__)
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
     for (; i + 16 <= n; i += 16) {
         const __m128i bytes = _mm_loadu_si128((const __m128i *)(chosen + i));
         const __mmask16 which = _mm_test_epi8_mask(bytes, bytes);
@@ -155,7 +155,7 @@ static inline ptrdiff_t fn_keep_f32(float *to, const float *from, const char *ch
 static inline ptrdiff_t fn_keep_f64(double *to, const double *from, const char *chosen,
                                     ptrdiff_t n) {
     ptrdiff_t i = 0, kept = 0;
-#if defined(__AVX512F__)
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
     for (; i + 8 <= n; i += 8) {
         const __m128i bytes = _mm_loadl_epi64((const __m128i *)(chosen + i));
         const __mmask8 which = (__mmask8)_mm_test_epi8_mask(bytes, bytes);

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import fastnorm as fn
-from fastnorm import bench
+from fastnorm import bench, machine, machine_file
 from fastnorm._bench.cases import Case
+from fastnorm._bench.machine import busy
 from fastnorm._bench.timing import BLOCK, ROUNDS
 from fastnorm._files.images import MODES
 from fastnorm._files.names import CannotUse, escaped, in_json, reason_of, say
@@ -122,6 +123,8 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_bench(commands)
 
+    _add_tune(commands)
+
     about = "show versions, instruction sets, threads and backends"
     info = commands.add_parser("info", help=about, description=f"{about.capitalize()}.")
     info.set_defaults(command=_info)
@@ -220,6 +223,23 @@ def _parser() -> argparse.ArgumentParser:
         help="draw the histogram of each channel: .png, .svg or .pdf",
     )
     return parser
+
+
+def _add_tune(commands: Any) -> None:
+    about = "measure this machine, in 20 seconds, for schedules that fit it"
+    parser = commands.add_parser(
+        "tune",
+        help=about,
+        description="Measure from which sizes non-temporal stores, a second thread and waking one "
+        "that sleeps pay on this machine, and keep that in a file of the user's configuration "
+        "folder, which is used whenever fastnorm is imported from then on. No result depends on "
+        "it. 'fastnorm info' says what is in use; FASTNORM_MACHINE comes first.",
+    )
+    parser.set_defaults(command=_tune)
+    parser.add_argument("--dry-run", action="store_true", help="print what is found, keep nothing")
+    parser.add_argument("--forget", action="store_true", help="remove the file")
+    parser.add_argument("--force", action="store_true", help="also while others are at work")
+    parser.add_argument("--json", action="store_true", help="print what is found as JSON")
 
 
 def _add_bench(commands: Any) -> None:
@@ -508,6 +528,64 @@ def _bench(arguments: argparse.Namespace) -> int:
     return 1 if different else 0
 
 
+def _tune(arguments: argparse.Namespace) -> int:
+    if arguments.forget and (arguments.dry_run or arguments.force or arguments.json):
+        warn("--forget stands alone")
+        return 2
+    file = machine_file.path()
+    if arguments.forget:
+        return _forget(file)
+    if fn.get_backend() != "cython":
+        warn("tune times the compiled kernels, and they are not in use; see 'fastnorm info'")
+        return 2
+    if file is None and not arguments.dry_run:
+        warn("there is no configuration folder: set XDG_CONFIG_HOME or HOME (Windows: APPDATA)")
+        return 2
+    from fastnorm import tune
+
+    share = busy()
+    others = f"others use {share:.0f} % of the processors" if share else ""
+    if share is not None and share > tune.BUSY:
+        if not (arguments.force or arguments.dry_run):
+            warn(f"{others}: nothing is measured; try again later, or say --force")
+            return 1
+        warn(f"{others}: what is measured now may be far off")
+    try:
+        with Progress(tune.MAX_ROUNDS) as progress:
+            found = tune.measure(machine.found(), progress)
+    except (MemoryError, OSError) as error:
+        warn(f"this machine cannot be measured: {reason_of(error)}")
+        return 1
+    if arguments.json:
+        say_json(tune.to_dict(found))
+    else:
+        say(tune.to_text(found), sys.stdout)
+    if arguments.dry_run or file is None:
+        return 0
+    if found.noisy and not arguments.force:
+        warn(f"rounds differ by {found.noise:.0%}: the machine is busy, and nothing is written")
+        return 1
+    try:
+        tune.keep(found, file)
+    except OSError as error:
+        warn(f"cannot write {file}: {reason_of(error)}")
+        return 1
+    warn(f"written to {file}; 'fastnorm tune --forget' removes it")
+    if machine.source.named:
+        warn("FASTNORM_MACHINE is set, and comes first")
+    return 0
+
+
+def _forget(file: Path | None) -> int:
+    try:
+        removed = file is not None and machine_file.remove(file)
+    except OSError as error:
+        warn(f"cannot remove {file}: {reason_of(error)}")
+        return 1
+    say(f"removed {escaped(str(file))}" if removed else "there is no machine file", sys.stdout)
+    return 0
+
+
 def _for_all(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options of calls that stand after them."""
     names = {flag[2:].replace("-", "_") for flag in bench.OPTIONS}
@@ -597,12 +675,12 @@ def _info(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _explain(call: str, machine: str, json: bool) -> int:
+def _explain(call: str, on: str, json: bool) -> int:
     try:
         if json:
-            say_json(fn.explain(call, machine=machine, mode="dicts"))
+            say_json(fn.explain(call, machine=on, mode="dicts"))
         else:
-            fn.explain(call, machine=machine)
+            fn.explain(call, machine=on)
     except (ValueError, MemoryError) as error:
         warn(str(error) or "there is no memory for such an array")
         return 2

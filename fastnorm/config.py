@@ -73,6 +73,9 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
             "caches": [f"{level} {size >> 10} kB" for level, size in here.caches.items()],
             "cores that share the last": here.l3_cores,
             "cores": here.cores,
+            "taken from": machines.source.text,
+            "passed over": machines.source.passed_over or "nothing",
+            "measured": [f"{name} {n}" for name, n in here.measured.items()] or "nothing",
         },
         "threads": {
             "at most": get_num_threads(),

@@ -13,8 +13,8 @@ from fastnorm import bench
 from fastnorm._bench import cases
 from fastnorm._files.names import CannotUse
 from fastnorm.backends import recorder
-from fastnorm.machine import Machine
-from fastnorm.schedule import BackwardSchedule, ForwardSchedule
+from fastnorm.machine import MEASURED, Machine
+from fastnorm.schedule import BackwardSchedule, ForwardSchedule, non_temporal_above
 
 _WIDTH = 10  # of the names at the beginning of lines
 
@@ -137,7 +137,7 @@ def describe(asked: recorder.Asked, here: Machine, threads: int) -> Explanation:
         ("path", f"{found.path}: {paths[found.path]}"),
         ("tiles", _tiles(asked, found)),
         ("threads", f"{used}: {one}"),
-        ("stores", f"{stores}: {_why_stores(found, here)}"),
+        ("stores", f"{stores}: {_why_stores(asked, found, here)}"),
         ("numbers", _numbers(asked, found)),
         ("bytes", f"{moved.text}"),
         ("of a copy", f"{moved.share:.0%} at most: {moved.why}"),
@@ -183,9 +183,16 @@ def _tiles(asked: recorder.Asked, found: ForwardSchedule | BackwardSchedule) -> 
     return f"{items}, in blocks of {block} {unit}{splits}"
 
 
-def _why_stores(found: ForwardSchedule | BackwardSchedule, here: Machine) -> str:
+def _why_stores(
+    asked: recorder.Asked, found: ForwardSchedule | BackwardSchedule, here: Machine
+) -> str:
     x, last = _bytes(found.bytes), _bytes(here.last_cache)
     told = "" if here.l3 else ", as is assumed"
+    where = asked.layout.columns, asked.backward
+    if any(name.startswith("non_temporal") for name in here.measured):
+        above = non_temporal_above(here, *where)
+        if above != non_temporal_above(here.with_measured(dict.fromkeys(MEASURED, 0)), *where):
+            return f"x is {x}; non-temporal ones pay above {_bytes(above)}, as measured"
     if found.non_temporal:
         return f"x of {x} goes through a last cache of {last}{told} with the result"
     return f"x is {x}, the last cache {last}{told}"

@@ -1,8 +1,10 @@
 """The machine that kernels run on: caches and cores, found once; what a schedule is derived from.
 
-``FASTNORM_MACHINE`` replaces what the system tells, all of it or single facts, separated by
-commas: the name of a model (`MODELS`), a file of ``name = value`` lines, or ``l2=2M``. A model
-says what caches there are; the cores of this process stay its own, unless ``cores=4`` is written.
+What the system tells is completed by the file that ``fastnorm tune`` wrote (`machine_file`), where
+it is of this machine. ``FASTNORM_MACHINE`` takes the place of that file, and of what the system
+tells, all of it or single facts, separated by commas: the name of a model (`MODELS`), a file of
+``name = value`` lines, or ``l2=2M``; ``system`` is what the system tells alone. A model says what
+caches there are; the cores of this process stay its own, unless ``cores=4`` is written.
 
 The instruction set is found once by the compiled kernels (`_core`); ``FASTNORM_CPU`` caps it.
 """
@@ -10,11 +12,13 @@ The instruction set is found once by the compiled kernels (`_core`); ``FASTNORM_
 from __future__ import annotations
 
 import os
+import warnings
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from fastnorm import limits
+from fastnorm import limits, machine_file, processor
 
 CACHES = Path("sys/devices/system/cpu/cpu0/cache")
 
@@ -34,6 +38,16 @@ class Machine:
     l3_cores: int = 1
     cores: int = 1
     always_non_temporal: bool = False  # for tests: whatever the sizes of arrays
+    # Bytes of x, as measured (`fastnorm tune`); 0: as schedule.py has it. From so many on
+    # non-temporal stores pay, of contiguous and of strided walks; a second thread helps; and it is
+    # worth waking one that sleeps.
+    non_temporal_bytes: int = 0
+    non_temporal_strided_bytes: int = 0
+    non_temporal_backward_bytes: int = 0
+    non_temporal_backward_strided_bytes: int = 0
+    serial_bytes: int = 0
+    serial_backward_bytes: int = 0
+    wake_bytes: int = 0
     last_cache: int = field(init=False)  # bytes of what all arrays of a call go through
 
     def __post_init__(self) -> None:
@@ -47,10 +61,24 @@ class Machine:
         return {level: size for level, size in sizes.items() if size}
 
     @property
+    def measured(self) -> dict[str, int]:
+        """What was measured of it, by name."""
+        return {name: n for name in MEASURED if (n := getattr(self, name))}
+
+    def with_measured(self, facts: dict[str, int]) -> Machine:
+        """The same with other facts of those that are measured."""
+        found: Machine = replace(self, **facts)  # type: ignore[arg-type]
+        return found
+
+    @property
     def near_cache(self) -> int:
         """Bytes that one core finds again: its L2 and its share of the last cache."""
         return self.l2 + self.last_cache // max(self.l3_cores, 1)
 
+
+MEASURED = tuple(fact.name for fact in fields(Machine) if fact.name.endswith("_bytes"))
+# What tells this machine from others, with its processor's name.
+TOLD = ("l1", "l2", "l3", "l3_cores")
 
 # What decisions are tested on, besides the machine at hand; sizes as their systems tell them.
 MODELS = {
@@ -60,6 +88,9 @@ MODELS = {
     "avx2-server": Machine(l1=32 << 10, l2=512 << 10, l3=16 << 20, l3_cores=4, cores=16),
     "aarch64-cloud": Machine(l1=64 << 10, l2=1 << 20, cores=4),
 }
+
+# Of `fastnorm tune`: no facts of a machine.
+_OF_FILES = ("format", "processor", "date")
 
 _FACTS = {fact.name: fact.type for fact in fields(Machine) if fact.init}
 
@@ -106,6 +137,8 @@ def found(root: Path = limits.ROOT) -> Machine:
 def of_text(text: str, machine: Machine) -> Machine:
     """`machine` with what a text says in the manner of ``FASTNORM_MACHINE``."""
     for part in filter(None, (part.strip() for part in text.split(","))):
+        if part == "system":
+            continue
         if "=" in part:
             machine = _with_fact(machine, part)
         elif part in MODELS:
@@ -113,7 +146,8 @@ def of_text(text: str, machine: Machine) -> Machine:
         elif Path(part).is_file():
             for line in _read(Path(part)).splitlines():
                 fact = line.partition("#")[0].strip()
-                machine = _with_fact(machine, fact) if fact else machine
+                if fact.partition("=")[0].strip() not in ("", *_OF_FILES):
+                    machine = _with_fact(machine, fact)
         else:
             raise ValueError(
                 f"FASTNORM_MACHINE has {part!r:.80}, which is no model, no file and no fact; write "
@@ -134,8 +168,61 @@ def _with_fact(machine: Machine, text: str) -> Machine:
     return replace(machine, **{name: value_of})
 
 
+# --- What fastnorm tune wrote ---------------------------------------------------------------------
+
+
+def identity(machine: Machine) -> dict[str, object]:
+    """What a file must say to be of this machine."""
+    return {"processor": processor.name()} | {name: getattr(machine, name) for name in TOLD}
+
+
+def tuned(machine: Machine, file: Path) -> Machine | None:
+    """`machine` with what a file says was measured; None without it, or `machine_file.Unusable`."""
+    facts = machine_file.read(file)
+    if facts is None:
+        return None
+    if any(facts.pop(name, "") != str(value) for name, value in identity(machine).items()):
+        raise machine_file.Unusable("it is of another machine")
+    facts.pop("date", "")
+    numbers = {name: limits.whole_number(text) or 0 for name, text in facts.items()}
+    for name, n in numbers.items():
+        if name not in MEASURED or not 0 < n < 1 << 48:
+            raise machine_file.Unusable(f"it is damaged: {name:.40} = {facts[name]!a:.40}")
+    return machine.with_measured(numbers)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the facts of the machine at hand are from."""
+
+    text: str
+    passed_over: str = ""  # a file of `fastnorm tune` that is not used, and why
+    named: bool = False  # by FASTNORM_MACHINE
+
+
+def at_hand() -> tuple[Machine, Source]:
+    """The machine of this process; a file that cannot be used is named in a warning."""
+    text, system = os.environ.get("FASTNORM_MACHINE", ""), found()
+    if text.strip():
+        return of_text(text, system), Source(f"FASTNORM_MACHINE={text}", named=True)
+    file = machine_file.path()
+    if file is None:
+        return system, Source("the system")
+    try:
+        machine = tuned(system, file)
+    except machine_file.Unusable as error:
+        why = f"{file} is not used: {error}"
+        what = "fastnorm tune measures this machine anew, fastnorm tune --forget removes the file"
+        with suppress(Warning):  # an import does not fail for it where warnings are errors
+            warnings.warn(f"{why}; {what}", RuntimeWarning, stacklevel=2)
+        return system, Source("the system", why)
+    if machine is None:
+        return system, Source("the system")
+    return machine, Source(f"the system and {file}, which fastnorm tune wrote")
+
+
 # The machine at hand.
-here = of_text(os.environ.get("FASTNORM_MACHINE", ""), found())
+here, source = at_hand()
 
 
 def exchange(machine: Machine) -> Machine:

@@ -93,7 +93,8 @@ PREFETCH_WINDOW = 1 << 18
 # Non-temporal stores pay where a result would push out what is still to be read. x and y go through
 # the cache together: so many eighths of the last cache, forward; of x alone, backward, where dy and
 # dx go through it too. Columns, which are read in two sweeps, are worth it a little later. A
-# shorter run ends in lines that are half written: that costs more than all that is gained.
+# shorter run ends in lines that are half written: that costs more than all that is gained. These
+# eighths are for machines that were not measured (`fastnorm tune`).
 NON_TEMPORAL_EIGHTHS = 5
 NON_TEMPORAL_EIGHTHS_BACKWARD = 2
 NON_TEMPORAL_EIGHTHS_BACKWARD_STRIDED = 3
@@ -102,13 +103,15 @@ NON_TEMPORAL_MIN_RUN = 1024
 # elements stored at a time, through a tile in L1
 NON_TEMPORAL_TILE = 256
 
-# bytes of x: below which a second thread costs more than it helps; below which it is over before a
-# thread that sleeps has woken (in the 50 to 100 us that this takes); for each thread, up to which
-# shares are fixed once and each core finds its own in its cache (Numba's kernels; the compiled ones
-# always begin with their own); below which giving up the interpreter's lock costs more
+# bytes of x, where a machine was not measured: below which a second thread costs more than it
+# helps; below which it is over before a thread that sleeps has woken (in the 50 to 100 us that this
+# takes)
 SERIAL_BYTES = 1 << 17
 SERIAL_BYTES_BACKWARD = 1 << 16
 WAKE_BYTES = 1 << 20
+# bytes of x: for each thread, up to which shares are fixed once and each core finds its own in its
+# cache (Numba's kernels; the compiled ones always begin with their own); below which giving up the
+# interpreter's lock costs more
 STATIC_BYTES_PER_THREAD = 1 << 20
 GIL_RELEASE_MIN_BYTES = 1 << 15
 # threads take turns at so many shares each; fewer items than so many for each thread are split
@@ -156,6 +159,23 @@ def _tiles_of_columns(columns: int, neighbours: int) -> tuple[int, int]:
         tiles = max(1, min(groups, -(-columns // COLUMN_TILE)))
     width = -(-groups // tiles) * neighbours
     return width, -(-columns // width)
+
+
+@lru_cache(maxsize=64)
+def non_temporal_above(machine: Machine, columns: bool, backward: bool = False) -> int:
+    """Bytes of x beyond which non-temporal stores pay, as measured or by the last cache."""
+    if backward:
+        measured = machine.non_temporal_backward_bytes
+        eighths = NON_TEMPORAL_EIGHTHS_BACKWARD
+        if columns:
+            measured = machine.non_temporal_backward_strided_bytes
+            eighths = NON_TEMPORAL_EIGHTHS_BACKWARD_STRIDED
+    else:
+        measured, eighths = machine.non_temporal_bytes, NON_TEMPORAL_EIGHTHS
+        if columns:
+            measured = machine.non_temporal_strided_bytes
+    told = 0 if machine.always_non_temporal else measured
+    return told or machine.last_cache // 8 * eighths
 
 
 # --- Forward --------------------------------------------------------------------------------------
@@ -276,9 +296,9 @@ def forward_schedule(
     if columns and written and steps["y"][3] == width:
         run *= s  # rows that follow one another
     through = 4 * nbytes if summed else nbytes
-    eighth, long = machine.last_cache // 8, machine.always_non_temporal
-    long = long or run * x.size >= NON_TEMPORAL_MIN_RUN
-    non_temporal = through > eighth * NON_TEMPORAL_EIGHTHS and long
+    long = machine.always_non_temporal or run * x.size >= NON_TEMPORAL_MIN_RUN
+    pays = non_temporal_above(machine, columns)
+    non_temporal = through > pays and long
     # all that is of x's size lies there as numbers that are computed in, and all is taken
     native = (single or double) and written and not (masked or callable(activation))
     native = native and all(
@@ -303,7 +323,8 @@ def forward_schedule(
         if whole and apart and splits == 1 and s * x.size < SHORT_RUN_BYTES and not summed:
             path = "gathered"
             # y would push out what is still to be read
-            direct_non_temporal = nbytes >= eighth * NON_TEMPORAL_EIGHTHS_GATHERED
+            gathered_pays = pays // NON_TEMPORAL_EIGHTHS * NON_TEMPORAL_EIGHTHS_GATHERED
+            direct_non_temporal = nbytes >= gathered_pays
     elif whole and length <= BLOCK and planes_follow:
         fits = single or (x.half and width * length <= 2 * BLOCK)
         if added and p == 1 if summed else fits:
@@ -314,7 +335,8 @@ def forward_schedule(
     return ForwardSchedule(
         blocking, path, width, chunks, items, foldable, single_rows, tabulated, non_temporal,
         native and not non_temporal, direct_non_temporal, nbytes,
-        1 if nbytes < SERIAL_BYTES else 0, nbytes < WAKE_BYTES,
+        1 if nbytes < (machine.serial_bytes or SERIAL_BYTES) else 0,
+        nbytes < (machine.wake_bytes or WAKE_BYTES),
         min(nbytes // STATIC_BYTES_PER_THREAD + 1, 1 << 30),
         nbytes >= GIL_RELEASE_MIN_BYTES,
     )  # fmt: skip
@@ -396,11 +418,8 @@ def backward_schedule(
     run = blocking.width if layout.columns else s
     if layout.columns and not blocking.inside and layout.strides["dx"][3] == blocking.width:
         run *= s  # rows that follow one another
-    eighths = NON_TEMPORAL_EIGHTHS_BACKWARD
-    if layout.columns:
-        eighths = NON_TEMPORAL_EIGHTHS_BACKWARD_STRIDED
     long = machine.always_non_temporal or run * types["dx"].size >= NON_TEMPORAL_MIN_RUN
-    past = nbytes > machine.last_cache // 8 * eighths and long
+    past = nbytes > non_temporal_above(machine, layout.columns, backward=True) and long
     full = [types[name].name for name in ("x", "dy", "dx")]
     half = all(name == "bfloat16" for name in full) and not layout.columns and not past
     real = "float64" if x.name == "float64" else "float32"
@@ -440,7 +459,8 @@ def backward_schedule(
         together = blocking.sharers
     return BackwardSchedule(
         blocking, path, together, blocking.owners < BACKWARD_FEW_TASKS, convert, past, half, nbytes,
-        1 if nbytes < SERIAL_BYTES_BACKWARD else 0, nbytes < WAKE_BYTES,
+        1 if nbytes < (machine.serial_backward_bytes or SERIAL_BYTES_BACKWARD) else 0,
+        nbytes < (machine.wake_bytes or WAKE_BYTES),
         machine.always_non_temporal,
     )  # fmt: skip
 

@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 
 import fastnorm as fn
 from benchmarks import cases as table
-from fastnorm import bench, cli, workers
+from fastnorm import bench, cli, processor, workers
 from fastnorm._bench import machine, models, peers
 from fastnorm._bench.cases import Case
 from fastnorm.operations import OPERATIONS
@@ -580,22 +580,17 @@ def test_the_first_documented_command(capsys: pytest.CaptureFixture[str]) -> Non
 # --- The machine ----------------------------------------------------------------------------------
 
 
-def test_a_processor_has_a_name_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = machine.processor()
-    assert here
-
-    def unreadable(path: Path, **options: Any) -> NoReturn:
-        raise FileNotFoundError(path)
-
-    monkeypatch.setattr(Path, "read_text", unreadable)
-    elsewhere = machine.processor.__wrapped__
+def test_a_processor_has_a_name_everywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert machine.processor() == processor.name()
+    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "none")
     for system in ("Windows", "Darwin"):
-        monkeypatch.setattr(machine.platform, "system", lambda system=system: system)
-        monkeypatch.setattr(
-            machine.subprocess, "run", lambda *a, **k: SimpleNamespace(stdout="Imaginary M9\n")
-        )
-        assert elsewhere()
-    assert elsewhere() == "Imaginary M9"
+        monkeypatch.setattr(processor.platform, "system", lambda system=system: system)
+        assert processor.name()
+    monkeypatch.setattr(processor, "_brand", lambda: "Imaginary M9")
+    assert processor.name() == "Imaginary M9"
+    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
+    processor.CPUINFO.write_text("processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd40\n")
+    assert processor.name().endswith(" (implementer 0x41, part 0xd40)")
 
 
 def test_import_fastnorm_leaves_this_alone() -> None:

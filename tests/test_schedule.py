@@ -115,6 +115,7 @@ FORWARD = {
 def test_what_decides_bits_is_the_same_on_every_machine(name: str) -> None:
     layout, types = FORWARD[name]
     others = [*MODELS.values(), Machine(always_non_temporal=True), Machine(l3=1 << 10)]
+    others += [Machine().with_measured(dict.fromkeys(machine.MEASURED, n)) for n in (1, 1 << 40)]
     first, *rest = [asdict(forward_schedule(layout, types, m).blocking) for m in others]
     assert all(other == first for other in rest)
     back = (("dy", types[0][1]), ("dx", types[0][1]), *types)
@@ -346,6 +347,8 @@ def test_a_machine_can_be_said(tmp_path: Path) -> None:
         "zen5": replace(MODELS["zen5"], cores=7),
         "zen5, l2=512K ,cores=2": replace(MODELS["zen5"], l2=512 << 10, cores=2),
         str(file): Machine(1, 1280 << 10, 12 << 20, 8, 7),
+        "system": own,
+        "system, wake_bytes=2M": replace(own, wake_bytes=2 << 20),
     }
     for text, right in expected.items():
         assert asdict(machine.of_text(text, own)) == asdict(right)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import platform
-import subprocess
 from datetime import date
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import fastnorm as fn
 from fastnorm import machine
+from fastnorm.processor import name as name_of_processor
 
 LIBRARIES = ("numpy", "torch", "onnxruntime", "jax")
 
@@ -24,6 +23,7 @@ def facts() -> dict[str, Any]:
         "cores": machine.here.cores,
         "threads": fn.get_num_threads(),
         "caches": machine.here.caches,
+        "measured": machine.here.measured,
         "instruction set": config["cpu"]["instruction set used"],
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -47,30 +47,7 @@ def busy(seconds: float = 1.0) -> float | None:
 @cache
 def processor() -> str:
     """Its name, with what tells apart those of one name."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return _named_elsewhere()
-    # the first processor's lines, each "name : value"
-    pairs = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
-    told = {name.strip(): value.strip() for name, _, value in pairs}
-    name = told.get("model name") or platform.machine()
-    words = (("family", "cpu family"), ("model", "model"))
-    numbers = [f"{word} {told[key]}" for word, key in words if key in told]
-    return f"{name} ({', '.join(numbers)})" if numbers else name
-
-
-def _named_elsewhere() -> str:
-    """What macOS or Windows calls it."""
-    if platform.system() == "Darwin":
-        command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
-        try:
-            told = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-        except OSError:
-            told = ""
-        if told.strip():
-            return told.strip()
-    return platform.processor() or platform.machine()
+    return name_of_processor()
 
 
 def _version(name: str) -> str | None:

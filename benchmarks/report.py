@@ -389,17 +389,17 @@ def load(path: Path) -> dict[str, Any]:
     if "benchmarks" in found:
         rows = [b["extra_info"] for b in found["benchmarks"] if "kind" in b["extra_info"]]
         found = {"machine": found["machine_info"], "rows": rows}
-    rounded: dict[str, Any] = _rounded(found)
-    return rounded
+    found = rounded(found)
+    return found
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Four digits are more than any figure here is good for."""
     if isinstance(value, float):
         return float(f"{value:.4g}")
     if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
-    return [_rounded(v) for v in value] if isinstance(value, list) else value
+        return {k: rounded(v) for k, v in value.items()}
+    return [rounded(v) for v in value] if isinstance(value, list) else value
 
 
 def dump(results: dict[str, Any]) -> str:

@@ -187,7 +187,12 @@ def _why_stores(
     asked: recorder.Asked, found: ForwardSchedule | BackwardSchedule, here: Machine
 ) -> str:
     x, last = _bytes(found.bytes), _bytes(here.last_cache)
-    told = "" if here.l3 else ", as is assumed"
+    told = "" if here.last_cache == here.l3 else ", as is assumed"
+    direct = (
+        found.bf16_direct if isinstance(found, BackwardSchedule) else found.blocking.bf16_direct
+    )
+    if direct and not found.non_temporal:
+        return f"x of {x} is converted on the way, which takes longer than memory"
     where = asked.layout.columns, asked.backward
     if any(name.startswith("non_temporal") for name in here.measured):
         above = non_temporal_above(here, *where)

@@ -26,6 +26,9 @@ CACHES = Path("sys/devices/system/cpu/cpu0/cache")
 # on every machine with 1 MB of L2 that we know, and results that it would have held are read from
 # it.
 LAST_CACHE_BYTES = 32 << 20
+# A larger one than this lies about a whole socket. How much of it others leave to this process is
+# not told, and it is slower than its size suggests: it counts as LAST_CACHE_BYTES.
+MAX_LAST_CACHE_BYTES = 128 << 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # each is itself: schedules are kept by it
@@ -51,7 +54,8 @@ class Machine:
     last_cache: int = field(init=False)  # bytes of what all arrays of a call go through
 
     def __post_init__(self) -> None:
-        last = 0 if self.always_non_temporal else self.l3 or LAST_CACHE_BYTES
+        told = self.l3 if self.l3 <= MAX_LAST_CACHE_BYTES else 0
+        last = 0 if self.always_non_temporal else told or LAST_CACHE_BYTES
         object.__setattr__(self, "last_cache", last)
 
     @property

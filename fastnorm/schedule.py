@@ -298,6 +298,8 @@ def forward_schedule(
     through = 4 * nbytes if summed else nbytes
     long = machine.always_non_temporal or run * x.size >= NON_TEMPORAL_MIN_RUN
     pays = non_temporal_above(machine, columns)
+    # bfloat16 that is converted on the way keeps to arithmetic, and tiles cost more than is gained
+    long = long and (machine.always_non_temporal or not bf16_direct)
     non_temporal = through > pays and long
     # all that is of x's size lies there as numbers that are computed in, and all is taken
     native = (single or double) and written and not (masked or callable(activation))
@@ -419,9 +421,11 @@ def backward_schedule(
     if layout.columns and not blocking.inside and layout.strides["dx"][3] == blocking.width:
         run *= s  # rows that follow one another
     long = machine.always_non_temporal or run * types["dx"].size >= NON_TEMPORAL_MIN_RUN
-    past = nbytes > non_temporal_above(machine, layout.columns, backward=True) and long
     full = [types[name].name for name in ("x", "dy", "dx")]
-    half = all(name == "bfloat16" for name in full) and not layout.columns and not past
+    on_the_way = all(name == "bfloat16" for name in full) and not layout.columns
+    long = long and (machine.always_non_temporal or not on_the_way)
+    past = nbytes > non_temporal_above(machine, layout.columns, backward=True) and long
+    half = on_the_way and not past
     real = "float64" if x.name == "float64" else "float32"
     direct = half or all(name == real for name in full)
     in_cache = (

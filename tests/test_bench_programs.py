@@ -1,0 +1,106 @@
+"""The programs of benchmarks/ that keep a page for each machine, on figures that are made up."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import kept, models
+from fastnorm._bench.cases import Case
+from fastnorm.machine import MODELS, Machine
+from fastnorm.runtime import on_machine
+
+from .helpers import COMPILED
+
+compiled = pytest.mark.skipif(not COMPILED, reason="the compiled kernels are timed")
+
+LAYER = "layer_norm (normalized_shape)"
+
+
+def facts(busy: float | None) -> dict[str, Any]:
+    return {
+        "processor": "Imaginary M9 (family 1, model 2)",
+        "cores": 2,
+        "threads": 2,
+        "caches": {},
+        "instruction set": "x86-64-v3",
+        "system": "Linux x86_64",
+        "python": "3.11",
+        "versions": {},
+        "date": "2026-11-28",
+        "busy": busy,
+    }
+
+
+# --- What is kept ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("busy", "arguments", "written"),
+    [
+        (3.0, [], True),
+        (None, [], True),
+        (80.0, [], False),
+        (80.0, ["--force"], True),
+        (3.0, ["--short"], False),
+    ],
+)
+def test_figures_of_a_busy_machine_are_not_kept(
+    busy: float | None,
+    arguments: list[str],
+    written: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(kept, "RESULTS", tmp_path)
+    given = kept.parser("some", "Some.").parse_args(arguments)
+    rows = [{"case": "one", "seconds": 0.123456}]
+    kept.keep("some", facts(busy), rows, ["a line"], given)
+    out, err = capsys.readouterr()
+    assert out.endswith("\na line\n")
+    assert ("the machine was busy" in err) == (not written and "--short" not in arguments)
+    names = {path.name for path in tmp_path.iterdir()}
+    expected = {f"imaginary-m9-family-1-model-2-some.{kind}" for kind in ("md", "json")}
+    assert names == (expected if written else set())
+    if written:
+        kept_there = json.loads((tmp_path / min(expected)).read_text(encoding="utf-8"))
+        assert kept_there["rows"] == [{"case": "one", "seconds": 0.1235}]
+
+
+# --- Models ---------------------------------------------------------------------------------------
+
+
+@compiled
+def test_models_that_decide_the_same_are_not_timed() -> None:
+    with on_machine(Machine(l1=32 << 10, l2=1 << 20, l3=32 << 20, cores=2)):
+        same = models.measured(Case(LAYER, (8, 768)), 1, 1e-4)
+        assert same["seconds"] is None
+        assert same["ratios"] == dict.fromkeys(MODELS, 1.0)
+        row = models.measured(Case(LAYER, (2100, 1024)), 1, 1e-4)  # 8.6 MB
+    assert list(row["otherwise"]) == ["laptop"]
+    assert "non_temporal" in row["otherwise"]["laptop"]
+    assert row["ratios"]["laptop"] != 1.0
+    assert row["ratios"]["zen5"] == 1.0
+    page = "\n".join(models.lines([row, same]))
+    assert f"| {row['case']} | " in page
+    assert "| 1 other cases |" in page
+    assert page.count(" = ") == 1 + 4 + 5
+
+
+def test_a_page_marks_what_costs_too_much() -> None:
+    ratios = dict.fromkeys(MODELS, 1.0) | {"zen5": 1.5}
+    row = {"case": "one", "seconds": 1.0, "otherwise": {"zen5": ["path"]}, "ratios": ratios}
+    assert "| one | 1 s | **1.50** | = | = | = | = |" in models.lines([row])
+
+
+def test_programs_say_what_they_do(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = kept.parser("models", models.__doc__)
+    assert isinstance(parser, argparse.ArgumentParser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    assert "--short" in capsys.readouterr().out

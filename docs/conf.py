@@ -32,6 +32,7 @@ extensions = [
     "sphinx.ext.doctest",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
+    "matplotlib.sphinxext.plot_directive",
 ]
 templates_path = ["_templates"]
 exclude_patterns = ["_build"]
@@ -44,6 +45,9 @@ napoleon_google_docstring = False
 napoleon_use_rtype = False
 
 doctest_global_setup = "import numpy as np\nimport fastnorm as fn"
+
+plot_formats = ["svg"]
+plot_html_show_source_link = plot_html_show_formats = plot_include_source = False
 
 html_theme = "furo"
 html_title = f"fastnorm {release}"

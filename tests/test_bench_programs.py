@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import kept, models
+from benchmarks import kept, models, threads
 from fastnorm._bench.cases import Case
 from fastnorm.machine import MODELS, Machine
 from fastnorm.runtime import on_machine
@@ -96,6 +97,32 @@ def test_a_page_marks_what_costs_too_much() -> None:
     ratios = dict.fromkeys(MODELS, 1.0) | {"zen5": 1.5}
     row = {"case": "one", "seconds": 1.0, "otherwise": {"zen5": ["path"]}, "ratios": ratios}
     assert "| one | 1 s | **1.50** | = | = | = | = |" in models.lines([row])
+
+
+# --- Threads --------------------------------------------------------------------------------------
+
+
+def test_sizes_of_every_function() -> None:
+    sizes = list(threads.sizes())
+    assert sizes[0] == 1 << 10
+    assert sizes[-1] == 64 << 20
+    assert all(1.1 < b / a < 2.1 for a, b in pairwise(sizes))
+    for of in threads.FUNCTIONS.values():
+        for size in sizes:
+            assert 0.5 < of(size).bytes / size <= 1
+
+
+def test_a_curve_of_threads() -> None:
+    rows = [
+        {"asked": size, **threads.measured(name, of(size), 2, 1, 1e-4)}
+        for size in (1024, 65536)
+        for name, of in threads.FUNCTIONS.items()
+    ]
+    rows[0]["ratio"] = 1.5
+    assert all(row["ratio"] > 0 for row in rows)
+    page = threads.lines(rows, 2)
+    assert any(line.startswith("| 1 kB | **1.50** | ") for line in page)
+    assert page[-1].startswith("| at most | **1.50** | ")
 
 
 def test_programs_say_what_they_do(capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,6 +42,12 @@ def examples_counted(output: str) -> Counts:
     return tried, output.count("repeat ")
 
 
+def programs_counted(output: str) -> Counts:
+    """Of tests.stress: programs, of which each may be wrong once."""
+    found = re.search(r"^(\d+) programs, .*: (\d+) faults$", output, re.MULTILINE)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
 def both_counted(output: str) -> Counts:
     """Of tests.sanitize: random calls and tests."""
     (calls, wrong_calls), (ran, wrong) = examples_counted(output), tests_counted(output)
@@ -58,6 +64,8 @@ class Attack:
     count: Callable[[str], Counts] = tests_counted
     examples: int = 0
     """How many random calls it is told to make, where it makes any."""
+    seconds: tuple[int, int] | None = None
+    """How long it is told to go on, where it takes that: as a rule, and with --long."""
 
 
 def tests(*choice: str) -> tuple[str, ...]:
@@ -84,6 +92,12 @@ ATTACKS: tuple[Attack, ...] = (
     Attack("memory: fences, kept blocks", tests("tests/test_fences.py", "tests/test_memory.py")),
     Attack("threads", tests("tests/test_threads.py", "tests/test_determinism.py", "-k", "threads")),
     Attack("forks, signals, other processes", tests("tests/test_processes.py")),
+    Attack(
+        "threads, forks, signals and exits at once",
+        ("-m", "tests.stress"),
+        programs_counted,
+        seconds=(30, 1200),
+    ),
     Attack("no memory, and what is left of calls", tests("tests/test_allocation.py")),
     Attack(
         "bad numbers among good ones",
@@ -131,6 +145,8 @@ def main() -> int:
         command = [sys.executable, *attack.command]
         if attack.examples:
             command += ["--examples", str(attack.examples * (40 if given.long else 1))]
+        if attack.seconds:
+            command += ["--seconds", str(attack.seconds[given.long])]
         done = subprocess.run(
             command,
             env=os.environ | ({"FASTNORM_STRESS_SECONDS": STRESS_SECONDS} if given.long else {}),

@@ -1,36 +1,35 @@
 """One thread and two, beside busy programs: what users have who share their machine.
 
-    python -m benchmarks.load                 # 2 minutes; prints a table and keeps it in results/
-    python -m benchmarks.load --seconds 0.2   # a short look, which keeps nothing
+    python -m benchmarks.load           # 3 minutes; prints a table and keeps it in results/
+    python -m benchmarks.load --short   # a look, which keeps nothing
 
 A busy program computes for nothing on one thread. Times are means, as a user has them, not the
 medians or least times of the other tables: what a call waits for others is what is looked for.
-PyTorch is timed where it is installed.
+PyTorch, ONNX Runtime (forward) and JAX are timed where they are installed.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import fastnorm as fn
-from fastnorm._bench import machine, text
+from fastnorm._bench import text
 from fastnorm._bench.cases import Case, data
 from fastnorm._bench.peers import PEERS, Absent, set_torch_threads
 from fastnorm._bench.timing import turns
 from fastnorm.workers import busy_processes
 
-RESULTS = Path(__file__).parent / "results"
+from . import kept
+
 SECONDS = 1.0  # of each contender, load and case
 ROUNDS = 7
 THREADS = 2
+RIVALS = ("torch", "onnxruntime", "jax")
 LOADS = (0, 1, 2)
 
 _FORWARD = (
@@ -53,11 +52,15 @@ def contenders(case: Case) -> dict[str, tuple[Call, Callable[[], Any]]]:
         "one thread": (own.call, partial(fn.threads, 1)),
         "two threads": (own.call, partial(fn.threads, THREADS)),
     }
-    try:
-        torch = PEERS["torch"](case, arrays)
-    except Absent:
-        return found
-    return found | {"torch": (torch.call, torch.around)}
+    for name in RIVALS:
+        try:
+            peer = PEERS[name](case, arrays)
+            with peer.around():
+                peer.call()
+        except Absent:
+            continue
+        found[name] = (peer.call, peer.around)
+    return found
 
 
 def mean_times(case: Case, seconds: float) -> dict[str, float]:
@@ -79,9 +82,12 @@ def mean_times(case: Case, seconds: float) -> dict[str, float]:
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
+    rivals = [name for name in RIVALS if any(name in row["times"] for row in rows)]
+    ratios = [("two threads", "one thread"), *((name, "two threads") for name in rivals)]
+    heads = ["two over one", *(f"{name} over two" for name in rivals)]
     lines = [
-        "| busy programs | case | one thread | two threads | two over one | torch over two |",
-        "| --- | --- | --- | --- | --- | --- |",
+        f"| busy programs | case | one thread | two threads | {' | '.join(heads)} |",
+        f"| --- | --- | --- | --- |{' --- |' * len(ratios)}",
     ]
 
     def ratio(row: dict[str, Any], of: str, to: str) -> float | None:
@@ -91,11 +97,11 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         here = [row for row in rows if row["load"] == load]
         for row in here:
             one, two = (text.seconds(row["times"][name]) for name in ("one thread", "two threads"))
-            over = ratio(row, "two threads", "one thread"), ratio(row, "torch", "two threads")
-            ratios = " | ".join("" if r is None else f"{r:.2f}" for r in over)
-            lines.append(f"| {load} | {row['case']} | {one} | {two} | {ratios} |")
+            over = [ratio(row, of, to) for of, to in ratios]
+            cells = " | ".join("" if r is None else f"{r:.2f}" for r in over)
+            lines.append(f"| {load} | {row['case']} | {one} | {two} | {cells} |")
         means = []
-        for of, to in (("two threads", "one thread"), ("torch", "two threads")):
+        for of, to in ratios:
             found = [r for row in here if (r := ratio(row, of, to)) is not None]
             means.append(f"**{statistics.geometric_mean(found):.2f}**" if found else "")
         lines.append(f"| {load} | geometric mean | | | {' | '.join(means)} |")
@@ -103,32 +109,21 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.load",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--seconds", type=float, default=SECONDS)
-    seconds = parser.parse_args().seconds
+    parser = kept.parser("load", __doc__)
+    parser.add_argument("--seconds", type=float, help=f"of each contender and case ({SECONDS})")
+    given = parser.parse_args()
+    seconds = given.seconds or (SECONDS / 10 if given.short else SECONDS)
+    given.short = given.short or seconds < SECONDS
     fn.set_num_threads(THREADS)
-    about = machine.facts() | {"busy": machine.busy()}
+    facts = kept.about()
     set_torch_threads(THREADS)
     rows: list[dict[str, Any]] = []
     for load in LOADS:
         with busy_processes(load):
-            rows += [
-                {"load": load, "case": str(case), "times": mean_times(case, seconds)}
-                for case in CASES
-            ]
-    lines = [*text.facts(about), "", *table(rows)]
-    print("\n".join(lines))
-    if seconds >= SECONDS:
-        name = "-".join(about["processor"].lower().replace("(", "").replace(")", "").split())
-        kept = RESULTS / f"{name.replace(',', '')}-load"
-        kept.with_suffix(".json").write_text(
-            json.dumps({"machine": about, "rows": rows}, indent=1) + "\n", encoding="utf-8"
-        )
-        kept.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            for case in CASES:
+                kept.say(f"{load} busy: {case}")
+                rows.append({"load": load, "case": str(case), "times": mean_times(case, seconds)})
+    kept.keep("load", facts, rows, table(rows), given)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import kept, models, threads
+from benchmarks import kept, load, models, threads
 from fastnorm._bench.cases import Case
 from fastnorm.machine import MODELS, Machine
 from fastnorm.runtime import on_machine
@@ -123,6 +123,31 @@ def test_a_curve_of_threads() -> None:
     page = threads.lines(rows, 2)
     assert any(line.startswith("| 1 kB | **1.50** | ") for line in page)
     assert page[-1].startswith("| at most | **1.50** | ")
+
+
+# --- Load -----------------------------------------------------------------------------------------
+
+
+def test_a_table_has_a_column_for_each_rival() -> None:
+    forward, backward = load.CASES[0], load.CASES[5]
+    assert backward.backward
+    times = {"one thread": 4e-6, "two threads": 2e-6, "torch": 8e-6}
+    rows = [
+        {"load": 1, "case": str(forward), "times": times | {"onnxruntime": 6e-6}},
+        {"load": 1, "case": str(backward), "times": times},
+    ]
+    head, _, first, second, means = load.table(rows)
+    assert head.endswith("| two over one | torch over two | onnxruntime over two |")
+    assert first.endswith("| 4 µs | 2 µs | 0.50 | 4.00 | 3.00 |")
+    assert second.endswith("| 4 µs | 2 µs | 0.50 | 4.00 |  |")
+    assert means == "| 1 | geometric mean | | | **0.50** | **4.00** | **3.00** |"
+
+
+def test_contenders_beside_busy_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "RIVALS", ())
+    found = load.mean_times(Case(LAYER, (8, 64)), 1e-3)
+    assert set(found) == {"one thread", "two threads"}
+    assert min(found.values()) > 0
 
 
 def test_programs_say_what_they_do(capsys: pytest.CaptureFixture[str]) -> None:

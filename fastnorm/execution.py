@@ -398,7 +398,28 @@ def counted(where: ArrayLike | None, array: Array, axes: tuple[int, ...]) -> Arr
         kept = [min(n, 1) for a, n in enumerate(array.shape) if a not in axes]
         return np.full(kept, math.prod(array.shape[a] for a in axes))
     mask: Any = mask_of(to_host(where), array)
-    return np.asarray(np.count_nonzero(mask, axis=axes))
+    return _count(mask, axes)
+
+
+def _count(mask: Array, axes: tuple[int, ...]) -> Array:
+    """np.count_nonzero(mask, axis=axes), sooner for masks that are broadcast or channels-last."""
+    part = mask[tuple(slice(1 if step == 0 else None) for step in mask.strides)]  # what is repeated
+    times = math.prod(mask.shape[a] // part.shape[a] for a in axes if mask.shape[a])
+    steps = {abs(step): a for a, step in enumerate(part.strides) if part.shape[a] > 1}
+    if axes and steps and steps[min(steps)] not in axes:
+        # numbers side by side are of different statistics: up to 255 of each add up in a byte
+        longest = max(axes, key=lambda a: part.shape[a])
+        whole = np.moveaxis(np.not_equal(part, False).view(np.uint8), longest, 0)
+        parts = [
+            np.add.reduce(whole[i : i + 255], axis=0, dtype=np.uint8)
+            for i in range(0, len(whole), 255)
+        ]
+        part = np.expand_dims(np.add.reduce(parts, axis=0, dtype=np.intp), longest)
+        counts = np.add.reduce(part, axis=axes)
+    else:
+        counts = np.count_nonzero(part, axis=axes)
+    kept = [n for a, n in enumerate(mask.shape) if a not in axes]
+    return np.broadcast_to(np.asarray(counts) * times, kept)
 
 
 def update_running(running: Running, mean: Array, var: Array) -> None:

@@ -325,8 +325,9 @@ def instance_norm(
     )
     if use_input_stats:
         positions = tuple(a for a in range(1, array.ndim) if a != axis)
-        counts = counted(where, array, positions)
-        # of what a mask leaves over, only a running variance needs two
+        # only running statistics ask what a mask leaves over, and only a variance for two
+        chosen = None if means is None and variances is None else where
+        counts = counted(chosen, array, positions)
         require_two(
             counted(None, array, positions) if running_var is None else counts,
             "instance_norm",

@@ -301,8 +301,8 @@ def forward_schedule(
     # bfloat16 that is converted on the way keeps to arithmetic, and tiles cost more than is gained
     long = long and (machine.always_non_temporal or not bf16_direct)
     non_temporal = through > pays and long
-    # all that is of x's size lies there as numbers that are computed in, and all is taken
-    native = (single or double) and written and not (masked or callable(activation))
+    # all that is of x's size lies there as numbers that are computed in
+    native = (single or double) and written and not callable(activation)
     native = native and all(
         types[name].name == x.name for name in ("residual", "addend") if name in types
     )

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastnorm as fn
+from fastnorm.execution import counted
 from fastnorm.operations import OPERATIONS
 
 from .helpers import F32, assert_same_bits, data
@@ -320,3 +321,17 @@ def test_nothing_warns() -> None:
         ):
             for _ in range(2):
                 call()
+
+
+@given(st.data())
+def test_a_mask_is_counted(draw: st.DataObject) -> None:
+    shape = tuple(
+        draw.draw(st.permutations([300, *draw.draw(st.lists(st.integers(1, 9), max_size=3))]))
+    )
+    rng = np.random.default_rng(draw.draw(st.integers(0, 99)))
+    own = tuple(1 if draw.draw(st.booleans()) else n for n in shape)
+    order = draw.draw(st.permutations(range(len(shape))))
+    mask = (rng.random([own[a] for a in order]) < 0.6).transpose(np.argsort(order))
+    mask = np.broadcast_to(mask, shape)[tuple(slice(None, None, -1) for _ in shape[1:])]
+    axes = tuple(a for a in range(len(shape)) if draw.draw(st.booleans()))
+    assert_same_bits(counted(mask, mask, axes), np.count_nonzero(mask, axis=axes))

@@ -228,6 +228,25 @@ def test_running_statistics(name: str, running: Any, momentum: float) -> None:
         assert (kept[:, 1] == 1).all()
 
 
+@pytest.mark.parametrize("dtype", [F32, F64], ids=["float32", "float64"])
+@pytest.mark.parametrize("op", [op for op in OPERATIONS if op.name == "group_norm"], ids=named)
+def test_where_over_many_rows(op: Operation, dtype: Any) -> None:
+    # more rows than a byte counts, and than a tile has
+    x = channels_last(data((2, 24, 19, 41), dtype, 1.0))
+    rng = np.random.default_rng(3)
+    p = parameters(op, x)
+    every = channels_last(rng.random(x.shape) < 0.7)
+    every[0, 1], every[:, 5] = False, True  # a channel without and one with all of its numbers
+    of_samples = np.arange(41) < np.array([17, 40]).reshape(2, 1, 1, 1)  # repeated along one axis
+    for mask in (every, every[:, :1], of_samples):
+        check(op, x, p, where=mask)
+        chosen = np.broadcast_to(mask, x.shape)
+        hot = x.copy(order="K")
+        hot[~chosen] = np.nan
+        y, blind = (np.asarray(call(op, v, p, where=mask)) for v in (x, hot))
+        assert_same_bits(blind[chosen], y[chosen])
+
+
 @by_operation
 @pytest.mark.parametrize("axis", range(4))
 def test_empty_input(op: Operation, axis: int) -> None:

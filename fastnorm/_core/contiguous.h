@@ -152,20 +152,33 @@ static void T(run_moments)(const Forward *q, const Item *it, ptrdiff_t first, pt
 
 /* ---- output ---- */
 
+/* The bits of a number but for its sign: they order numbers as their sizes do. */
+#if IS_FLOAT
+typedef int32_t Bits_f32;
+FN_INLINE int32_t size_bits_f32(float v) { return (int32_t)(fn_bits(v) & 0x7fffffffu); }
+#else
+typedef int64_t Bits_f64;
+FN_INLINE int64_t size_bits_f64(double v) {
+    int64_t bits;
+    memcpy(&bits, &v, sizeof bits);
+    return bits & INT64_MAX;
+}
+#endif
 /* Whether (x - hi) r is beyond what its type holds, though the scale is not: of numbers that the
  * statistics are not of.  A weight may bring the product back. */
 FN_INLINE int T(leaves_range)(const T(Loop) *j) {
     const double largest = IS_FLOAT ? FLT_MAX : DBL_MAX;
-    const REAL small = (REAL)(largest / 2);
+    T(Bits) most = 0;
     int found = 0;
-    /* in the type of x first, where rounding may be off by less than the factor of 2 */
+    /* in the type of x first, where rounding may be off by less than the factor of 2; as integers,
+     * of which the largest is found in vectors */
     for (ptrdiff_t i = 0; i < j->n; i++) {
         const REAL v = (j->x[i] - (j->columns ? j->hi[i] : j->hi0)) *
                        (j->columns ? j->r[i] : j->r0);
-        found |= !((v < small) & (v > -small));
+        const T(Bits) size = T(size_bits)(v);
+        most = size > most ? size : most;
     }
-    if (!found) return 0;
-    found = 0;
+    if (most < T(size_bits)((REAL)(largest / 2))) return 0;
     for (ptrdiff_t i = 0; i < j->n; i++) {
         const REAL hi = j->columns ? j->hi[i] : j->hi0, r = j->columns ? j->r[i] : j->r0;
         found |= fabs(((double)j->x[i] - hi) * r) >= largest;
@@ -211,7 +224,7 @@ static void T(normalize_by_tiles)(Forward *q, const T(Scales) *s, ptrdiff_t k, T
     if (residual_loads) j->residual = (const REAL *)h->third;
     if (!direct) j->y = (REAL *)h->tile;
     if (s->folded || last) j->w = j->b = NULL;
-    const int leaving = q->guarded && j->w && T(leaves_range)(j);
+    const int leaving = h->guarded && j->w && T(leaves_range)(j);
     if (leaving) {
         fits(j->n * (ptrdiff_t)sizeof(REAL), h->tile_size, "the tile of what leaves the range");
         j->y = (REAL *)h->tile;
@@ -277,7 +290,7 @@ static void T(normalize_run)(Forward *q, const Item *it, const T(Scales) *s, ptr
         return;
     }
     j.w = w, j.b = b, j.w_along = q->weight.s != 0, j.b_along = q->bias.s != 0, j.columns = 0;
-    const int one_step = in_range && !(q->guarded && w);
+    const int one_step = in_range && !(h->guarded && w);
 #if IS_FLOAT
     if (one_step && q->bf16_direct && !q->non_temporal && !(q->foldable && (w || b))) {
         normalize_bf16(&j);
@@ -353,7 +366,7 @@ FN_INLINE void T(fetch_ahead)(const Forward *q, const Item *it, ptrdiff_t k, Run
 /* Elements [first, last) of each group of an item, from x to y. */
 static void T(run_output)(Forward *q, const Item *it, const T(Scales) *s, ptrdiff_t first,
                           ptrdiff_t last, Scratch *h) {
-    const int whole = q->direct && !q->guarded && !s->any_out_of_range;
+    const int whole = q->direct && !(h->guarded && q->weight.data) && !s->any_out_of_range;
     Run r;
     for (ptrdiff_t f = first; f < last; f += r.n) {
         r = run_at(q, f, last);

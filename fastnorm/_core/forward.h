@@ -49,7 +49,7 @@ typedef struct {
     ptrdiff_t block;        /* elements, or rows, whose moments are taken at once */
     ptrdiff_t split_length; /* elements, or rows, that a thread takes of a group that is shared */
     ptrdiff_t splits;       /* of an item */
-    int guarded; /* numbers that the statistics are not of may leave the range: looked for */
+    int guarded;            /* statistics may not be of all numbers: the others may leave the range */
     int foldable;           /* a weight is one number for a run or a column */
     int non_temporal;        /* how y is written */
     int direct;              /* x and y are read and written where they lie */
@@ -157,6 +157,30 @@ FN_INLINE char *rows_of(const Operand *o, const Item *it, Run r) {
     return p;
 }
 
+/* How many of rows [first, last) count in each column; `some` has room for a byte of each. */
+static void count_rows(const Forward *q, const Item *it, ptrdiff_t first, ptrdiff_t last,
+                       double *FN_RESTRICT count, uint8_t *FN_RESTRICT some) {
+    const ptrdiff_t width = it->width, step = q->mask.c;
+    ptrdiff_t whole = q->mask.data ? 0 : last - first;
+    for (Run r; step == 0 && q->mask.data && first < last; first += r.n) {
+        r = run_at(q, first, last);
+        const char *chosen = rows_of(&q->mask, it, r);
+        for (ptrdiff_t i = 0; i < r.n; i++) whole += chosen[i * q->mask.s] != 0;
+    }
+    for (ptrdiff_t c = 0; c < width; c++) count[c] = (double)whole;
+    for (Run r; step != 0 && first < last; first += r.n) {
+        r = run_at(q, first, least(last, first + UINT8_MAX));
+        const char *chosen = rows_of(&q->mask, it, r);
+        memset(some, 0, (size_t)width);
+        for (ptrdiff_t i = 0; i < r.n; i++, chosen += q->mask.s)
+            if (step == 1)
+                for (ptrdiff_t c = 0; c < width; c++) some[c] += chosen[c] != 0;
+            else
+                for (ptrdiff_t c = 0; c < width; c++) some[c] += chosen[c * step] != 0;
+        for (ptrdiff_t c = 0; c < width; c++) count[c] += some[c];
+    }
+}
+
 /* The five fields of an item's groups, written out. */
 static inline void deliver_moments(const Forward *q, const Item *it, const double *moments) {
     const ptrdiff_t n = groups_of(q, it);
@@ -183,6 +207,7 @@ typedef struct {
     char *gathered; /* groups whose planes are copied together */
     ptrdiff_t gathered_size;
     const float *ready; /* the run that is written next, where it was converted before */
+    int guarded; /* numbers that this item's statistics are not of may leave the range */
 } Scratch;
 
 enum { SCALE_BYTES = 7 * 8 + 8 }; /* of the scales of a column or group */
@@ -211,6 +236,7 @@ static inline void lay_out(const Forward *q, Scratch *h) {
     h->recentre = take(m, width);
     h->scales = take(m, SCALE_BYTES * width);
     h->ready = NULL;
+    h->guarded = q->guarded;
 }
 static inline void close_scratch(Scratch *h, int threads) {
     for (int i = 0; i < threads; i++) close_arena(&h[i].arena);

@@ -1,33 +1,63 @@
 /* Columns side by side, neighbours in memory with a statistic each or together: channels-last
  * memory. */
 
-/* Rows [first, last) of an item that lie in one plane. */
-FN_INLINE const char *T(row_at)(const Forward *q, const Item *it, ptrdiff_t first, ptrdiff_t last,
-                                ptrdiff_t *rows) {
-    const Run r = run_at(q, first, last);
-    *rows = r.n;
-    return rows_of(&q->x, it, r);
+/* Rows [first, first + n) of an item as numbers, `step` apart: where they lie, or in a tile.
+ *
+ * What a mask leaves out is replaced by its column's `fill` (NULL: 0), which adds nothing to sums
+ * about it.  Rows that are left out as a whole are passed over: x is NULL. */
+typedef struct {
+    const REAL *x;
+    ptrdiff_t step, n;
+} T(Rows);
+
+FN_INLINE void T(blend)(REAL *t, const REAL *x, const char *chosen, ptrdiff_t step, ptrdiff_t n,
+                        const double *fill) {
+    if (fill) {
+        FN_IVDEP for (ptrdiff_t c = 0; c < n; c++) t[c] = chosen[c * step] ? x[c] : (REAL)fill[c];
+    } else {
+        FN_IVDEP for (ptrdiff_t c = 0; c < n; c++) t[c] = chosen[c * step] ? x[c] : 0;
+    }
+}
+static T(Rows) T(rows_at)(const Forward *q, const Item *it, ptrdiff_t first, ptrdiff_t last,
+                          const double *fill, Scratch *h) {
+    const ptrdiff_t width = it->width, size = bytes_of(q->x.storage);
+    const int native = T(native)(q->x.storage), blended = q->mask.data && q->mask.c;
+    Run r = run_at(q, first, last);
+    if (!native) r.n = least(r.n, q->block);
+    if (blended) r.n = least(r.n, most(BLOCK / width / 8 * 8, 8)); /* eights, as sums are taken */
+    const char *x = rows_of(&q->x, it, r), *chosen = rows_of(&q->mask, it, r);
+    if (chosen && !blended) {
+        ptrdiff_t n = 1;
+        while (n < r.n && !chosen[n * q->mask.s] == !*chosen) n++;
+        r.n = n;
+        if (!*chosen) return (T(Rows)){NULL, 0, n};
+    }
+    if (native && !blended) return (T(Rows)){(const REAL *)x, q->x.s / size, r.n};
+    REAL *tile = (REAL *)h->tile;
+    fits(r.n * width * (ptrdiff_t)sizeof(REAL), h->tile_size, "the tile of rows");
+    if (!native && q->x.s == width * size) T(load)(x, q->x.storage, r.n * width, tile);
+    for (ptrdiff_t i = 0; i < r.n; i++, x += q->x.s) {
+        REAL *t = tile + i * width;
+        const REAL *from = native ? (const REAL *)x : t;
+        if (!native && q->x.s != width * size) T(load)(x, q->x.storage, width, t);
+        if (!blended) continue;
+        const char *row = chosen + i * q->mask.s;
+        if (q->mask.c == 1) T(blend)(t, from, row, 1, width, fill);
+        else T(blend)(t, from, row, q->mask.c, width, fill);
+    }
+    return (T(Rows)){tile, width, r.n};
 }
 #if IS_FLOAT
 /* Sums of x, or of x - pivot, and of its square over rows [first, last), for each column. */
 static void sum_columns(const Forward *q, const Item *it, ptrdiff_t first, ptrdiff_t last,
                         const double *pivot, double *sums, Scratch *h) {
-    const ptrdiff_t width = it->width, size = bytes_of(q->x.storage);
-    float *tile = (float *)h->tile;
+    const ptrdiff_t width = it->width;
     memset(sums, 0, 2 * (size_t)width * sizeof(double));
-    for (ptrdiff_t f = first, n; f < last; f += n) {
-        const int in_place = q->x.storage == F32;
-        const char *x = row_at_f32(q, it, f, in_place ? last : least(last, f + q->block), &n);
-        if (in_place) {
-            column_sums((const float *)x, q->x.s / size, n, width, pivot, sums, sums + width);
-            continue;
-        }
-        fits(n * width * (ptrdiff_t)sizeof(float), h->tile_size, "the tile of rows");
-        if (q->x.s == width * size) load_f32(x, q->x.storage, n * width, tile);
-        else
-            for (ptrdiff_t i = 0; i < n; i++)
-                load_f32(x + i * q->x.s, q->x.storage, width, tile + i * width);
-        column_sums(tile, width, n, width, pivot, sums, sums + width);
+    while (first < last) {
+        const Rows_f32 rows = rows_at_f32(q, it, first, last, pivot, h);
+        if (rows.x)
+            column_sums(rows.x, rows.step, rows.n, width, pivot, sums, sums + width);
+        first += rows.n;
     }
 }
 FN_INLINE void add_neighbours(ptrdiff_t groups, ptrdiff_t k, double *v) {
@@ -46,7 +76,8 @@ static void column_moments(const Forward *q, const Item *it, ptrdiff_t first, pt
     sum_columns(q, it, first, last, NULL, h->sums, h);
     add_neighbours(n, k, a);
     add_neighbours(n, k, b);
-    for (ptrdiff_t g = 0; g < n; g++) into[g] = (double)((last - first) * k);
+    count_rows(q, it, first, last, into, h->recentre);
+    add_neighbours(n, k, into);
     if (!q->centred) {
         moments_of_squares(n, b, into);
         return;
@@ -59,7 +90,8 @@ static void column_moments(const Forward *q, const Item *it, ptrdiff_t first, pt
     while (!h->recentre[high - 1]) high--;
     for (ptrdiff_t g = low; g < high; g++) {
         const double mean = into[MEAN * n + g], var = into[M2 * n + g] / into[g];
-        const double about = isfinite(mean) ? pivot_of(mean, var, q->fields != 0) : 0.0;
+        double about = isfinite(mean) ? pivot_of(mean, var, q->fields != 0) : 0.0;
+        if (q->mask.data && about != (float)about) about = (float)mean; /* what stands in a tile */
         for (ptrdiff_t j = 0; j < k; j++) pivot[(g - low) * k + j] = about;
     }
     const Item strip = {it->a, it->b, it->c + low * k, (high - low) * k};
@@ -72,98 +104,69 @@ static void column_moments(const Forward *q, const Item *it, ptrdiff_t first, pt
             moments_of_sum(a[g - low], b[g - low], pivot[(g - low) * k], into + g, n);
 }
 #else
+/* The first number of each column that is chosen; 0 where none is. */
+static void first_numbers(const Forward *q, const Item *it, ptrdiff_t first, ptrdiff_t last,
+                          double *pivot, uint8_t *found) {
+    const ptrdiff_t width = it->width;
+    ptrdiff_t missing = width;
+    memset(found, 0, (size_t)width);
+    memset(pivot, 0, (size_t)width * sizeof(double));
+    for (ptrdiff_t i = first; i < last && missing; i++) {
+        const Run r = run_at(q, i, i + 1);
+        const double *x = (const double *)rows_of(&q->x, it, r);
+        const char *chosen = rows_of(&q->mask, it, r);
+        for (ptrdiff_t c = 0; c < width; c++) {
+            if (found[c] || (chosen && !chosen[c * q->mask.c])) continue;
+            pivot[c] = x[c];
+            found[c] = 1;
+            missing--;
+        }
+    }
+}
 /* Moments of rows [first, last) for each column of doubles. */
 static void column_moments_f64(const Forward *q, const Item *it, ptrdiff_t first, ptrdiff_t last,
                                double *into, Scratch *h) {
-    const ptrdiff_t width = it->width, step = q->x.s / (ptrdiff_t)sizeof(double);
-    const double count = (double)(last - first);
+    const ptrdiff_t width = it->width;
     double *pivot = h->sums, *total = pivot + width, *mean = into + MEAN * width;
-    ptrdiff_t n;
+    Rows_f64 rows;
     memset(into, 0, FIELDS * (size_t)width * sizeof(double));
     memset(total, 0, (size_t)width * sizeof(double));
-    for (ptrdiff_t c = 0; c < width; c++) into[c] = count;
+    count_rows(q, it, first, last, into, h->recentre);
     if (q->centred) {
-        memcpy(pivot, row_at_f64(q, it, first, last, &n), (size_t)width * sizeof(double));
-        for (ptrdiff_t f = first; f < last; f += n) {
-            const double *x = (const double *)row_at_f64(q, it, f, last, &n);
-            add_deviations(x, step, n, width, pivot, total, NULL, NULL);
+        first_numbers(q, it, first, last, pivot, h->recentre);
+        for (ptrdiff_t f = first; f < last; f += rows.n) {
+            rows = rows_at_f64(q, it, f, last, pivot, h);
+            if (rows.x) add_deviations(rows.x, rows.step, rows.n, width, pivot, total, NULL, NULL);
         }
         for (ptrdiff_t c = 0; c < width; c++) {
-            mean[c] = pivot[c] + total[c] / count;
+            mean[c] = into[c] > 0 ? pivot[c] + total[c] / into[c] : 0.0;
             total[c] = 0.0;
         }
     }
-    for (ptrdiff_t f = first; f < last; f += n) {
-        const double *x = (const double *)row_at_f64(q, it, f, last, &n);
-        add_deviations(x, step, n, width, mean, total, into + M2 * width, into + M2_LOW * width);
+    for (ptrdiff_t f = first; f < last; f += rows.n) {
+        rows = rows_at_f64(q, it, f, last, mean, h);
+        if (rows.x)
+            add_deviations(rows.x, rows.step, rows.n, width, mean, total, into + M2 * width,
+                           into + M2_LOW * width);
     }
     for (ptrdiff_t c = 0; c < width && q->centred; c++) {
-        into[MEAN_LOW * width + c] = total[c] / count;
+        if (into[c] == 0.0) continue;
+        into[MEAN_LOW * width + c] = total[c] / into[c];
         into[M2_LOW * width + c] -= total[c] * into[MEAN_LOW * width + c];
     }
 }
 #endif
-/* Moments of the chosen of rows [first, last) for each column. */
-static void T(masked_moments)(const Forward *q, const Item *it, ptrdiff_t first, ptrdiff_t last,
-                              double *m, Scratch *h) {
-    const ptrdiff_t width = it->width, step = q->mask.c;
-    double *pivot = h->sums, *total = pivot + width;
-    double *mean = m + MEAN * width, *m2 = m + M2 * width, *m2_low = m + M2_LOW * width;
-    memset(m, 0, FIELDS * (size_t)width * sizeof(double));
-    memset(pivot, 0, (size_t)width * sizeof(double));
-    for (int turn = 0; turn < 2; turn++) {
-        memset(total, 0, (size_t)width * sizeof(double));
-        for (ptrdiff_t i = first; i < last; i++) {
-            const Run r = run_at(q, i, i + 1);
-            const char *x = rows_of(&q->x, it, r), *chosen = rows_of(&q->mask, it, r);
-            const REAL *row = (const REAL *)x;
-            if (!T(native)(q->x.storage)) {
-                fits(width * (ptrdiff_t)sizeof(REAL), h->tile_size, "the tile of a masked row");
-                T(load)(x, q->x.storage, width, (REAL *)h->tile);
-                row = (const REAL *)h->tile;
-            }
-            for (ptrdiff_t c = 0; c < width; c++) {
-                if (!chosen[c * step]) continue;
-                if (turn == 0) {
-                    if (m[c] == 0.0) pivot[c] = row[c];
-                    m[c] += 1.0;
-                    total[c] += (double)row[c] - pivot[c];
-                } else {
-                    const double d = (double)row[c] - mean[c];
-                    fn_add_two(&m2[c], &m2_low[c], d * d);
-                    total[c] += d;
-                }
-            }
-        }
-        for (ptrdiff_t c = 0; c < width; c++) {
-            if (!q->centred || m[c] == 0.0) continue;
-            if (turn == 0) {
-                mean[c] = pivot[c] + total[c] / m[c];
-            } else {
-                m[MEAN_LOW * width + c] = total[c] / m[c];
-                m2_low[c] -= total[c] * m[MEAN_LOW * width + c];
-            }
-        }
-    }
-}
 /* Moments over rows [first, last) of each group of an item's columns. */
 static void T(strided_moments)(const Forward *q, const Item *it, ptrdiff_t first, ptrdiff_t last,
                                double *into, Scratch *h) {
+#if IS_FLOAT
+    column_moments(q, it, first, last, into, h);
+#else
     const ptrdiff_t k = q->neighbours, width = it->width, n = groups_of(q, it);
     double *all = k == 1 ? into : h->apart;
-#if IS_FLOAT
-    if (!q->mask.data) {
-        column_moments(q, it, first, last, into, h);
-        return;
-    }
-#endif
     for (ptrdiff_t f = first; f < last; f += q->block) {
         double *part = f == first ? all : h->part;
-        const ptrdiff_t end = least(f + q->block, last);
-        if (q->mask.data) T(masked_moments)(q, it, f, end, part, h);
-#if !IS_FLOAT
-        else column_moments_f64(q, it, f, end, part, h);
-#endif
+        column_moments_f64(q, it, f, least(f + q->block, last), part, h);
         if (f > first) merge(all, part, width, width);
     }
     for (ptrdiff_t g = 0; g < n && k > 1; g++) {
@@ -171,6 +174,7 @@ static void T(strided_moments)(const Forward *q, const Item *it, ptrdiff_t first
         for (int field = 0; field < FIELDS; field++)
             into[field * n + g] = all[field * width + g * k];
     }
+#endif
 }
 /* Rows [first, last) of an item, from x to y. */
 static void T(strided_output)(Forward *q, const Item *it, const T(Scales) *s, ptrdiff_t first,

@@ -131,6 +131,7 @@ static inline ptrdiff_t fn_keep_f32(float *to, const float *from, const char *ch
         const __m128i bytes = _mm_loadu_si128((const __m128i *)(chosen + i));
         const __mmask16 which = _mm_test_epi8_mask(bytes, bytes);
         const __m512 x = _mm512_loadu_ps(from + i);
+        FN_FETCH((const char *)(from + i) + PREFETCH_BYTES);
         _mm512_storeu_ps(to + kept, _mm512_maskz_compress_ps(which, x));
         kept += _mm_popcnt_u32(which);
     }

@@ -18,9 +18,17 @@ FN_INLINE void T(finalize_item)(const Forward *q, const Item *it, const double *
     if (q->fields) deliver_moments(q, it, m);
     else T(finalize)(q, it, m, s);
 }
+/* Whether a mask leaves out some number of an item's groups. */
+FN_INLINE int T(leaves_out)(const Forward *q, const Item *it, const double *m) {
+    int found = 0;
+    for (ptrdiff_t g = 0; g < groups_of(q, it); g++)
+        found |= m[g] < (double)(q->length * q->neighbours);
+    return found;
+}
 static void T(walk_item)(Forward *q, ptrdiff_t index, Scratch *h) {
     const Item it = item_at(q, index);
     T(Scales) s;
+    h->guarded = q->guarded;
     if (q->table) {
         s = T(table_at)(q->table, q->b, it.b);
         T(output_of_split)(q, &it, 0, &s, h);
@@ -34,6 +42,7 @@ static void T(walk_item)(Forward *q, ptrdiff_t index, Scratch *h) {
             T(moments_of_split)(q, &it, k, h->split, h);
             merge(h->whole, h->split, n, n);
         }
+        if (q->guarded) h->guarded = T(leaves_out)(q, &it, h->whole);
     }
     T(finalize_item)(q, &it, h->whole, &s);
     for (ptrdiff_t k = 0; k < q->splits && q->y.data; k++) T(output_of_split)(q, &it, k, &s, h);

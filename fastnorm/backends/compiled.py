@@ -26,6 +26,9 @@ def forward(p: Problem, kernels: Any) -> None:
     given |= {"mean": p.mean, "var": p.var, "stats": p.rstd}
     operands = ascending(given) if min(p.x.strides, default=0) < 0 else given
     layout = layout_of(operands, p.reduced)
+    if layout is None and p.mask is not None:
+        operands, p.ticket = _with_mask_like_x(operands), None
+        layout = layout_of(operands, p.reduced)
     if p.total is not None and p.addend is not None and (layout is None or layout.columns):
         # the kernels add on the way only along runs
         with np.errstate(all="ignore"):
@@ -81,6 +84,13 @@ def forward(p: Problem, kernels: Any) -> None:
     if y_back is not None:
         y_back[...] = operands["y"]
     return None
+
+
+def _with_mask_like_x(operands: dict[str, Any]) -> dict[str, Any]:
+    """The same with a copy of the mask, which is small, in the order that x lies in."""
+    copy = np.empty_like(operands["x"], np.bool_)
+    copy[...] = operands["mask"]
+    return {**operands, "mask": copy}
 
 
 def _activation(p: Problem, kernels: Any) -> dict[str, Any]:
@@ -183,6 +193,9 @@ def moments(
     turn = tuple(slice(None, None, -1 if stride < 0 else 1) for stride in x.strides)
     operands, into = {n: a[turn] for n, a in given.items()}, fields[(slice(None), *turn)]
     layout = layout_of(operands | {"stats": into[0]}, reduced)
+    if layout is None and mask is not None:
+        operands = _with_mask_like_x(operands)
+        layout = layout_of(operands | {"stats": into[0]}, reduced)
     if layout is None:
         # an order of axes that the kernels cannot walk: kept axes first, then reduced, in copies
         order = sorted(range(x.ndim), key=lambda axis: reduced[axis])

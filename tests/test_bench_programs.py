@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import kept, load, models, threads
+from benchmarks import cores, kept, load, models, threads
 from fastnorm._bench.cases import Case
 from fastnorm.machine import MODELS, Machine
 from fastnorm.runtime import on_machine
@@ -148,6 +148,84 @@ def test_contenders_beside_busy_programs(monkeypatch: pytest.MonkeyPatch) -> Non
     found = load.mean_times(Case(LAYER, (8, 64)), 1e-3)
     assert set(found) == {"one thread", "two threads"}
     assert min(found.values()) > 0
+
+
+# --- Many cores -----------------------------------------------------------------------------------
+
+# A core that takes 1 µs for a call, then 0.1 ns a byte in L2, 0.2 ns in the last cache and 0.4 ns
+# beyond, of memory that gives two cores 1.5 times as much as one.
+CURVE = {
+    1 << i: 1e-6 + (1e-10 if i < 20 else 2e-10 if i < 24 else 4e-10) * (1 << i)
+    for i in range(4, 28)
+}
+FACTS = cores.Facts({"layer": CURVE}, 10e9, 15e9, 2, 2e-6, 1 << 20, 32 << 20)
+
+
+def shared(size: int, units: int = 1 << 20, merged: int = 0, most: int = 0) -> cores.Work:
+    return cores.Work(size, units, most, merged, False, 2)
+
+
+def test_one_thread_is_as_measured() -> None:
+    for size in (1 << 10, 1 << 20, 1 << 26):
+        assert cores.predicted(FACTS, "layer", shared(size), 1) == pytest.approx(CURVE[size])
+        alone = shared(size, most=1)
+        assert cores.predicted(FACTS, "layer", alone, 64) == pytest.approx(CURVE[size])
+    assert CURVE[1 << 10] < FACTS.alone("layer", 1500) < CURVE[1 << 11]
+
+
+@pytest.mark.parametrize(
+    ("work", "threads", "expected"),
+    [
+        (shared(1 << 19), 2, 1e-6 + (1 << 18) * 1e-10 + 2e-6),  # each half in its own L2
+        (shared(1 << 22), 2, 1e-6 + (1 << 21) * 2e-10 + 2e-6),  # in the cache that they share
+        (shared(1 << 22), 8, 1e-6 + (1 << 19) * 1e-10 + 6e-6),  # eighths in L2 again
+        (shared(1 << 26), 2, 1e-6 + (1 << 26) * 4e-10 / 1.5 + 2e-6),  # what memory gives two
+        (
+            shared(1 << 19, units=3),
+            2,
+            1e-6 + (1 << 20) / 3 * 1e-10 + 2e-6,
+        ),  # one takes two of three
+        (shared(1 << 19, units=1), 8, CURVE[1 << 19]),
+        (shared(1 << 19, merged=10_000), 2, 1e-6 + (1 << 18) * 1e-10 + 3e-6),
+    ],
+)
+def test_what_threads_gain(work: cores.Work, threads: int, expected: float) -> None:
+    assert cores.predicted(FACTS, "layer", work, threads) == pytest.approx(expected, rel=0.02)
+
+
+def test_sockets_give_what_they_have() -> None:
+    by_all, by_one = (cores.socket(FACTS, 2, one) for one in (False, True))
+    assert by_all(1) == by_one(1) == FACTS.copy_one
+    assert by_one(64) == by_all(64) == cores.SOCKET_BYTES
+    assert (by_one(128), by_all(128)) == (cores.SOCKET_BYTES, 2 * cores.SOCKET_BYTES)
+
+
+@compiled
+def test_schedules_say_what_is_shared() -> None:
+    with on_machine(Machine(l2=1 << 20, l3=32 << 20)):
+        small, large = (cores.work(threads.layer(size)) for size in (1 << 14, 1 << 24))
+        back = cores.work(threads.backward(1 << 24))
+    assert (small.max_threads, small.arrays) == (1, 2)
+    assert (large.max_threads, large.units, large.bytes) == (0, 1 << 14, 1 << 24)
+    assert not large.non_temporal
+    assert back.arrays == 3
+    assert back.merged == 16 * back.units * 256
+
+
+@compiled
+def test_a_page_of_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores, "COPIED", 1 << 16)
+    monkeypatch.setattr(cores, "EXAMPLES", {"layer, 1 MB": ("layer", 1 << 20)})
+    facts = cores.measured(1, 1e-5, sizes=(1 << 10, 1 << 14))
+    assert facts.copy_one > 0
+    checked = cores.checks(facts, 1, 1e-5, (1 << 13,))
+    assert {row["function"] for row in checked} == set(threads.FUNCTIONS)
+    checked[0] |= {"measured": 1e-6, "predicted": 1.5e-6}
+    ahead = cores.forecast(facts)
+    page = cores.lines(facts, checked, ahead)
+    assert any(line.endswith("| 1 µs | 1.5 µs | **50%** |") for line in page)
+    assert "Computed, not measured" in "\n".join(page)
+    assert all(row["faster"]["1"] == 1.0 for row in ahead)
 
 
 def test_programs_say_what_they_do(capsys: pytest.CaptureFixture[str]) -> None:

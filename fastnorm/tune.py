@@ -27,7 +27,7 @@ from fastnorm.machine import Machine
 from fastnorm.runtime import on_machine
 
 BUDGET = 16.0  # seconds, within which rounds begin
-MIN_ROUNDS, MAX_ROUNDS = 3, 9
+MIN_ROUNDS, MAX_ROUNDS = 2, 9
 BLOCK = 0.012  # seconds of a turn
 PAUSE = 2e-4  # seconds between calls, in which the other threads fall asleep
 PAUSED_CALLS = 25  # of a turn

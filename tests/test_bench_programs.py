@@ -193,6 +193,10 @@ def test_what_threads_gain(work: cores.Work, threads: int, expected: float) -> N
     assert cores.predicted(FACTS, "layer", work, threads) == pytest.approx(expected, rel=0.02)
 
 
+def test_a_curve_never_falls() -> None:
+    assert cores.steadied({4: 3.0, 1: 1.0, 2: 9.0, 3: 2.0}) == {1: 1.0, 2: 2.0, 3: 2.0, 4: 3.0}
+
+
 def test_sockets_give_what_they_have() -> None:
     by_all, by_one = (cores.socket(FACTS, 2, one) for one in (False, True))
     assert by_all(1) == by_one(1) == FACTS.copy_one

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import fastnorm as fn
-from fastnorm import cli, machine, machine_file, tune
+from fastnorm import cli, limits, machine, machine_file, tune
 from fastnorm.machine import MEASURED, Machine
 from fastnorm.runtime import on_machine
 
@@ -376,6 +376,8 @@ def test_what_tune_does_not_take(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.slow
 @compiled
 def test_it_takes_less_than_20_seconds(file: Path) -> None:
+    """Of a machine of its own; other tests may run beside this one."""
     run = run_python("-m", "fastnorm", "tune", "--force", "--json", XDG_CONFIG_HOME=str(file))
     assert run.returncode == 0, run.stderr
-    assert json.loads(run.stdout)["seconds"] < (20 if sys.platform == "linux" else 60)
+    seconds = json.loads(run.stdout)["seconds"]
+    assert seconds < 20 * (3 if limits.processors() < 4 or sys.platform != "linux" else 1)

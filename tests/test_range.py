@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import fastnorm as fn
 from fastnorm import _reference as reference
 
-from .helpers import BACKENDS, BF16, F16, F32, F64, Array, assert_close, named
+from .helpers import BACKENDS, BF16, F16, F32, F64, Array, assert_close, channels_last, named
 from .test_mpi import Alone
 
 # Exponents of the powers of two: numbers up to 999 as subnormal as can be, with squares that vanish
@@ -129,6 +129,24 @@ def test_eps_beside_numbers_that_are_nothing(lay: Any) -> None:
         y = y.compute(scheduler="synchronous") if lay is lazily else y
         right = times(x - mean, power + 5)
         assert_near(y, right, 1e-12, 2.0**-1074 * 64)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize(("dtype", "power"), [(F64, -600), (F64, 600), (F32, 115), (F32, -130)])
+@pytest.mark.parametrize("lie", [np.ascontiguousarray, channels_last])
+def test_what_follows_a_norm(lie: Any, dtype: Any, power: int) -> None:
+    x, residual = whole_numbers((3, 8, 5, 7)), whole_numbers((3, 8, 5, 7), 1) / 999
+    right = fn.group_norm(x, 4, eps=0.0, residual=residual, activation="relu")
+    assert (right[:, :, 1:] > 0).any()
+    found = fn.group_norm(
+        lie(times(x, power).astype(dtype)),
+        4,
+        eps=0.0,
+        residual=lie(residual.astype(dtype)),
+        activation="relu",
+    )
+    # of numbers up to 3, rounded half a dozen times
+    assert_near(found, right, 0.0, 16 * np.finfo(dtype).eps)
 
 
 @pytest.mark.usefixtures("backend")

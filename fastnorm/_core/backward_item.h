@@ -12,8 +12,10 @@ static inline const char *T(ready)(const Backward *q, const Operand *o, const St
     *step = stretch_step(q, o);
     if (direct || T(native)(o->storage)) return source;
     fits(t->n * t->count, room, "a tile, backward");
-    for (ptrdiff_t k = 0; k < t->count; k++)
-        T(load)(source + k * *step, o->storage, t->n, tile + k * t->n);
+    const ptrdiff_t whole = t->n * t->count;
+    const ptrdiff_t n = *step == t->n * bytes_of(o->storage) ? whole : t->n; /* its rows are one */
+    for (ptrdiff_t k = 0; k < whole; k += n, source += *step)
+        T(load)(source, o->storage, n, tile + k);
     *step = t->n * (ptrdiff_t)sizeof(REAL);
     return (const char *)tile;
 }
@@ -38,11 +40,10 @@ static inline void T(aim_dx)(const Backward *q, const Stretch *t, int in_place, 
 static void T(deliver_dx)(const Backward *q, const Stretch *t, const char *dx, REAL *spare) {
     char *to = locate(q, &q->dx, t);
     const ptrdiff_t step = stretch_step(q, &q->dx);
-    const int one = step == t->n * bytes_of(q->dx.storage); /* its rows are one */
-    const ptrdiff_t n = one ? t->n * t->count : t->n;
-    for (ptrdiff_t k = 0; k < t->count && !(one && k); k++)
-        T(deliver)((const REAL *)dx + k * n, n, to + k * step, q->dx.storage, q->non_temporal,
-                   (char *)spare);
+    const ptrdiff_t whole = t->n * t->count;
+    const ptrdiff_t n = step == t->n * bytes_of(q->dx.storage) ? whole : t->n;
+    for (ptrdiff_t k = 0; k < whole; k += n, to += step)
+        T(deliver)((const REAL *)dx + k, n, to, q->dx.storage, q->non_temporal, (char *)spare);
 }
 /* The weights along a stretch (the one weight of a row of columns); NULL where they are 1. */
 static const REAL *T(weights_along)(const Backward *q, const Stretch *t, REAL *room) {

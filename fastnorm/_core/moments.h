@@ -181,7 +181,7 @@ FN_INLINE void add_deviations(const double *FN_RESTRICT x, ptrdiff_t step, ptrdi
                               double *FN_RESTRICT total, double *FN_RESTRICT m2,
                               double *FN_RESTRICT m2_low) {
     for (; rows >= 4; rows -= 4, x += 4 * step)
-        for (ptrdiff_t c = 0; c < n; c++) {
+        FN_IVDEP for (ptrdiff_t c = 0; c < n; c++) {
             const double p = pivot[c], d0 = x[c] - p, d1 = x[step + c] - p;
             const double d2 = x[2 * step + c] - p, d3 = x[3 * step + c] - p;
             if (m2)
@@ -190,7 +190,7 @@ FN_INLINE void add_deviations(const double *FN_RESTRICT x, ptrdiff_t step, ptrdi
             total[c] += (d0 + d1) + (d2 + d3);
         }
     for (; rows > 0; rows--, x += step)
-        for (ptrdiff_t c = 0; c < n; c++) {
+        FN_IVDEP for (ptrdiff_t c = 0; c < n; c++) {
             const double d = x[c] - pivot[c];
             if (m2) fn_add_two(&m2[c], &m2_low[c], d * d);
             total[c] += d;

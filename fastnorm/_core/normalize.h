@@ -74,6 +74,7 @@ FN_INLINE void T(next)(T(Loop) *j, int how) {
 FN_INLINE void T(normalize_at)(const T(Loop) *j, ptrdiff_t row, ptrdiff_t i, const REAL *scale,
                                int how, Activation activation) {
     REAL t = T(fma)(j->x[row * j->x_step + i] - scale[0], scale[1], scale[2]);
+    if (how & AFFINE) t = T(fma)(t, j->w[i], how & B_ALONG ? j->b[i] : 0);
     if (how & RESIDUAL) t += j->residual[row * j->residual_step + i];
     j->y[row * j->y_step + i] = T(activated)(t, activation);
 }
@@ -182,7 +183,12 @@ static void normalize_non_temporal_planes(const Loop_f64 *j) {
     normalize_planes_of_f64(j, NON_TEMPORAL, IDENTITY);
 }
 #endif
-static void T(normalize_rows)(const T(Loop) *j) { T(normalize_as)(j, ROWS, 0); }
+/* Rows of columns, whose weights are in r and shift, or those of doubles one for each column. */
+static void T(normalize_rows)(const T(Loop) *j) {
+    if (!IS_FLOAT && j->b) T(normalize_as)(j, ROWS, AFFINE | W_ALONG | B_ALONG);
+    else if (!IS_FLOAT && j->w) T(normalize_as)(j, ROWS, AFFINE | W_ALONG);
+    else T(normalize_as)(j, ROWS, 0);
+}
 /* One run without weights, or with those that are in r and shift. */
 static void T(normalize_folded)(const T(Loop) *j) { T(normalize_as)(j, RUN, 0); }
 #if IS_FLOAT

@@ -18,34 +18,44 @@ FN_INLINE void T(blend)(REAL *t, const REAL *x, const char *chosen, ptrdiff_t st
         FN_IVDEP for (ptrdiff_t c = 0; c < n; c++) t[c] = chosen[c * step] ? x[c] : 0;
     }
 }
+/* Rows as numbers side by side: where they lie, or in a tile. */
+static const REAL *T(loaded_rows)(const Operand *o, const Item *it, Run r, char *tile,
+                                  ptrdiff_t *step) {
+    const ptrdiff_t width = it->width, size = bytes_of(o->storage);
+    const char *from = rows_of(o, it, r);
+    REAL *t = (REAL *)tile;
+    *step = T(native)(o->storage) ? o->s / size : width;
+    if (T(native)(o->storage)) return (const REAL *)from;
+    if (o->s == width * size) T(load)(from, o->storage, r.n * width, t);
+    else
+        for (ptrdiff_t i = 0; i < r.n; i++)
+            T(load)(from + i * o->s, o->storage, width, t + i * width);
+    return t;
+}
 static T(Rows) T(rows_at)(const Forward *q, const Item *it, ptrdiff_t first, ptrdiff_t last,
                           const double *fill, Scratch *h) {
-    const ptrdiff_t width = it->width, size = bytes_of(q->x.storage);
+    const ptrdiff_t width = it->width;
     const int native = T(native)(q->x.storage), blended = q->mask.data && q->mask.c;
     Run r = run_at(q, first, last);
     if (!native) r.n = least(r.n, q->block);
     if (blended) r.n = least(r.n, most(BLOCK / width / 8 * 8, 8)); /* eights, as sums are taken */
-    const char *x = rows_of(&q->x, it, r), *chosen = rows_of(&q->mask, it, r);
+    const char *chosen = rows_of(&q->mask, it, r);
     if (chosen && !blended) {
         ptrdiff_t n = 1;
         while (n < r.n && !chosen[n * q->mask.s] == !*chosen) n++;
         r.n = n;
         if (!*chosen) return (T(Rows)){NULL, 0, n};
     }
-    if (native && !blended) return (T(Rows)){(const REAL *)x, q->x.s / size, r.n};
+    T(Rows) rows = {NULL, 0, r.n};
+    if (!native || blended)
+        fits(r.n * width * (ptrdiff_t)sizeof(REAL), h->tile_size, "the tile of rows");
+    rows.x = T(loaded_rows)(&q->x, it, r, h->tile, &rows.step);
+    if (!blended) return rows;
     REAL *tile = (REAL *)h->tile;
-    fits(r.n * width * (ptrdiff_t)sizeof(REAL), h->tile_size, "the tile of rows");
-    if (!native && q->x.s == width * size) T(load)(x, q->x.storage, r.n * width, tile);
-    for (ptrdiff_t i = 0; i < r.n; i++, x += q->x.s) {
-        REAL *t = tile + i * width;
-        const REAL *from = native ? (const REAL *)x : t;
-        if (!native && q->x.s != width * size) T(load)(x, q->x.storage, width, t);
-        if (!blended) continue;
-        const char *row = chosen + i * q->mask.s;
-        if (q->mask.c == 1) T(blend)(t, from, row, 1, width, fill);
-        else T(blend)(t, from, row, q->mask.c, width, fill);
-    }
-    return (T(Rows)){tile, width, r.n};
+    for (ptrdiff_t i = 0; i < r.n; i++, chosen += q->mask.s, tile += width, rows.x += rows.step)
+        if (q->mask.c == 1) T(blend)(tile, rows.x, chosen, 1, width, fill);
+        else T(blend)(tile, rows.x, chosen, q->mask.c, width, fill);
+    return (T(Rows)){(REAL *)h->tile, width, r.n};
 }
 #if IS_FLOAT
 /* Sums of x, or of x - pivot, and of its square over rows [first, last), for each column. */
@@ -179,45 +189,55 @@ static void T(strided_moments)(const Forward *q, const Item *it, ptrdiff_t first
 /* Rows [first, last) of an item, from x to y. */
 static void T(strided_output)(Forward *q, const Item *it, const T(Scales) *s, ptrdiff_t first,
                               ptrdiff_t last, Scratch *h) {
-    const Operand *source = source_of(q);
+    const Operand *source = source_of(q), *w = &q->weight, *b = &q->bias;
     const ptrdiff_t size = sizeof(REAL), row = it->width * size;
     const char *y = at(&q->y, it->a, it->b) + it->c * q->y.c;
-    const int in_place = IS_FLOAT && s->folded && !s->any_out_of_range;
-    /* non-temporal stores line by line, or, where rows follow one another, in long runs */
-    const int lines = in_place && q->direct_non_temporal &&
+    /* whether rows are taken several at once: floats have their weights in r and shift, doubles one
+     * for each column */
+    const int simple = IS_FLOAT ? s->folded && !q->user
+                                : q->foldable && !q->user && !(h->guarded && w->data) &&
+                                      (w->data ? w->c && (!b->data || b->c) : !b->data);
+    const int at_once = simple && !s->any_out_of_range &&
+                        !(q->activation_first && (w->data || b->data));
+    /* non-temporal stores line by line */
+    const int lines = IS_FLOAT && at_once && q->direct_non_temporal &&
                       ((uintptr_t)y | (uintptr_t)(q->y.p | q->y.s | row)) % 64 == 0;
-    const int runs = in_place && q->direct_non_temporal && q->y.s == row && !lines;
-    const int rows_at_once = in_place && (q->direct || runs || lines);
+    const int in_place = at_once && (q->direct || lines);
     T(Loop) j = {.hi = s->hi, .r = s->r, .shift = s->shift, .n = it->width, .count = 1,
                   .columns = 1, .activation = q->activation, .ahead = PREFETCH_BYTES,
-                  .w_along = q->weight.c != 0, .b_along = q->bias.c != 0,
-                  .x_step = source->s / size, .y_step = q->y.s / size,
-                  .residual_step = q->residual.s / size};
+                  .w_along = w->c != 0, .b_along = b->c != 0};
     Run r = run_at(q, first, last);
     for (ptrdiff_t i = first; i < last; i += r.n) {
-        r.n = rows_at_once ? least(last - i, q->s - r.s) : 1;
-        if (runs) r.n = least(r.n, most(BLOCK / it->width, 1));
+        r.n = at_once ? least(last - i, q->s - r.s) : 1;
+        if (!in_place) r.n = least(r.n, most(BLOCK / it->width, 1)); /* through tiles in L1 */
         j.count = r.n;
-        j.x = (const REAL *)rows_of(source, it, r);
-        j.y = (REAL *)rows_of(&q->y, it, r);
+        j.x = (const REAL *)rows_of(source, it, r), j.x_step = source->s / size;
+        j.y = (REAL *)rows_of(&q->y, it, r), j.y_step = q->y.s / size;
         j.residual = (const REAL *)rows_of(&q->residual, it, r);
-        if (!rows_at_once) {
-            T(Loop) one = j;
-            one.w = (const REAL *)rows_of(&q->weight, it, r);
-            one.b = (const REAL *)rows_of(&q->bias, it, r);
+        j.residual_step = q->residual.s / size;
+        j.w = IS_FLOAT && at_once ? NULL : (const REAL *)rows_of(w, it, r);
+        j.b = IS_FLOAT && at_once ? NULL : (const REAL *)rows_of(b, it, r);
+        if (!at_once) {
+            T(Loop) one = j; /* its steps are taken apart there */
             T(normalize_by_tiles)(q, s, 0, &one, h);
 #if IS_FLOAT
         } else if (lines) {
             normalize_non_temporal_rows(&j);
 #endif
-        } else if (runs) {
-            fits(r.n * row, h->tile_size, "the tile of rows to write");
+        } else if (in_place) {
+            T(normalize_rows)(&j);
+        } else {
             char *to = (char *)j.y;
+            fits(r.n * row, h->tile_size, "the tile of rows to write");
+            j.x = T(loaded_rows)(source, it, r, h->extra, &j.x_step);
+            if (j.residual)
+                j.residual = T(loaded_rows)(&q->residual, it, r, h->third, &j.residual_step);
             j.y = (REAL *)h->tile, j.y_step = it->width;
             T(normalize_rows)(&j);
-            fn_stream(to, h->tile, (size_t)(r.n * row));
-        } else {
-            T(normalize_rows)(&j);
+            const int follow = q->y.s == it->width * bytes_of(q->y.storage);
+            const ptrdiff_t n = follow ? r.n * it->width : it->width;
+            for (ptrdiff_t k = 0; k < r.n * it->width; k += n, to += q->y.s)
+                T(deliver)(j.y + k, n, to, q->y.storage, q->non_temporal, h->extra);
         }
         r.s += r.n;
         if (r.s == q->s) r.p++, r.s = 0;

@@ -49,7 +49,7 @@ typedef struct {
     ptrdiff_t block;        /* elements, or rows, whose moments are taken at once */
     ptrdiff_t split_length; /* elements, or rows, that a thread takes of a group that is shared */
     ptrdiff_t splits;       /* of an item */
-    int guarded;            /* statistics may not be of all numbers: the others may leave the range */
+    int guarded;            /* statistics may not be of all numbers, which may leave the range */
     int foldable;           /* a weight is one number for a run or a column */
     int non_temporal;        /* how y is written */
     int direct;              /* x and y are read and written where they lie */

@@ -889,7 +889,7 @@ def _gradients(
 ) -> tuple[Any, Any, Any]:
     """(dx, dweight, dbias); the sums over chunks are trees.
 
-    By the kernels where groups lie whole in their chunks, elsewhere by Dask's arrays of float64.
+    By the kernels where groups lie whole in their chunks, otherwise by Dask's arrays of float64.
     `mean` (None: 0) and `rstd` have as many axes as x; `axes` are the reduced ones.
     """
     _is_known(x)

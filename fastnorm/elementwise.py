@@ -215,7 +215,7 @@ def _slope_of_erf(u: Array) -> Array:
 # Elements that a gradient takes at once, in float64.
 _AT_ONCE = 1 << 15
 
-# A smaller factor would bring numbers that are not far out near the end of float64's range.
+# A smaller factor would bring numbers that are not far out to the end of float64's range.
 _LEAST_FACTOR = 1e-300
 
 

@@ -194,7 +194,7 @@ def results(
     ahead: int,
     helps: bool,
 ) -> Iterator[Found]:
-    """Return the results of tasks in their order, `ahead` of which are under way elsewhere.
+    """Return the results of tasks in their order, `ahead` of which other processes work on.
 
     If this process `helps`, it takes a task instead of waiting: at once, while others still start.
     """

@@ -2,12 +2,12 @@
  *
  * The C library returns blocks of more than 32 MB to the system at once and fetches them anew, page
  * by page and cleared: on 128 MB that takes as long as normalising them.  Results of 16 MB and more
- * therefore come from here, through NumPy's own door for allocators (NEP 49), and blocks that are
+ * therefore come from here, through NumPy's interface for allocators (NEP 49), and blocks that are
  * freed are kept, 256 MB of them at most (FASTNORM_KEEP_MB).  Telling the system that it may have
  * their pages back (MADV_FREE) would cost a third of what they save. Nothing is kept under a limit
- * of the address space or of data (ulimit), or near that of the control group; and all is given
- * back when the system has no more. Linux only; elsewhere, and below that size, NumPy's allocator
- * serves. */
+ * of the address space or of data (ulimit), or close to that of the control group; and all is given
+ * back when the system has no more. Linux only; on other systems, and below that size, NumPy's
+ * allocator serves. */
 #ifndef FASTNORM_BLOCKS_H
 #define FASTNORM_BLOCKS_H
 

@@ -629,7 +629,7 @@ def _checked(folder: Path, packing: Packing) -> Any:
 def _entries(folder: Path) -> tuple[list[os.DirEntry[str]], list[os.DirEntry[str]]]:
     """Return the folders and the files in a folder of a Zarr store, which must hold nothing else.
 
-    Zarr follows links, and so would read what is elsewhere; to open a pipe it would wait for ever.
+    Zarr follows links, and so would read other files; to open a pipe it would wait for ever.
     """
     with os.scandir(folder) as entries:
         found = sorted(entries, key=lambda entry: entry.name)

@@ -633,7 +633,7 @@ class TransformerBlock(_Transformer):
     def _feed(self, h: Array, scratch: _Scratch) -> tuple[Array, Any]:
         hidden = scratch("hidden", len(h), self.dim_feedforward)
         linear(h, self._matrix("linear1.", h), out=hidden)
-        # kept for the way back, the result goes elsewhere
+        # kept for the way back, the result goes into another array
         out = scratch("active", *hidden.shape) if scratch.keep else hidden
         bias = self._of("linear1.bias", h)
         active = activate(hidden, self.activation, bias, out=out)

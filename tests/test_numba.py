@@ -54,6 +54,12 @@ with_cython = pytest.mark.skipif(not COMPILED, reason="no compiled kernels to co
 # --- The same numbers as Cython's -----------------------------------------------------------------
 
 
+def scale_of(right: Array) -> Array:
+    """Relative to what results are compared."""
+    size = np.maximum(abs(right.astype(F64)), 1.0)
+    return np.full(size.shape, size.max()) if right.dtype == F64 else size
+
+
 def together(result: Any) -> tuple[Any, ...]:
     return result if isinstance(result, tuple) else (result,)
 
@@ -62,8 +68,12 @@ def together(result: Any) -> tuple[Any, ...]:
 @by_layout
 @pytest.mark.parametrize("dtype", DTYPES, ids=named)
 @pytest.mark.parametrize("op", OPERATIONS, ids=named)
-def test_one_unit_from_cython(op: Operation, dtype: Any, layout: str) -> None:
-    """Float64 to the bit; float32 is added up in another order and then rounded in one place."""
+def test_as_near_to_cython_as_both_round(op: Operation, dtype: Any, layout: str) -> None:
+    """They add up in another order, and then both round.
+
+    Doubles are computed in doubles: each is a unit and a half from the exact result at most,
+    relative to the largest term, which may be larger than its sum with a bias.
+    """
     x = LAYOUTS[layout](data((6, 32, 12, 11), dtype, 30.0))
     p = op.parameters(x.shape, F64 if dtype == F64 else F32, np.random.default_rng(0))
     with fn.backend("cython"):
@@ -73,17 +83,13 @@ def test_one_unit_from_cython(op: Operation, dtype: Any, layout: str) -> None:
     for a, b in zip(ours, right, strict=True):
         assert a.dtype == b.dtype
         assert a.strides == b.strides
-        if dtype == F64:
-            assert_same_bits(a, b)
-            continue
-        scale = np.maximum(abs(b.astype(F64)), 1.0)
-        assert ulps(a, b, dtype, scale=scale).max() <= 1
+        assert ulps(a, b, dtype, scale=scale_of(b)).max() <= (3 if dtype == F64 else 1)
 
 
 @with_cython
 @by_layout
 @pytest.mark.parametrize("shape", [(3, 7, 33, 35), (1, 4, 400, 401)], ids=str)
-def test_doubles_with_options_to_the_bit(shape: tuple[int, ...], layout: str) -> None:
+def test_doubles_with_options_from_cython(shape: tuple[int, ...], layout: str) -> None:
     """Several blocks, pieces and rests of lanes; masks, residuals and activations."""
     x, residual = (LAYOUTS[layout](data(shape, F64, 3.0, seed=s)) for s in range(2))
     where = np.random.default_rng(2).random(shape) > 0.3
@@ -95,7 +101,7 @@ def test_doubles_with_options_to_the_bit(shape: tuple[int, ...], layout: str) ->
                     (fn.instance_norm(x, **options), fn.layer_norm(x, axis=(2, 3), **options))
                 )
         for right, ours in zip(*results, strict=True):
-            assert_same_bits(ours, right)
+            assert ulps(ours, right, F64, scale=scale_of(right)).max() <= 3
 
 
 @with_cython
@@ -135,14 +141,12 @@ def test_rows_one_by_one(dtype: Any, length: int) -> None:
         for one, two, three, four in zip(ours, past, alone, right, strict=True):
             assert_same_bits(one, two)
             assert_same_bits(one[4:5], three)
-            if dtype == F64:
-                assert_same_bits(one, four)
-            elif one.dtype == dtype:
+            if one.dtype == dtype:
                 finite = np.isfinite(four.astype(F64))
                 assert_same_bits(finite, np.isfinite(one.astype(F64)))
-                size = np.maximum(abs(np.where(finite, four, 0).astype(F64)), 1.0)
+                size = scale_of(np.where(finite, four, 0).astype(dtype))
                 off = ulps(one[finite], four[finite], dtype, scale=size[finite])
-                assert off.max() <= 1
+                assert off.max() <= (3 if dtype == F64 else 1)
     with fn.backend("numba"):
         z = x.copy()
         (y,) = results(cases[0], x, residual)
@@ -257,7 +261,7 @@ def test_every_number_of_16_bits_comes_and_goes(dtype: Any) -> None:
             np.testing.assert_array_equal(dx.astype(F64), dy.astype(dtype).astype(F64))
 
 
-WITHOUT_FMA = "(from_cython or one_by_one) and float64 or doubles"
+WITHOUT_FMA = "(cython or one_by_one) and float64 or doubles"
 OUTERMOST = (
     COMPILED
     and "FASTNORM_CPU" not in os.environ
@@ -710,19 +714,19 @@ def test_who_waits_at_a_terminal_is_told_why_once(
     terminal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first call takes some seconds; a program whose output goes elsewhere stays silent."""
-    from fastnorm._numba import memory
+    from fastnorm._numba import compiling
 
     said = io.StringIO()
     monkeypatch.setattr(said, "isatty", lambda: terminal)
-    monkeypatch.setattr(memory.sys, "stderr", said)
-    monkeypatch.setattr(memory, "_told", False)
-    monkeypatch.setattr(memory, "PATIENCE", 60.0)
-    with memory.compiling():
+    monkeypatch.setattr(compiling.sys, "stderr", said)
+    monkeypatch.setattr(compiling, "_told", False)
+    monkeypatch.setattr(compiling, "PATIENCE", 60.0)
+    with compiling.compiling():
         pass  # soon enough
     assert said.getvalue() == ""
-    monkeypatch.setattr(memory, "PATIENCE", 0.001)
+    monkeypatch.setattr(compiling, "PATIENCE", 0.001)
     for _ in range(2):
-        with memory.compiling():
+        with compiling.compiling():
             time.sleep(0.2)
     line = "fastnorm: Numba compiles the kernels, for some seconds, once: they are kept on disk\n"
     assert said.getvalue() == (line if terminal else "")

@@ -20,7 +20,6 @@ from numba import cfunc
 from numba.extending import register_jitable
 
 from fastnorm._numba import scalar
-from fastnorm._numba.apply import deliver, store_non_temporal
 from fastnorm._numba.blocking import APPLY, FINALIZE, MOMENTS, WHOLE, at, record_of
 from fastnorm._numba.extents import part_at
 from fastnorm._numba.lanes import add_pairs_to_lanes, added_up, apply_back_rows
@@ -42,6 +41,7 @@ from fastnorm._numba.memory import (
     take,
     write,
 )
+from fastnorm._numba.old_apply import deliver, store_non_temporal
 from fastnorm.schedule import (
     BACKWARD_CHUNK,
     BACKWARD_SHARED_RUNS,

@@ -7,42 +7,20 @@ is computed in, `real(kind)`.
 
 from __future__ import annotations
 
-import os
 import platform
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from llvmlite import binding, ir
 from numba import njit, prange, types
 from numba.core import cgutils
-from numba.core.compiler_lock import global_compiler_lock
-from numba.extending import intrinsic, overload, register_jitable
+from numba.extending import intrinsic, register_jitable
 
-from fastnorm import _core, schedule
+from fastnorm import _core
 from fastnorm._numba import scalar
+from fastnorm._numba.compiling import STRICT as STRICT
+from fastnorm._numba.compiling import inner as inner
+from fastnorm._numba.compiling import summing as summing
 from fastnorm._numba.extents import CHECKED, checked, part_at, size_of_part
-
-# Every function of `scalar` can be called from compiled code. Its sums are never reordered, whoever
-# calls it: the centring would be lost.
-STRICT = {"fastmath": False, "error_model": "numpy"}
-# Called by kernels alone: no door for Python or C is compiled.
-_INNER = {
-    "no_cpython_wrapper": True,
-    "no_cfunc_wrapper": True,
-    "nogil": True,
-    "error_model": "numpy",
-}
-inner = njit(fastmath=False, **_INNER)
-# Sums alone may be reordered, into as many lanes as the processor has.
-summing = njit(fastmath={"reassoc", "nsz", "contract"}, **_INNER)
-for _name, _function in list(vars(scalar).items()):
-    if getattr(_function, "__module__", "") == scalar.__name__ and _name not in ("fma", "mac"):
-        register_jitable(**STRICT)(_function)
-
 
 for _function in (size_of_part, part_at):
     register_jitable(**STRICT)(_function)
@@ -58,59 +36,6 @@ def _multiply_add() -> str:
 
 
 MULTIPLY_ADD = _multiply_add()
-
-
-def _sources() -> int:
-    """A number that changes with what a kernel is compiled from: Numba itself looks at one file."""
-    files = sorted(Path(__file__).parent.glob("*.py"))  # not those of the GPU
-    files.append(Path(schedule.__file__))  # sizes are compiled into kernels
-    times = tuple((s.st_mtime_ns, s.st_size) for s in (f.stat() for f in files))
-    return hash((*times, *MULTIPLY_ADD.encode(), CHECKED)) | 1
-
-
-SOURCES = _sources()
-
-
-# --- Compiling ------------------------------------------------------------------------------------
-
-# A child that is forked while another thread compiles would wait for that thread for ever.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=global_compiler_lock.acquire,
-        after_in_parent=global_compiler_lock.release,
-        after_in_child=global_compiler_lock.release,
-    )
-
-PATIENCE = 1.0  # seconds of compiling, after which whoever waits at a terminal is told why
-_told = False
-
-
-def _tell() -> None:
-    global _told
-    if not _told:
-        _told = True
-        print(
-            "fastnorm: Numba compiles the kernels, for some seconds, once: they are kept on disk",
-            file=sys.stderr,
-            flush=True,
-        )
-
-
-@contextmanager
-def compiling() -> Iterator[None]:
-    """One thread at a time; a line on a terminal's standard error where it takes long."""
-    with global_compiler_lock:
-        if _told or sys.stderr is None or not sys.stderr.isatty():
-            yield
-            return
-        timer = threading.Timer(PATIENCE, _tell)
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
-            timer.join()
 
 
 # --- Instructions ---------------------------------------------------------------------------------
@@ -146,34 +71,6 @@ def build_multiply_add(builder: Any, a: Any, b: Any, c: Any, summed: bool = Fals
     a, b, c = (builder.fpext(v, wider) for v in (a, b, c))
     wide = builder.fadd(builder.fmul(a, b), c)
     return builder.fptrunc(wide, ir.VectorType(kind, n) if n else kind)
-
-
-def _in_numba(summed: bool) -> Any:
-    @intrinsic
-    def multiplied_and_added(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
-        if not (isinstance(a, types.Float) and b == a and c == a):
-            return None
-
-        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            a, b, c = arguments
-            return build_multiply_add(builder, a, b, c, summed)
-
-        return a(a, b, c), codegen
-
-    return multiplied_and_added
-
-
-_fma, _mac = _in_numba(False), _in_numba(True)
-
-
-@overload(scalar.fma, jit_options=STRICT, strict=False)
-def _overload_fma(a: Any, b: Any, c: Any) -> Any:
-    return lambda a, b, c: _fma(a, b, c)
-
-
-@overload(scalar.mac, jit_options=STRICT, strict=False)
-def _overload_mac(a: Any, b: Any, c: Any) -> Any:
-    return lambda a, b, c: _mac(a, b, c)
 
 
 def _pointer(context: Any, builder: Any, kind: Any, address: Any, index: Any) -> Any:

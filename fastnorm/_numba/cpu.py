@@ -11,8 +11,8 @@ import numpy as np
 from numba import types
 
 from fastnorm._numba import activations, columns, plan, runs, threads
+from fastnorm._numba.backward import run_backward
 from fastnorm._numba.compiling import SOURCES, compiling
-from fastnorm._numba.old_cpu import run_backward
 from fastnorm._numba.operands import (
     Array,
     array_type,

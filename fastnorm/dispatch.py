@@ -26,7 +26,6 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 
 from fastnorm import _core
-from fastnorm._numba import repeated
 from fastnorm._numba.gpu.libraries import handles
 from fastnorm.arguments import (
     check_ddof,
@@ -38,7 +37,6 @@ from fastnorm.arguments import (
     whole,
 )
 from fastnorm.execution import Request
-from fastnorm.runtime import chosen_backend
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -127,7 +125,7 @@ def make(find, describe):
 class _Function:
     """What a wrapper knows of its public function."""
 
-    __slots__ = ("adapters", "body", "cached", "checks", "keeps", "names", "public", "x")
+    __slots__ = ("adapters", "body", "cached", "checks", "names", "public", "x")
 
     def __init__(
         self,
@@ -150,15 +148,9 @@ class _Function:
         self.public: Callable[..., Any] = body
         self.adapters = True
         self.cached: Any = None
-        self.keeps = False
 
     def describe(self, call: tuple[Any, ...]) -> Any:
         """Answer a call that the kernels have not, its arguments in the order of `names`."""
-        plan = repeat = None
-        if self.keeps and chosen_backend() == "numba":
-            plan, repeat = repeated.find(self, call)
-        if plan is not None:
-            return plan(call)
         ticket = None if self.cached is None else self.cached.ticket(call)
         named = dict(zip(self.names, call))
         for name, check, may_be_none in self.checks:
@@ -169,11 +161,7 @@ class _Function:
         if adapter is not None:
             return self.sent(adapter, named)
         request: Request[Any] = self.body(**named)
-        if repeat is None or getattr(request, "running", None) is not None:
-            return request.answer(ticket)
-        answer = request.answer(repeat)
-        repeat.keep(answer)
-        return answer
+        return request.answer(ticket)
 
     def sent(self, adapter: ModuleType, named: dict[str, Any]) -> Any:
         """Have an adapter answer a call."""
@@ -206,7 +194,6 @@ def public(
         function.adapters = adapters
         if adapters and devices:
             ON_DEVICES.add(body.__name__)
-        function.keeps = cached
         if cached and _core.kernels is not None:
             means = tuple((meaning or {}).get(name, name) for name in names)
             function.cached = _core.kernels.CachedCalls(means)

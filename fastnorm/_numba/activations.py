@@ -1,8 +1,4 @@
-"""Activations in loops over contiguous slices: ours, or a function of the user's.
-
-Numba's kernels compile a function into themselves. The Cython kernels call a compiled loop by its
-address.
-"""
+"""Activations as compiled loops over a tile in L1, known by their address: ours or a user's."""
 
 from __future__ import annotations
 
@@ -11,84 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, typeof, types
+from numba import cfunc, typeof, types
 from numba.core.errors import NumbaError, TypingError
-from numba.core.registry import CPUDispatcher
-from numba.extending import intrinsic, overload
+from numba.extending import overload
 from numpy.typing import NDArray
 
 from fastnorm import _reference
 from fastnorm._numba import scalar
-from fastnorm._numba.apply import apply_affine
-from fastnorm._numba.compiling import STRICT, compiling, inner
-from fastnorm._numba.elements import real
+from fastnorm._numba.memory import SOURCES, STRICT, compiling, read_real, real, write
 
-OURS = 1  # stands for all of ours in a kernel, which is told the number of one
-
+# For float32 and for float64; the first is of number 1, and 0 is none.
 _OURS = tuple(
     (getattr(scalar, f"{name}32"), getattr(scalar, f"{name}64")) for name in _reference.IN_KERNELS
 )
-
-
-def is_jitted(act: Any) -> bool:
-    """Whether a function is a user's, which Numba cannot tell from others on disk."""
-    return isinstance(act, CPUDispatcher)
-
-
-@inner
-def _each(f, t):
-    """One of ours, in place."""
-    for i in range(t.size):
-        t[i] = f(t[i])
-
-
-def activate(act: Any, number: Any, t: Any, status: Any) -> Any:
-    """The activation of a slice in place: None, a user's function, or one of ours by its number.
-
-    The first number of `status` tells that a user's raised, the second for what.
-    """
-    raise TypeError("for compiled code")
-
-
-@overload(activate, jit_options=STRICT, strict=False)
-def _compiled_activate(act: Any, number: Any, t: Any, status: Any) -> Any:
-    if isinstance(act, types.NoneType):
-        return lambda act, number, t, status: None
-    if isinstance(act, types.Integer):
-        double = t.dtype == types.float64
-        one, two, three, four, five, six = (functions[double] for functions in _OURS)
-
-        def ours(act: Any, number: Any, t: Any, status: Any) -> None:
-            if number == 1:
-                _each(one, t)
-            elif number == 2:
-                _each(two, t)
-            elif number == 3:
-                _each(three, t)
-            elif number == 4:
-                _each(four, t)
-            elif number == 5:
-                _each(five, t)
-            elif number == 6:
-                _each(six, t)
-
-        return ours
-
-    def users(act: Any, number: Any, t: Any, status: Any) -> None:
-        # a thread of a kernel has no way to raise
-        try:
-            for i in range(t.size):
-                status[2] = t[i]
-                t[i] = real(act(t[i]), t)
-        except Exception:
-            status[1] = status[2]
-            status[0] = 1.0
-
-    return users
-
-
-# --- For the Cython kernels -----------------------------------------------------------------------
-
 
 # In place where `scale` is 0, else of x by that scale, which lies apart from y: (x, y, n, scale,
 # weight, bias), all but n addresses, 0 for what is not there. Returns 1 where f raised, else 0.
@@ -100,48 +31,86 @@ class _Loop:
     """A compiled loop, which must outlive every call of it."""
 
     compiled: Any
-    status: NDArray[np.float64]  # whether the activation raised, and for which number
+    refused: NDArray[np.float64]  # the number that the activation raised at last
 
 
 _loops: dict[tuple[Any, type], _Loop] = {}
 
 
-@intrinsic
-def _pointer(typingctx: Any, address: Any, kind: Any) -> Any:
-    pointer = types.CPointer(kind.instance_type)
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(pointer))
-
-    return pointer(types.intp, kind), codegen
+def _attempt(f: Any, t: Any, kind: Any, refused: Any) -> Any:
+    """f(t) as a number that is computed in, and whether it raised."""
+    raise TypeError("for compiled code")
 
 
-def _loop(f: Callable[[Any], Any], kind: type, status_at: int) -> Any:
-    @cfunc(_LOOP, **STRICT)
+@overload(_attempt, jit_options=STRICT, strict=False)
+def _compiled_attempt(f: Any, t: Any, kind: Any, refused: Any) -> Any:
+    if not isinstance(f, types.Dispatcher):  # ours
+        return lambda f, t, kind, refused: (real(f(t), kind), False)
+
+    def attempt(f, t, kind, refused):
+        # who calls the loop has no GIL to raise with
+        try:
+            return real(f(t), kind), False
+        except Exception:
+            write(refused, 0, np.float64(t))
+            return real(0.0, kind), True
+
+    return attempt
+
+
+def _loop(f: Callable[[Any], Any], kind: type, cache: bool, refused: int) -> Any:
+    sources = SOURCES  # another key on disk when `scalar` has changed
+
+    @cfunc(_LOOP, error_model="numpy", fastmath=False, cache=cache)
     def loop(x, y, n, scale, weight, bias):
-        status = carray(_pointer(status_at, np.float64), 2)
-        status[0] = 0.0
-        to = carray(_pointer(y, kind), n)
-        if scale != 0:
-            source, s = carray(_pointer(x, kind), n), carray(_pointer(scale, kind), 3)
-            w: Any = np.ones(1, kind)
-            b: Any = np.zeros(1, kind)
-            if weight != 0:
-                w = carray(_pointer(weight, kind), n)
-            if bias != 0:
-                b = carray(_pointer(bias, kind), n)
-            apply_affine(source, to, (s[0], s[1], s[2]), w, b)
-        activate(f, 0, to, status)
-        return int(status[0])
+        if sources == 0:
+            return 0
+        if scale == 0:
+            for i in range(n):
+                v, raised = _attempt(f, read_real(y, i, kind), kind, refused)
+                if raised:
+                    return 1
+                write(y, i, v)
+            return 0
+        hi, r = read_real(scale, 0, kind), read_real(scale, 1, kind)
+        shift, zero = read_real(scale, 2, kind), real(0.0, kind)
+        if weight == 0:
+            for i in range(n):
+                t = scalar.apply(read_real(x, i, kind), hi, r, shift)
+                v, raised = _attempt(f, t, kind, refused)
+                if raised:
+                    return 1
+                write(y, i, v)
+        elif bias == 0:
+            for i in range(n):
+                t = scalar.apply(read_real(x, i, kind), hi, r, shift)
+                t = scalar.fma(t, read_real(weight, i, kind), zero)
+                v, raised = _attempt(f, t, kind, refused)
+                if raised:
+                    return 1
+                write(y, i, v)
+        else:
+            for i in range(n):
+                t = scalar.apply(read_real(x, i, kind), hi, r, shift)
+                t = scalar.fma(t, read_real(weight, i, kind), read_real(bias, i, kind))
+                v, raised = _attempt(f, t, kind, refused)
+                if raised:
+                    return 1
+                write(y, i, v)
+        return 0
 
     return loop
 
 
 def address_of(activation: Any, kind: type) -> int:
-    """The address of the compiled loop (see `_LOOP`) of a user's activation.
+    """The address of the compiled loop (see `_LOOP`) for a kind; 0 for no activation.
 
-    `kind` is what is computed in, `np.float32` or `np.float64`.
+    `kind` is what is computed in, `np.float32` or `np.float64`. `activation` is a number of
+    one of ours, or a function that `numba.njit` has compiled: of one number,
+    one number.
     """
+    if isinstance(activation, int) and activation == 0:
+        return 0
     return int(_loop_of(activation, kind).compiled.address)
 
 
@@ -150,17 +119,17 @@ def _loop_of(activation: Any, kind: type) -> _Loop:
     if key not in _loops:
         with compiling():
             if key not in _loops:
-                status = np.zeros(2)
-                check(activation, kind)
-                loop = _loop(activation, kind, status.ctypes.data)
-                _loops[key] = _Loop(loop, status)
+                _loops[key] = _compiled(activation, kind)
     return _loops[key]
 
 
-def check(activation: Any, kind: type) -> None:
-    """Refuse a function that cannot be compiled to take one number and return one."""
+def _compiled(activation: Any, kind: type) -> _Loop:
+    refused = np.zeros(1)
+    if isinstance(activation, int):
+        return _Loop(_loop(_OURS[activation - 1][kind is np.float64], kind, True, 0), refused)
     try:
         _check_result(activation, kind)
+        return _Loop(_loop(activation, kind, False, refused.ctypes.data), refused)
     except NumbaError as error:
         raise TypeError(
             f"activation {_name(activation)} cannot be compiled for one {kind.__name__}, expected "
@@ -193,12 +162,8 @@ def _name(activation: Any) -> str:
 
 
 def raise_again(activation: Any, kind: type) -> None:
-    """Raise what a user's activation raised in its loop, which can only tell that it did."""
-    raise_for(activation, kind(_loops[activation, kind].status[1]))
-
-
-def raise_for(activation: Any, value: Any) -> None:
-    """Raise what a user's activation raises for a number."""
+    """Raise what a user's activation raised in a kernel, which can only tell that it did."""
+    value = kind(_loops[activation, kind].refused[0])
     message = f"activation {_name(activation)} raised for the number {value!r}"
     try:
         activation(value)

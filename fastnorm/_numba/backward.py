@@ -1,250 +1,781 @@
-"""The backward pass: which kernel, with which arrays, and weights' gradients from its sums."""
+"""The backward pass, on the same five dimensions as the forward one: a twin of _core's.
+
+    xhat = (x - mean) rstd            g = dy weight
+    dx = rstd (g - sum(g)/count - xhat sum(g xhat)/count)        sums over a group
+    dweight = sum(dy xhat)            dbias = sum(dy)            sums over what shares a weight
+
+Where a weight is one number for a run, or a column, its two sums are those of whole planes, or of
+segments of columns: they are kept in `sums`, serve the group, and are added up for the weight when
+all is done. Where the weight differs along a run (layer and RMS norm), each element is a *cell*:
+the group's sums are taken first and the weight's are collected with dx, by `parts` of those that
+share it, whose number depends on the shape alone.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from numba import types
+from numba import cfunc
+from numba.extending import register_jitable
 
-from fastnorm._numba import backward_contiguous as contiguous
-from fastnorm._numba import backward_strided as strided
-from fastnorm._numba.backward_loops import APPLY, MOMENTS, WHOLE
-from fastnorm._numba.compiling import SOURCES, compiling
-from fastnorm._numba.operands import (
-    Array,
-    Strides,
-    array_type,
-    computed,
-    converted,
-    flat,
-    in_five,
-    nothing,
-    steps_of,
+from fastnorm._numba import scalar
+from fastnorm._numba.apply import deliver, store_non_temporal
+from fastnorm._numba.blocking import APPLY, FINALIZE, MOMENTS, WHOLE, at, record_of
+from fastnorm._numba.extents import part_at
+from fastnorm._numba.lanes import add_pairs_to_lanes, added_up, apply_back_rows
+from fastnorm._numba.memory import (
+    KERNEL,
+    STRICT,
+    fence,
+    fetch,
+    inner,
+    is_double,
+    load,
+    read,
+    read_real,
+    real,
+    record_at,
+    size_of,
+    store,
+    summing,
+    take,
+    write,
 )
-from fastnorm._numba.threads import run
-from fastnorm.layout import Layout
-from fastnorm.schedule import BACKWARD_CHUNK, ITEMS_PER_THREAD, BackwardSchedule
+from fastnorm.schedule import (
+    BACKWARD_CHUNK,
+    BACKWARD_SHARED_RUNS,
+    BACKWARD_SPAN,
+    BACKWARD_SPAN_ROWS,
+    PAIR_LANES,
+    PREFETCH_BYTES,
+    TILE_GROUPS,
+)
 
-_NOWHERE = (0, 0, 0, 0, 0)
-_kernels: dict[tuple[Any, ...], Any] = {}
+# numbers that dx needs of a group: mean, rstd, c1, c2, and whether it is out of range
+TERMS = 5
 
-
-def _kernel(compiler: Any, dtypes: tuple[Any, ...], parallel: bool) -> Any:
-    """The kernel for x and dy of some types, compiled on its first use."""
-    key = compiler, dtypes, parallel
-    found = _kernels.get(key)
-    if found is None:
-        x, dy = dtypes
-        double = types.float64
-        kept = 4 if compiler is strided.compile_columns else 3
-        arrays = types.Tuple(
-            [
-                array_type(x), array_type(dy), array_type(x, writable=True),
-                array_type(computed(x)), array_type(np.float64), array_type(np.float64),
-                *(types.Array(double, n, "C") for n in (kept, 3)),
-            ]
-        )  # fmt: skip
-        whole = types.Array(types.int64, 1, "C")
-        signature = types.void(
-            types.int64, types.int64, types.int64, types.Array(types.int64, 2, "C"), whole, arrays
-        )
-        with compiling():
-            found = _kernels.get(key)
-            if found is None:
-                found = _kernels[key] = compiler(signature, parallel, SOURCES)
-    return found
+OPERANDS = ("x", "dy", "dx", "weight", "mean", "rstd")
+NUMBERS = (
+    "a", "b", "p", "s", "c", "neighbours", "centred", "training", "non_temporal", "direct",
+    "own_a", "own_b", "along_p", "sharers", "parts", "segments", "chunks", "width", "items",
+    "cells", "joined", "together", "sums", "terms", "collected",
+)  # fmt: skip
+BACK = record_of(OPERANDS, NUMBERS)
 
 
-@dataclass(slots=True)
-class _Plan:
-    """What a kernel is told of every backward pass of a layout."""
-
-    kernel_of: Any
-    steps: Array
-    numbers: Array
-    items: int
-    segments: int  # of an item; of a group where the weight differs along a run
-    groups: int
-    inside: bool  # the weight differs along a run
-    parts: int
-    chunks: int  # of all owners, where it does
-    sums: tuple[int, ...]
-    collected: tuple[int, ...]
-    five: tuple[int, ...]  # the sums along the five dimensions
-    axes: tuple[int, ...]  # along which they are added up
-    statistics: Strides  # dims, of which c counts groups
+# --- The sums of a run ----------------------------------------------------------------------------
 
 
-class _Asked(NamedTuple):
-    """What is asked of a backward pass, and how arrays lie that may be copies."""
-
-    centred: bool
-    training: bool
-    mean: bool
-    dy: Strides
-    weight: Strides
+@inner
+def centring(mean, rstd, kind):
+    """hi, r and shift of xhat = (x - hi) r + shift, as numbers that are computed in."""
+    hi = real(mean, kind)
+    return hi, real(rstd, kind), real(-(mean - np.float64(hi)) * rstd, kind)
 
 
-@lru_cache(maxsize=4096)
-def _plan(layout: Layout, schedule: BackwardSchedule, dtypes: tuple[Any, ...], q: _Asked) -> _Plan:
-    blocking, steps = schedule.blocking, layout.strides
-    a, b, p, s, c = layout.dims
-    own = [stride != 0 for stride in steps["dweight"]]
-    stats = steps["stats"]
-    dims = layout.dims
-    counted = (a, b, p, s, c // layout.neighbours)
-    full = [steps_of(lie, dims) for lie in (steps["x"], q.dy, steps["dx"], q.weight)]
-    groups = [steps_of(lie, counted) for lie in (stats if q.mean else _NOWHERE, stats)]
-    segments, items, collected, chunks = blocking.segments, a * b, (0, 0, 0), 1
-    if layout.columns:
-        if blocking.width > strided.ROOM:
-            raise AssertionError(f"a tile of {blocking.width} columns")
-        compiler, items = strided.compile_columns, a * b * blocking.chunks
-        sums: tuple[int, ...] = (a * b, segments, 2, c)
-        five: tuple[int, ...] = (a, b, segments, 2, c)
-        numbers: tuple[int, ...] = (
-            a, b, p, s, c, q.centred, q.training, segments, layout.neighbours, blocking.width,
-            blocking.chunks,
-        )  # fmt: skip
-        shared = (not own[0], not own[1], True, False, not own[4])
-    else:
-        compiler = contiguous.compile_rows if blocking.inside else contiguous.compile_planes
-        if blocking.inside:
-            items = blocking.owners * blocking.parts
-            collected = (items, 2, blocking.cells)
-            chunks = blocking.owners * (p if own[2] else 1) * -(-s // BACKWARD_CHUNK)
-        of_plane = 0 if blocking.inside else blocking.plane_segments
-        sums = (a * b, segments, 2)
-        five = (a, b, p, of_plane, 2) if of_plane else (a, b, 1, segments, 2)
-        numbers = (
-            a, b, p, s, q.centred, q.training, segments, of_plane, *own[:3],
-            a * b // blocking.owners, blocking.parts,
-        )  # fmt: skip
-        shared = (not own[0], not own[1], not own[2], True, False)
-    return _Plan(
-        partial(_kernel, compiler, dtypes),
-        np.array(full + groups, np.int64),
-        np.array(numbers, np.int64),
-        items,
-        segments,
-        a * b,
-        blocking.inside,
-        blocking.parts,
-        chunks,
-        sums,
-        collected,
-        five,
-        tuple(axis for axis, n in enumerate(five) if n > 1 and shared[axis]),
-        counted,
-    )
+@inner
+def xhat_of(x, i, hi, r, shift, kind):
+    """One element, normalised, for a sum. The shift of doubles, which have no rest, is 0."""
+    if is_double(kind):
+        return (load(x, i, kind) - hi) * r
+    return scalar.apply(load(x, i, kind), hi, r, shift)
 
 
-def _compact(shape: Strides) -> Strides:
-    """Strides in elements of an array in memory order; 0 where it is 1 long."""
-    steps, n = [], 1
-    for size in reversed(shape):
-        steps.append(n if size > 1 else 0)
-        n *= size
-    return tuple(reversed(steps))
+@summing
+def sums_out_of_range(x, dy, n, mean, weight, kind, stored):
+    """Of dy weight and of dy weight (x - mean), where float32 cannot hold xhat."""
+    first = 0.0
+    second = 0.0
+    for i in range(n):
+        t = np.float64(load(dy, i, stored))
+        if weight != 0:
+            t *= np.float64(read_real(weight, i, kind))
+        first += t
+        second += t * deviation(load(x, i, kind), mean)
+    return first, second
 
 
-def _ones(layout: Layout, inside: bool, dtype: Any) -> tuple[Array, Strides]:
-    """A weight of 1 everywhere, and its strides."""
-    return np.ones(layout.dims[3] if inside else 1, dtype), (0, 0, 0, int(inside), 0)
+@inner
+def deviation(x, mean):
+    """x - mean, in float64."""
+    return np.float64(x) - mean
 
 
-def run_backward(
-    layout: Layout,
-    schedule: BackwardSchedule,
-    x: Array,
-    dy: Array,
-    dx: Array,
-    *,
-    mean: Array | None,
-    rstd: Array,
-    weight: Array | None,
-    dweight: Array,
-    dbias: Array | None,
-    centred: bool = True,
-    training: bool = True,
-    threads: int = 1,
-    ticket: Any = None,
-    own: tuple[int, ...] = (),
-) -> bool:
-    """One backward pass of `layout`: fills dx, dweight and, unless it is None, dbias.
-
-    `weight` (None: 1 everywhere) may lie in any order; `dbias` lies as `dweight` does.
-    False where there is no kernel: where, among columns, the weight differs from row to row.
-    """
-    dims, gradients = layout.dims, layout.strides["dweight"]
-    if layout.columns and (gradients[2] or gradients[3]):
+@inner
+def is_out_of_range(mean, rstd, kind):
+    """Whether float32 cannot hold what a group is scaled by."""
+    if is_double(kind) or rstd == 0.0:
         return False
-    real, inside = computed(x.dtype), schedule.blocking.inside
-    of_dy = layout.strides["dy"]
-    if dy.dtype != x.dtype and dy.dtype != real:
-        dy, of_dy = converted(dy, of_dy, dims, real)
-    if weight is None:
-        weight, weights = _ones(layout, inside, real)
+    return not scalar.holds(rstd) or abs(mean) >= scalar.MOST
+
+
+@inner
+def add_run(q, place, n, statistics, weight, lanes, kinds):
+    """Add the two sums of n elements of a run to PAIR_LANES lanes each; no weight (0) is 1."""
+    a, b, p, t = place
+    mean, rstd = statistics
+    kind, stored = kinds
+    x = at(q.x, a, b) + p * q.x.p + t * q.x.s
+    dy = at(q.dy, a, b) + p * q.dy.p + t * q.dy.s
+    if is_out_of_range(mean, rstd, kind):
+        one, two = sums_out_of_range(x, dy, n, mean, weight, kind, stored)
+        write(lanes, 0, read(lanes, 0, np.float64) + one)
+        write(lanes, PAIR_LANES, read(lanes, PAIR_LANES, np.float64) + two * rstd)
+        return
+    scale = centring(mean, rstd, kind)
+    if weight == 0:
+        add_pairs_to_lanes(x, dy, None, n, scale, lanes, kinds)
     else:
-        weights = layout.strides["factor"]
-        if inside and weights[3] != 1:
-            five = in_five(weight, weights, dims)
-            five = np.broadcast_to(five, (*five.shape[:3], dims[3], 1))
-            weight, weights = five.astype(real, order="C"), _compact(five.shape)
-        elif weight.dtype != real:
-            weight, weights = converted(weight, weights, dims, real)
-    asked = _Asked(centred, training, mean is not None, of_dy, weights)
-    plan = _plan(layout, schedule, (x.dtype, dy.dtype), asked)
-    stats = layout.strides["stats"]
-    sums, collected = np.empty(plan.sums), np.empty(plan.collected)
-    arrays = (
-        flat(x, layout.strides["x"], dims),
-        flat(dy, of_dy, dims),
-        flat(dx, layout.strides["dx"], dims),
-        flat(weight, weights, dims),
-        nothing(np.float64) if mean is None else flat(mean, stats, plan.statistics),
-        flat(rstd, stats, plan.statistics),
-        sums,
-        collected,
-    )
-    _share(plan, schedule.threads(threads), training, arrays)
-    with np.errstate(all="ignore"):  # of infinities, and beyond half precision
-        for gradient, total in zip((dweight, dbias), _totals(plan, layout, sums, collected)):
-            if gradient is not None:
-                in_five(gradient, gradients, dims)[...] = total
-    return True
+        add_pairs_to_lanes(x, dy, weight, n, scale, lanes, kinds)
 
 
-def _share(plan: _Plan, threads: int, training: bool, arrays: tuple[Array, ...]) -> None:
-    """Run a kernel on items one by one, or on segments of items where they are few and large."""
+@inner
+def fetch_plane(operand, a, b, p, t, n, kind):
+    """Ask for the same in a group's next plane: planes apart leave the prefetcher behind."""
+    i = at(operand, a, b) + (p + 1) * operand.p + t * operand.s
+    end = i + n * size_of(kind)
+    while i < end:
+        fetch(i)
+        i += 64
 
-    def carry_out(task: int, items: int, threads: int) -> None:
-        run(plan.kernel_of, items, threads, task, plan.steps, plan.numbers, arrays)
 
-    few = plan.items < ITEMS_PER_THREAD * threads
-    apart = few and (plan.parts == 1 if plan.inside else plan.items % threads != 0)
-    if threads == 1 or not apart or (plan.segments == 1 and not plan.inside):
-        carry_out(WHOLE, plan.items, threads)
+@inner
+def segment_at(q, segment):
+    """Elements [first, last) of a group: within a plane where planes have weights of their own."""
+    if q.joined:
+        return segment * BACKWARD_SPAN, min((segment + 1) * BACKWARD_SPAN, q.p * q.s)
+    of_plane = q.segments // q.p
+    p = segment // of_plane
+    first = p * q.s + (segment - p * of_plane) * BACKWARD_SPAN
+    return first, min(first + BACKWARD_SPAN, (p + 1) * q.s)
+
+
+@inner
+def segment_sums(q, place, segment, weighted, lanes, kinds):
+    """The two sums of a segment of `width` groups side by side, of g where it is `weighted`."""
+    a, b, width = place
+    kind, stored = kinds
+    f, last = segment_at(q, segment)
+    for j in range(2 * PAIR_LANES * width):
+        write(lanes, j, 0.0)
+    while f < last:
+        p = f // q.s
+        t = f - p * q.s
+        n = min(last - f, q.s - t)
+        for k in range(width):
+            mean, rstd = read_group(q, a, b + k, 0)
+            weight = 0
+            if weighted and q.weight.data != 0:
+                weight = at(q.weight, a, b + k) + p * q.weight.p + t * q.weight.s
+            if width > 1 and q.p > 1:
+                fetch_plane(q.x, a, b + k, p, t, n, kind)
+                fetch_plane(q.dy, a, b + k, p, t, n, stored)
+            own = lanes + 16 * PAIR_LANES * k
+            add_run(q, (a, b + k, p, t), n, (mean, rstd), weight, own, kinds)
+        f += n
+    for k in range(width):
+        own = lanes + 16 * PAIR_LANES * k
+        into = q.sums + 16 * ((a * q.b + b + k) * q.segments + segment)
+        for of in range(2):
+            write(into, of, added_up(own + 8 * PAIR_LANES * of))
+
+
+@inner
+def group_terms(q, a, b, weighted, kind):
+    """What dx needs of a group, from the sums of its segments."""
+    mean, rstd = read_group(q, a, b, 0)
+    first = 0.0
+    second = 0.0
+    group = a * q.b + b
+    if q.training:
+        for segment in range(q.segments):
+            w = 1.0
+            if q.weight.data != 0 and not weighted:
+                p = 0 if q.joined else segment // (q.segments // q.p)
+                w = np.float64(read_real(at(q.weight, a, b) + p * q.weight.p, 0, kind))
+            of = q.sums + 16 * (group * q.segments + segment)
+            first += w * read(of, 0, np.float64)
+            second += w * read(of, 1, np.float64)
+    finalize(q, mean, rstd, first, second, np.float64(q.p * q.s), q.terms + 8 * TERMS * group, kind)
+
+
+@inner
+def read_group(q, a, b, offset):
+    """Mean and rstd of a group."""
+    mean = 0.0
+    if q.mean.data != 0:
+        mean = read(at(q.mean, a, b) + offset * q.mean.c, 0, np.float64)
+    return mean, read(at(q.rstd, a, b) + offset * q.rstd.c, 0, np.float64)
+
+
+@inner
+def finalize(q, mean, rstd, first, second, count, into, kind):
+    """From a group's sums to what dx needs of it."""
+    write(into, 0, mean)
+    write(into, 1, rstd)
+    write(into, 2, rstd * (first / count) if q.training and q.centred else 0.0)
+    write(into, 3, rstd * (second / count) if q.training else 0.0)
+    write(into, 4, 1.0 if is_out_of_range(mean, rstd, kind) else 0.0)
+
+
+# --- Runs with one weight each --------------------------------------------------------------------
+
+
+@inner
+def scale_at(terms, kind):
+    """hi, r, shift, c1 and c2 of a group whose terms are at an address."""
+    hi, r, shift = centring(read(terms, 0, np.float64), read(terms, 1, np.float64), kind)
+    c1, c2 = real(read(terms, 2, np.float64), kind), real(read(terms, 3, np.float64), kind)
+    return hi, r, shift, c1, c2
+
+
+@inner
+def apply_out_of_range(x, dy, dx, n, terms, weight, along, kinds):
+    """dx of n elements of a run in float64; no weight (0) is 1."""
+    kind, stored = kinds
+    mean = read(terms, 0, np.float64)
+    rstd = read(terms, 1, np.float64)
+    first = read(terms, 2, np.float64)
+    second = read(terms, 3, np.float64)
+    for i in range(n):
+        xhat = (np.float64(load(x, i, kind)) - mean) * rstd
+        w = np.float64(read_real(weight, i * along, kind)) if weight != 0 else 1.0
+        v = rstd * np.float64(load(dy, i, stored)) * w - first - xhat * second
+        store(dx, i, real(v, kind), kind)
+
+
+@inner
+def apply_run(x, dy, dx, n, terms, weight, ahead, kinds):
+    """dx of n elements of a run that share a weight; asked for so many bytes ahead."""
+    kind = kinds[0]
+    if read(terms, 4, np.float64) != 0.0:
+        apply_out_of_range(x, dy, dx, n, terms, weight, 0, kinds)
+        return
+    w = np.float64(read_real(weight, 0, kind)) if weight != 0 else 1.0
+    wr = real(w * read(terms, 1, np.float64), kind)
+    scales = (scale_at(terms, kind),)
+    apply_back_rows((x, dy, dx), (0, 0, ahead), n, scales, wr, (None, None), kinds)
+
+
+@inner
+def apply_apart(dy, dx, n, terms, weight, along, kind, stored):
+    """dx of n elements by given statistics, in which x, out of range or not, has no part."""
+    rstd = read(terms, 1, np.float64)
+    out_of_range = read(terms, 4, np.float64) != 0.0
+    for i in range(n):
+        t = load(dy, i, stored)
+        w = np.float64(read_real(weight, i * along, kind)) if weight != 0 else 1.0
+        if out_of_range:
+            v = real(rstd * np.float64(t) * w, kind)
+        elif along != 0:
+            v = t * (real(w, kind) * real(rstd, kind))
+        else:
+            v = t * real(w * rstd, kind)
+        store(dx, i, v, kind)
+
+
+@inner
+def apply_segment(q, a, b, width, segment, tile, kind, stored):
+    """dx of a segment of `width` groups side by side."""
+    f, last = segment_at(q, segment)
+    # where dx goes in one piece (group norm 8x256x32x32 860 to 740 us, one thread, out of L2)
+    ahead = PREFETCH_BYTES if q.direct and (width == 1 or q.p == 1) else 0
+    while f < last:
+        p = f // q.s
+        start = f - p * q.s
+        end = min(q.s, start + last - f)
+        for k in range(width):
+            terms = q.terms + 8 * TERMS * (a * q.b + b + k)
+            weight = at(q.weight, a, b + k) + p * q.weight.p if q.weight.data != 0 else 0
+            if width > 1 and q.p > 1:
+                fetch_plane(q.x, a, b + k, p, start, end - start, kind)
+                fetch_plane(q.dy, a, b + k, p, start, end - start, stored)
+                fetch_plane(q.dx, a, b + k, p, start, end - start, kind)
+            t = start
+            while t < end:
+                n = end - t if q.direct else min(end - t, BACKWARD_CHUNK)
+                x = at(q.x, a, b + k) + p * q.x.p + t * q.x.s
+                dy = at(q.dy, a, b + k) + p * q.dy.p + t * q.dy.s
+                dx = at(q.dx, a, b + k) + p * q.dx.p + t * q.dx.s
+                to = dx if q.direct else tile
+                if q.training:
+                    apply_run(x, dy, to, n, terms, weight, ahead, (kind, stored))
+                else:
+                    apply_apart(dy, to, n, terms, weight, 0, kind, stored)
+                if not q.direct:
+                    store_non_temporal(dx, tile, n * size_of(kind))
+                t += n
+        f += end - start
+
+
+# Numbers of each part of a thread's memory: a tile, and sums of groups side by side.
+RUNS_PARTS = (BACKWARD_SHARED_RUNS * BACKWARD_CHUNK, 2 * PAIR_LANES * TILE_GROUPS)
+
+
+@inner
+def planes(record, memory, turn, turns, task, kind, stored):
+    """What `task` asks for, of all items or planes of items; each turn is taken by one thread."""
+    q = record_at(record, BACK)
+    width = q.width
+    tile, lanes = part_at(memory, RUNS_PARTS, 0), part_at(memory, RUNS_PARTS, 1)
+    total = q.items if task == WHOLE or task == FINALIZE else q.items * q.segments
+    while turn < turns:
+        for i in range(total * turn // turns, total * (turn + 1) // turns):
+            item = i if task == WHOLE or task == FINALIZE else i // q.segments
+            a = item // q.chunks
+            b = (item - a * q.chunks) * width
+            n = min(width, q.b - b)
+            first = 0 if task == WHOLE else i - item * q.segments
+            last = q.segments if task == WHOLE else first + 1
+            if task == WHOLE or task == MOMENTS:
+                for segment in range(first, last):
+                    segment_sums(q, (a, b, n), segment, False, lanes, (kind, stored))
+            if task == WHOLE or task == FINALIZE:
+                for k in range(n):
+                    group_terms(q, a, b + k, False, kind)
+            if task != MOMENTS and task != FINALIZE:
+                for segment in range(first, last):
+                    apply_segment(q, a, b, n, segment, tile, kind, stored)
+        turn = take(record)
+    if q.non_temporal:
+        fence()
+
+
+# --- Runs along which the weight differs ----------------------------------------------------------
+
+
+@inner
+def group_of(q, owner, sharer):
+    """(a, b) of one of those that share the weights of an owner."""
+    if q.own_a and q.own_b:
+        a = owner // q.b
+        return a, owner - a * q.b
+    if q.own_a:
+        return owner, sharer
+    if q.own_b:
+        return sharer, owner
+    a = sharer // q.b
+    return a, sharer - a * q.b
+
+
+@inner
+def collect_out_of_range(x, dy, n, terms, gw, gb, kind, stored):
+    """Add what a run has for the gradients of its weights and biases, in float64."""
+    mean = read(terms, 0, np.float64)
+    rstd = read(terms, 1, np.float64)
+    for i in range(n):
+        t = np.float64(load(dy, i, stored))
+        write(gb, i, read(gb, i, np.float64) + t)
+        d = (np.float64(load(x, i, kind)) - mean) * rstd
+        write(gw, i, scalar.mac(t, d, read(gw, i, np.float64)))
+
+
+@inner
+def apply_along(arrays, steps, n, terms, count, weight, sums, kinds):
+    """dx of n elements of one run or four, and what they add to the gradients of their weights."""
+    x, dy, dx = arrays
+    gw, gb = sums
+    kind, stored = kinds
+    size = 8 * TERMS
+    own = scale_at(terms, kind)
+    if count == BACKWARD_SHARED_RUNS:
+        second, third = scale_at(terms + size, kind), scale_at(terms + 2 * size, kind)
+        scales = own, second, third, scale_at(terms + 3 * size, kind)
+        if weight != 0:
+            apply_back_rows(arrays, steps, n, scales, weight, sums, kinds)
+        else:
+            apply_back_rows(arrays, steps, n, scales, None, sums, kinds)
+    elif read(terms, 4, np.float64) != 0.0:
+        collect_out_of_range(x, dy, n, terms, gw, gb, kind, stored)
+        apply_out_of_range(x, dy, dx, n, terms, weight, 1, kinds)
+    elif weight != 0:
+        apply_back_rows(arrays, steps, n, (own,), weight, sums, kinds)
     else:
-        if training or not plan.inside:
-            carry_out(
-                MOMENTS, (plan.groups if plan.inside else plan.items) * plan.segments, threads
+        apply_back_rows(arrays, steps, n, (own,), None, sums, kinds)
+
+
+@inner
+def apply_sharers(q, sharers, p, t, n, sums, tile, kinds):
+    """dx of n elements of a plane of sharers [first, last), and what these add to the gradients."""
+    owner, first, last = sharers
+    kind, stored = kinds
+    size = 8 * TERMS
+    i = first
+    while i < last:
+        a, b = group_of(q, owner, i)
+        count = 1
+        # four neighbours in b, or in a where b is the owners'
+        neighbours = q.b - b if not q.own_b else q.a - a
+        if q.own_b:
+            neighbours = neighbours if q.b == 1 else 1  # their terms lie apart
+        # with one of them out of range all four are taken alone; those after begin where they would
+        left = min(last - i, q.together - (i - first) % q.together)
+        if min(left, neighbours) == BACKWARD_SHARED_RUNS and not (q.own_a and q.own_b):
+            count = BACKWARD_SHARED_RUNS
+        terms = q.terms + size * (a * q.b + b)
+        for k in range(count):
+            if read(terms + k * size, 4, np.float64) != 0.0:
+                count = 1
+        x = at(q.x, a, b) + p * q.x.p + t * q.x.s
+        dy = at(q.dy, a, b) + p * q.dy.p + t * q.dy.s
+        dx = at(q.dx, a, b) + p * q.dx.p + t * q.dx.s
+        steps = (q.x.a, q.dy.a, q.dx.a) if q.own_b else (q.x.b, q.dy.b, q.dx.b)
+        weight = 0
+        if q.weight.data != 0:
+            weight = at(q.weight, a, b) + p * q.weight.p + t * q.weight.s
+        row_bytes = n * size_of(kind)
+        to, into = (dx, steps) if q.direct else (tile, (steps[0], steps[1], row_bytes))
+        apply_along((x, dy, to), into, n, terms, count, weight, sums, kinds)
+        for k in range(count):
+            if not q.training:
+                row = dy + k * steps[1]
+                apply_apart(row, to + k * into[2], n, terms + k * size, weight, 1, kind, stored)
+            if not q.direct:
+                store_non_temporal(dx + k * steps[2], tile + k * row_bytes, row_bytes)
+        i += count
+
+
+@inner
+def rows(record, memory, turn, turns, task, kind, stored):
+    """What `task` asks for, of all parts of owners, segments of groups, or chunks of owners."""
+    q = record_at(record, BACK)
+    kinds = kind, stored
+    tile, lanes = part_at(memory, RUNS_PARTS, 0), part_at(memory, RUNS_PARTS, 1)
+    chunks = (q.s + BACKWARD_CHUNK - 1) // BACKWARD_CHUNK
+    total = q.items * q.parts  # owners times parts
+    if task == MOMENTS:
+        total = q.a * q.b * q.segments
+    elif task == FINALIZE:
+        total = q.a * q.b
+    elif task != WHOLE:
+        total = q.items * (q.p if q.along_p else 1) * chunks
+    while turn < turns:
+        for i in range(total * turn // turns, total * (turn + 1) // turns):
+            if task == MOMENTS or task == FINALIZE:
+                group = i // q.segments if task == MOMENTS else i
+                a = group // q.b
+                b = group - a * q.b
+                if task == MOMENTS:
+                    segment = i - group * q.segments
+                    segment_sums(q, (a, b, 1), segment, True, lanes, kinds)
+                else:
+                    group_terms(q, a, b, True, kind)
+            elif task == WHOLE:
+                owner = i // q.parts
+                part = i - owner * q.parts
+                gw = q.collected + 16 * q.cells * i
+                gb = gw + 8 * q.cells
+                for j in range(2 * q.cells):
+                    write(gw, j, 0.0)
+                first = q.sharers * part // q.parts
+                last = q.sharers * (part + 1) // q.parts
+                while first < last:
+                    end = min(first + q.together, last)
+                    for j in range(first, end):
+                        a, b = group_of(q, owner, j)
+                        if q.training:
+                            for segment in range(q.segments):
+                                segment_sums(q, (a, b, 1), segment, True, lanes, kinds)
+                        group_terms(q, a, b, True, kind)
+                    for p in range(q.p):
+                        cell = p * q.s if q.along_p else 0
+                        t = 0
+                        while t < q.s:
+                            n = min(BACKWARD_CHUNK, q.s - t)
+                            into = gw + 8 * (cell + t), gb + 8 * (cell + t)
+                            apply_sharers(q, (owner, first, end), p, t, n, into, tile, kinds)
+                            t += BACKWARD_CHUNK
+                    first = end
+            else:
+                plane = i // chunks
+                t = (i - plane * chunks) * BACKWARD_CHUNK
+                n = min(BACKWARD_CHUNK, q.s - t)
+                owner = plane // q.p if q.along_p else plane
+                cell = (plane - owner * q.p) * q.s + t if q.along_p else t
+                gw = q.collected + 16 * q.cells * owner + 8 * cell
+                gb = gw + 8 * q.cells
+                for j in range(n):
+                    write(gw, j, 0.0)
+                    write(gb, j, 0.0)
+                first = plane - owner * q.p if q.along_p else 0
+                for p in range(first, first + 1 if q.along_p else q.p):
+                    apply_sharers(q, (owner, 0, q.sharers), p, t, n, (gw, gb), tile, kinds)
+        turn = take(record)
+    if q.non_temporal:
+        fence()
+
+
+# --- Columns --------------------------------------------------------------------------------------
+
+
+@inner
+def columns_terms_at(q, a, b, c, width, into, kind):
+    """mean, rstd, hi, r, shift of columns c, c + 1 ... as arrays; whether any is out of range."""
+    any_out_of_range = False
+    for j in range(width):
+        mean, rstd = read_group(q, a, b, (c + j) // q.neighbours)
+        write(into, j, mean)
+        write(into, width + j, rstd)
+        write(into + 16 * width, j, real(mean, kind))
+        write(into + 24 * width, j, real(rstd, kind))
+        write(into + 32 * width, j, real(-(mean - np.float64(real(mean, kind))) * rstd, kind))
+        any_out_of_range = any_out_of_range or is_out_of_range(mean, rstd, kind)
+    return any_out_of_range
+
+
+@inner
+def rows_pairs(x, dy, steps, n, width, into, sums, kinds):
+    """Add dy and dy xhat over n rows to the sums of each column, four rows at a time."""
+    x_step, dy_step = steps
+    first, second = sums
+    kind, stored = kinds
+    hi = into + 16 * width
+    r = into + 24 * width
+    shift = into + 32 * width
+    while n >= 4:
+        x1, x2, x3 = x + x_step, x + 2 * x_step, x + 3 * x_step
+        y1, y2, y3 = dy + dy_step, dy + 2 * dy_step, dy + 3 * dy_step
+        for c in range(width):
+            h, v, d = read_real(hi, c, kind), read_real(r, c, kind), read_real(shift, c, kind)
+            t0, t1 = load(dy, c, stored), load(y1, c, stored)
+            t2, t3 = load(y2, c, stored), load(y3, c, stored)
+            d0, d1 = xhat_of(x, c, h, v, d, kind), xhat_of(x1, c, h, v, d, kind)
+            d2, d3 = xhat_of(x2, c, h, v, d, kind), xhat_of(x3, c, h, v, d, kind)
+            both = scalar.mac(t0, d0, t1 * d1) + scalar.mac(t2, d2, t3 * d3)
+            write(first, c, read(first, c, np.float64) + np.float64((t0 + t1) + (t2 + t3)))
+            write(second, c, read(second, c, np.float64) + np.float64(both))
+        x += 4 * x_step
+        dy += 4 * dy_step
+        n -= 4
+    while n > 0:
+        for c in range(width):
+            h, v, d = read_real(hi, c, kind), read_real(r, c, kind), read_real(shift, c, kind)
+            t = load(dy, c, stored)
+            write(first, c, read(first, c, np.float64) + np.float64(t))
+            xhat = xhat_of(x, c, h, v, d, kind)
+            if is_double(kind):
+                total = scalar.mac(np.float64(t), np.float64(xhat), read(second, c, np.float64))
+            else:
+                total = read(second, c, np.float64) + np.float64(t * xhat)
+            write(second, c, total)
+        x += x_step
+        dy += dy_step
+        n -= 1
+
+
+@inner
+def columns_sums(q, place, segment, into, any_out_of_range, kinds):
+    """Sums of a segment of rows, for each column, into `sums`."""
+    a, b, c, width = place
+    kind, stored = kinds
+    first = q.sums + 16 * (((a * q.b + b) * q.segments + segment) * q.c + c)
+    second = first + 8 * width
+    for j in range(2 * width):
+        write(first, j, 0.0)
+    f = segment * BACKWARD_SPAN_ROWS
+    last = min(f + BACKWARD_SPAN_ROWS, q.p * q.s)
+    while f < last:
+        p = f // q.s
+        t = f - p * q.s
+        n = min(last - f, q.s - t)
+        x = at(q.x, a, b) + p * q.x.p + t * q.x.s + c * q.x.c
+        dy = at(q.dy, a, b) + p * q.dy.p + t * q.dy.s + c * q.dy.c
+        rows_pairs(x, dy, (q.x.s, q.dy.s), n, width, into, (first, second), kinds)
+        f += n
+    if not any_out_of_range:
+        return
+    for j in range(width):
+        mean, rstd = read(into, j, np.float64), read(into, width + j, np.float64)
+        if is_out_of_range(mean, rstd, kind):
+            total = 0.0
+            for i in range(segment * BACKWARD_SPAN_ROWS, last):
+                p = i // q.s
+                t = i - p * q.s
+                x = at(q.x, a, b) + p * q.x.p + t * q.x.s + c * q.x.c
+                dy = at(q.dy, a, b) + p * q.dy.p + t * q.dy.s + c * q.dy.c
+                d = (np.float64(load(x, j, kind)) - mean) * rstd
+                total = scalar.mac(np.float64(load(dy, j, stored)), d, total)
+            write(second, j, total)
+
+
+@inner
+def finalize_columns(q, a, b, c, width, into, kind):
+    """From sums to wr, c1 and c2 of each column, in float64 and then rounded."""
+    k = q.neighbours
+    count = np.float64(q.p * q.s * k)
+    for g in range(width // k):
+        first = 0.0
+        second = 0.0
+        for j in range(g * k, g * k + k):
+            w = 1.0
+            if q.weight.data != 0:
+                w = np.float64(read_real(at(q.weight, a, b) + (c + j) * q.weight.c, 0, kind))
+            write(into + 40 * width, j, w * read(into, width + j, np.float64))
+            if q.training:
+                one = 0.0
+                two = 0.0
+                for segment in range(q.segments):
+                    of = q.sums + 16 * (((a * q.b + b) * q.segments + segment) * q.c + c)
+                    one += w * read(of, j, np.float64)
+                    two += w * read(of, width + j, np.float64)
+                first += one
+                second += two
+        for j in range(g * k, g * k + k):
+            rstd = read(into, width + j, np.float64)
+            write(into + 48 * width, j, rstd * (first / count) if q.centred else 0.0)
+            write(into + 56 * width, j, rstd * (second / count))
+    for j in range(width):
+        for field in range(3):
+            v = read(into + (40 + 8 * field) * width, j, np.float64)
+            write(into + (64 + 8 * field) * width, j, real(v, kind))
+
+
+@inner
+def apply_row(x, dy, dx, width, into, kind, stored, to):
+    """dx of a row."""
+    hi, r, shift = into + 16 * width, into + 24 * width, into + 32 * width
+    wr, c1, c2 = into + 64 * width, into + 72 * width, into + 80 * width
+    for j in range(width):
+        v = scalar.apply_back(
+            load(x, j, kind), load(dy, j, stored), read_real(hi, j, kind), read_real(r, j, kind),
+            read_real(shift, j, kind), read_real(wr, j, kind), read_real(c1, j, kind),
+            read_real(c2, j, kind),
+        )  # fmt: skip
+        store(dx, j, v, to)
+
+
+@inner
+def apply_row_apart(dy, dx, width, into, kind, stored, to):
+    """dx of a row by given statistics, in which x, out of range or not, has no part."""
+    wr = into + 64 * width
+    for j in range(width):
+        store(dx, j, load(dy, j, stored) * read_real(wr, j, kind), to)
+
+
+@inner
+def apply_columns(q, place, segment, into, any_out_of_range, room, kinds):
+    """dx of a segment of rows; `room` is a tile and a spare."""
+    a, b, c, width = place
+    tile, spare = room
+    kind, stored, computed = kinds
+    last = min((segment + 1) * BACKWARD_SPAN_ROWS, q.p * q.s)
+    for i in range(segment * BACKWARD_SPAN_ROWS, last):
+        p = i // q.s
+        t = i - p * q.s
+        x = at(q.x, a, b) + p * q.x.p + t * q.x.s + c * q.x.c
+        dy = at(q.dy, a, b) + p * q.dy.p + t * q.dy.s + c * q.dy.c
+        dx = at(q.dx, a, b) + p * q.dx.p + t * q.dx.s + c * q.dx.c
+        if q.direct and not any_out_of_range:
+            if q.training:
+                apply_row(x, dy, dx, width, into, kind, stored, kind)
+            else:
+                apply_row_apart(dy, dx, width, into, kind, stored, kind)
+            continue
+        if q.training:
+            apply_row(x, dy, tile, width, into, kind, stored, computed)
+        else:
+            apply_row_apart(dy, tile, width, into, kind, stored, computed)
+        if any_out_of_range:
+            for j in range(width):
+                if is_out_of_range(
+                    read(into, j, np.float64), read(into, width + j, np.float64), kind
+                ):
+                    d = np.float64(load(x, j, kind)) - read(into, j, np.float64)
+                    xhat = d * read(into, width + j, np.float64)
+                    g = np.float64(load(dy, j, stored)) * read(into + 40 * width, j, np.float64)
+                    v = g - read(into + 48 * width, j, np.float64)
+                    if q.training:
+                        v -= xhat * read(into + 56 * width, j, np.float64)
+                    write(tile, j, real(v, kind))
+        deliver(tile, spare, dx, width, q.non_temporal != 0, kind)
+
+
+OF_COLUMN = 11  # numbers that dx needs of each column
+
+
+@register_jitable
+def columns_parts(width):
+    """Numbers of each part of a thread's memory: what is known of the columns, tile, spare."""
+    return OF_COLUMN * width, width, width
+
+
+@inner
+def columns(record, memory, turn, turns, task, kind, stored, computed):
+    """What `task` asks for, of all items or segments of items; each turn is taken by one thread."""
+    q = record_at(record, BACK)
+    width = q.width
+    room = columns_parts(width)
+    own, tile = part_at(memory, room, 0), part_at(memory, room, 1)
+    spare = part_at(memory, room, 2)
+    total = q.items if task == WHOLE or task == FINALIZE else q.items * q.segments
+    while turn < turns:
+        for i in range(total * turn // turns, total * (turn + 1) // turns):
+            item = i if task == WHOLE or task == FINALIZE else i // q.segments
+            outer = item // q.chunks
+            c = (item - outer * q.chunks) * width
+            a = outer // q.b
+            b = outer - a * q.b
+            n = min(width, q.c - c)
+            into = (
+                own if task == WHOLE or task == MOMENTS else q.terms + 8 * OF_COLUMN * width * item
             )
-        carry_out(APPLY, plan.chunks if plan.inside else plan.items * plan.segments, threads)
+            any_out_of_range = False
+            if task == APPLY:
+                for j in range(n):
+                    mean, rstd = read(into, j, np.float64), read(into, n + j, np.float64)
+                    any_out_of_range = any_out_of_range or is_out_of_range(mean, rstd, kind)
+            else:
+                any_out_of_range = columns_terms_at(q, a, b, c, n, into, kind)
+            first = 0 if task == WHOLE else i - item * q.segments
+            last = q.segments if task == WHOLE else first + 1
+            if task == WHOLE or task == MOMENTS:
+                for segment in range(first, last):
+                    columns_sums(q, (a, b, c, n), segment, into, any_out_of_range, (kind, stored))
+            if task == WHOLE or task == FINALIZE:
+                finalize_columns(q, a, b, c, n, into, kind)
+            if task == WHOLE or task == APPLY:
+                for segment in range(first, last):
+                    kinds = kind, stored, computed
+                    apply_columns(
+                        q, (a, b, c, n), segment, into, any_out_of_range, (tile, spare), kinds
+                    )
+        turn = take(record)
+    if q.non_temporal:
+        fence()
 
 
-def _totals(plan: _Plan, layout: Layout, sums: Array, collected: Array) -> tuple[Array, Array]:
-    """dweight and dbias along the five dimensions, each 1 long where it is shared."""
-    if plan.inside:
-        parts = collected.reshape(-1, plan.parts, *plan.collected[1:])
-        both = parts[:, 0] if plan.parts == 1 else np.add.reduce(parts, axis=1)
-        own = [n if stride else 1 for n, stride in zip(layout.dims, layout.strides["dweight"])]
-        return both[:, 0].reshape(own), both[:, 1].reshape(own)
-    total = sums.reshape(plan.five)
-    total = np.add.reduce(total, axis=plan.axes, keepdims=True) if plan.axes else total
-    if layout.columns:
-        return total[:, :, :, 1:], total[:, :, :, :1]
-    return total[..., 1, None], total[..., 0, None]
+# --- The kernels ----------------------------------------------------------------------------------
+
+
+def compile_planes(kind: type, stored: type, computed: type, sources: int) -> Any:
+    """The kernel of runs with one weight each, for x of a kind and dy of its own."""
+
+    @cfunc(KERNEL, cache=True, **STRICT)
+    def kernel_of_planes(record, memory, turn, turns, task):
+        if sources != 0:
+            planes(record, memory, turn, turns, task, kind, stored)
+
+    return kernel_of_planes
+
+
+def compile_rows(kind: type, stored: type, computed: type, sources: int) -> Any:
+    """The kernel of runs along which the weight differs, for x of a kind and dy of its own."""
+
+    @cfunc(KERNEL, cache=True, **STRICT)
+    def kernel_of_rows(record, memory, turn, turns, task):
+        if sources != 0:
+            rows(record, memory, turn, turns, task, kind, stored)
+
+    return kernel_of_rows
+
+
+def compile_columns(kind: type, stored: type, computed: type, sources: int) -> Any:
+    """The kernel of columns, for x of a kind and dy of its own."""
+
+    @cfunc(KERNEL, cache=True, **STRICT)
+    def kernel_of_columns(record, memory, turn, turns, task):
+        if sources != 0:
+            columns(record, memory, turn, turns, task, kind, stored, computed)
+
+    return kernel_of_columns

@@ -1,78 +1,194 @@
-"""The backend: from a layout and its schedule to a call of a compiled kernel."""
+"""The backend: what the Cython kernels offer, carried out by those that Numba compiles.
+
+Kernels are compiled on first use, for the kind of number at hand, and kept on disk by Numba.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
+import numba
 import numpy as np
-from numba import types
+from numpy.lib.stride_tricks import as_strided
+from numpy.typing import NDArray
 
-from fastnorm._numba import activations, columns, plan, runs, threads
-from fastnorm._numba.backward import run_backward
-from fastnorm._numba.compiling import SOURCES, compiling
-from fastnorm._numba.operands import (
-    Array,
-    array_type,
-    computed,
-    converted,
-    flat,
-    nothing,
-    steps_of,
-    stored,
-)
-from fastnorm._numba.repeated import Plan, Repeat, in_memory
+from fastnorm import _core, runtime
+from fastnorm._numba import activations, backward, blocking, forward
+from fastnorm._numba.blocking import ADDRESSES, APPLY, FINALIZE, MOMENTS, PASS, WHOLE
+from fastnorm._numba.extents import size_of_room, spans_of, watched
+from fastnorm._numba.memory import COUNTERS, SOURCES, alone, compiling, together
 from fastnorm.layout import Layout
-from fastnorm.runtime import kernel_threads
-from fastnorm.schedule import APPLY_ELEMENTS, Dtypes, ForwardSchedule
+from fastnorm.problem import OPERANDS
+from fastnorm.schedule import (
+    BACKWARD_CHUNK,
+    BACKWARD_SHARED_RUNS,
+    BLOCK,
+    ITEMS_PER_THREAD,
+    NON_TEMPORAL_MIN_RUN,
+    SHORT_RUN_BYTES,
+    SPLIT_BLOCKS,
+    TILE_ELEMENTS,
+    TILE_GROUPS,
+    TURNS_PER_THREAD,
+    BackwardSchedule,
+    Dtypes,
+    ForwardSchedule,
+)
 
-__all__ = ["run_backward", "run_moments", "run_pass"]
+Array = NDArray[Any]
+Room: TypeAlias = tuple[int, ...]  # how many numbers each part of a thread's memory has
 
-_NO_STRIDES = (0, 0, 0, 0, 0)
-_COUNTS = np.dtype(np.int64)
+_KINDS = {"float32": np.float32, "float64": np.float64, "float16": np.int16, "bfloat16": np.uint16}
 
-# --- Kernels --------------------------------------------------------------------------------------
+
+@lru_cache(maxsize=16)
+def _kind_of(dtype: np.dtype[Any]) -> type:
+    """The kind of numbers of a dtype, whose name NumPy makes up every time."""
+    return _KINDS[dtype.name]
+
+
+# --- Kernels and threads --------------------------------------------------------------------------
+
 
 _kernels: dict[tuple[Any, ...], Any] = {}
 
 
-def kernel(
-    compiler: Callable[..., Any],
-    dtype: np.dtype[Any],
-    there: frozenset[str],
-    act: Any,
-    several: bool,
-) -> Any:
-    """A kernel for numbers of one type and for what is there, compiled with its first call."""
-    key = compiler, dtype, there, act, several
+def _kernel(compiler: Callable[..., Any], *kinds: type) -> int:
+    """The address of a kernel for numbers of some kinds."""
+    key = compiler, *kinds
     found = _kernels.get(key)
     if found is None:
         with compiling():
             found = _kernels.get(key)
             if found is None:
-                signature = _signature(dtype, there)
-                found = _kernels[key] = compiler(signature, act, several, SOURCES)
-    return found
+                found = _kernels[key] = compiler(*kinds, SOURCES)
+    return int(found.address)
 
 
-def _signature(dtype: np.dtype[Any], there: frozenset[str]) -> Any:
-    real = array_type(computed(dtype))
-    x, double = array_type(dtype), array_type(np.float64, writable=True)
-    y = array_type(dtype, writable=True)
-    counts = types.Array(types.int64, 2, "C", readonly=True)
-    optional: dict[str, Any] = {"y": y, "residual": real, "mask": array_type(np.uint8)}
-    optional["total"] = types.Tuple((x, real, y))
-    optional["tiles"] = array_type(computed(dtype), writable=True)
-    return types.void(
-        types.intp, types.intp, types.intp, array_type(np.int64), counts, types.float64,
-        x, real, real, double, double, double, double, double,
-        *(kind if name in there else types.none for name, kind in optional.items()),
-    )  # fmt: skip
+def _takes_several() -> bool:
+    """Whether several of Python's threads may meet in the layer that Numba's threads come from."""
+    try:
+        return numba.threading_layer() in ("omp", "tbb")
+    except ValueError:  # none has started
+        return False
+
+
+# Of a layer in which two may not meet: that ends the process.
+_sharing = threading.Lock()
+
+
+def _share(
+    kernel: int, record: int, items: int, threads: int, task: int, room: Room, static: bool = False
+) -> None:
+    """Let up to so many threads take turns at the items of a kernel, each with room of its own.
+
+    `record` is the address of a record. With `static` the shares are
+    fixed: each core then finds its own in its cache.
+    """
+    # OpenMP, of which Numba's threads may be, ends or hangs a forked child that asks it for some
+    threads = 1 if runtime.forked else min(threads, items, numba.config.NUMBA_NUM_THREADS)
+    locked = False
+    if threads > 1 and not _takes_several():
+        # the count does not know threads that were started without `threading`, the lock does
+        locked = threading.active_count() == 1 and _sharing.acquire(blocking=False)
+        threads = threads if locked else 1
+    try:
+        _run(kernel, record, items, threads, task, room, static)
+    finally:
+        if locked:
+            _sharing.release()
+
+
+def _run(
+    kernel: int, record: int, items: int, threads: int, task: int, parts: Room, static: bool
+) -> None:
+    room = size_of_room(parts)
+    memory = np.empty(threads * room + 63, np.uint8)
+    start = _address(memory)
+    start += -start % 64
+    with watched(spans=spans_of(start, parts, threads)):
+        _call(kernel, record, items, threads, task, start, room, static)
+
+
+def _call(
+    kernel: int,
+    record: int,
+    items: int,
+    threads: int,
+    task: int,
+    start: int,
+    room: int,
+    static: bool,
+) -> None:
+    if threads == 1:
+        alone(kernel, record, start, task)
+    else:
+        before = numba.get_num_threads()  # of this thread; theirs who called
+        if before != threads:
+            numba.set_num_threads(threads)
+        turns = threads if static else min(items, TURNS_PER_THREAD * threads)
+        try:
+            together(kernel, record, start, room, turns, task, threads)
+        finally:
+            if before != threads:
+                numba.set_num_threads(before)
+
+
+# --- Operands -------------------------------------------------------------------------------------
+
+_Strides: TypeAlias = tuple[int, ...]
+
+
+def _plain_address(array: Array) -> int:
+    return array.ctypes.data
+
+
+# Where the first element of an array lies; the compiled kernels tell it in a fiftieth of the time.
+_address: Callable[[Array], int] = getattr(_core.kernels, "address_of", _plain_address)
+
+
+def _operand(strides: _Strides | None, size: int) -> _Strides:
+    """What a record holds of an operand: room for its address, and strides in bytes."""
+    return (0, 0, 0, 0, 0, 0) if strides is None else (0, *(stride * size for stride in strides))
+
+
+def _in_five(array: Array, strides: _Strides, dims: _Strides) -> Array:
+    """An array along the five dimensions, 1 long where it is broadcast."""
+    shape = tuple(n if stride else 1 for n, stride in zip(dims, strides))
+    return as_strided(array, shape, tuple(stride * array.itemsize for stride in strides))
+
+
+def _converted(
+    array: Array, strides: _Strides, dims: _Strides, computing: Any
+) -> tuple[Array, _Strides]:
+    """A copy in the type that is computed in, and its strides."""
+    with np.errstate(all="ignore"):  # a weight of doubles may become infinite
+        five = _in_five(array, strides, dims).astype(computing, order="C")
+    return five, tuple(
+        0 if n == 1 else stride // five.itemsize for n, stride in zip(five.shape, five.strides)
+    )
 
 
 # --- Forward --------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Plan:
+    """What a kernel is told of every pass of a layout, but for addresses."""
+
+    template: Array  # a record as whole numbers
+    kernel: int
+    room: Room
+    schedule: ForwardSchedule
+    items: int
+    width: int
+    non_temporal: bool
+    followed: bool  # by a residual or an activation
+    half: bool
 
 
 class _Asked(NamedTuple):
@@ -81,97 +197,101 @@ class _Asked(NamedTuple):
     centred: bool = True
     given: bool = False
     scaling: int = 0
+    eps: float = 0.0
     activation: Any = 0
     activation_first: bool = False
-    fields: int = 0  # elements from one field of moments to the next
-    in_place: bool = False
-
-
-@dataclass(slots=True)
-class _Plan:
-    """What a kernel is told of every pass of a layout."""
-
-    numbers: Array
-    steps: Array
-    kernel_of: Callable[[bool], Any]
-    items: int
-    parts: int  # numbers of moments of splits
-    schedule: ForwardSchedule
-    real: np.dtype[Any]  # that is computed in
-    present: frozenset[str]  # what the kernel takes, whether it is there or not
 
 
 def _dtypes(**arrays: Array | None) -> Dtypes:
     return tuple((name, array.dtype) for name, array in arrays.items() if array is not None)
 
 
+def _planes_follow(layout: Layout, *operands: str) -> bool:
+    """Whether the planes of a group are one run of each of these operands."""
+    p, s = layout.dims[2:4]
+    steps = (layout.strides[name] for name in operands)
+    return p == 1 or all(step[2] == s * step[3] for step in steps)
+
+
 @lru_cache(maxsize=4096)
 def _plan(layout: Layout, schedule: ForwardSchedule, dtypes: Dtypes, asked: _Asked) -> _Plan:
-    there = dict(dtypes)
-    dtype = there["x"]
-    double = dtype == np.float64
-    steps = layout.strides
+    types = dict(dtypes)
+    kind = _kind_of(types["x"])
+    computing = np.float64 if kind is np.float64 else np.float32
+    written = "y" in types
+    size = types["x"].itemsize
+    real = np.dtype(computing).itemsize
+    centred, given, scaling, eps, activation, activation_first = asked
+    numeric = schedule.blocking
     a, b, p, s, c = layout.dims
-    blocking = schedule.blocking
-    source = "total" if "total" in there else "x"
-    act = asked.activation
-    if callable(act):
-        activations.check(act, np.float64 if double else np.float32)
-    else:
-        act = activations.OURS if act else None
-    names = ("x", "y", "residual", "addend", source, "mask", "weight", "bias", "stats")
-    table = np.array([steps_of(steps.get(n, _NO_STRIDES), layout.dims) for n in names], np.int64)
-
-    def follow(*operands: str) -> bool:
-        """Whether the planes of a group are one run of each of these operands."""
-        return p == 1 or all(steps[n][2] == s * steps[n][3] for n in operands if n in there)
-
-    weights = [steps.get(n, _NO_STRIDES) for n in ("weight", "bias")]
-    plain = not (asked.in_place or act or asked.activation_first or "residual" in there)
-    copies = "mask" in there or not (layout.columns or follow(source))
-    present = {"mask", "tiles"} if copies else set()
-    if "y" in there:
-        present.add("y")
-        if "total" in there or not plain or (copies and layout.columns):
-            present = {"y", "residual", "mask", "total", "tiles"}
+    length = numeric.length
+    steps = layout.strides
+    weights = [steps.get(name, (0,) * 5) for name in ("weight", "bias")]
+    width, chunks, items = schedule.width, schedule.chunks, schedule.items
+    non_temporal = written and schedule.non_temporal
+    # short planes of doubles that lie apart, which are not copied together here
+    apart = schedule.path == "gathered" and s * size % 64 == 0
+    non_temporal |= apart and schedule.direct_non_temporal
+    foldable = schedule.foldable
+    # rows one by one: of float16, too, which is converted a row at a time
+    alone = schedule.single_rows and not (non_temporal and size == 2)
+    alone &= "total" not in types or kind is np.float32
+    kept = 0
+    if alone:
+        width, chunks, items = 1, b, a * b
+        kept = 0 if foldable else 2 * -(-(length * real + 64) // 8)
     if layout.columns:
-        compiler, width, items = columns.compile_columns, schedule.width, schedule.items
+        kernel = _kernel(forward.compile_columns, kind, computing)
+        room = forward.columns_parts(width)
     else:
-        compiler, width, items = runs.compile_runs, 1, a * b
-    numbers = np.zeros(plan.NUMBERS, np.int64)
-    told = {
-        plan.A: a, plan.B: b, plan.P: p, plan.S: s, plan.C: c,
-        plan.NEIGHBOURS: layout.neighbours, plan.CENTRED: asked.centred, plan.GIVEN: asked.given,
-        plan.SCALING: asked.scaling, plan.ACTIVATION_FIRST: asked.activation_first,
-        plan.WIDTH: width, plan.CHUNKS: schedule.chunks, plan.BLOCK_ROWS: blocking.block,
-        plan.SPLIT: blocking.split_length, plan.SPLITS: blocking.splits,
-        plan.MASKED: "mask" in there, plan.DIRECT: plain,
-        plan.STAGE: APPLY_ELEMENTS if "tiles" in present else p * s,
-        plan.FAR: "mask" in there or (asked.given and not schedule.foldable),
-        plan.FIELDS: asked.fields,
-        plan.WHOLE_SUMS: "mask" not in there and follow(source),
-        plan.ACTIVATION: 0 if callable(asked.activation) else asked.activation,
-        plan.WITH_RESIDUAL: "residual" in there, plan.WITH_ADDEND: "total" in there,
-        plan.WHOLE_OUTPUT: follow(source, "y", "residual")
-        and not any(w[2] or w[3] for w in weights),
-        plan.TABULATED: schedule.tabulated,
-        plan.WITH_STATS: not asked.given and not asked.fields,
-        plan.FOLDED: schedule.foldable and not double,
-    }  # fmt: skip
-    for place, value in told.items():
-        numbers[place] = value
-    return _Plan(
-        numbers,
-        table,
-        lru_cache(maxsize=2)(
-            lambda parallel: kernel(compiler, dtype, frozenset(present), act, parallel)
-        ),
-        items,
-        items * blocking.splits * 5 * width if blocking.splits > 1 else 1,
-        schedule,
-        computed(dtype),
-        frozenset(present),
+        kernel = _kernel(forward.compile_runs, kind, computing)
+        room = forward.runs_parts(width, kept)
+    tabulated = schedule.tabulated
+    folded_groups = (
+        foldable
+        and not layout.columns
+        and kind is not np.float64
+        and not any(w[2] or (tabulated and w[0]) for w in weights)
     )
+    stats = steps["stats"]
+    residual_real, addend_real = (types.get(name) == computing for name in ("residual", "addend"))
+    sizes = {"mask": 1, "weight": real, "bias": real}
+    sizes |= {"residual": real if residual_real else size, "addend": real if addend_real else size}
+    source = "total" if "total" in steps else "x"  # what the norm is of
+    record = np.zeros(1, PASS)
+    record[0] = (
+        0,
+        *(_operand(steps.get(name), sizes.get(name, size)) for name in OPERANDS),
+        *(_operand(stats, 8) for _ in range(3)),
+        a, b, p, s, c, layout.neighbours, layout.columns, centred, given, scaling,
+        activations.address_of(activation, computing), activation_first, non_temporal,
+        residual_real, addend_real, foldable, folded_groups, _planes_follow(layout, source),
+        written and _planes_follow(layout, source, "y"), length, width, chunks, items,
+        numeric.block, numeric.splits, 0, 0, 0, 0, 0, 0, kept, alone,
+        non_temporal and foldable and kind is np.float32, activation == 1, eps,
+    )  # fmt: skip
+    return _Plan(
+        record.view(np.int64),
+        kernel,
+        room,
+        schedule,
+        items,
+        width,
+        non_temporal,
+        "residual" in types or activation != 0 or activation_first,
+        size == 2,
+    )
+
+
+# Places in a record, counted in whole numbers: slices are set in a third of the time.
+_DATA = slice(len(COUNTERS), len(COUNTERS) + 6 * len(ADDRESSES), 6)
+_AT = {name: int(PASS.fields[name][1]) // 8 for name in blocking.NUMBERS}  # type: ignore[index]
+
+
+def _addresses(arrays: Mapping[str, Array | None]) -> dict[str, int]:
+    """Where the arrays of a forward pass are, in the order of a record; 0: there is none."""
+    given = {name: arrays.get(name) for name in ADDRESSES}
+    return {name: 0 if array is None else _address(array) for name, array in given.items()}
 
 
 def run_pass(
@@ -199,146 +319,68 @@ def run_pass(
     ticket: Any = None,
     statistics: tuple[int, ...] = (),
 ) -> bool:
-    """One pass of `layout` over x into y (None: statistics alone).
+    """One pass of `layout` over x into y (None: statistics alone); whether the activation raised.
 
     Fills mean, var and rstd, or reads the first two where `given`. `activation` is a number, or a
-    function that Numba has compiled; what that raises is raised here.
+    function that Numba has compiled (`activations`).
     """
-    real = computed(x.dtype)
-    converted_to = []
+    computing = np.float64 if x.dtype == np.float64 else np.float32
+    added = []
     for name, array in (("residual", residual), ("addend", addend)):
-        if array is not None and array.dtype != real:
-            array, strides = converted(array, layout.strides[name], layout.dims, real)
+        if array is not None and array.dtype != x.dtype and array.dtype != computing:
+            array, strides = _converted(array, layout.strides[name], layout.dims, computing)
             layout = replace(layout, strides={**layout.strides, name: strides})
-        converted_to.append(array)
-    residual, addend = converted_to
-    in_place = y is not None and _start(x if total is None else total) == _start(y)
-    asked = _Asked(centred, given, scaling, activation, activation_first, 0, in_place)
-    dtypes = _dtypes(
-        x=x, y=y, residual=residual, addend=addend, total=total, mask=mask, weight=weight, bias=bias
-    )
-    told = _plan(layout, schedule, dtypes, asked)
-    steps, dims = layout.strides, layout.dims
-
-    def lies(array: Array | None, name: str, absent: Any = None) -> Any:
-        return absent if array is None else flat(array, steps[name], dims)
-
-    def optional(array: Array | None, name: str, absent: Any) -> Any:
-        return lies(array, name, absent) if name in told.present else None
-
-    none = nothing(x.dtype)
-    source = lies(x, "x") if total is None else lies(total, "total")
-    status = np.zeros(3)
-    added: Any = (source, nothing(real), none)
-    if total is not None:
-        added = lies(x, "x"), lies(addend, "addend"), source
-    _execute(
-        told, threads, eps, source,
-        lies(weight, "weight", _ones(real)),
-        lies(bias, "bias", nothing(real)),
-        *(flat(array, steps["stats"], dims) for array in (mean, var, rstd)),
-        status,
-        lies(y, "y"),
-        optional(residual, "residual", nothing(real)),
-        optional(mask, "mask", nothing(np.bool_)),
-        added if "total" in told.present else None,
-    )  # fmt: skip
-    if isinstance(ticket, Repeat) and total is None and mask is None and not given:
-        ticket.plan = _plan_of_repeats(
-            told, eps, ticket, layout, (x, weight, bias, residual), activation
-        )
-    if status[0]:
-        activations.raise_for(activation, real.type(status[1]))
-    return False
+        added.append(array)
+    residual, addend = added
+    arrays = {
+        "x": x, "y": y, "residual": residual, "addend": addend, "total": total, "mask": mask,
+        "weight": weight, "bias": bias, "mean": mean, "var": var, "rstd": rstd,
+    }  # fmt: skip
+    dtypes = _dtypes(**{name: arrays[name] for name in OPERANDS})
+    asked = _Asked(centred, given, scaling, eps, activation, activation_first)
+    plan = _plan(layout, schedule, dtypes, asked)
+    record = plan.template.copy()
+    at = _addresses(arrays)
+    record[_DATA] = list(at.values())
+    if y is not None and not plan.non_temporal and at["x"] != at["y"]:
+        # from x to y, through no tile
+        record[_AT["plain"]] = not plan.followed
+        record[_AT["direct"]] = not plan.half and at["residual"] != at["y"]
+    where = _address(record)
+    table = None
+    if plan.schedule.tabulated:
+        chunks = int(record[_AT["chunks"]])
+        table = np.empty(chunks * blocking.SCALE * plan.width)
+        record[_AT["scales"]], record[_AT["items"]] = _address(table), chunks
+        with watched(record, table, *arrays.values()):
+            _share(plan.kernel, where, chunks, 1, FINALIZE, plan.room)
+        record[_AT["items"]] = plan.items
+    with watched(record, table, *arrays.values()):
+        _carry_out(plan, record, threads, given=given, written=y is not None)
+    return bool(record[_AT["raised"]])
 
 
-def _plan_of_repeats(
-    told: _Plan, eps: float, repeat: Repeat, layout: Layout, operands: Any, activation: Any
-) -> Plan | None:
-    """What answers calls like one that has just been answered; None where arrays were copied."""
-    places: list[int | None] = []
-    for name, array in zip(("x", "weight", "bias", "residual"), operands):
-        lies = None if array is None else flat(array, layout.strides[name], layout.dims)
-        places.append(None if lies is None else repeat.place_of(lies))
-        if array is not None and places[-1] is None:
-            return None
-    if callable(activation):
-        return None
-    x_at, w_at, b_at, r_at = places
-    assert x_at is not None
-    repeat.x = x_at
-    dtype, real = operands[0].dtype, told.real
-    kind = None if stored(dtype) is dtype else stored(dtype)
-    contiguous = operands[0].flags.c_contiguous
-    one, zero, room, status = _ones(real), nothing(real), np.empty(1), np.zeros(3)
-    numbers = told.numbers.copy()
-    numbers[plan.WITH_STATS] = 0  # nobody asks for them
-    own = replace(told, numbers=numbers)
-    no_added = (nothing(dtype), zero, nothing(dtype)) if "total" in told.present else None
-    no_mask = nothing(np.bool_) if "mask" in told.present else None
-    no_residual = zero if "residual" in told.present else None
-    steps, items, serial = told.steps, told.items, told.kernel_of
-    tiles = "tiles" in told.present
-
-    def answer(call: tuple[Any, ...]) -> Any:
-        x = call[x_at]
-        y = np.empty_like(x)
-        if contiguous:
-            flat_x, flat_y = x.reshape(-1), y.reshape(-1)
-        else:
-            flat_x, flat_y = x.ravel("K"), y.ravel("K")
-        if kind is not None:
-            flat_x, flat_y = flat_x.view(kind), flat_y.view(kind)
-        weight = one if w_at is None else in_memory(call[w_at])
-        bias = zero if b_at is None else in_memory(call[b_at])
-        residual = no_residual if r_at is None else in_memory(call[r_at])
-        count = own.schedule.threads(kernel_threads())
-        if count == 1:
-            serial(False)(
-                1, items, plan.WHOLE, numbers, steps, eps, flat_x, weight, bias, room, room, room,
-                room, status, flat_y, residual, no_mask, no_added,
-                np.empty(runs.TILE, real) if tiles else None,
-            )  # fmt: skip
-        else:
-            _execute(
-                own, count, eps, flat_x, weight, bias, room, room, room, status, flat_y, residual,
-                no_mask, no_added,
-            )  # fmt: skip
-        return y
-
-    return answer
-
-
-@lru_cache(maxsize=2)
-def _ones(dtype: np.dtype[Any]) -> Array:
-    return np.ones(1, dtype)
-
-
-def _start(array: Array) -> int:
-    return array.ctypes.data
-
-
-def _execute(told: _Plan, count: int, eps: float, *arrays: Any) -> None:
-    """Run a kernel over whole items, or splits of them where they are few and large."""
-    count, sharing = told.schedule.threads(count), told.schedule.sharing(count)
-    split = sharing == "split"
-    parts = np.empty(told.parts if split else 1)
-    tiles = np.empty(max(count, 1) * runs.TILE, told.real) if "tiles" in told.present else None
-    (*operands, status, y, residual, mask, added) = arrays
-
-    def run(task: int, items: int) -> None:
-        threads.run(
-            told.kernel_of, items, count, task, told.numbers, told.steps, eps, *operands, parts,
-            status, y, residual, mask, added, tiles,
-        )  # fmt: skip
-
-    if not split:
-        run(plan.WHOLE, told.items)
+def _carry_out(
+    plan: _Plan, record: Array, threads: int, *, given: bool = False, written: bool = False
+) -> None:
+    """Run a kernel of items on their own, or of splits where they are few and large."""
+    kernel, room, items = plan.kernel, plan.room, plan.items
+    splits = plan.schedule.blocking.splits
+    where = _address(record)
+    threads, sharing = plan.schedule.threads(threads), plan.schedule.sharing(threads)
+    if sharing != "split":
+        _share(kernel, where, items, threads, WHOLE, room, sharing == "static")
         return
-    pieces = told.items * told.schedule.blocking.splits
-    if told.numbers[plan.WITH_ADDEND] or not told.numbers[plan.GIVEN]:
-        run(plan.MOMENTS, pieces)
-    run(plan.APPLY, pieces)
+    # few large groups: all threads take splits of each; the merge is in the splits' order
+    parts = np.empty(items * splits * blocking.FIELDS * plan.width)
+    scales = np.empty(items * blocking.SCALE * plan.width)
+    record[_AT["parts"]], record[_AT["scales"]] = _address(parts), _address(scales)
+    with watched(parts, scales):
+        if not given:
+            _share(kernel, where, items * splits, threads, MOMENTS, room)
+        _share(kernel, where, items, 1, FINALIZE, room)
+        if written:
+            _share(kernel, where, items * splits, threads, APPLY, room)
 
 
 def run_moments(
@@ -354,13 +396,249 @@ def run_moments(
 
     The strides of the first field are the layout's "stats".
     """
-    apart = fields.strides[0] // fields.itemsize
-    told = _plan(layout, schedule, _dtypes(x=x, mask=mask), _Asked(fields=apart))
-    real, steps, dims = computed(x.dtype), layout.strides, layout.dims
-    reach = 1 + sum(step * (n - 1) for step, n in zip(steps["stats"], dims)) + 4 * apart
-    into = flat(fields, (1, 0, 0, 0, 0), (reach, 1, 1, 1, 1))
-    chosen = nothing(np.bool_) if mask is None else flat(mask, steps["mask"], dims)
-    _execute(
-        told, threads, 0.0, flat(x, steps["x"], dims), _ones(real), nothing(real),
-        into, into, into, np.zeros(3), None, None, chosen if "mask" in told.present else None, None,
+    plan = _plan(layout, schedule, _dtypes(x=x, mask=mask), _Asked())
+    record = plan.template.copy()
+    first = fields[0]
+    at = _addresses({"x": x, "mask": mask, "mean": first, "var": first, "rstd": first})
+    record[_DATA] = list(at.values())
+    record[_AT["fields"]] = fields.strides[0]
+    with watched(record, x, mask, fields):
+        _carry_out(plan, record, threads)
+
+
+# --- Backward -------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _BackPlan:
+    """What a kernel is told of every backward pass of a layout, but for addresses."""
+
+    template: Array  # a record as whole numbers
+    kernel: int
+    room: Room
+    items: int
+    segments: int
+    inside: bool  # the weight differs along a run
+    turns: int  # of dx alone, where it does
+    owners: tuple[int, ...]  # the cells' shape, where it does
+    parts: int
+    cells: int
+    sums: tuple[int, ...]  # the shape of the sums
+    axes: tuple[int, ...]  # along which they are added up
+    terms: int
+    width: int
+    schedule: BackwardSchedule
+    flat: bool  # whether dweight lies as the sums do
+
+
+class _AskedBack(NamedTuple):
+    """What is asked of a backward pass, and how two arrays lie that may be copies."""
+
+    centred: bool
+    training: bool
+    has_mean: bool
+    dy: _Strides
+    weight: _Strides | None
+
+
+@lru_cache(maxsize=4096)
+def _back_plan(
+    layout: Layout, schedule: BackwardSchedule, dtypes: Dtypes, asked: _AskedBack
+) -> _BackPlan:
+    types = dict(dtypes)
+    kind = _kind_of(types["x"])
+    computing = np.float64 if kind is np.float64 else np.float32
+    stored = kind if types["dy"] == types["x"] else computing
+    size, real = types["x"].itemsize, np.dtype(computing).itemsize
+    numeric = schedule.blocking
+    a, b, p, s, c = layout.dims
+    steps = layout.strides
+    shared = steps["dweight"]
+    inside, segments = numeric.inside, numeric.segments
+    non_temporal = schedule.non_temporal
+    if layout.columns and not schedule.always_non_temporal:
+        non_temporal &= c * size >= NON_TEMPORAL_MIN_RUN  # rows are stored one by one
+    # across planes, unless these have weights of their own
+    joined = layout.columns or inside or shared[2] == 0 or p == 1
+    sharers = parts = chunks = width = turns = together = 1
+    cells = 0
+    owners: tuple[int, ...] = ()
+    sums: tuple[int, ...] = (a, b, 1, segments, 2) if joined else (a, b, p, segments // p, 2)
+    terms = a * b * backward.TERMS
+    if layout.columns:
+        width, chunks = numeric.width, numeric.chunks
+        items = a * b * chunks
+        compiler, room = backward.compile_columns, backward.columns_parts(width)
+        sums = (a, b, segments, 2 * c)
+        terms = items * backward.OF_COLUMN * width
+    elif not inside:
+        if p > 1 and s * size < SHORT_RUN_BYTES:
+            # planes of a group that follow one another are walked as they lie, unless they are few
+            # numbers (group norm 8x256x32x32 bfloat16 490 to 390 us)
+            most = TILE_ELEMENTS if steps["x"][2] == s else SPLIT_BLOCKS * BLOCK
+            width = max(1, min(most // (p * s), b, TILE_GROUPS))
+        chunks = -(-b // width)
+        items = a * chunks
+        compiler, room = backward.compile_planes, backward.RUNS_PARTS
+    else:
+        owners = (a if shared[0] else 1, b if shared[1] else 1, p if shared[2] else 1)
+        items = owners[0] * owners[1]
+        sharers = a * b // items
+        cells = owners[2] * s
+        # few large groups in two sweeps, in one part, and four at a time even where they do not
+        # stay in L2
+        parts = numeric.parts
+        together = BACKWARD_SHARED_RUNS if numeric.sweeps else schedule.together
+        turns = items * owners[2] * -(-s // BACKWARD_CHUNK)
+        compiler, room = backward.compile_rows, backward.RUNS_PARTS
+    # those who share a weight, and their segments, at once: in the order of memory, as Cython does
+    own = [stride != 0 for stride in shared]
+    own[2 if layout.columns else 3] = False
+    axes = tuple(axis for axis, n in enumerate(sums[:-1]) if n > 1 and not own[axis])
+    record = np.zeros(1, backward.BACK)
+    stats = steps["stats"]
+    record[0] = (
+        0,
+        _operand(steps["x"], size),
+        _operand(asked.dy, real if stored is computing else size),
+        _operand(steps["dx"], size),
+        _operand(asked.weight, real),
+        _operand(stats if asked.has_mean else None, 8),
+        _operand(stats, 8),
+        a, b, p, s, c, layout.neighbours, asked.centred, asked.training, non_temporal,
+        not non_temporal, shared[0] != 0, shared[1] != 0, shared[2] != 0, sharers, parts,
+        segments, chunks, width, items, cells, joined, together, 0, 0, 0,
     )  # fmt: skip
+    return _BackPlan(
+        record.view(np.int64),
+        _kernel(compiler, kind, stored, computing),
+        room,
+        items,
+        segments,
+        inside,
+        turns,
+        owners,
+        parts,
+        cells,
+        sums,
+        axes,
+        terms,
+        width,
+        schedule,
+        _is_compact(shared, layout.dims),
+    )
+
+
+def _is_compact(strides: _Strides, dims: _Strides) -> bool:
+    """Whether elements follow one another along the dimensions that have strides."""
+    n = 1
+    for stride, size in zip(reversed(strides), reversed(dims)):
+        if stride not in (0, n):
+            return False
+        n *= size if stride else 1
+    return True
+
+
+_BACK_DATA = slice(len(COUNTERS), len(COUNTERS) + 6 * len(backward.OPERANDS), 6)
+_BACK_OWN = slice(-3, None)  # sums, terms, collected
+
+
+def run_backward(
+    layout: Layout,
+    schedule: BackwardSchedule,
+    x: Array,
+    dy: Array,
+    dx: Array,
+    *,
+    mean: Array | None,
+    rstd: Array,
+    weight: Array | None,
+    dweight: Array,
+    dbias: Array | None,
+    centred: bool = True,
+    training: bool = True,
+    threads: int = 1,
+    ticket: Any = None,
+    own: tuple[int, ...] = (),
+) -> bool:
+    """One backward pass of `layout`: fills dx, dweight and, unless it is None, dbias.
+
+    `weight` (None: 1 everywhere) may lie in any order; `dbias` lies as `dweight` does.
+    False where there is no kernel: where, among columns, the weight differs from row to row.
+    """
+    own_weights = layout.strides["dweight"]
+    if layout.columns and (own_weights[2] or own_weights[3]):
+        return False
+    computing = np.float64 if x.dtype == np.float64 else np.float32
+    dims, of_dy, weights = layout.dims, layout.strides["dy"], layout.strides.get("factor")
+    if dy.dtype != x.dtype and dy.dtype != computing:
+        dy, of_dy = _converted(dy, of_dy, dims, computing)
+    in_place = weights is not None and weights[3] in (0, 1)
+    if weight is not None and weights is not None and not (in_place and weight.dtype == computing):
+        weight, weights = _converted(weight, weights, dims, computing)
+    dtypes = _dtypes(x=x, dy=dy, dx=dx, weight=weight)
+    asked = _AskedBack(centred, training, mean is not None, of_dy, weights)
+    plan = _back_plan(layout, schedule, dtypes, asked)
+    sums, terms = np.empty(plan.sums), np.empty(plan.terms)
+    collected = np.empty((plan.items, plan.parts, 2, plan.cells))
+    record = plan.template.copy()
+    operands = (x, dy, dx, weight, mean, rstd)
+    record[_BACK_DATA] = [0 if array is None else _address(array) for array in operands]
+    record[_BACK_OWN] = _address(sums), _address(terms), _address(collected)
+    with watched(record, *operands, sums, terms, collected):
+        _carry_back(plan, record, threads, dims[0] * dims[1], training)
+    with np.errstate(all="ignore"):  # of infinities, and beyond half precision
+        totals = _totals(plan, layout, sums, collected)
+        for gradient, total in zip((dweight, dbias), totals):
+            if gradient is None:
+                continue
+            if plan.flat and gradient.flags.c_contiguous:
+                gradient[...] = total.reshape(gradient.shape)
+            else:
+                _in_five(gradient, layout.strides["dweight"], dims)[...] = total
+    return True
+
+
+def _carry_back(plan: _BackPlan, record: Array, threads: int, groups: int, training: bool) -> None:
+    """Run a kernel of tasks on their own, or shared out where they are few and large."""
+    where = _address(record)
+    kernel, room, items, segments = plan.kernel, plan.room, plan.items, plan.segments
+    tasks, threads = items * plan.parts, plan.schedule.threads(threads)
+    few = items < ITEMS_PER_THREAD * threads
+    apart = plan.parts == 1 and few and (plan.inside or items % threads != 0)
+    if threads == 1 or not apart or (segments == 1 and not plan.inside):
+        _share(kernel, where, tasks, threads, WHOLE, room)
+    elif plan.inside:
+        if training:
+            _share(kernel, where, groups * segments, threads, MOMENTS, room)
+        _share(kernel, where, groups, 1, FINALIZE, room)
+        _share(kernel, where, plan.turns, threads, APPLY, room)
+    else:
+        _share(kernel, where, items * segments, threads, MOMENTS, room)
+        _share(kernel, where, items, 1, FINALIZE, room)
+        _share(kernel, where, items * segments, threads, APPLY, room)
+
+
+def _totals(plan: _BackPlan, layout: Layout, sums: Array, collected: Array) -> tuple[Array, Array]:
+    """dweight and dbias along the five dimensions, each 1 long where it is shared."""
+    s, c = layout.dims[3:]
+    if plan.inside:
+        both = collected[:, 0] if plan.parts == 1 else np.add.reduce(collected, axis=1)
+        shape = (*plan.owners, s, 1)
+        return both[:, 0].reshape(shape), both[:, 1].reshape(shape)
+    total = np.add.reduce(sums, axis=plan.axes, keepdims=True) if plan.axes else sums
+    if not layout.columns:
+        return total[..., 1, None], total[..., 0, None]
+    # item by item those of dy, then those of dy xhat
+    if plan.width >= c:
+        first, second = total[..., :c], total[..., c:]
+    else:
+        first, second = np.empty((2, *total.shape[:3], c))
+        for start in range(0, c, plan.width):
+            n = min(plan.width, c - start)
+            first[..., start : start + n] = total[..., 2 * start : 2 * start + n]
+            second[..., start : start + n] = total[..., 2 * start + n : 2 * start + 2 * n]
+    first, second = first[..., None, :], second[..., None, :]
+    if c > 1 and layout.strides["dweight"][4] == 0:
+        first, second = (np.add.reduce(v, axis=4, keepdims=True) for v in (first, second))
+    return second, first

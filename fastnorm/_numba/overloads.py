@@ -5,6 +5,9 @@ fastnorm. What is compiled into the user's function is the row of `forward`: one
 allocation but the result.
 
 A row is the elements of one group side by side: arrays in another order are copied to that first.
+
+Numba lets go of an array after its last use, and an address is none: whoever takes the address of
+an array's memory is given the array, or uses it once more afterwards.
 """
 
 from __future__ import annotations
@@ -18,10 +21,13 @@ from numba.core.errors import TypingError
 from numba.extending import overload
 
 import fastnorm
-from fastnorm._numba.apply import apply_run
-from fastnorm._numba.compiling import STRICT, inner
-from fastnorm._numba.moments import moments_of_blocks
-from fastnorm._numba.scales import RSTD, in_range, out_of_range, scale_of_given, scale_of_unit
+from fastnorm._numba import scalar
+from fastnorm._numba.apply import apply_scale
+from fastnorm._numba.blocking import FIELDS, SCALE
+from fastnorm._numba.memory import inner, is_double, read, write
+from fastnorm._numba.moments import merge_into, moments
+from fastnorm._numba.scales import rstd_of
+from fastnorm.schedule import BLOCK, LANES
 
 
 def register() -> None:
@@ -32,38 +38,127 @@ def register() -> None:
 
 
 @inner
-def row_moments(x, centred, eps):
-    """Moments of the elements of x, which lie side by side, times a unit, and that."""
-    found = moments_of_blocks(x, centred)
-    place = (1, x.size, 1), (0, 0, 1, 0), (0, 0, 0, 0)
-    return in_range(found, eps, (RSTD, centred, False), x, None, place)
+def row_moments(x, n, centred, into, part, lanes, kind):
+    """Moments of n elements side by side: those of blocks, merged in order."""
+    moments(x, min(n, BLOCK), centred, into, 1, lanes, kind)
+    i = BLOCK
+    size = 8 if is_double(kind) else 4
+    while i < n:
+        moments(x + i * size, min(n - i, BLOCK), centred, part, 1, lanes, kind)
+        merge_into(into, part, 1, 1)
+        i += BLOCK
 
 
 @inner
-def row_scale(x, centred, eps):
-    """From a row to its scale."""
-    found, unit = row_moments(x, centred, eps)
-    mean, rest, _, rstd = scale_of_unit(found, eps, RSTD, unit, x)
-    return mean, rest, rstd, unit, unit != 1.0 or out_of_range(mean, rstd, x)
+def largest_unit(x, n):
+    """The power of two that brings doubles to 1: 1 where they are all 0, or not all finite."""
+    largest = 0.0
+    for i in range(n):
+        v = abs(read(x, i, np.float64))
+        if not v < math.inf:
+            return 1.0
+        largest = max(largest, v)
+    return math.ldexp(1.0, min(-math.frexp(largest)[1], 1000)) if largest > 0.0 else 1.0
 
 
 @inner
-def rows(x, y, weight, bias, centred, eps):
-    """Each row's own statistics, and weights along it; rows are as long as x.shape[1]."""
-    for i in range(x.shape[0]):
-        apply_run(x[i], y[i], row_scale(x[i], centred, eps), weight, bias, False)
+def scaled_moments(x, n, unit, centred, into, part, lanes):
+    """Moments of n doubles times `unit`, where their squares leave the range."""
+    scaled = np.empty(n, np.float64)
+    for i in range(n):
+        scaled[i] = read(x, i, np.float64) * unit
+    row_moments(scaled.ctypes.data, n, centred, into, part, lanes, np.float64)
+    scaled[0] = 0.0
 
 
 @inner
-def channels(x, y, scale, weight, bias):
-    """Apply one scale to channels, the rows of x, with one weight each."""
-    if x.shape[1] == 1:
-        apply_run(x.ravel(), y.ravel(), scale, weight, bias, False)
+def row_scale(x, n, centred, eps, room, kind):
+    """From a row to its scale, at `room` + FIELDS numbers twice over."""
+    part = room + 8 * FIELDS
+    scale = part + 8 * FIELDS
+    lanes = scale + 8 * SCALE
+    row_moments(x, n, centred, room, part, lanes, kind)
+    unit = 1.0
+    if is_double(kind):
+        v = read(room, 3, np.float64) / n + eps
+        if not 1e-270 < v < 1e270:
+            unit = largest_unit(x, n)
+        if unit != 1.0:
+            scaled_moments(x, n, unit, centred, room, part, lanes)
+    mean = read(room, 1, np.float64)
+    _, rstd = rstd_of(
+        np.float64(n), read(room, 3, np.float64), read(room, 4, np.float64), eps, unit, kind
+    )
+    out_of_range = unit != 1.0
+    if not is_double(kind):
+        out_of_range = not scalar.holds(rstd) or (rstd != 0.0 and abs(mean) >= scalar.MOST)
+    write(scale, 0, mean)
+    write(scale, 1, read(room, 2, np.float64))
+    write(scale, 2, rstd)
+    write(scale, 3, unit)
+    write(scale, 4, 1.0 if out_of_range else 0.0)
+    write(scale, 5, 0.0)
+    return scale
+
+
+ROOM = 2 * FIELDS + SCALE + 4 * LANES  # numbers of float64 that a row needs
+
+
+@inner
+def given_scale(mean, var, eps, room, kind):
+    """The same of statistics that are given."""
+    scale = room + 8 * 2 * FIELDS
+    rstd = scalar.inverse_root(var + eps, 0.0) if var + eps != 0.0 else 0.0
+    out_of_range = not is_double(kind) and (
+        not scalar.holds(rstd) or (rstd != 0.0 and abs(mean) >= scalar.MOST)
+    )
+    write(scale, 0, mean)
+    write(scale, 1, 0.0)
+    write(scale, 2, rstd)
+    write(scale, 3, 1.0)
+    write(scale, 4, 1.0 if out_of_range else 0.0)
+    write(scale, 5, 0.0)
+    return scale
+
+
+@inner
+def scale_of(x, n, centred, eps, room, kind):
+    """Of a row of n elements; of none, whatever."""
+    return row_scale(x, n, centred, eps, room, kind) if n > 0 else room
+
+
+@inner
+def rows(x, y, n, weight, bias, centred, eps, kind):
+    """Each row's own statistics, and weights along it; arrays."""
+    room = np.empty(ROOM, np.float64)
+    wv = 1 if weight.size > 0 else 0
+    bv = 1 if bias.size > 0 else 0
+    size = 8 if is_double(kind) else 4
+    for i in range(x.size // n):
+        start = i * n * size
+        at = x.ctypes.data + start
+        s = scale_of(at, n, centred, eps, room.ctypes.data, kind)
+        w, b = address(weight), address(bias)
+        apply_scale(
+            at, y.ctypes.data + start, n, s, 1, (w, b, wv, bv), (False, False), (kind, kind)
+        )
+    room[0] = 0.0
+
+
+@inner
+def channels(x, y, s, n, count, weight, bias, kind):
+    """Apply the scale at s to `count` channels of n elements, with one weight each."""
+    size = 8 if is_double(kind) else 4
+    if n == 1:
+        wv = 1 if weight != 0 else 0
+        bv = 1 if bias != 0 else 0
+        apply_scale(x, y, count, s, 1, (weight, bias, wv, bv), (False, False), (kind, kind))
         return
-    for c in range(x.shape[0]):
-        w = weight[min(c, weight.size - 1) :][:1]
-        b = bias[min(c, bias.size - 1) :][:1]
-        apply_run(x[c], y[c], scale, w, b, False)
+    for c in range(count):
+        w = weight + c * size if weight != 0 else 0
+        b = bias + c * size if bias != 0 else 0
+        at = c * n * size
+        apply_scale(x + at, y + at, n, s, 1, (w, b, 0, 0), (True, False), (kind, kind))
 
 
 # --- What came in ---------------------------------------------------------------------------------
@@ -84,18 +179,19 @@ def _is_none(value: Any) -> bool:
 
 
 def _compiled(function: Any) -> Any:
-    return overload(function, jit_options=STRICT, strict=False)
+    options = {"error_model": "numpy", "fastmath": False}
+    return overload(function, jit_options=options, strict=False)
 
 
-def _number(value: Any, shape: Any, kind: Any, otherwise: Any) -> Any:
-    """A weight or bias of this shape, flat, in the type that is computed in; of None one number."""
+def _number(value: Any, shape: Any, kind: Any) -> Any:
+    """A weight or bias of this shape, flat, in the type that is computed in; of None no numbers."""
     raise TypeError("for compiled code")
 
 
 @_compiled(_number)
-def _compiled_number(value: Any, shape: Any, kind: Any, otherwise: Any) -> Any:
+def _compiled_number(value: Any, shape: Any, kind: Any) -> Any:
     if _is_none(value):
-        return lambda value, shape, kind, otherwise: np.full(1, kind(otherwise))
+        return lambda value, shape, kind: np.empty(0, kind)
     real = types.Float | types.Integer | types.Boolean
     if not isinstance(value, types.Array) or not isinstance(value.dtype, real):
         raise TypingError(
@@ -109,7 +205,7 @@ def _compiled_number(value: Any, shape: Any, kind: Any, otherwise: Any) -> Any:
     if value.ndim != len(shape):
         raise TypingError(f"{message}; got {value}, expected {len(shape)} dimensions")
 
-    def given(value, shape, kind, otherwise):
+    def given(value, shape, kind):
         for i in range(len(shape)):
             if value.shape[i] != shape[i]:
                 raise ValueError(message)
@@ -198,6 +294,12 @@ def _compiled_groups(value: Any) -> Any:
     return lambda value: value
 
 
+@inner
+def address(numbers):
+    """Where numbers lie; 0 where there are none."""
+    return numbers.ctypes.data if numbers.size > 0 else 0
+
+
 def _trailing(shape: Any, normalized_shape: Any) -> Any:
     """The trailing shape, a tuple."""
     raise TypeError("for compiled code")
@@ -253,15 +355,13 @@ def layer_norm(
 
     def compiled(x, normalized_shape, weight=None, bias=None, eps=1e-5):
         own = _trailing(x.shape, normalized_shape)
-        w = _number(weight, own, kind, 1)
-        b = _number(bias, own, kind, 0)
+        w = _number(weight, own, kind)
+        b = _number(bias, own, kind)
         _between(eps, 0.0, math.inf, EPS)
         source = np.ascontiguousarray(x)
         y = np.empty(x.shape, kind)
         if x.size > 0:
-            n = product(own)
-            whole = (x.size // n, n)
-            rows(source.reshape(whole), y.reshape(whole), w, b, True, eps)
+            rows(source, y, product(own), w, b, True, eps, kind)
         return y
 
     return compiled
@@ -288,14 +388,12 @@ def rms_norm(x: Any, normalized_shape: Any, weight: Any = None, eps: Any = None)
 @inner
 def _rms(x, normalized_shape, weight, eps, kind):
     own = _trailing(x.shape, normalized_shape)
-    w = _number(weight, own, kind, 1)
+    w = _number(weight, own, kind)
     _between(eps, 0.0, math.inf, EPS)
     source = np.ascontiguousarray(x)
     y = np.empty(x.shape, kind)
     if x.size > 0:
-        n = product(own)
-        whole = (x.size // n, n)
-        rows(source.reshape(whole), y.reshape(whole), w, np.zeros(1, kind), False, eps)
+        rows(source, y, product(own), w, np.empty(0, kind), False, eps, kind)
     return y
 
 
@@ -308,19 +406,24 @@ def _grouped(x, groups, weight, bias, eps, kind):
         raise ValueError("num_groups does not divide the channels of x, which are on axis 1")
     if x.size == groups:
         raise ValueError("group_norm got one value per group, expected at least 2")
-    w = _number(weight, (c,), kind, 1)
-    b = _number(bias, (c,), kind, 0)
+    w = _number(weight, (c,), kind)
+    b = _number(bias, (c,), kind)
     _between(eps, 0.0, math.inf, EPS)
     source = np.ascontiguousarray(x)
     y = np.empty(x.shape, kind)
     if x.size > 0:
+        size = 8 if is_double(kind) else 4
         each = c // groups
-        whole = (samples * groups, each, x.size // (samples * c))
-        source, to = source.reshape(whole), y.reshape(whole)
+        n = x.size // (samples * c)
+        room = np.empty(ROOM, np.float64)
         for i in range(samples * groups):
-            k = i % groups * each
-            ws, bs = w[min(k, w.size - 1) :][:each], b[min(k, b.size - 1) :][:each]
-            channels(source[i], to[i], row_scale(source[i].ravel(), True, eps), ws, bs)
+            start = i * each * n * size
+            channel = i % groups * each * size
+            s = scale_of(source.ctypes.data + start, each * n, True, eps, room.ctypes.data, kind)
+            ws = address(w) + channel if w.size > 0 else 0
+            bs = address(b) + channel if b.size > 0 else 0
+            channels(source.ctypes.data + start, y.ctypes.data + start, s, n, each, ws, bs, kind)
+        room[0] = 0.0
     return y
 
 
@@ -383,21 +486,30 @@ def batch_norm(
         c = x.shape[1]
         _check_running(running_mean, c)
         _check_running(running_var, c)
-        w = _number(weight, (c,), kind, 1)
-        b = _number(bias, (c,), kind, 0)
+        w = _number(weight, (c,), kind)
+        b = _number(bias, (c,), kind)
         _between(eps, 0.0, math.inf, EPS)
         _between(momentum, 0.0, 1.0, MOMENTUM)
         source = np.ascontiguousarray(x)
         y = np.empty(x.shape, kind)
         if x.size > 0:
-            whole = (x.shape[0] * c, x.size // (x.shape[0] * c))
-            source, to = source.reshape(whole), y.reshape(whole)
+            size = 8 if is_double(kind) else 4
+            n = x.size // (x.shape[0] * c)
+            room = np.empty(ROOM, np.float64)
             for i in range(x.shape[0] * c):
                 k = i % c
-                mean, var = np.float64(running_mean[k]), np.float64(running_var[k])
-                scale = scale_of_given(mean, var, eps, RSTD, source)
-                ws, bs = w[min(k, w.size - 1) :][:1], b[min(k, b.size - 1) :][:1]
-                apply_run(source[i], to[i], scale, ws, bs, True)
+                s = given_scale(
+                    np.float64(running_mean[k]),
+                    np.float64(running_var[k]),
+                    eps,
+                    room.ctypes.data,
+                    kind,
+                )
+                ws = address(w) + k * size if w.size > 0 else 0
+                bs = address(b) + k * size if b.size > 0 else 0
+                at = i * n * size
+                channels(source.ctypes.data + at, y.ctypes.data + at, s, n, 1, ws, bs, kind)
+            room[0] = 0.0
         return y
 
     return compiled
@@ -406,7 +518,7 @@ def batch_norm(
 @_compiled(fastnorm.moments)
 def moments_of(x: Any, axis: Any = None, ddof: Any = 0) -> Any:
     """`fastnorm.moments` for compiled code, of all of x: (mean, variance)."""
-    _kind(x, "moments")
+    kind = _kind(x, "moments")
     if not _is_none(axis):
         raise TypingError("moments inside compiled code is of all of x: axis must be None")
 
@@ -416,19 +528,27 @@ def moments_of(x: Any, axis: Any = None, ddof: Any = 0) -> Any:
         var = math.nan
         source = np.ascontiguousarray(x)
         if x.size > 0:
-            flat = source.ravel()
-            found, unit = row_moments(flat, True, 0.0)
-            mean = (found[1] + found[2]) / unit
+            room = np.empty(ROOM, np.float64)
+            start = room.ctypes.data
+            part = start + 8 * FIELDS
+            lanes = part + 8 * (FIELDS + SCALE)
+            row_moments(source.ctypes.data, x.size, True, start, part, lanes, kind)
+            unit = 1.0
+            if is_double(kind) and not 1e-270 < room[3] / x.size < 1e270:
+                unit = largest_unit(source.ctypes.data, x.size)
+                if unit != 1.0:
+                    scaled_moments(source.ctypes.data, x.size, unit, True, start, part, lanes)
+            mean = (room[1] + room[2]) / unit
             if x.size > ddof:
-                rest = found[4] if math.isfinite(found[4]) else 0.0
-                var = max(found[3] + rest, 0.0) / (x.size - ddof) / unit / unit
-            if not math.isfinite(found[1]):
+                var = max(room[3] + room[4], 0.0) / (x.size - ddof) / unit / unit
+            if not math.isfinite(room[1]):
                 # infinities of one sign; of both, or with what is no number, there is no mean
                 mean = 0.0
                 var = math.nan
-                for v in flat:
+                for v in source.flat:
                     if not math.isfinite(v):
                         mean += v
+            source.ravel()[:0] = 0  # it is there until here
         return mean, var
 
     return compiled

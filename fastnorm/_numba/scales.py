@@ -1,138 +1,166 @@
-"""From moments to the scale of a group: mean, its rest, rstd, unit, and whether out of range.
-
-What a float32 cannot hold (data at 1e38 or 1e-42) is out of range, and applied in float64. Doubles
-whose squares leave the range are taken times a power of two, the unit.
-"""
+"""From moments to the scale of a group, and to what its output needs of it."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
-from numba import types
-from numba.extending import overload
 
 from fastnorm._numba import scalar
-from fastnorm._numba.compiling import STRICT, inner
-from fastnorm._numba.elements import is_double
-from fastnorm._numba.moments import moments_of_blocks
-
-RSTD, NORM, FACTOR = 0, 1, 2  # problem.Scaling
+from fastnorm._numba.blocking import FACTOR, FIELDS, RSTD, at, chosen
+from fastnorm._numba.memory import inner, is_double, read, read_real, real, write
 
 
 @inner
-def scale_of_unit(found, eps, scaling, unit, x):
-    """Mean, its rest, variance and scale of a group, from moments of x times `unit`."""
-    double = is_double(x)
-    count, mean, rest, m2, m2_rest = found
-    if count == 0.0:
-        mean = m2 = math.nan
-    if not (double and math.isfinite(m2_rest)):
-        m2_rest = 0.0
-    var = (m2 + m2_rest) / count
+def power_sum(q, x, mask, unit, pivot, square):
+    """Compensated sum of x * unit - pivot, or of its square, over a group of doubles."""
+    source = q.total if q.total.data != 0 else q.x
+    total = 0.0
+    rest = 0.0
+    for k in range(q.neighbours):
+        for p in range(q.p):
+            for s in range(q.s):
+                if chosen(q, mask, p, s, k):
+                    v = (
+                        read(x + p * source.p + s * source.s + k * source.c, 0, np.float64) * unit
+                        - pivot
+                    )
+                    total, lost = scalar.two_sum(total, v * v if square else v)
+                    rest += lost
+    return total + rest
+
+
+@inner
+def rescaled_moments(q, x, mask):
+    """Moments of one group whose squares leave float64's range, on x * unit: slow, rare.
+
+    (whether there was something to rescale, mean, rest, M2, unit): nothing where elements are no
+    numbers or infinite (the mean of centred ones is their sum) or where all are the same (mean
+    that, M2 0).
+    """
+    source = q.total if q.total.data != 0 else q.x
+    count = 0
+    largest = 0.0
+    first = 0.0
+    odd = 0.0
+    constant = True
+    for k in range(q.neighbours):
+        for p in range(q.p):
+            for s in range(q.s):
+                if chosen(q, mask, p, s, k):
+                    v = read(x + p * source.p + s * source.s + k * source.c, 0, np.float64)
+                    if not math.isfinite(v):
+                        odd += v
+                        continue
+                    if count == 0:
+                        first = v
+                    constant = constant and v == first
+                    largest = max(largest, abs(v))
+                    count += 1
+    if odd != 0.0:
+        return False, odd if q.centred else math.nan, math.nan, math.nan, 1.0
+    if count == 0:
+        return False, math.nan, 0.0, math.nan, 1.0
+    if largest == 0.0 or (constant and q.centred):
+        return False, first, 0.0, 0.0, 1.0
+    unit = math.ldexp(1.0, min(-math.frexp(largest)[1], 1000))
+    mean = 0.0
+    rest = 0.0
+    if q.centred:
+        mean = first * unit
+        mean += power_sum(q, x, mask, unit, mean, False) / count
+        rest = power_sum(q, x, mask, unit, mean, False) / count
+    m2 = power_sum(q, x, mask, unit, mean, True) - count * rest * rest
+    return True, mean, rest, m2, unit
+
+
+@inner
+def rstd_of(count, m2, m2_rest, eps, unit, kind):
+    """Variance and 1 / sqrt(variance + eps) of a group, both of x times the power of two `unit`."""
+    # where a rounded mean is far off, much of a double's is in m2_rest; with an infinity it is NaN
+    var = ((m2 + m2_rest) if is_double(kind) and math.isfinite(m2_rest) else m2) / count
     small = eps * unit * unit
     v = var + small
     var_rest = 0.0
-    if double:
+    if is_double(kind):
         var_rest = (scalar.fma(-var, count, m2) + m2_rest) / count + ((var - v) + small)
     # a constant group with eps = 0 is all bias: its scale is 0, not infinity
-    rstd = scalar.inverse_root(v, var_rest) if v != 0.0 else 0.0
-    if scaling == NORM:
-        rstd = scalar.inverse_root(m2, m2_rest) if m2 != 0.0 else 0.0
-        if math.sqrt(m2) < eps * unit:
-            rstd = 1.0 / (eps * unit)
-    return mean, rest, var, rstd
+    return var, scalar.inverse_root(v, var_rest) if v != 0.0 else 0.0
 
 
 @inner
-def scale_of_given(mean, var, eps, scaling, x):
-    """The same of statistics that are given."""
-    rstd = var
-    if scaling != FACTOR:
-        rstd = scalar.inverse_root(var + eps, 0.0) if var + eps != 0.0 else 0.0
-    return mean, 0.0, rstd, 1.0, out_of_range(mean, rstd, x)
+def finalize(q, a, b, c, n, of, scale, kind):
+    """From the moments of n groups to what their output needs; the statistics are written out.
 
-
-@inner
-def out_of_range(mean, rstd, x):
-    """Whether a float32 cannot hold them."""
-    holds = scalar.holds(rstd) and not (rstd != 0.0 and abs(mean) >= scalar.MOST)
-    return not (holds or is_double(x))
-
-
-@inner
-def leaves_range(found, eps, scaling):
-    """Whether the squares of a group of doubles are too large or too small."""
-    v = found[3] / found[0] + eps if scaling == RSTD else found[3]
-    return found[0] > 0.0 and not 1e-270 < v < 1e270
-
-
-@inner
-def rescaled(values, found, centred):
-    """Moments of a group times a unit that brings it to 1, and the unit; `values` is overwritten.
-
-    Without one where elements are no numbers or infinite (the mean of centred ones is their sum),
-    or where all are the same.
+    Mean, rest, rstd, unit, whether it is out of range, whether it is folded, and then rstd * weight
+    and bias - lo * rstd * weight. What a float32 cannot hold (data at 1e38 or 1e-42) is out of
+    range, and applied in float64, on x times the power of two `unit`.
     """
-    largest = 0.0
-    odd = 0.0
-    constant = True
-    for v in values:
-        if math.isfinite(v):
-            largest = max(largest, abs(v))
-            constant = constant and v == values[0]
+    source = q.total if q.total.data != 0 else q.x
+    for g in range(n):
+        if q.columns:
+            place = (c // q.neighbours + g) * q.mean.c
+            offset, group = c + g * q.neighbours, b
         else:
-            odd += v
-    if odd != 0.0:
-        mean = odd if centred else math.nan
-        # what is not a number leaves moments as they were found
-        known = (found[0], mean, math.nan, math.nan, 0.0)
-        return known if mean == mean else found, 1.0
-    if largest == 0.0 or (constant and centred):
-        return (found[0], values[0] if centred else 0.0, 0.0, 0.0, 0.0), 1.0
-    unit = math.ldexp(1.0, min(-math.frexp(largest)[1], 1000))
-    for i in range(values.size):
-        values[i] *= unit
-    return moments_of_blocks(values, centred), unit
-
-
-@inner
-def chosen_doubles(x, mask, masked, place):
-    """A copy of the chosen elements of a group; `place` is as `in_range` has it."""
-    dims, of_x, of_mask = place
-    values = np.empty(dims[0] * dims[1] * dims[2])
-    n = 0
-    for p in range(dims[0]):
-        for s in range(dims[1]):
-            for c in range(dims[2]):
-                if mask is not None:
-                    m = of_mask[0] + p * of_mask[1] + s * of_mask[2] + c * of_mask[3]
-                    if masked and not mask[m]:
-                        continue
-                values[n] = x[of_x[0] + p * of_x[1] + s * of_x[2] + c * of_x[3]]
-                n += 1
-    return values[:n]
-
-
-def in_range(found: Any, eps: Any, asked: Any, x: Any, mask: Any, place: Any) -> Any:
-    """The moments of a group, rescaled where its squares leave the range of doubles, and the unit.
-
-    `asked` is scaling, centred and masked; `place` how many elements along p, s and c, and of x and
-    the mask where the first lies and the strides of these three.
-    """
-    raise TypeError("for compiled code")
-
-
-@overload(in_range, jit_options=STRICT, strict=False)
-def _in_range(found: Any, eps: Any, asked: Any, x: Any, mask: Any, place: Any) -> Any:
-    if x.dtype != types.float64:
-        return lambda found, eps, asked, x, mask, place: (found, 1.0)
-
-    def doubles_in_range(found: Any, eps: Any, asked: Any, x: Any, mask: Any, place: Any) -> Any:
-        scaling, centred, masked = asked
-        if not leaves_range(found, eps, scaling):
-            return found, 1.0
-        return rescaled(chosen_doubles(x, mask, masked, place), found, centred)
-
-    return doubles_in_range
+            place = 0
+            offset, group = 0, b + g
+        if q.fields != 0:
+            # moments as they are, for statistics that are merged with others
+            for field in range(FIELDS):
+                out = at(q.mean, a, group) + place + field * q.fields
+                write(out, 0, read(of, field * n + g, np.float64))
+            continue
+        unit = 1.0
+        rest = 0.0
+        if q.given:
+            mean = read(at(q.mean, a, group) + place, 0, np.float64)
+            var = read(at(q.var, a, group) + place, 0, np.float64)
+            rstd = var
+            if q.scaling != FACTOR:
+                rstd = scalar.inverse_root(var + q.eps, 0.0) if var + q.eps != 0.0 else 0.0
+        else:
+            count = read(of, g, np.float64)
+            mean = read(of, n + g, np.float64)
+            rest = read(of, 2 * n + g, np.float64)
+            m2 = read(of, 3 * n + g, np.float64)
+            m2_rest = read(of, 4 * n + g, np.float64)
+            if count == 0.0:
+                mean = m2 = math.nan
+            if is_double(kind):
+                v = m2 / count + q.eps if q.scaling == RSTD else m2
+                if not 1e-270 < v < 1e270 and count > 0.0:
+                    x = at(source, a, group) + offset * source.c
+                    mask = 0 if q.mask.data == 0 else at(q.mask, a, group) + offset * q.mask.c
+                    found, other_mean, other_rest, other_m2, unit = rescaled_moments(q, x, mask)
+                    if found or other_mean == other_mean:
+                        mean, rest, m2, m2_rest = other_mean, other_rest, other_m2, 0.0
+            var, rstd = rstd_of(count, m2, m2_rest, q.eps, unit, kind)
+            if q.scaling != RSTD:
+                rstd = scalar.inverse_root(m2, m2_rest) if m2 != 0.0 else 0.0
+                if math.sqrt(m2) < q.eps * unit:
+                    rstd = 1.0 / (q.eps * unit)
+            if q.mean.data != 0:
+                write(at(q.mean, a, group) + place, 0, mean / unit)
+                write(at(q.var, a, group) + place, 0, var / unit / unit)
+                write(at(q.rstd, a, group) + place, 0, rstd * unit)
+        out_of_range = unit != 1.0
+        if not is_double(kind):
+            out_of_range = not scalar.holds(rstd) or (rstd != 0.0 and abs(mean) >= scalar.MOST)
+        write(scale, g, mean)
+        write(scale, n + g, rest)
+        write(scale, 2 * n + g, rstd)
+        write(scale, 3 * n + g, unit)
+        write(scale, 4 * n + g, 1.0 if out_of_range else 0.0)
+        write(scale, 5 * n + g, 0.0)
+        if q.folded_groups and not out_of_range:
+            w = 1.0
+            v = 0.0
+            if q.weight.data != 0:
+                w = np.float64(read_real(at(q.weight, a, group), 0, kind))
+            if q.bias.data != 0:
+                v = np.float64(read_real(at(q.bias, a, group), 0, kind))
+            lo = (mean - np.float64(real(mean, kind))) + rest
+            if scalar.holds(rstd * w):
+                write(scale, 5 * n + g, 1.0)
+                write(scale, 6 * n + g, rstd * w)
+                write(scale, 7 * n + g, v - lo * (rstd * w))

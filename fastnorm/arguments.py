@@ -672,8 +672,7 @@ def statistic(value: ArrayLike, name: str, shape: tuple[int, ...], of: str) -> A
 
 def require_two(counts: Array | int, of: str, instead: str, per: str = "channel") -> None:
     """Refuse statistics of a single value: their variance is 0, and 0/0 where it is unbiased."""
-    least = counts if isinstance(counts, int) else counts.min(initial=2)
-    if least == 1:
+    if np.any(np.equal(counts, 1)):  # not the least: one of which all is left out has 0
         raise ValueError(
             f"{of} got one value per {per} to take statistics from, expected at least 2: nothing "
             f"but the bias is left of one; {instead}"

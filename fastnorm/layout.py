@@ -23,6 +23,7 @@ Operand = tuple[str, tuple[int, ...], tuple[int, ...], int]
 FULL = ("x", "y", "residual", "addend", "total", "dy", "dx")
 # Operands that along the innermost axis are one number, or as many numbers side by side.
 PARAMETERS = ("weight", "bias", "dweight")
+_ONE_FOR_ALL = {*PARAMETERS, "factor"}
 # Operands that lie as another does: the statistics as "stats", dbias as dweight.
 ALIKE = ("mean", "var", "rstd", "g", "gx", "dbias")
 
@@ -79,12 +80,18 @@ def describe(operands: tuple[Operand, ...], reduced: tuple[bool, ...]) -> Layout
         for name, own, strides, size in operands
     }
     axes: list[_Axis] = []
+    before = reduced.index(True) if True in reduced else 0
     for i in sorted(range(len(shape)), key=lambda i: -steps["x"][i]):
+        strides = {name: own[i] for name, own in steps.items()}
         if shape[i] == 1:
-            continue
-        if steps["x"][i] <= 0:
+            span = max((step * n for step, n in zip(steps["x"], shape) if n > 1), default=1)
+            if i >= before or steps["x"][i] < span:
+                continue
+            # a batch of one is walked as it would be among others; its weights are theirs
+            strides |= dict.fromkeys(_ONE_FOR_ALL & strides.keys(), 0)
+        elif steps["x"][i] <= 0:
             return None
-        axis = _Axis(shape[i], reduced[i], {name: own[i] for name, own in steps.items()})
+        axis = _Axis(shape[i], reduced[i], strides)
         if (
             axes
             and axes[-1].reduced == axis.reduced

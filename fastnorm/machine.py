@@ -147,8 +147,8 @@ def of_text(text: str, machine: Machine) -> Machine:
             machine = _with_fact(machine, part)
         elif part in MODELS:
             machine = replace(MODELS[part], cores=machine.cores)
-        elif Path(part).is_file():
-            for line in _read(Path(part)).splitlines():
+        elif (text_of_file := _text_of(part)) is not None:
+            for line in text_of_file.splitlines():
                 fact = line.partition("#")[0].strip()
                 if fact.partition("=")[0].strip() not in ("", *_OF_FILES):
                     machine = _with_fact(machine, fact)
@@ -158,6 +158,17 @@ def of_text(text: str, machine: Machine) -> Machine:
                 f"one of {', '.join(MODELS)}, the path of a file, or a fact such as l2=2M"
             )
     return machine
+
+
+def _text_of(name: str) -> str | None:
+    try:
+        text = machine_file.text_of(Path(name))
+    except machine_file.Unusable as error:
+        raise ValueError(
+            f"FASTNORM_MACHINE has {name!r:.80}, and {error}; write the path of a file of at most "
+            f"{machine_file.MAX_BYTES} bytes with lines such as l2=2M"
+        ) from None
+    return None if text is None else text.decode("ascii", errors="replace")
 
 
 def _with_fact(machine: Machine, text: str) -> Machine:
@@ -215,14 +226,15 @@ def at_hand() -> tuple[Machine, Source]:
     try:
         machine = tuned(system, file)
     except machine_file.Unusable as error:
-        why = f"{file} is not used: {error}"
+        why = f"{machine_file.shown(file)} is not used: {error}"
         what = "fastnorm tune measures this machine anew, fastnorm tune --forget removes the file"
         with suppress(Warning):  # an import does not fail for it where warnings are errors
             warnings.warn(f"{why}; {what}", RuntimeWarning, stacklevel=2)
         return system, Source("the system", why)
     if machine is None:
         return system, Source("the system")
-    return machine, Source(f"the system and {file}, which fastnorm tune wrote")
+    wrote = f"the system and {machine_file.shown(file)}, which fastnorm tune wrote"
+    return machine, Source(wrote)
 
 
 # The machine at hand.

@@ -38,8 +38,22 @@ def path() -> Path | None:
     return folder / "fastnorm" / "machine.txt" if folder.is_absolute() else None
 
 
+def shown(file: Path) -> str:
+    """Its name, in which nothing moves the cursor of a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(file))
+
+
 def read(file: Path) -> dict[str, str] | None:
     """What the file says; None where there is none, an `Unusable` where it is no such file."""
+    text = text_of(file)
+    return None if text is None else _facts(text)
+
+
+def text_of(file: Path) -> bytes | None:
+    """What is in a small file; None where there is none, an `Unusable` where it is something else.
+
+    That neither waits nor takes much memory, whatever lies there.
+    """
     # a pipe without a writer would be waited for
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
     try:
@@ -63,7 +77,7 @@ def read(file: Path) -> dict[str, str] | None:
         raise Unusable(error.strerror or str(error)) from None
     finally:
         os.close(opened)
-    return _facts(text)
+    return text
 
 
 def _facts(text: bytes) -> dict[str, str]:

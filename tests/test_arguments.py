@@ -335,3 +335,17 @@ def test_a_mask_is_counted(draw: st.DataObject) -> None:
     mask = np.broadcast_to(mask, shape)[tuple(slice(None, None, -1) for _ in shape[1:])]
     axes = tuple(a for a in range(len(shape)) if draw.draw(st.booleans()))
     assert_same_bits(counted(mask, mask, axes), np.count_nonzero(mask, axis=axes))
+
+
+@pytest.mark.parametrize("norm", [fn.batch_norm, fn.instance_norm])
+def test_one_value_next_to_none(norm: Any) -> None:
+    """A channel of which a mask leaves one value is refused, whatever it leaves of others."""
+    x, mask = X.copy(), np.ones(X.shape, bool)
+    mask[:, 1:3] = False
+    mask[0, 1, 0, 0] = True
+    mean, var = C.copy(), C.copy()
+    named = {"training": True} if norm is fn.batch_norm else {}
+    with pytest.raises(ValueError, match="expected at least 2"):
+        norm(x, mean, var, where=mask, **named)
+    assert_same_bits(mean, C)
+    assert_same_bits(var, C)

@@ -91,6 +91,26 @@ def test_a_sample_alone_and_in_a_batch(name: str, op: Operation, dtype: Any, lay
         assert_same_bits(first(call(op, x[i : i + 1], own)), whole[i : i + 1])
 
 
+@pytest.mark.parametrize("dtype", [F16, F32, F64], ids=named)
+@pytest.mark.parametrize("axis", [2, 3, (2, 4)], ids=str)
+@on_kernels
+def test_a_sample_where_an_axis_between_is_reduced(name: str, axis: Any, dtype: Any) -> None:
+    """Kept axes that are no one walk through memory, of which a sample alone has one less."""
+    fn.set_backend(name)
+    rng = np.random.default_rng(1)
+    x = (rng.standard_normal((2, 5, 60, 3, 8)) * 3 + 50).astype(dtype).transpose(0, 4, 1, 2, 3)
+    for mask in (None, rng.random((2, 1, 5, 60, 1)) < 0.6, rng.random((2, 8, 1, 60, 1)) < 0.6):
+        y, mean, rstd = fn.layer_norm(x, axis=axis, where=mask, return_stats=True)
+        dx, *_ = fn.layer_norm_backward(x, x, mean, rstd, axis=axis, where=mask)
+        for i in (0, 1):
+            own, chosen = x[i : i + 1], None if mask is None else mask[i : i + 1]
+            one = fn.layer_norm(own, axis=axis, where=chosen, return_stats=True)
+            for found, right in zip(one, (y, mean, rstd)):
+                assert_same_bits(found, right[i : i + 1])
+            back, *_ = fn.layer_norm_backward(own, own, *one[1:], axis=axis, where=chosen)
+            assert_same_bits(back, dx[i : i + 1])
+
+
 @on_kernels
 def test_a_huge_neighbour_changes_nothing(name: str) -> None:
     """Columns side by side: one beyond float32's range is redone in float64, the others are not."""

@@ -157,6 +157,12 @@ FN_INLINE char *rows_of(const Operand *o, const Item *it, Run r) {
     return p;
 }
 
+/* How many of n rows, in whole eights or all, are chosen, or left out, as the first one is. */
+static inline ptrdiff_t alike_rows(const char *chosen, ptrdiff_t step, ptrdiff_t n) {
+    ptrdiff_t k = 1;
+    while (k < n && !chosen[k * step] == !*chosen) k++;
+    return k == n ? n : k / 8 * 8;
+}
 /* How many of rows [first, last) count in each column; `some` has room for a byte of each. */
 static void count_rows(const Forward *q, const Item *it, ptrdiff_t first, ptrdiff_t last,
                        double *FN_RESTRICT count, uint8_t *FN_RESTRICT some) {

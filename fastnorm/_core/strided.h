@@ -4,7 +4,8 @@
 /* Rows [first, first + n) of an item as numbers, `step` apart: where they lie, or in a tile.
  *
  * What a mask leaves out is replaced by its column's `fill` (NULL: 0), which adds nothing to sums
- * about it.  Rows that are left out as a whole are passed over: x is NULL. */
+ * about it.  Rows that are left out as a whole are passed over: x is NULL.  A mask cuts rows into
+ * eights, as sums are taken, so that what it is broadcast along changes no bit. */
 typedef struct {
     const REAL *x;
     ptrdiff_t step, n;
@@ -35,16 +36,18 @@ static const REAL *T(loaded_rows)(const Operand *o, const Item *it, Run r, char 
 static T(Rows) T(rows_at)(const Forward *q, const Item *it, ptrdiff_t first, ptrdiff_t last,
                           const double *fill, Scratch *h) {
     const ptrdiff_t width = it->width;
-    const int native = T(native)(q->x.storage), blended = q->mask.data && q->mask.c;
+    const int native = T(native)(q->x.storage);
+    int blended = q->mask.data != NULL;
     Run r = run_at(q, first, last);
-    if (!native) r.n = least(r.n, q->block);
-    if (blended) r.n = least(r.n, most(BLOCK / width / 8 * 8, 8)); /* eights, as sums are taken */
+    if (!native) r.n = least(r.n, blended ? q->block / 8 * 8 : q->block);
     const char *chosen = rows_of(&q->mask, it, r);
-    if (chosen && !blended) {
-        ptrdiff_t n = 1;
-        while (n < r.n && !chosen[n * q->mask.s] == !*chosen) n++;
-        r.n = n;
-        if (!*chosen) return (T(Rows)){NULL, 0, n};
+    if (blended && !q->mask.c) {
+        const ptrdiff_t n = alike_rows(chosen, q->mask.s, r.n);
+        if (n && !*chosen) return (T(Rows)){NULL, 0, n};
+        r.n = n ? n : least(r.n, 8);
+        blended = !n;
+    } else if (blended) {
+        r.n = least(r.n, most(BLOCK / width / 8 * 8, 8));
     }
     T(Rows) rows = {NULL, 0, r.n};
     if (!native || blended)
@@ -54,6 +57,7 @@ static T(Rows) T(rows_at)(const Forward *q, const Item *it, ptrdiff_t first, ptr
     REAL *tile = (REAL *)h->tile;
     for (ptrdiff_t i = 0; i < r.n; i++, chosen += q->mask.s, tile += width, rows.x += rows.step)
         if (q->mask.c == 1) T(blend)(tile, rows.x, chosen, 1, width, fill);
+        else if (q->mask.c == 0) T(blend)(tile, rows.x, chosen, 0, width, fill);
         else T(blend)(tile, rows.x, chosen, q->mask.c, width, fill);
     return (T(Rows)){(REAL *)h->tile, width, r.n};
 }

@@ -58,18 +58,23 @@ def ascending(operands: dict[str, Any]) -> dict[str, Any]:
     return {name: flip(array, negative) for name, array in operands.items()}
 
 
-def layout_of(operands: Mapping[str, Any], reduced: tuple[bool, ...]) -> Layout | None:
+def layout_of(
+    operands: Mapping[str, Any], reduced: tuple[bool, ...], *, copied: bool = False
+) -> Layout | None:
     """The layout of a pass over these arrays, or None where no kernel can walk them as they lie.
 
     The first is "x", whose strides are positive. The others have as many axes, each of its length
-    or 1.
+    or 1. A batch of one is walked as it would be among others, unless all are `copied` in one
+    order, in which any batch is one walk.
     """
     lie = [(n, a.shape, a.strides, a.itemsize) for n, a in operands.items() if n not in ALIKE]
-    return describe(tuple(lie), reduced)
+    return describe(tuple(lie), reduced, copied)
 
 
 @lru_cache(maxsize=4096)
-def describe(operands: tuple[Operand, ...], reduced: tuple[bool, ...]) -> Layout | None:
+def describe(
+    operands: tuple[Operand, ...], reduced: tuple[bool, ...], copied: bool = False
+) -> Layout | None:
     """What `layout_of` finds, by all that it reads of the arrays."""
     shape = operands[0][1]
     steps = {  # in elements; 0 where an array is broadcast
@@ -85,9 +90,9 @@ def describe(operands: tuple[Operand, ...], reduced: tuple[bool, ...]) -> Layout
         strides = {name: own[i] for name, own in steps.items()}
         if shape[i] == 1:
             span = max((step * n for step, n in zip(steps["x"], shape) if n > 1), default=1)
-            if i >= before or steps["x"][i] < span:
+            if copied or i >= before or steps["x"][i] < span:
                 continue
-            # a batch of one is walked as it would be among others; its weights are theirs
+            # its weights are those of others, too
             strides |= dict.fromkeys(_ONE_FOR_ALL & strides.keys(), 0)
         elif steps["x"][i] <= 0:
             return None

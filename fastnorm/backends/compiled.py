@@ -52,7 +52,7 @@ def forward(p: Problem, kernels: Any) -> None:
             elif name not in ("mean", "var", "stats"):
                 moved = np.ascontiguousarray(moved)
             operands[name] = moved
-        layout = layout_of(operands, tuple(sorted(p.reduced)))
+        layout = layout_of(operands, tuple(sorted(p.reduced)), copied=True)
         assert layout is not None, "contiguous operands always have a layout"
     schedule = forward_schedule(
         layout,
@@ -108,13 +108,13 @@ def _activation(p: Problem, kernels: Any) -> dict[str, Any]:
     return {"user": address}
 
 
-def backward(p: BackwardProblem, kernels: Any) -> None:
+def backward(p: BackwardProblem, kernels: Any, copied: bool = False) -> None:
     """Lay a pass back out in five dimensions and run it: in copies if it has none."""
     operands = {"x": p.x, "dy": p.dy, "dx": p.dx, "stats": p.rstd, "dweight": p.dweight}
     optional = {"mean": p.mean, "factor": p.weight, "dbias": p.dbias}
     operands |= {name: array for name, array in optional.items() if array is not None}
     operands = ascending(operands)
-    layout = layout_of(operands, p.reduced)
+    layout = layout_of(operands, p.reduced, copied=copied)
     if layout is None and p.dy.strides != _strides_like(p.x, p.dy):
         dy = np.empty_like(p.x, p.dy.dtype)
         if dy.strides != p.dy.strides:  # or it would come here again
@@ -177,6 +177,7 @@ def _spread_backward(p: BackwardProblem, kernels: Any) -> None:
             p.training,
         ),
         kernels,
+        copied=True,
     )
     back = np.argsort(order)
     p.dx[...] = dx.transpose(back)
@@ -201,7 +202,7 @@ def moments(
         order = sorted(range(x.ndim), key=lambda axis: reduced[axis])
         operands = {n: np.ascontiguousarray(a.transpose(order)) for n, a in given.items()}
         into = fields.transpose(0, *(axis + 1 for axis in order))
-        layout = layout_of(operands | {"stats": into[0]}, tuple(sorted(reduced)))
+        layout = layout_of(operands | {"stats": into[0]}, tuple(sorted(reduced)), copied=True)
         assert layout is not None, "contiguous operands always have a layout"
     dtypes = tuple((name, array.dtype) for name, array in operands.items())
     schedule = forward_schedule(layout, dtypes, machine.here)

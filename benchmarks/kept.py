@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,20 @@ def stem(facts: dict[str, Any], what: str) -> str:
     """The name of the files, without what kind they are."""
     words = report.name_of(facts).rpartition("-threads")[0].rpartition("-")[0]
     return f"{words}-{what}"
+
+
+def marked(ratio: float, asked: float) -> str:
+    """A ratio, in bold where it is above what is asked."""
+    return f"**{ratio:.2f}**" if ratio > asked else f"{ratio:.2f}"
+
+
+def totals(columns: Iterable[Sequence[float]], between: str = "") -> list[str]:
+    """The last two rows of a table: what its columns come to."""
+    columns = list(columns)
+    return [
+        f"| {what} |{between} {' | '.join(f'**{of(column):.2f}**' for column in columns)} |"
+        for what, of in (("geometric mean", statistics.geometric_mean), ("at most", max))
+    ]
 
 
 def keep(

@@ -10,7 +10,6 @@ costs nothing. Asked: 25 % at most.
 
 from __future__ import annotations
 
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -90,16 +89,13 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
         if not row["otherwise"]:
             continue
         cells = [
-            (f"**{r:.2f}**" if r > ASKED else f"{r:.2f}") if name in row["otherwise"] else "="
+            kept.marked(r, ASKED) if name in row["otherwise"] else "="
             for name, r in row["ratios"].items()
         ]
         page.append(f"| {row['case']} | {text.seconds(row['seconds'])} | {' | '.join(cells)} |")
     same = sum(not row["otherwise"] for row in rows)
     page.append(f"| {same} other cases | |{' = |' * len(MODELS)}")
-    for what, of in (("geometric mean", statistics.geometric_mean), ("at most", max)):
-        cells = [f"**{of([row['ratios'][name] for row in rows]):.2f}**" for name in MODELS]
-        page.append(f"| {what} | | {' | '.join(cells)} |")
-    return page
+    return page + kept.totals(([row["ratios"][name] for row in rows] for name in MODELS), " |")
 
 
 def main() -> int:

@@ -10,7 +10,6 @@ once more, with longer turns.
 
 from __future__ import annotations
 
-import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -113,12 +112,9 @@ def lines(rows: Sequence[dict[str, Any]], threads: int) -> list[str]:
         f"| --- |{' ---: |' * len(names)}",
     ]
     for size, found in by_size.items():
-        cells = [f"**{r:.2f}**" if r > ASKED else f"{r:.2f}" for r in found.values()]
+        cells = [kept.marked(r, ASKED) for r in found.values()]
         page.append(f"| {text.size_of(size)} | {' | '.join(cells)} |")
-    for what, of in (("geometric mean", statistics.geometric_mean), ("at most", max)):
-        cells = [f"**{of([r[name] for r in by_size.values()]):.2f}**" for name in names]
-        page.append(f"| {what} | {' | '.join(cells)} |")
-    return page
+    return page + kept.totals([r[name] for r in by_size.values()] for name in names)
 
 
 def main() -> int:

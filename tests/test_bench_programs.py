@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import cores, kept, load, models, threads
+from benchmarks import cores, kept, layouts, load, models, threads
 from fastnorm._bench.cases import Case
 from fastnorm.machine import MODELS, Machine
 from fastnorm.runtime import on_machine
@@ -91,6 +91,18 @@ def test_models_that_decide_the_same_are_not_timed() -> None:
     assert f"| {row['case']} | " in page
     assert "| 1 other cases |" in page
     assert page.count(" = ") == 1 + 4 + 5
+
+
+def test_layouts_and_masks_are_timed_against_the_plain_call() -> None:
+    for of, cases in (("first", layouts.layouts()), ("none", layouts.masks())):
+        case, calls = next(iter(cases))
+        assert of in calls
+        one, found = layouts.ratios(calls, of, 1, 1e-4)
+        assert one > 0
+        assert set(found) == set(calls) - {of}
+        row = {"case": case, "of": of, "seconds": 1.0, "ratios": dict.fromkeys(found, 1.5)}
+        page = "\n".join(layouts.table([row], 1.4))
+        assert page.count("**1.50**") == 3 * len(found)
 
 
 def test_a_page_marks_what_costs_too_much() -> None:

@@ -51,6 +51,20 @@ def agreed() -> set[str]:
     return {name or "None" for found in names for name in found}
 
 
+def test_no_line_of_the_kernels_has_more_than_100_columns() -> None:
+    """Those of Python are the linter's."""
+    core, programs = PACKAGE / "_core", ROOT / "tests" / "kernels"
+    files = [f for kind in ("h", "pxi", "pyx") for f in core.glob(f"*.{kind}")]
+    long = [
+        f"{path.name}:{i}"
+        for path in [*files, *programs.glob("*.c")]
+        for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if len(line) > 100
+    ]
+    assert not long
+    assert len(files) > 20
+
+
 def test_no_function_takes_more_than_eight_by_position() -> None:
     long = [
         f"{path.relative_to(PACKAGE)}: {node.name}"

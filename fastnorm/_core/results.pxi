@@ -27,7 +27,7 @@ def trim():
     return fn_trim()
 
 def watch_memory(size_t limit, bytes used, bytes stat):
-    """Keep nothing close to a limit: files that say how much is used, and how much of that by files."""
+    """Keep nothing close to a limit; `used` and `stat` are files that say what is in use."""
     fn_watch(limit, used, stat)
 
 cdef object like(object array):

@@ -29,7 +29,7 @@ from fastnorm._numba.extents import CHECKED, checked, part_at, size_of_part
 # Every function of `scalar` can be called from compiled code. Its sums are never reordered, whoever
 # calls it: the centring would be lost.
 STRICT = {"fastmath": False, "error_model": "numpy"}
-# Called by kernels alone: no door for Python or C is compiled.
+# Called by kernels alone: no wrapper for Python or C is compiled.
 _INNER = {
     "no_cpython_wrapper": True,
     "no_cfunc_wrapper": True,

@@ -1,10 +1,11 @@
 /* The kernels without Python: each family against plain loops in long double.
  *
- *     cc -std=c11 -O3 -ffp-contract=off -pthread -I fastnorm/_core tests/kernels/check_kernels.c -lm
+ *     cc -std=c11 -O3 -ffp-contract=off -pthread -I fastnorm/_core \
+ *         tests/kernels/check_kernels.c -lm
  *
- * Prints what is wrong, and ends with 1 if anything is.  test_kernels.py builds it for each instruction
- * set of the machine, and for AArch64 where there is a cross compiler and qemu.  With an argument the
- * largest passes are left out: an emulator takes a hundred times as long. */
+ * Prints what is wrong, and ends with 1 if anything is.  test_kernels.py builds it for each
+ * instruction set of the machine, and for AArch64 where there is a cross compiler and qemu.  With an
+ * argument the largest passes are left out: an emulator takes a hundred times as long. */
 #define _GNU_SOURCE
 #include <stdio.h>
 #include <stdlib.h>
@@ -40,7 +41,8 @@ static void fill(double *v, ptrdiff_t n, double mean, Storage storage) {
 
 /* ---- sums ---- */
 
-static const ptrdiff_t LENGTHS[] = {1, 2, 7, 8, 9, 31, 32, 33, 63, 64, 65, 100, 255, 256, 257, 1000};
+static const ptrdiff_t LENGTHS[] = {1,  2,  7,  8,   9,   31,  32,  33,
+                                    63, 64, 65, 100, 255, 256, 257, 1000};
 enum { LENGTHS_OF = sizeof LENGTHS / sizeof *LENGTHS, MOST = 1000 };
 
 static void check_sums(double mean, double pivot) {

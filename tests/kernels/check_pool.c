@@ -1,6 +1,7 @@
 /* The threads of the kernels (pool.h) without kernels: each turn once, whoever else is at it.
  *
- *     cc -std=c11 -O1 -g -pthread -fsanitize=thread -I fastnorm/_core tests/kernels/check_pool.c -lm
+ *     cc -std=c11 -O1 -g -pthread -fsanitize=thread -I fastnorm/_core \
+ *         tests/kernels/check_pool.c -lm
  *
  * Ends with 1, and says what is wrong, if anything is. With an argument nothing is forked, which
  * ThreadSanitizer does not follow. */

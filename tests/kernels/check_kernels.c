@@ -4,8 +4,8 @@
  *         tests/kernels/check_kernels.c -lm
  *
  * Prints what is wrong, and ends with 1 if anything is.  test_kernels.py builds it for each
- * instruction set of the machine, and for AArch64 where there is a cross compiler and qemu.  With an
- * argument the largest passes are left out: an emulator takes a hundred times as long. */
+ * instruction set of the machine, and for AArch64 where there is a cross compiler and qemu.  With
+ * an argument the largest passes are left out: an emulator takes a hundred times as long. */
 #define _GNU_SOURCE
 #include <stdio.h>
 #include <stdlib.h>

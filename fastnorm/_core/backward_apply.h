@@ -182,11 +182,47 @@ FN_APART void T(collect_columns)(const Rows *rows, const T(Slopes) *slopes, cons
     gb[0] += fn_added_up(a) + rest_a;
     gw[0] += fn_added_up(b) + rest_b;
 }
-/* An element in double, where numbers leave float's range; returns its xhat. */
-static double T(apply_in_double)(const T(Slopes) *s, ptrdiff_t k, REAL x, REAL dy, double weight,
-                                 int training, REAL *dx) {
-    const double xhat = ((double)x - s->mean[k]) * s->rstd[k];
-    const double from_xhat = training ? xhat * s->second[k] : 0.0;
-    *dx = (REAL)(s->rstd[k] * (double)dy * weight - s->first[k] - from_xhat);
+
+/* ---- where numbers leave float's range: in double -----------------------------------------------
+ */
+
+typedef struct {
+    double mean, rstd, first, second;
+} T(DoubleSlope);
+
+FN_INLINE T(DoubleSlope) T(double_slope)(const T(Slopes) *s, ptrdiff_t k) {
+    return (T(DoubleSlope)){s->mean[k], s->rstd[k], s->first[k], s->second[k]};
+}
+/* An element; returns its xhat. */
+static double T(apply_in_double)(T(DoubleSlope) v, REAL x, REAL dy, double weight, int training,
+                                 REAL *dx) {
+    const double xhat = ((double)x - v.mean) * v.rstd;
+    const double from_xhat = training ? xhat * v.second : 0.0;
+    *dx = (REAL)(v.rstd * (double)dy * weight - v.first - from_xhat);
     return xhat;
+}
+FN_APART void T(apply_run_in_double)(const Rows *q, T(DoubleSlope) v, double weight,
+                                     Storage storage) {
+    for (ptrdiff_t i = 0; i < q->n; i++) {
+        REAL dx;
+        T(apply_in_double)(v, T(element)(q->x, i, storage), T(element)(q->dy, i, storage), weight,
+                           1, &dx);
+        T(put)(q->dx, i, dx, storage);
+    }
+}
+/* The sums of a run once more. */
+FN_APART void T(sum_run_in_double)(const Rows *q, double mean, double rstd, const REAL *w,
+                                   Storage storage, double *sums) {
+    enum { M = 512 };
+    double lanes[2 * PAIR_LANES] = {0};
+    REAL x[M], dy[M];
+    for (ptrdiff_t i = 0; i < q->n; i += M) {
+        const int m = (int)least(q->n - i, M);
+        Rows part = {.n = m};
+        part.x = (const char *)T(elements)(q->x, i, m, storage, x);
+        part.dy = (const char *)T(elements)(q->dy, i, m, storage, dy);
+        T(add_run_in_double)(&part, mean, rstd, w ? w + i : NULL, lanes);
+    }
+    sums[0] = 0.0 + fn_added_up(lanes);
+    sums[1] = (0.0 + fn_added_up(lanes + PAIR_LANES)) * rstd;
 }

@@ -86,17 +86,23 @@ static T(Slopes) T(slopes_in)(char *memory, ptrdiff_t room, ptrdiff_t i) {
         .out_of_range = (uint8_t *)(r - i + 6 * room) + i,
     };
 }
-/* Those from number i on that are all out of range, or all not: s itself, or in `part`. */
+/* Those from number i to `end`: all out of range, or all not. */
+static inline T(Slopes) T(some_of)(const Backward *q, const T(Slopes) *s, ptrdiff_t i,
+                                   ptrdiff_t end, int out_of_range) {
+    T(Slopes) part = T(slopes_in)(s->memory, s->room, i);
+    part.any_out_of_range = out_of_range;
+    part.item = s->item;
+    part.item.width = end - i;
+    *(q->columns ? &part.item.c : &part.item.b) += i;
+    return part;
+}
+/* Those from number i on that are alike: s itself, or in `part`. */
 static inline const T(Slopes) *T(alike)(const Backward *q, const T(Slopes) *s, ptrdiff_t i,
                                         T(Slopes) *part) {
     ptrdiff_t end = i + 1;
     if (!s->any_out_of_range) return s;
     while (end < s->item.width && s->out_of_range[end] == s->out_of_range[i]) end++;
-    *part = T(slopes_in)(s->memory, s->room, i);
-    part->any_out_of_range = s->out_of_range[i];
-    part->item = s->item;
-    part->item.width = end - i;
-    *(q->columns ? &part->item.c : &part->item.b) += i;
+    *part = T(some_of)(q, s, i, end, s->out_of_range[i]);
     return part;
 }
 /* Whether REAL can hold xhat, in its range and with its precision: as in the forward pass. */
@@ -104,22 +110,84 @@ FN_INLINE int T(holds)(double mean, double rstd) {
     return !IS_FLOAT || rstd == 0 ||
            (fabs(rstd) > 7.9e-31 && fabs(rstd) < 1.3e30 && fabs(mean) < 1.3e30);
 }
+/* Whether it can hold rstd times these magnitudes of weights, the least but for 0 and the greatest.
+ */
+FN_INLINE int T(holds_weights)(double lowest, double greatest, double rstd) {
+    return !IS_FLOAT || rstd == 0 ||
+           (lowest * fabs(rstd) > 7.9e-31 && greatest * fabs(rstd) < 1.3e30);
+}
+/* Whether it can hold c1 and xhat c2, where no xhat is above the root of the count. Both are below
+ * 2^102, half a unit of the largest float: where dy wr leaves the range, dx does, too. */
+FN_INLINE int T(holds_sums)(double c1, double c2, double count) {
+    return !IS_FLOAT || c1 * c1 + c2 * c2 * count < 0x1p204;
+}
 FN_INLINE T(Slope) T(slope_of)(double mean, double rstd) {
     return (T(Slope)){(REAL)mean, (REAL)rstd, (REAL)(-(mean - (double)(REAL)mean) * rstd), 0, 0, 0};
 }
-static void T(read_statistics)(const Backward *q, Item it, T(Slopes) *s) {
+/* The least magnitude of some weights that is not 0, and the greatest. */
+typedef struct {
+    REAL lowest, greatest;
+} T(Range);
+
+FN_INLINE void T(widen)(const REAL *w, ptrdiff_t n, REAL *FN_RESTRICT lowest,
+                        REAL *FN_RESTRICT greatest) {
+    for (ptrdiff_t i = 0; i < n; i++) {
+        const REAL m = w[i] < 0 ? -w[i] : w[i];
+        greatest[i] = m > greatest[i] ? m : greatest[i];
+        lowest[i] = (m > 0) & (m < lowest[i]) ? m : lowest[i];
+    }
+}
+/* Of the weights of an item that differ inside: of each column where each has its own, else of all,
+ * in PAIR_LANES parts. */
+static void T(range_in_lanes)(const Backward *q, Item it, REAL *lowest, REAL *greatest,
+                              REAL *tile) {
+    const ptrdiff_t planes = q->weight.p ? q->p : 1, rows = q->columns && q->weight.s ? q->s : 1;
+    const int along = number_step(q, &q->weight) != 0;
+    const ptrdiff_t n = !along ? 1 : q->columns ? it.width : q->s;
+    const ptrdiff_t lanes = along && q->columns ? it.width : PAIR_LANES;
+    for (ptrdiff_t j = 0; j < lanes; j++) lowest[j] = (REAL)INFINITY, greatest[j] = 0;
+    for (ptrdiff_t p = 0; p < planes; p++)
+        for (ptrdiff_t s = 0; s < rows; s++)
+            for (ptrdiff_t from = 0; from < n; from += BLOCK) {
+                const Stretch t = {it, p, q->columns ? s : from, least(n - from, BLOCK), 1};
+                const REAL *w = T(weights_along)(q, &t, tile);
+                ptrdiff_t i = 0;
+                for (; lanes == PAIR_LANES && i + PAIR_LANES <= t.n; i += PAIR_LANES)
+                    T(widen)(w + i, PAIR_LANES, lowest, greatest);
+                T(widen)(w + i, t.n - i, lowest, greatest);
+            }
+}
+/* Of all of them, where columns have none of their own. */
+static T(Range) T(range_of_weights)(const Backward *q, Item it, REAL *tile) {
+    REAL lowest[PAIR_LANES], greatest[PAIR_LANES];
+    T(Range) all = {1, 1};
+    if (!IS_FLOAT || !q->inside || !q->weight.data || (q->columns && q->weight.c)) return all;
+    T(range_in_lanes)(q, it, lowest, greatest, tile);
+    all = (T(Range)){(REAL)INFINITY, 0};
+    for (int j = 0; j < PAIR_LANES; j++) {
+        all.lowest = lowest[j] < all.lowest ? lowest[j] : all.lowest;
+        all.greatest = greatest[j] > all.greatest ? greatest[j] : all.greatest;
+    }
+    return all;
+}
+static void T(read_statistics)(const Backward *q, Item it, T(Range) weights, T(Slopes) *s,
+                               REAL *tile) {
+    const int own = IS_FLOAT && q->inside && q->columns && q->weight.data && q->weight.c;
     s->item = it;
     s->any_out_of_range = 0;
+    if (own) T(range_in_lanes)(q, it, s->c1, s->c2, tile);
     for (ptrdiff_t i = 0; i < it.width; i++) {
         const double mean = statistic(q, &q->mean, it, i), rstd = statistic(q, &q->rstd, it, i);
         const T(Slope) v = T(slope_of)(mean, rstd);
+        if (own) weights = (T(Range)){s->c1[i], s->c2[i]};
         s->mean[i] = mean;
         s->rstd[i] = rstd;
         s->first[i] = s->second[i] = 0.0;
         s->hi[i] = v.hi;
         s->r[i] = v.r;
         s->shift[i] = v.shift;
-        s->out_of_range[i] = !T(holds)(mean, rstd);
+        s->out_of_range[i] =
+            !T(holds)(mean, rstd) || !T(holds_weights)(weights.lowest, weights.greatest, rstd);
         s->any_out_of_range |= s->out_of_range[i];
     }
 }
@@ -148,6 +216,11 @@ static void T(sum_span)(const Backward *q, const T(Slopes) *s, Span f, ptrdiff_t
         if (IS_FLOAT && s->any_out_of_range) second[i] *= s->rstd[i];
     }
 }
+/* Of a group whose numbers a float can hold: if not, some product, or sum of four, may have left
+ * its range, and the sums are taken in double. */
+FN_INLINE int T(are_finite)(double first, double second) {
+    return isfinite(first) && isfinite(second);
+}
 /* Sums of dy and of dy xhat over a segment; of g and g xhat where the weight differs inside. */
 static void T(sum_segment)(const Backward *q, const T(Slopes) *s, ptrdiff_t k, double *sums,
                            REAL *tiles) {
@@ -163,6 +236,17 @@ static void T(sum_segment)(const Backward *q, const T(Slopes) *s, ptrdiff_t k, d
         const T(Slopes) *part = T(alike)(q, s, i, &room);
         T(sum_span)(q, part, segment(q, k), limit, sums + i, sums + width + i, tiles);
         i += part->item.width;
+    }
+    limit = least(limit, T(limit)(q, width, 0));
+    for (ptrdiff_t i = 0, end; i < width && IS_FLOAT; i = most(end, i + 1)) {
+        for (end = i; end < width && !s->out_of_range[end] &&
+                      !T(are_finite)(sums[end], sums[width + end]);)
+            end++;
+        if (end == i) continue;
+        const T(Slopes) part = T(some_of)(q, s, i, end, 1);
+        memset(sums + i, 0, (size_t)(end - i) * sizeof(double));
+        memset(sums + width + i, 0, (size_t)(end - i) * sizeof(double));
+        T(sum_span)(q, &part, segment(q, k), limit, sums + i, sums + width + i, tiles);
     }
 }
 /* A segment's sums into its group's, and into the cells where those are its own kind. */
@@ -196,10 +280,17 @@ static void T(finish_sums)(const Backward *q, T(Slopes) *s) {
             s->second[j] = s->rstd[i] * (second / count);
             s->c1[j] = (REAL)s->first[j];
             s->c2[j] = (REAL)s->second[j];
+            s->out_of_range[j] |= !T(holds_sums)(s->first[j], s->second[j], count);
         }
     }
-    for (ptrdiff_t i = 0; i < s->item.width && !q->inside; i++)
-        s->wr[i] = (REAL)(weight_of(q, s->item, 0, 0, i) * s->rstd[i]);
+    for (ptrdiff_t i = 0; i < s->item.width; i++) {
+        for (ptrdiff_t p = q->weight.p ? q->p : 1; p-- > 0 && !q->inside;) {
+            const double weight = fabs(weight_of(q, s->item, p, 0, i));
+            s->wr[i] = (REAL)(weight_of(q, s->item, p, 0, i) * s->rstd[i]);
+            s->out_of_range[i] |= weight != 0 && !T(holds_weights)(weight, weight, s->rstd[i]);
+        }
+        s->any_out_of_range |= s->out_of_range[i];
+    }
 }
 
 /* ---- dx where the weight does not differ inside -------------------------------------------------
@@ -212,7 +303,8 @@ static void T(apply_out_of_range)(const Backward *q, const Stretch *t, const T(S
             const ptrdiff_t j = q->columns ? i : k;
             const REAL *x = (const REAL *)(rows->x + k * rows->x_step);
             const REAL *dy = (const REAL *)(rows->dy + k * rows->dy_step);
-            T(apply_in_double)(s, j, x[i], dy[i], weight_of(q, t->item, t->p, t->s, j), q->training,
+            T(apply_in_double)(T(double_slope)(s, j), x[i], dy[i],
+                               weight_of(q, t->item, t->p, t->s, j), q->training,
                                (REAL *)(rows->dx + k * rows->dx_step) + i);
         }
 }
@@ -277,8 +369,9 @@ static void T(collect_rest)(const Backward *q, const T(Slopes) *s, const Rows *r
     REAL *dx = (REAL *)rows->dx;
     for (ptrdiff_t i = 0; i < rows->n && s->any_out_of_range; i++) {
         const REAL g = dy[i], weight = w[i * along];
-        to.weight[i * along] += (double)g * T(apply_in_double)(s, q->columns ? i : 0, x[i], g,
-                                                               (double)weight, q->training, dx + i);
+        const T(DoubleSlope) v = T(double_slope)(s, q->columns ? i : 0);
+        to.weight[i * along] +=
+            (double)g * T(apply_in_double)(v, x[i], g, (double)weight, q->training, dx + i);
         to.bias[i * along] += (double)g;
     }
     for (ptrdiff_t i = 0; i < rows->n && !s->any_out_of_range && !q->training; i++)

@@ -6,42 +6,55 @@
  */
 
 /* The sums of a run; and what they take from dx. */
-FN_INLINE void T(sum_run)(const Rows *q, T(Slope) v, const REAL *w, Storage storage, double *sums) {
+FN_INLINE void T(sum_run)(const Rows *q, T(Slope) v, double mean, double rstd, const REAL *w,
+                          Storage storage, double *sums) {
     double lanes[2 * PAIR_LANES] = {0};
     T(add_run)(q, v, w, storage, lanes);
     sums[0] = 0.0 + fn_added_up(lanes);
     sums[1] = 0.0 + fn_added_up(lanes + PAIR_LANES);
+    if (IS_FLOAT && !T(are_finite)(sums[0], sums[1]))
+        T(sum_run_in_double)(q, mean, rstd, w, storage, sums);
 }
-FN_INLINE void T(take_sums)(const Backward *q, T(Slope) *v, double rstd, const double *sums,
-                            double count) {
-    v->c1 = q->centred ? (REAL)(rstd * (sums[0] / count)) : 0;
-    v->c2 = (REAL)(rstd * (sums[1] / count));
+/* 0 where dx has to be computed in double. */
+FN_INLINE int T(take_sums)(const Backward *q, T(Slope) *v, double rstd, const double *sums,
+                           double count) {
+    const double c1 = q->centred ? rstd * (sums[0] / count) : 0.0, c2 = rstd * (sums[1] / count);
+    v->c1 = (REAL)c1;
+    v->c2 = (REAL)c2;
+    return T(holds_sums)(c1, c2, count);
 }
 /* A group of planes with a weight each, from its sums to dx. */
 FN_INLINE void T(whole_group_of)(const Backward *q, Item it, Cells to, Storage storage) {
     const Stretch t = {it, 0, 0, q->s, 1};
     const Operand *w = &q->weight;
-    const double rstd = statistic(q, &q->rstd, it, 0);
+    const double mean = statistic(q, &q->mean, it, 0), rstd = statistic(q, &q->rstd, it, 0);
     const Rows all = {locate(q, &q->x, &t), locate(q, &q->dy, &t), locate(q, &q->dx, &t),
                       q->x.p, q->dy.p, q->dx.p, q->p, q->s, PREFETCH_BYTES};
-    T(Slope) v = T(slope_of)(statistic(q, &q->mean, it, 0), rstd);
+    T(Slope) v = T(slope_of)(mean, rstd);
     double of_group[2] = {0, 0};
+    int in_range = 1;
     Rows rows = all;
     for (ptrdiff_t p = 0; p < q->p; p++, rows = further(rows, 1)) {
         const double weight = w->data ? (double)*(const REAL *)place(w, it, p, 0) : 1.0;
         double sums[2];
-        T(sum_run)(&rows, v, NULL, storage, sums);
+        T(sum_run)(&rows, v, mean, rstd, NULL, storage, sums);
+        in_range &= weight == 0 || T(holds_weights)(fabs(weight), fabs(weight), rstd);
         to.weight[p * q->cell_p] += sums[1];
         to.bias[p * q->cell_p] += sums[0];
         of_group[0] += weight * sums[0];
         of_group[1] += weight * sums[1];
     }
-    T(take_sums)(q, &v, rstd, of_group, (double)q->length);
+    in_range &= T(take_sums)(q, &v, rstd, of_group, (double)q->length);
+    const T(DoubleSlope) in_double = {
+        mean, rstd, q->centred ? rstd * (of_group[0] / (double)q->length) : 0.0,
+        rstd * (of_group[1] / (double)q->length)};
     rows = all;
     rows.ahead = 0;
     for (ptrdiff_t p = 0; p < q->p; p++, rows = further(rows, 1)) {
-        v.wr = (REAL)((w->data ? (double)*(const REAL *)place(w, it, p, 0) : 1.0) * rstd);
-        T(apply_run)(&rows, v, storage, 1);
+        const double weight = w->data ? (double)*(const REAL *)place(w, it, p, 0) : 1.0;
+        v.wr = (REAL)(weight * rstd);
+        if (in_range) T(apply_run)(&rows, v, storage, 1);
+        else T(apply_run_in_double)(&rows, in_double, weight, storage);
     }
 }
 /* Neighbouring groups, likewise; 0, and nothing is done, where REAL can not hold the xhat of one.
@@ -64,9 +77,9 @@ FN_INLINE char *T(row)(const Backward *q, const Operand *o, ptrdiff_t i) {
 }
 /* Rows from `first` on that share the weights along them, four at a time, from their sums to dx and
  * to what they add to the gradients of the weights.  How many are done: all, but for the last one
- * to three, or those before four of which REAL can not hold an xhat. */
-FN_INLINE ptrdiff_t T(whole_rows_of)(const Backward *q, Span f, Cells to, REAL *tiles,
-                                     Storage storage) {
+ * to three, or those before four of which one is out of range. */
+FN_INLINE ptrdiff_t T(whole_rows_of)(const Backward *q, Span f, T(Range) weights, Cells to,
+                                     REAL *tiles, Storage storage) {
     const Item origin = {0, 0, 0, 1};
     const Stretch all = {origin, 0, 0, q->s, 1};
     const ptrdiff_t size = T(size_of)(storage);
@@ -78,12 +91,14 @@ FN_INLINE ptrdiff_t T(whole_rows_of)(const Backward *q, Span f, Cells to, REAL *
             const double rstd = *(const double *)T(row)(q, &q->rstd, i + k);
             const double mean = q->mean.data ? *(const double *)T(row)(q, &q->mean, i + k) : 0.0;
             double sums[2];
-            if (!T(holds)(mean, rstd)) return i - f.first;
+            if (!T(holds)(mean, rstd) ||
+                !T(holds_weights)(weights.lowest, weights.greatest, rstd))
+                return i - f.first;
             runs.rows[k] = (Rows){T(row)(q, &q->x, i + k), T(row)(q, &q->dy, i + k),
                                   T(row)(q, &q->dx, i + k), 0, 0, 0, 1, q->s, PREFETCH_BYTES};
             runs.slope[k] = T(slope_of)(mean, rstd);
-            T(sum_run)(&runs.rows[k], runs.slope[k], w, storage, sums);
-            T(take_sums)(q, &runs.slope[k], rstd, sums, (double)q->s);
+            T(sum_run)(&runs.rows[k], runs.slope[k], mean, rstd, w, storage, sums);
+            if (!T(take_sums)(q, &runs.slope[k], rstd, sums, (double)q->s)) return i - f.first;
         }
         if (!q->non_temporal) {
             T(collect_of)(&runs, w, to, storage);
@@ -107,9 +122,10 @@ FN_INLINE ptrdiff_t T(whole_rows_of)(const Backward *q, Span f, Cells to, REAL *
     }
     return i - f.first;
 }
-static ptrdiff_t T(whole_rows)(const Backward *q, Span f, Cells to, REAL *tiles) {
-    if (IS_FLOAT && q->bf16_direct) return T(whole_rows_of)(q, f, to, tiles, BF16);
-    return T(whole_rows_of)(q, f, to, tiles, F64);
+static ptrdiff_t T(whole_rows)(const Backward *q, Span f, T(Range) weights, Cells to,
+                               REAL *tiles) {
+    if (IS_FLOAT && q->bf16_direct) return T(whole_rows_of)(q, f, weights, to, tiles, BF16);
+    return T(whole_rows_of)(q, f, weights, to, tiles, F64);
 }
 
 /* ---- scratch memory -----------------------------------------------------------------------------
@@ -154,6 +170,7 @@ typedef struct {
     T(Space) *threads, *items; /* of the threads that share, and of the one that takes the items */
     double *parts;             /* the cells of all tasks; NULL: each has its own */
     ptrdiff_t owner;
+    T(Range) weights;          /* of the owner, where they differ inside */
     Span sharers;              /* that are taken together */
     double *cells;             /* that they add to; NULL: put as soon as all is added */
 } T(Work);
@@ -205,7 +222,9 @@ static void T(collect_chunk)(const T(Work) *w, ptrdiff_t chunk, T(Space) *h) {
     t.p = p;
     t.s = s;
     t.item = slopes->item;
-    if (!w->cells) put_cells(q, t, to);
+    if (w->cells) return;
+    mend_cells(q, w->owner, t, to);
+    put_cells(q, t, to);
 }
 /* dx of segments, or where the weight differs inside of chunks. */
 static void T(dx_turn)(void *work, ptrdiff_t turn, int thread) {
@@ -226,7 +245,8 @@ static void T(take_items)(T(Work) *w) {
     const ptrdiff_t n = w->sharers.last - w->sharers.first, segments = n * q->segments;
     const int sums = q->training || !q->inside;
     for (ptrdiff_t i = 0; i < n; i++)
-        T(read_statistics)(q, item_of(q, w->owner, w->sharers.first + i), &h->slopes[i]);
+        T(read_statistics)(q, item_of(q, w->owner, w->sharers.first + i), w->weights,
+                           &h->slopes[i], h->tiles);
     if (sums) T(share_all)(w, segments, w->inner, 0, T(sums_turn));
     for (ptrdiff_t i = 0; i < segments && sums; i++)
         T(add_segment)(q, &h->slopes[i / q->segments], i % q->segments, h->sums + i * 2 * q->width,
@@ -251,6 +271,7 @@ static void T(task_turn)(void *work, ptrdiff_t turn, int thread) {
         const ptrdiff_t part = task % q->parts;
         Span f = {q->sharers * part / q->parts, q->sharers * (part + 1) / q->parts};
         w.owner = task / q->parts;
+        w.weights = T(range_of_weights)(q, item_of(q, w.owner, 0), w.items->tiles);
         w.cells = w.parts ? w.parts + task * 2 * q->cells : q->keep_cells ? w.items->cells : NULL;
         if (w.cells) memset(w.cells, 0, 2 * (size_t)q->cells * sizeof(double));
         while (f.first < f.last) {
@@ -260,7 +281,8 @@ static void T(task_turn)(void *work, ptrdiff_t turn, int thread) {
             }
             if (q->whole_rows)
                 f.first +=
-                    T(whole_rows)(q, f, (Cells){w.cells, w.cells + q->cells}, w.items->tiles);
+                    T(whole_rows)(q, f, w.weights, (Cells){w.cells, w.cells + q->cells},
+                                  w.items->tiles);
             w.sharers = (Span){f.first, least(f.first + q->together, f.last)};
             f.first = w.sharers.last;
             if (w.sharers.first < w.sharers.last) T(take_items)(&w);

@@ -201,15 +201,6 @@ static double T(apply_in_double)(T(DoubleSlope) v, REAL x, REAL dy, double weigh
     *dx = (REAL)(v.rstd * (double)dy * weight - v.first - from_xhat);
     return xhat;
 }
-FN_APART void T(apply_run_in_double)(const Rows *q, T(DoubleSlope) v, double weight,
-                                     Storage storage) {
-    for (ptrdiff_t i = 0; i < q->n; i++) {
-        REAL dx;
-        T(apply_in_double)(v, T(element)(q->x, i, storage), T(element)(q->dy, i, storage), weight,
-                           1, &dx);
-        T(put)(q->dx, i, dx, storage);
-    }
-}
 /* The sums of a run once more. */
 FN_APART void T(sum_run_in_double)(const Rows *q, double mean, double rstd, const REAL *w,
                                    Storage storage, double *sums) {

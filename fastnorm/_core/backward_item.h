@@ -116,10 +116,17 @@ FN_INLINE int T(holds_weights)(double lowest, double greatest, double rstd) {
     return !IS_FLOAT || rstd == 0 ||
            (lowest * fabs(rstd) > 7.9e-31 && greatest * fabs(rstd) < 1.3e30);
 }
+/* Whether it could hold the terms of a group's two sums: if not, a product, or a sum of four, has
+ * left its range, or was so small that digits were lost. */
+FN_INLINE int T(holds_terms)(double first, double second) {
+    const double size = fabs(first) + fabs(second);
+    return !IS_FLOAT || (size > 0x1p-100 && size < INFINITY) || size == 0;
+}
 /* Whether it can hold c1 and xhat c2, where no xhat is above the root of the count. Both are below
  * 2^102, half a unit of the largest float: where dy wr leaves the range, dx does, too. */
 FN_INLINE int T(holds_sums)(double c1, double c2, double count) {
-    return !IS_FLOAT || c1 * c1 + c2 * c2 * count < 0x1p204;
+    const double square = c1 * c1 + c2 * c2 * count;
+    return !IS_FLOAT || (square > 0x1p-204 && square < 0x1p204) || square == 0;
 }
 FN_INLINE T(Slope) T(slope_of)(double mean, double rstd) {
     return (T(Slope)){(REAL)mean, (REAL)rstd, (REAL)(-(mean - (double)(REAL)mean) * rstd), 0, 0, 0};
@@ -129,12 +136,14 @@ typedef struct {
     REAL lowest, greatest;
 } T(Range);
 
+/* Magnitudes are compared as whole numbers, of which 0 less one is the largest. */
 FN_INLINE void T(widen)(const REAL *w, ptrdiff_t n, REAL *FN_RESTRICT lowest,
                         REAL *FN_RESTRICT greatest) {
-    for (ptrdiff_t i = 0; i < n; i++) {
-        const REAL m = w[i] < 0 ? -w[i] : w[i];
-        greatest[i] = m > greatest[i] ? m : greatest[i];
-        lowest[i] = (m > 0) & (m < lowest[i]) ? m : lowest[i];
+    for (ptrdiff_t i = 0; i < n && IS_FLOAT; i++) {
+        const uint32_t m = fn_bits((float)w[i]) & 0x7fffffffu, before = m - 1;
+        const uint32_t high = fn_bits((float)greatest[i]), low = fn_bits((float)lowest[i]) - 1;
+        greatest[i] = fn_float(m > high ? m : high);
+        lowest[i] = fn_float((before < low ? before : low) + 1);
     }
 }
 /* Of the weights of an item that differ inside: of each column where each has its own, else of all,
@@ -157,17 +166,26 @@ static void T(range_in_lanes)(const Backward *q, Item it, REAL *lowest, REAL *gr
                 T(widen)(w + i, t.n - i, lowest, greatest);
             }
 }
-/* Of all of them, where columns have none of their own. */
+/* Of those of an owner that `read_statistics` or groups that are walked whole look at. */
 static T(Range) T(range_of_weights)(const Backward *q, Item it, REAL *tile) {
     REAL lowest[PAIR_LANES], greatest[PAIR_LANES];
-    T(Range) all = {1, 1};
-    if (!IS_FLOAT || !q->inside || !q->weight.data || (q->columns && q->weight.c)) return all;
-    T(range_in_lanes)(q, it, lowest, greatest, tile);
-    all = (T(Range)){(REAL)INFINITY, 0};
-    for (int j = 0; j < PAIR_LANES; j++) {
-        all.lowest = lowest[j] < all.lowest ? lowest[j] : all.lowest;
-        all.greatest = greatest[j] > all.greatest ? greatest[j] : all.greatest;
+    T(Range) all = {(REAL)INFINITY, 0};
+    if (!IS_FLOAT || !q->weight.data || !(q->inside || q->whole_groups) ||
+        (q->inside && q->columns && q->weight.c))
+        return (T(Range)){1, 1};
+    if (q->inside) {
+        T(range_in_lanes)(q, it, lowest, greatest, tile);
+        for (int j = 0; j < PAIR_LANES; j++) {
+            all.lowest = lowest[j] < all.lowest ? lowest[j] : all.lowest;
+            all.greatest = greatest[j] > all.greatest ? greatest[j] : all.greatest;
+        }
+        return all;
     }
+    for (ptrdiff_t p = 0; p < q->p; p++)
+        for (ptrdiff_t k = 0; k < it.width; k++) {
+            const REAL weight = *(const REAL *)place(&q->weight, group_at(it, k), p, 0);
+            T(widen)(&weight, 1, &all.lowest, &all.greatest);
+        }
     return all;
 }
 static void T(read_statistics)(const Backward *q, Item it, T(Range) weights, T(Slopes) *s,
@@ -216,11 +234,6 @@ static void T(sum_span)(const Backward *q, const T(Slopes) *s, Span f, ptrdiff_t
         if (IS_FLOAT && s->any_out_of_range) second[i] *= s->rstd[i];
     }
 }
-/* Of a group whose numbers a float can hold: if not, some product, or sum of four, may have left
- * its range, and the sums are taken in double. */
-FN_INLINE int T(are_finite)(double first, double second) {
-    return isfinite(first) && isfinite(second);
-}
 /* Sums of dy and of dy xhat over a segment; of g and g xhat where the weight differs inside. */
 static void T(sum_segment)(const Backward *q, const T(Slopes) *s, ptrdiff_t k, double *sums,
                            REAL *tiles) {
@@ -240,7 +253,7 @@ static void T(sum_segment)(const Backward *q, const T(Slopes) *s, ptrdiff_t k, d
     limit = least(limit, T(limit)(q, width, 0));
     for (ptrdiff_t i = 0, end; i < width && IS_FLOAT; i = most(end, i + 1)) {
         for (end = i; end < width && !s->out_of_range[end] &&
-                      !T(are_finite)(sums[end], sums[width + end]);)
+                      !T(holds_terms)(sums[end], sums[width + end]);)
             end++;
         if (end == i) continue;
         const T(Slopes) part = T(some_of)(q, s, i, end, 1);

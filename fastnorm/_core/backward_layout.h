@@ -222,26 +222,40 @@ static void add_in_double(const Backward *q, Item it, ptrdiff_t p, ptrdiff_t s, 
         bias[cell] += g;
     }
 }
-/* Where the weight differs inside, its gradients are sums of products of floats: of those that are
- * not finite, one may have left a float's range. All of it once more, in double. */
-static void mend_cells(const Backward *q, ptrdiff_t owner, Stretch t, Cells cells) {
+/* Whether any is infinite, or not a number: one more in its exponent reaches the sign. */
+FN_INLINE int any_infinite(const double *v, ptrdiff_t n) {
+    uint64_t all = 0;
+    for (ptrdiff_t i = 0; i < n; i++) {
+        uint64_t bits;
+        memcpy(&bits, v + i, sizeof(bits));
+        all |= (bits & 0x7ff0000000000000u) + 0x0010000000000000u;
+    }
+    return all >> 63;
+}
+/* Up to 64 cells, from number `from` on, once more, in double. */
+FN_APART void add_again(const Backward *q, ptrdiff_t owner, Stretch t, ptrdiff_t from, ptrdiff_t n,
+                        Cells cells) {
     const ptrdiff_t p_end = q->cell_p ? t.p + 1 : q->p;
     const ptrdiff_t s_end = q->columns && !q->cell_s ? q->s : t.s + 1;
+    double weight[64] = {0}, bias[64] = {0}, *w = cells.weight + from, *b = cells.bias + from;
+    for (ptrdiff_t sharer = 0; sharer < q->sharers; sharer++)
+        for (ptrdiff_t p = t.p; p < p_end; p++)
+            for (ptrdiff_t s = t.s; s < s_end; s++)
+                add_in_double(q, item_of(q, owner, sharer), p, s, from, n, weight, bias);
+    for (ptrdiff_t i = 0; i < n; i++) {
+        if (isfinite(w[i]) && isfinite(b[i])) continue;
+        w[i] = weight[i];
+        b[i] = bias[i];
+    }
+}
+/* Where the weight differs inside, its gradients are sums of products of floats: of those that are
+ * not finite, one may have left a float's range. */
+static void mend_cells(const Backward *q, ptrdiff_t owner, Stretch t, Cells cells) {
     if (q->x.storage == F64 || !q->inside) return;
     for (ptrdiff_t from = 0, n; from < t.n; from += n) {
-        double weight[64] = {0}, bias[64] = {0}, *w = cells.weight + from, *b = cells.bias + from;
-        int left = 0;
         n = least(t.n - from, 64);
-        for (ptrdiff_t i = 0; i < n; i++) left |= !isfinite(w[i]) | !isfinite(b[i]);
-        for (ptrdiff_t sharer = 0; sharer < q->sharers && left; sharer++)
-            for (ptrdiff_t p = t.p; p < p_end; p++)
-                for (ptrdiff_t s = t.s; s < s_end; s++)
-                    add_in_double(q, item_of(q, owner, sharer), p, s, from, n, weight, bias);
-        for (ptrdiff_t i = 0; i < n && left; i++) {
-            if (isfinite(w[i]) && isfinite(b[i])) continue;
-            w[i] = weight[i];
-            b[i] = bias[i];
-        }
+        if (any_infinite(cells.weight + from, n) || any_infinite(cells.bias + from, n))
+            add_again(q, owner, t, from, n, cells);
     }
 }
 /* t.n neighbouring cells. */

@@ -12,8 +12,13 @@ FN_INLINE void T(sum_run)(const Rows *q, T(Slope) v, double mean, double rstd, c
     T(add_run)(q, v, w, storage, lanes);
     sums[0] = 0.0 + fn_added_up(lanes);
     sums[1] = 0.0 + fn_added_up(lanes + PAIR_LANES);
-    if (IS_FLOAT && !T(are_finite)(sums[0], sums[1]))
-        T(sum_run_in_double)(q, mean, rstd, w, storage, sums);
+    if (IS_FLOAT && !T(holds_terms)(sums[0], sums[1])) {
+        const Rows again = *q; /* whose address may be kept, so that q's stays in registers */
+        double in_double[2];
+        T(sum_run_in_double)(&again, mean, rstd, w, storage, in_double);
+        sums[0] = in_double[0];
+        sums[1] = in_double[1];
+    }
 }
 /* 0 where dx has to be computed in double. */
 FN_INLINE int T(take_sums)(const Backward *q, T(Slope) *v, double rstd, const double *sums,
@@ -22,6 +27,22 @@ FN_INLINE int T(take_sums)(const Backward *q, T(Slope) *v, double rstd, const do
     v->c1 = (REAL)c1;
     v->c2 = (REAL)c2;
     return T(holds_sums)(c1, c2, count);
+}
+/* dx of a group of planes with a weight each, from its sums. */
+FN_APART void T(apply_planes_in_double)(const Backward *q, Item it, Rows rows,
+                                        T(DoubleSlope) v, Storage storage) {
+    const double count = (double)q->length;
+    v.first = q->centred ? v.rstd * (v.first / count) : 0.0;
+    v.second = v.rstd * (v.second / count);
+    for (ptrdiff_t p = 0; p < q->p; p++, rows = further(rows, 1)) {
+        const double weight = weight_of(q, it, p, 0, 0);
+        for (ptrdiff_t i = 0; i < q->s; i++) {
+            const REAL x = T(element)(rows.x, i, storage), dy = T(element)(rows.dy, i, storage);
+            REAL dx;
+            T(apply_in_double)(v, x, dy, weight, 1, &dx);
+            T(put)(rows.dx, i, dx, storage);
+        }
+    }
 }
 /* A group of planes with a weight each, from its sums to dx. */
 FN_INLINE void T(whole_group_of)(const Backward *q, Item it, Cells to, Storage storage) {
@@ -32,36 +53,36 @@ FN_INLINE void T(whole_group_of)(const Backward *q, Item it, Cells to, Storage s
                       q->x.p, q->dy.p, q->dx.p, q->p, q->s, PREFETCH_BYTES};
     T(Slope) v = T(slope_of)(mean, rstd);
     double of_group[2] = {0, 0};
-    int in_range = 1;
     Rows rows = all;
     for (ptrdiff_t p = 0; p < q->p; p++, rows = further(rows, 1)) {
         const double weight = w->data ? (double)*(const REAL *)place(w, it, p, 0) : 1.0;
         double sums[2];
         T(sum_run)(&rows, v, mean, rstd, NULL, storage, sums);
-        in_range &= weight == 0 || T(holds_weights)(fabs(weight), fabs(weight), rstd);
         to.weight[p * q->cell_p] += sums[1];
         to.bias[p * q->cell_p] += sums[0];
         of_group[0] += weight * sums[0];
         of_group[1] += weight * sums[1];
     }
-    in_range &= T(take_sums)(q, &v, rstd, of_group, (double)q->length);
-    const T(DoubleSlope) in_double = {
-        mean, rstd, q->centred ? rstd * (of_group[0] / (double)q->length) : 0.0,
-        rstd * (of_group[1] / (double)q->length)};
+    if (!T(take_sums)(q, &v, rstd, of_group, (double)q->length)) {
+        const T(DoubleSlope) slope = {mean, rstd, of_group[0], of_group[1]};
+        T(apply_planes_in_double)(q, it, all, slope, storage);
+        return;
+    }
     rows = all;
     rows.ahead = 0;
     for (ptrdiff_t p = 0; p < q->p; p++, rows = further(rows, 1)) {
-        const double weight = w->data ? (double)*(const REAL *)place(w, it, p, 0) : 1.0;
-        v.wr = (REAL)(weight * rstd);
-        if (in_range) T(apply_run)(&rows, v, storage, 1);
-        else T(apply_run_in_double)(&rows, in_double, weight, storage);
+        v.wr = (REAL)((w->data ? (double)*(const REAL *)place(w, it, p, 0) : 1.0) * rstd);
+        T(apply_run)(&rows, v, storage, 1);
     }
 }
-/* Neighbouring groups, likewise; 0, and nothing is done, where REAL can not hold the xhat of one.
- */
-static int T(whole_groups)(const Backward *q, Item it, double *cells) {
-    for (ptrdiff_t k = 0; k < it.width; k++)
-        if (!T(holds)(statistic(q, &q->mean, it, k), statistic(q, &q->rstd, it, k))) return 0;
+/* Neighbouring groups, likewise; 0, and nothing is done, where one is out of range. */
+static int T(whole_groups)(const Backward *q, Item it, T(Range) weights, double *cells) {
+    for (ptrdiff_t k = 0; k < it.width; k++) {
+        const double rstd = statistic(q, &q->rstd, it, k);
+        if (!T(holds)(statistic(q, &q->mean, it, k), rstd) ||
+            !T(holds_weights)(weights.lowest, weights.greatest, rstd))
+            return 0;
+    }
     for (ptrdiff_t k = 0; k < it.width; k++) {
         const Cells to = {cells + k * q->cell_c, cells + q->cells + k * q->cell_c};
         if (IS_FLOAT && q->bf16_direct) T(whole_group_of)(q, group_at(it, k), to, BF16);
@@ -170,7 +191,7 @@ typedef struct {
     T(Space) *threads, *items; /* of the threads that share, and of the one that takes the items */
     double *parts;             /* the cells of all tasks; NULL: each has its own */
     ptrdiff_t owner;
-    T(Range) weights;          /* of the owner, where they differ inside */
+    T(Range) weights;          /* of the owner, where they differ inside, or groups are whole */
     Span sharers;              /* that are taken together */
     double *cells;             /* that they add to; NULL: put as soon as all is added */
 } T(Work);
@@ -275,7 +296,8 @@ static void T(task_turn)(void *work, ptrdiff_t turn, int thread) {
         w.cells = w.parts ? w.parts + task * 2 * q->cells : q->keep_cells ? w.items->cells : NULL;
         if (w.cells) memset(w.cells, 0, 2 * (size_t)q->cells * sizeof(double));
         while (f.first < f.last) {
-            if (q->whole_groups && T(whole_groups)(q, item_of(q, w.owner, f.first), w.cells)) {
+            if (q->whole_groups &&
+                T(whole_groups)(q, item_of(q, w.owner, f.first), w.weights, w.cells)) {
                 f.first++;
                 continue;
             }

@@ -238,7 +238,7 @@ def draw(
         case[f"{name} dtype"] = often(choose, None, dtypes, 3)
     if op.name in ("batch_norm", "instance_norm"):
         case["running"] = choose([None, "float32", "float64"])
-    case["weight scale"] = often(choose, 1.0, [1e-32, 1e-39, 1e30, 0.0], 6)
+    case["weight scale"] = often(choose, 1.0, [1e-32, 1e-39, 1e30, 1e37, 0.0], 6)
     if op.name == "rms_norm":
         case["weight_offset"] = often(choose, 0.0, [1.0], 4)
     if "where" in op.features:
@@ -262,6 +262,7 @@ def draw(
     if op.backward:
         case["backward"] = one_in(choose, 2)
         case["dy dtype"] = often(choose, None, dtypes, 3)
+        case["dy scale"] = often(choose, 1.0, [1e38, 1e38, 1e30, 1e-30, 1e-38, 0.0], 3)
         case["dy layout"] = layout(choose)
         case["statistics layout"] = layout(choose)
     if op.elementwise_backward:

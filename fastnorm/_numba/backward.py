@@ -9,6 +9,9 @@ segments of columns: they are kept in `sums`, serve the group, and are added up 
 all is done. Where the weight differs along a run (layer and RMS norm), each element is a *cell*:
 the group's sums are taken first and the weight's are collected with dx, by `parts` of those that
 share it, whose number depends on the shape alone.
+
+What a float32 cannot hold is computed in float64: sums that come out infinite or no number, and dx
+of a group that is *out of range*: by its statistics, its sums or its weights.
 """
 
 from __future__ import annotations
@@ -111,14 +114,23 @@ def is_out_of_range(mean, rstd, kind):
 
 
 @inner
-def add_run(q, place, n, statistics, weight, lanes, kinds):
+def holds_sums(c1, c2, count):
+    """Whether float32 can hold c1 and xhat c2, no xhat being above the root of the count.
+
+    Both are below 2^102, half a unit of the largest float32: where dy wr leaves its range, dx does.
+    """
+    return c1 * c1 + c2 * c2 * count < 2.0**204
+
+
+@inner
+def add_run(q, place, n, statistics, weight, in_double, lanes, kinds):
     """Add the two sums of n elements of a run to PAIR_LANES lanes each; no weight (0) is 1."""
     a, b, p, t = place
     mean, rstd = statistics
     kind, stored = kinds
     x = at(q.x, a, b) + p * q.x.p + t * q.x.s
     dy = at(q.dy, a, b) + p * q.dy.p + t * q.dy.s
-    if is_out_of_range(mean, rstd, kind):
+    if in_double or is_out_of_range(mean, rstd, kind):
         one, two = sums_out_of_range(x, dy, n, mean, weight, kind, stored)
         write(lanes, 0, read(lanes, 0, np.float64) + one)
         write(lanes, PAIR_LANES, read(lanes, PAIR_LANES, np.float64) + two * rstd)
@@ -152,8 +164,8 @@ def segment_at(q, segment):
 
 
 @inner
-def segment_sums(q, place, segment, weighted, lanes, kinds):
-    """The two sums of a segment of `width` groups side by side, of g where it is `weighted`."""
+def add_segment(q, place, segment, weighted, in_double, lanes, kinds):
+    """Fill the lanes of each of `width` groups side by side with the two sums of a segment."""
     a, b, width = place
     kind, stored = kinds
     f, last = segment_at(q, segment)
@@ -172,32 +184,88 @@ def segment_sums(q, place, segment, weighted, lanes, kinds):
                 fetch_plane(q.x, a, b + k, p, t, n, kind)
                 fetch_plane(q.dy, a, b + k, p, t, n, stored)
             own = lanes + 16 * PAIR_LANES * k
-            add_run(q, (a, b + k, p, t), n, (mean, rstd), weight, own, kinds)
+            add_run(q, (a, b + k, p, t), n, (mean, rstd), weight, in_double, own, kinds)
         f += n
-    for k in range(width):
-        own = lanes + 16 * PAIR_LANES * k
-        into = q.sums + 16 * ((a * q.b + b + k) * q.segments + segment)
-        for of in range(2):
-            write(into, of, added_up(own + 8 * PAIR_LANES * of))
 
 
 @inner
-def group_terms(q, a, b, weighted, kind):
-    """What dx needs of a group, from the sums of its segments."""
+def segment_sums(q, place, segment, weighted, lanes, kinds):
+    """The two sums of a segment of `width` groups side by side, of g where it is `weighted`."""
+    a, b, width = place
+    add_segment(q, place, segment, weighted, False, lanes, kinds)
+    for k in range(width):
+        own = lanes + 16 * PAIR_LANES * k
+        into = q.sums + 16 * ((a * q.b + b + k) * q.segments + segment)
+        for again in range(2):
+            for of in range(2):
+                write(into, of, added_up(own + 8 * PAIR_LANES * of))
+            # a product of floats, or a sum of four, may have left their range
+            if again or is_double(kinds[0]) or are_finite(into, 2):
+                break
+            add_segment(q, (a, b + k, 1), segment, weighted, True, own, kinds)
+
+
+@summing
+def are_finite(v, n):
+    """Whether n doubles at an address are."""
+    nothing = 0.0
+    for i in range(n):
+        nothing += 0.0 * read(v, i, np.float64)
+    return nothing == 0.0
+
+
+@inner
+def range_of_weights(q, a, b, kind):
+    """The least magnitude but for 0 of the weights of a group that differ inside, and the greatest.
+
+    By the bits of floats less their sign, which are in the same order: comparisons of whole numbers
+    vectorise. Less 1 a zero is the largest.
+    """
+    least, most = np.uint32(0xFFFFFFFF), np.uint32(0)
+    if not is_double(kind) and q.weight.data != 0:
+        for p in range(q.p if q.weight.p != 0 else 1):
+            weight = at(q.weight, a, b) + p * q.weight.p
+            for i in range(q.s):
+                size = np.uint32(read(weight, i, np.uint32) & np.uint32(0x7FFFFFFF))
+                most = max(most, size)
+                least = min(least, np.uint32(size - np.uint32(1)))
+    lowest = np.uint32(least + np.uint32(1)).view(np.float32)
+    return np.float64(lowest), np.float64(np.uint32(most).view(np.float32))
+
+
+@inner
+def group_terms(q, a, b, weights, kind):
+    """What dx needs of a group, from the sums of its segments.
+
+    `weights` are the range of those that differ inside, or None where each plane has one.
+    """
     mean, rstd = read_group(q, a, b, 0)
     first = 0.0
     second = 0.0
     group = a * q.b + b
-    if q.training:
-        for segment in range(q.segments):
-            w = 1.0
-            if q.weight.data != 0 and not weighted:
-                p = 0 if q.joined else segment // (q.segments // q.p)
-                w = np.float64(read_real(at(q.weight, a, b) + p * q.weight.p, 0, kind))
-            of = q.sums + 16 * (group * q.segments + segment)
-            first += w * read(of, 0, np.float64)
-            second += w * read(of, 1, np.float64)
-    finalize(q, mean, rstd, first, second, np.float64(q.p * q.s), q.terms + 8 * TERMS * group, kind)
+    out_of_range = is_out_of_range(mean, rstd, kind)
+    for segment in range(q.segments):
+        w = 1.0
+        if weights is None and q.weight.data != 0:
+            p = 0 if q.joined else segment // (q.segments // q.p)
+            w = np.float64(read_real(at(q.weight, a, b) + p * q.weight.p, 0, kind))
+            out_of_range = out_of_range or not scalar.holds(w * rstd)
+        of = q.sums + 16 * (group * q.segments + segment)
+        first += w * read(of, 0, np.float64)
+        second += w * read(of, 1, np.float64)
+    count = np.float64(q.p * q.s)
+    c1 = rstd * (first / count) if q.training and q.centred else 0.0
+    c2 = rstd * (second / count) if q.training else 0.0
+    if weights is not None:
+        for w in weights:
+            out_of_range = out_of_range or not scalar.holds(w * rstd)
+    out_of_range = (out_of_range or not holds_sums(c1, c2, count)) and not is_double(kind)
+    into = q.terms + 8 * TERMS * group
+    write(into, 0, mean)
+    write(into, 1, rstd)
+    write(into, 2, c1)
+    write(into, 3, c2)
+    write(into, 4, 1.0 if out_of_range else 0.0)
 
 
 @inner
@@ -207,16 +275,6 @@ def read_group(q, a, b, offset):
     if q.mean.data != 0:
         mean = read(at(q.mean, a, b) + offset * q.mean.c, 0, np.float64)
     return mean, read(at(q.rstd, a, b) + offset * q.rstd.c, 0, np.float64)
-
-
-@inner
-def finalize(q, mean, rstd, first, second, count, into, kind):
-    """From a group's sums to what dx needs of it."""
-    write(into, 0, mean)
-    write(into, 1, rstd)
-    write(into, 2, rstd * (first / count) if q.training and q.centred else 0.0)
-    write(into, 3, rstd * (second / count) if q.training else 0.0)
-    write(into, 4, 1.0 if is_out_of_range(mean, rstd, kind) else 0.0)
 
 
 # --- Runs with one weight each --------------------------------------------------------------------
@@ -333,7 +391,7 @@ def planes(record, memory, turn, turns, task, kind, stored):
                     segment_sums(q, (a, b, n), segment, False, lanes, (kind, stored))
             if task == WHOLE or task == FINALIZE:
                 for k in range(n):
-                    group_terms(q, a, b + k, False, kind)
+                    group_terms(q, a, b + k, None, kind)
             if task != MOMENTS and task != FINALIZE:
                 for segment in range(first, last):
                     apply_segment(q, a, b, n, segment, tile, kind, stored)
@@ -437,6 +495,35 @@ def apply_sharers(q, sharers, p, t, n, sums, tile, kinds):
 
 
 @inner
+def mend_cells(q, sharers, cell, n, sums, tile, kinds):
+    """Those of n cells that are not finite once more in float64, of sharers [first, last).
+
+    They are sums of products of floats, one of which may have left their range.
+    """
+    owner, first, last = sharers
+    gw, gb = sums
+    kind, stored = kinds
+    if is_double(kind) or (are_finite(gw, n) and are_finite(gb, n)):
+        return
+    plane = cell // q.s
+    t = cell - plane * q.s
+    again = tile, tile + 8 * n
+    for j in range(2 * n):
+        write(tile, j, 0.0)
+    for i in range(first, last):
+        a, b = group_of(q, owner, i)
+        terms = q.terms + 8 * TERMS * (a * q.b + b)
+        for p in range(plane, plane + 1 if q.along_p else q.p):
+            x = at(q.x, a, b) + p * q.x.p + t * q.x.s
+            dy = at(q.dy, a, b) + p * q.dy.p + t * q.dy.s
+            collect_out_of_range(x, dy, n, terms, again[0], again[1], kind, stored)
+    for j in range(n):
+        if not (are_finite(gw + 8 * j, 1) and are_finite(gb + 8 * j, 1)):
+            write(gw, j, read(again[0], j, np.float64))
+            write(gb, j, read(again[1], j, np.float64))
+
+
+@inner
 def rows(record, memory, turn, turns, task, kind, stored):
     """What `task` asks for, of all parts of owners, segments of groups, or chunks of owners."""
     q = record_at(record, BACK)
@@ -447,28 +534,31 @@ def rows(record, memory, turn, turns, task, kind, stored):
     if task == MOMENTS:
         total = q.a * q.b * q.segments
     elif task == FINALIZE:
-        total = q.a * q.b
+        total = q.items
     elif task != WHOLE:
         total = q.items * (q.p if q.along_p else 1) * chunks
     while turn < turns:
         for i in range(total * turn // turns, total * (turn + 1) // turns):
-            if task == MOMENTS or task == FINALIZE:
-                group = i // q.segments if task == MOMENTS else i
-                a = group // q.b
-                b = group - a * q.b
-                if task == MOMENTS:
-                    segment = i - group * q.segments
-                    segment_sums(q, (a, b, 1), segment, True, lanes, kinds)
-                else:
-                    group_terms(q, a, b, True, kind)
+            if task == MOMENTS:
+                group = i // q.segments
+                place = group // q.b, group % q.b, 1
+                segment_sums(q, place, i - group * q.segments, True, lanes, kinds)
+            elif task == FINALIZE:
+                a, b = group_of(q, i, 0)
+                weights = range_of_weights(q, a, b, kind)
+                for j in range(q.sharers):
+                    a, b = group_of(q, i, j)
+                    group_terms(q, a, b, weights, kind)
             elif task == WHOLE:
                 owner = i // q.parts
+                a, b = group_of(q, owner, 0)
+                weights = range_of_weights(q, a, b, kind)
                 part = i - owner * q.parts
                 gw = q.collected + 16 * q.cells * i
                 gb = gw + 8 * q.cells
                 for j in range(2 * q.cells):
                     write(gw, j, 0.0)
-                first = q.sharers * part // q.parts
+                begin = first = q.sharers * part // q.parts
                 last = q.sharers * (part + 1) // q.parts
                 while first < last:
                     end = min(first + q.together, last)
@@ -477,7 +567,7 @@ def rows(record, memory, turn, turns, task, kind, stored):
                         if q.training:
                             for segment in range(q.segments):
                                 segment_sums(q, (a, b, 1), segment, True, lanes, kinds)
-                        group_terms(q, a, b, True, kind)
+                        group_terms(q, a, b, weights, kind)
                     for p in range(q.p):
                         cell = p * q.s if q.along_p else 0
                         t = 0
@@ -487,6 +577,11 @@ def rows(record, memory, turn, turns, task, kind, stored):
                             apply_sharers(q, (owner, first, end), p, t, n, into, tile, kinds)
                             t += BACKWARD_CHUNK
                     first = end
+                for cell in range(0, q.cells, q.s):
+                    for t in range(0, q.s, BACKWARD_CHUNK):
+                        n = min(BACKWARD_CHUNK, q.s - t)
+                        into = gw + 8 * (cell + t), gb + 8 * (cell + t)
+                        mend_cells(q, (owner, begin, last), cell + t, n, into, tile, kinds)
             else:
                 plane = i // chunks
                 t = (i - plane * chunks) * BACKWARD_CHUNK
@@ -501,6 +596,7 @@ def rows(record, memory, turn, turns, task, kind, stored):
                 first = plane - owner * q.p if q.along_p else 0
                 for p in range(first, first + 1 if q.along_p else q.p):
                     apply_sharers(q, (owner, 0, q.sharers), p, t, n, (gw, gb), tile, kinds)
+                mend_cells(q, (owner, 0, q.sharers), cell, n, (gw, gb), tile, kinds)
         turn = take(record)
     if q.non_temporal:
         fence()
@@ -511,8 +607,7 @@ def rows(record, memory, turn, turns, task, kind, stored):
 
 @inner
 def columns_terms_at(q, a, b, c, width, into, kind):
-    """mean, rstd, hi, r, shift of columns c, c + 1 ... as arrays; whether any is out of range."""
-    any_out_of_range = False
+    """mean, rstd, hi, r, shift of columns c, c + 1 ... as arrays, and whether out of range."""
     for j in range(width):
         mean, rstd = read_group(q, a, b, (c + j) // q.neighbours)
         write(into, j, mean)
@@ -520,8 +615,7 @@ def columns_terms_at(q, a, b, c, width, into, kind):
         write(into + 16 * width, j, real(mean, kind))
         write(into + 24 * width, j, real(rstd, kind))
         write(into + 32 * width, j, real(-(mean - np.float64(real(mean, kind))) * rstd, kind))
-        any_out_of_range = any_out_of_range or is_out_of_range(mean, rstd, kind)
-    return any_out_of_range
+        write(into + 88 * width, j, 1.0 if is_out_of_range(mean, rstd, kind) else 0.0)
 
 
 @inner
@@ -565,7 +659,7 @@ def rows_pairs(x, dy, steps, n, width, into, sums, kinds):
 
 
 @inner
-def columns_sums(q, place, segment, into, any_out_of_range, kinds):
+def columns_sums(q, place, segment, into, kinds):
     """Sums of a segment of rows, for each column, into `sums`."""
     a, b, c, width = place
     kind, stored = kinds
@@ -583,20 +677,23 @@ def columns_sums(q, place, segment, into, any_out_of_range, kinds):
         dy = at(q.dy, a, b) + p * q.dy.p + t * q.dy.s + c * q.dy.c
         rows_pairs(x, dy, (q.x.s, q.dy.s), n, width, into, (first, second), kinds)
         f += n
-    if not any_out_of_range:
-        return
     for j in range(width):
-        mean, rstd = read(into, j, np.float64), read(into, width + j, np.float64)
-        if is_out_of_range(mean, rstd, kind):
-            total = 0.0
+        finite = are_finite(first + 8 * j, 1) and are_finite(second + 8 * j, 1)
+        # a product of floats, or a sum of four, may have left their range
+        if (not finite and not is_double(kind)) or read(into + 88 * width, j, np.float64) != 0.0:
+            mean, rstd = read(into, j, np.float64), read(into, width + j, np.float64)
+            one = 0.0
+            two = 0.0
             for i in range(segment * BACKWARD_SPAN_ROWS, last):
                 p = i // q.s
                 t = i - p * q.s
                 x = at(q.x, a, b) + p * q.x.p + t * q.x.s + c * q.x.c
                 dy = at(q.dy, a, b) + p * q.dy.p + t * q.dy.s + c * q.dy.c
-                d = (np.float64(load(x, j, kind)) - mean) * rstd
-                total = scalar.mac(np.float64(load(dy, j, stored)), d, total)
-            write(second, j, total)
+                g = np.float64(load(dy, j, stored))
+                one += g
+                two = scalar.mac(g, deviation(load(x, j, kind), mean) * rstd, two)
+            write(first, j, one)
+            write(second, j, two)
 
 
 @inner
@@ -626,6 +723,10 @@ def finalize_columns(q, a, b, c, width, into, kind):
             write(into + 48 * width, j, rstd * (first / count) if q.centred else 0.0)
             write(into + 56 * width, j, rstd * (second / count))
     for j in range(width):
+        wr, c1 = read(into + 40 * width, j, np.float64), read(into + 48 * width, j, np.float64)
+        c2 = read(into + 56 * width, j, np.float64)
+        if not is_double(kind) and not (scalar.holds(wr) and holds_sums(c1, c2, count)):
+            write(into + 88 * width, j, 1.0)
         for field in range(3):
             v = read(into + (40 + 8 * field) * width, j, np.float64)
             write(into + (64 + 8 * field) * width, j, real(v, kind))
@@ -654,11 +755,14 @@ def apply_row_apart(dy, dx, width, into, kind, stored, to):
 
 
 @inner
-def apply_columns(q, place, segment, into, any_out_of_range, room, kinds):
+def apply_columns(q, place, segment, into, room, kinds):
     """dx of a segment of rows; `room` is a tile and a spare."""
     a, b, c, width = place
     tile, spare = room
     kind, stored, computed = kinds
+    any_out_of_range = False
+    for j in range(width):
+        any_out_of_range = any_out_of_range or read(into + 88 * width, j, np.float64) != 0.0
     last = min((segment + 1) * BACKWARD_SPAN_ROWS, q.p * q.s)
     for i in range(segment * BACKWARD_SPAN_ROWS, last):
         p = i // q.s
@@ -678,9 +782,7 @@ def apply_columns(q, place, segment, into, any_out_of_range, room, kinds):
             apply_row_apart(dy, tile, width, into, kind, stored, computed)
         if any_out_of_range:
             for j in range(width):
-                if is_out_of_range(
-                    read(into, j, np.float64), read(into, width + j, np.float64), kind
-                ):
+                if read(into + 88 * width, j, np.float64) != 0.0:
                     d = np.float64(load(x, j, kind)) - read(into, j, np.float64)
                     xhat = d * read(into, width + j, np.float64)
                     g = np.float64(load(dy, j, stored)) * read(into + 40 * width, j, np.float64)
@@ -691,7 +793,7 @@ def apply_columns(q, place, segment, into, any_out_of_range, room, kinds):
         deliver(tile, spare, dx, width, q.non_temporal != 0, kind)
 
 
-OF_COLUMN = 11  # numbers that dx needs of each column
+OF_COLUMN = 12  # numbers that dx needs of each column
 
 
 @register_jitable
@@ -720,26 +822,19 @@ def columns(record, memory, turn, turns, task, kind, stored, computed):
             into = (
                 own if task == WHOLE or task == MOMENTS else q.terms + 8 * OF_COLUMN * width * item
             )
-            any_out_of_range = False
-            if task == APPLY:
-                for j in range(n):
-                    mean, rstd = read(into, j, np.float64), read(into, n + j, np.float64)
-                    any_out_of_range = any_out_of_range or is_out_of_range(mean, rstd, kind)
-            else:
-                any_out_of_range = columns_terms_at(q, a, b, c, n, into, kind)
+            if task != APPLY:
+                columns_terms_at(q, a, b, c, n, into, kind)
             first = 0 if task == WHOLE else i - item * q.segments
             last = q.segments if task == WHOLE else first + 1
             if task == WHOLE or task == MOMENTS:
                 for segment in range(first, last):
-                    columns_sums(q, (a, b, c, n), segment, into, any_out_of_range, (kind, stored))
+                    columns_sums(q, (a, b, c, n), segment, into, (kind, stored))
             if task == WHOLE or task == FINALIZE:
                 finalize_columns(q, a, b, c, n, into, kind)
             if task == WHOLE or task == APPLY:
                 for segment in range(first, last):
                     kinds = kind, stored, computed
-                    apply_columns(
-                        q, (a, b, c, n), segment, into, any_out_of_range, (tile, spare), kinds
-                    )
+                    apply_columns(q, (a, b, c, n), segment, into, (tile, spare), kinds)
         turn = take(record)
     if q.non_temporal:
         fence()

@@ -611,7 +611,7 @@ def _carry_back(plan: _BackPlan, record: Array, threads: int, groups: int, train
     elif plan.inside:
         if training:
             _share(kernel, where, groups * segments, threads, MOMENTS, room)
-        _share(kernel, where, groups, 1, FINALIZE, room)
+        _share(kernel, where, items, 1, FINALIZE, room)
         _share(kernel, where, plan.turns, threads, APPLY, room)
     else:
         _share(kernel, where, items * segments, threads, MOMENTS, room)

@@ -27,6 +27,7 @@ from fastnorm import _reference as reference
 from fastnorm.operations import OPERATIONS, Operation, Parameters
 from fastnorm.schedule import MIN_RUN
 
+from .fuzz.checks import compare
 from .helpers import (
     BF16,
     COMPILED,
@@ -660,6 +661,33 @@ def test_nothing_overflows_or_vanishes(
     for weights in ("none", "shared", "full"):
         got = check(op, dy, x, parameters(op, x, weights) | {"eps": 0.0})
         assert all(np.isfinite(g).all() and g.any() for g in got)
+
+
+@on_every_backend
+@by_layout
+@by_operation
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=named)
+@pytest.mark.parametrize("large", ["one dy", "every dy", "one weight", "every dy by its weight"])
+def test_what_leaves_the_range_on_the_way(
+    large: str, dtype: Any, op: Operation, layout: str
+) -> None:
+    """dy xhat, dy weight, or a sum of them, is beyond all floats; dx, dweight and dbias are not."""
+    for weights in WEIGHTS[large.endswith("weight") : -1]:
+        x, dy = pair((9, 8, 7, 33) if weights == "shared" else SHAPE, dtype, 1.0, layout)
+        p = parameters(op, x, weights)
+        stats = statistics(op, x, p)
+        if large.startswith("every"):
+            dy = (dy.astype(F64) * 1e38).clip(-3e38, 3e38).astype(dtype)
+        if large == "one dy":
+            dy[np.unravel_index(np.argmax(abs(x.astype(F64))), x.shape)] = 1.5e38
+        elif large == "one weight":
+            p["weight"][(-1,) * p["weight"].ndim] = 3e38
+        elif large.endswith("weight"):
+            p["weight"] = (p["weight"].astype(F64) * 1e-38).astype(dtype)
+        got, exact = gradients(op, dy, x, stats, p), exact_gradients(op, dy, x, stats, p)
+        for value, right, size in zip(got, exact, sizes(op, dy, x, stats, p), strict=True):
+            error = 8 * epsilon(F32) * np.asarray(size, np.longdouble)
+            compare(value, right, error, F32, judged=True, what=weights)
 
 
 @on_every_backend

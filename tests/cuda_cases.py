@@ -61,7 +61,7 @@ from .test_accuracy import (
     prepared,
     put,
 )
-from .test_backward import WEIGHTS, pair, parameters
+from .test_backward import WEIGHTS, check_large, pair, parameters
 from .test_backward import check as check_gradients
 from .test_errors import test_bad_input, test_one_value_per_channel  # noqa: F401 - run here too
 
@@ -547,6 +547,13 @@ def test_gradients_with_a_mask(op: Operation) -> None:
 def test_gradients_of_every_dtype(dtype: Any, op: Operation) -> None:
     x, dy = pair(SMALL, dtype, 1.0, "channels-first")
     check_gradients(op, dy.astype(F32), x, parameters(op, x, num_groups=2))
+
+
+@by_layout
+@by_backward
+@pytest.mark.parametrize("large", ["every dy", "one weight"])
+def test_what_leaves_the_range_on_the_way(large: str, op: Operation, layout: str) -> None:
+    check_large(large, F32, op, layout, SMALL, SMALL)
 
 
 @by_backward

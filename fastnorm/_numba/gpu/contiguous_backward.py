@@ -122,7 +122,7 @@ def gradient_summer(kind: str, other: str, factor: str, team: int) -> Function:
 
 @cache
 def gradient_applier(kind: str, other: str, factor: str, team: int) -> Function:
-    """A function: dx of what a team sees; `own` are mean, rstd, c1 and c2."""
+    """A function: dx of what a team sees; `own` are mean, rstd, c1, c2 and the group's length."""
     real = computing(kind)
     width = CHUNK // size_of(kind)
     load_chunk, store_chunk = chunk_loader(kind, real, width), chunk_storer(kind, width)
@@ -132,7 +132,7 @@ def gradient_applier(kind: str, other: str, factor: str, team: int) -> Function:
 
     @device
     def apply(x: Any, dy: Any, dx: Any, weight: Any, share: Any, own: Any) -> None:
-        mean, rstd, c1, c2 = own
+        mean, rstd, c1, c2, length = own
         v = cuda.local.array(width, real)
         g = cuda.local.array(width, real)
         w = cuda.local.array(width, real)
@@ -147,7 +147,7 @@ def gradient_applier(kind: str, other: str, factor: str, team: int) -> Function:
             place = Place(weight.address, row * weight.p + start * weight.s, weight.s)
             weights(place, n, share.aligned, w)
             for k in range(width):
-                v[k] = gradient(v[k], g[k], w[k], mean, rstd, c1, c2)
+                v[k] = gradient(v[k], g[k], w[k], mean, rstd, c1, c2, length)
             store_chunk(dx.address, row * dx.p + start, n, share.aligned, v)
             i += team
             row, col = onward(row + rows, col + jump, share.cols)
@@ -211,6 +211,6 @@ def run_gradients(kind: str, other: str, factor: str, team: int, mode: int) -> A
                 second *= value
             c1 = one / length * rstd if means.address != 0 else 0.0
             c2 = second / length * rstd
-            apply(x, dy, dx, weight, share, (mean, rstd, c1, c2))
+            apply(x, dy, dx, weight, share, (mean, rstd, c1, c2, length))
 
     return gradients_kernel

@@ -19,7 +19,7 @@ from fastnorm._numba.gpu.elements import (
     size_of,
     write_double,
 )
-from fastnorm._numba.gpu.gradients import gradient, gradient_of
+from fastnorm._numba.gpu.gradients import gradient, gradient_of, holds_group, holds_weight
 from fastnorm._numba.gpu.package import arithmetic, cuda, device, kernel
 from fastnorm._numba.gpu.reductions import column_totals
 from fastnorm._numba.gpu.views import (
@@ -41,7 +41,7 @@ from fastnorm._numba.gpu.views import (
     view_of,
 )
 
-fma, holds = arithmetic.fma, arithmetic.holds
+fma = arithmetic.fma
 
 
 @cache
@@ -187,7 +187,7 @@ def column_slopes(kind: str, other: str, factor: str) -> Any:
                 r[k] = real(rstd)
                 shift[k] = real((np.float64(hi[k]) - mean) * rstd)
                 c1[k], c2[k] = real(one), real(two)
-                out_of_range = out_of_range or (not double and not holds(rstd))
+                out_of_range = out_of_range or not holds_group(rstd, one, two, length)
         for i in range(tile.first, tile.high, ROWS):
             p, q = divided(i, tile.s)
             load_chunk(x.address, p * x.p + q * x.s, tile.n, tile.aligned, v, 0)
@@ -198,14 +198,15 @@ def column_slopes(kind: str, other: str, factor: str) -> Any:
                     if weight.address != 0:
                         own = p * weight.p + q * weight.s + k * weight.c
                         w = load_weight(weight.address, own)
-                    if out_of_range:  # computed again: rare, and it would take registers always
+                    wr = real(w * r[k])
+                    if not double and (out_of_range or not holds_weight(w, wr)):
+                        # computed again: rare, and it would take registers always
                         value = value_of(weight, k, weighted)
                         mean, rstd, one, two = constants(
                             plan, operands, sums, corner, at + k, value, length
                         )  # fmt: skip
-                        v[k] = gradient_of_one(v[k], g[k], w, mean, rstd, one, two)
+                        v[k] = gradient_of_one(v[k], g[k], w, mean, rstd, one, two, length)
                     else:
-                        wr = real(w * r[k])
                         v[k] = gradient(v[k], g[k], hi[k], r[k], shift[k], wr, c1[k], c2[k])
             store_chunk(dx.address, p * dx.p + q * dx.s, tile.n, tile.aligned, v)
 

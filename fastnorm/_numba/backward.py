@@ -16,6 +16,7 @@ of a group that is *out of range*: by its statistics, its sums or its weights.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -196,13 +197,13 @@ def segment_sums(q, place, segment, weighted, lanes, kinds):
     for k in range(width):
         own = lanes + 16 * PAIR_LANES * k
         into = q.sums + 16 * ((a * q.b + b + k) * q.segments + segment)
-        for again in range(2):
-            for of in range(2):
-                write(into, of, added_up(own + 8 * PAIR_LANES * of))
-            # a product of floats, or a sum of four, may have left their range
-            if again or is_double(kinds[0]) or are_finite(into, 2):
-                break
+        first, second = added_up(own), added_up(own + 8 * PAIR_LANES)
+        # a product of floats, or a sum of four, may have left their range
+        if not is_double(kinds[0]) and not (math.isfinite(first) and math.isfinite(second)):
             add_segment(q, (a, b + k, 1), segment, weighted, True, own, kinds)
+            first, second = added_up(own), added_up(own + 8 * PAIR_LANES)
+        write(into, 0, first)
+        write(into, 1, second)
 
 
 @summing
@@ -518,7 +519,7 @@ def mend_cells(q, sharers, cell, n, sums, tile, kinds):
             dy = at(q.dy, a, b) + p * q.dy.p + t * q.dy.s
             collect_out_of_range(x, dy, n, terms, again[0], again[1], kind, stored)
     for j in range(n):
-        if not (are_finite(gw + 8 * j, 1) and are_finite(gb + 8 * j, 1)):
+        if not (math.isfinite(read(gw, j, np.float64)) and math.isfinite(read(gb, j, np.float64))):
             write(gw, j, read(again[0], j, np.float64))
             write(gb, j, read(again[1], j, np.float64))
 

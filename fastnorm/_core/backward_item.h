@@ -125,8 +125,7 @@ FN_INLINE int T(holds_terms)(double first, double second) {
 /* Whether it can hold c1 and xhat c2, where no xhat is above the root of the count. Both are below
  * 2^102, half a unit of the largest float: where dy wr leaves the range, dx does, too. */
 FN_INLINE int T(holds_sums)(double c1, double c2, double count) {
-    const double square = c1 * c1 + c2 * c2 * count;
-    return !IS_FLOAT || (square > 0x1p-204 && square < 0x1p204) || square == 0;
+    return !IS_FLOAT || c1 * c1 + c2 * c2 * count < 0x1p204;
 }
 FN_INLINE T(Slope) T(slope_of)(double mean, double rstd) {
     return (T(Slope)){(REAL)mean, (REAL)rstd, (REAL)(-(mean - (double)(REAL)mean) * rstd), 0, 0, 0};

@@ -10,7 +10,7 @@ all is done. Where the weight differs along a run (layer and RMS norm), each ele
 the group's sums are taken first and the weight's are collected with dx, by `parts` of those that
 share it, whose number depends on the shape alone.
 
-What a float32 cannot hold is computed in float64: sums that come out infinite or no number, and dx
+What a float32 cannot hold is computed in float64: sums that leave its range on the way, and dx
 of a group that is *out of range*: by its statistics, its sums or its weights.
 """
 
@@ -124,6 +124,16 @@ def holds_sums(c1, c2, count):
 
 
 @inner
+def holds_terms(first, second):
+    """Whether float32 could hold the terms of two sums.
+
+    If not, a product, or a sum of four, has left its range, or was so small that digits were lost.
+    """
+    size = abs(first) + abs(second)
+    return (size > 2.0**-100 and size < math.inf) or size == 0.0
+
+
+@inner
 def add_run(q, place, n, statistics, weight, in_double, lanes, kinds):
     """Add the two sums of n elements of a run to PAIR_LANES lanes each; no weight (0) is 1."""
     a, b, p, t = place
@@ -198,8 +208,7 @@ def segment_sums(q, place, segment, weighted, lanes, kinds):
         own = lanes + 16 * PAIR_LANES * k
         into = q.sums + 16 * ((a * q.b + b + k) * q.segments + segment)
         first, second = added_up(own), added_up(own + 8 * PAIR_LANES)
-        # a product of floats, or a sum of four, may have left their range
-        if not is_double(kinds[0]) and not (math.isfinite(first) and math.isfinite(second)):
+        if not is_double(kinds[0]) and not holds_terms(first, second):
             add_segment(q, (a, b + k, 1), segment, weighted, True, own, kinds)
             first, second = added_up(own), added_up(own + 8 * PAIR_LANES)
         write(into, 0, first)
@@ -679,9 +688,8 @@ def columns_sums(q, place, segment, into, kinds):
         rows_pairs(x, dy, (q.x.s, q.dy.s), n, width, into, (first, second), kinds)
         f += n
     for j in range(width):
-        finite = are_finite(first + 8 * j, 1) and are_finite(second + 8 * j, 1)
-        # a product of floats, or a sum of four, may have left their range
-        if (not finite and not is_double(kind)) or read(into + 88 * width, j, np.float64) != 0.0:
+        held = holds_terms(read(first, j, np.float64), read(second, j, np.float64))
+        if (not held and not is_double(kind)) or read(into + 88 * width, j, np.float64) != 0.0:
             mean, rstd = read(into, j, np.float64), read(into, width + j, np.float64)
             one = 0.0
             two = 0.0

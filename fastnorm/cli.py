@@ -48,6 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status. argparse raises SystemExit by itself for ``--help``, ``--version`` and
         arguments it cannot read.
     """
+    if sys.stderr is None:  # closed, and so is what Python makes of it
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+    if sys.stdout is None:
+        warn("cannot write the results: stdout is closed")
+        return 1
     try:
         try:
             return _run(argv)

@@ -95,6 +95,17 @@ def test_nobody_reads_or_nothing_can_be_written(arguments: list[str], tmp_path: 
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@posix
+@pytest.mark.parametrize(
+    ("closed", "status", "told"),
+    [(">&-", 1, "fastnorm: cannot write the results: stdout is closed\n"), ("2>&-", 0, "")],
+)
+def test_closed_streams(closed: str, status: int, told: str) -> None:
+    command = ["sh", "-c", f'"$0" -m fastnorm info {closed}', sys.executable]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (status, told)
+
+
 INTERRUPTED = """
 import os, signal, sys
 from fastnorm import cli

@@ -305,9 +305,32 @@ def machine_epsilon(dtype: np.dtype[Any]) -> float:
 
 def parameter(value: ArrayLike, name: str, x: Array) -> Array:
     """A weight or bias in the type that is computed in."""
-    array = as_array(value, name)
-    kind = np.float64 if x.dtype.itemsize == 8 else np.float32
-    return array if array.dtype.type is kind else cast(array, kind)
+    return laid_as(as_array(value, name), computing_type(x.dtype), x)
+
+
+def laid_as(p: Array, dtype: Any, x: Array) -> Array:
+    """A parameter in a dtype; what is copied lies in memory as x does, whose axes are the last.
+
+    One of samples and channels is in C's order: the channels are neighbours. In the order of `p`
+    one sample would lie otherwise than among others, and take other loops, of other bits.
+    """
+    pairs = p.ndim == 2 < x.ndim
+    if isinstance(p, ArrayView) or p.ndim < 2 or (p.dtype.type is dtype and not pairs):
+        return p if p.dtype.type is dtype else cast(p, dtype)
+    if pairs:
+        with np.errstate(all="ignore"):
+            return p.astype(dtype, order="C", copy=False)
+    steps = x.strides[x.ndim - p.ndim :]
+    copy = ordered(p.shape, dtype, steps) if len(steps) == p.ndim else np.empty(p.shape, dtype)
+    with np.errstate(all="ignore"):
+        copy[...] = p
+    return copy
+
+
+def ordered(shape: tuple[int, ...], dtype: Any, steps: Sequence[int]) -> Array:
+    """An array whose axes lie in memory in the order of these steps."""
+    order = sorted(range(len(shape)), key=lambda i: -abs(steps[i]))
+    return np.empty([shape[i] for i in order], dtype).transpose(np.argsort(order))
 
 
 def check_ndim(x: Array, least: int, of: str, shape: str) -> None:

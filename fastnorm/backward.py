@@ -80,6 +80,7 @@ def _channels(
         (axis,),
         placed,
         view,
+        of_channels=True,
         training=training,
         where=where,
     )

@@ -20,13 +20,14 @@ from fastnorm.arguments import (
     Array,
     as_array,
     asked,
-    cast,
     check_activation,
     check_out,
     computing_type,
     is_float,
+    laid_as,
     lies_plainly,
     mask_of,
+    ordered,
     same_shape,
     writes_apart,
     writes_apart_anywhere,
@@ -282,7 +283,7 @@ class Gradients(Request[R]):
 
     `view` shows an array of the shape of x along the axes that the norm works on, `place` does so
     for a parameter; `reduced`, `mean` and `rstd` are along those. `own` is the shape of a weight
-    that is not there, along these `axes` of x.
+    that is not there, along these `axes` of x: of a norm `of_channels`, the channels'.
     """
 
     dy: ArrayLike
@@ -296,6 +297,7 @@ class Gradients(Request[R]):
     axes: tuple[int, ...]
     place: View
     view: View | None = None
+    of_channels: bool = False
     weight_offset: float = 0.0
     training: bool = True
     where: ArrayLike | None = None
@@ -315,9 +317,13 @@ class Gradients(Request[R]):
             if self.weight_offset:
                 weight = plus(weight, self.weight_offset)
             if weight.size <= array.size // SMALL or isinstance(array, ArrayView):
-                weight = cast(weight, computing_type(array.dtype))
+                weight = laid_as(weight, computing_type(array.dtype), array)
             placed = place(weight)
-        along = self.axes if shape == self.own else range(-len(shape), 0)
+        along: Sequence[int] = range(-len(shape), 0)
+        if shape == self.own:
+            along = self.axes
+        elif self.of_channels and len(shape) == 2:  # samples and channels
+            along = (0, *self.axes)
         dweight = _ordered(shape, dtype, array, along)
         dbias = None if mean is None else _ordered(shape, dtype, array, along)
         if ticket is not None:
@@ -352,8 +358,7 @@ def _ordered(shape: tuple[int, ...], dtype: np.dtype[Any], x: Array, axes: Seque
     """An array whose axes lie in memory in the order in which these axes of x do; or where x is."""
     if isinstance(x, ArrayView):
         return empty_on(x, shape, dtype)
-    order = sorted(range(len(shape)), key=lambda i: -abs(x.strides[axes[i]]))
-    return np.empty([shape[i] for i in order], dtype).transpose(np.argsort(order))
+    return ordered(shape, dtype, [x.strides[axis] for axis in axes])
 
 
 # --- Views ----------------------------------------------------------------------------------------

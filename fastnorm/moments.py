@@ -670,6 +670,13 @@ class Moments:
                     f"{name} of these moments has rows of different lengths, expected what "
                     "to_dict() returns"
                 ) from None
+            except MemoryError:
+                raise
+            except Exception as error:
+                raise TypeError(
+                    f"{name} of these moments cannot be read as an array ({shown(error)}), "
+                    "expected what to_dict() returns"
+                ) from error
         shape = _checked_axis(d.get("shape"), "shape")
         if shape is None:
             shape = parts[0].shape

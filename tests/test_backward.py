@@ -695,6 +695,26 @@ def test_what_leaves_the_range_on_the_way(
 
 
 @on_every_backend
+@pytest.mark.parametrize("rms", [False, True])
+def test_products_that_are_nothing_in_float32(rms: bool) -> None:
+    """dy times weight is below the least float32, and dx is not, by 1 / std; and xhat is large."""
+    rng = np.random.default_rng(0)
+    label = "rms_norm" if rms else "layer_norm (normalized_shape)"
+    op = next(op for op in BACKWARD if op.label == label)
+    outlier = rng.standard_normal((2, 65_536)).astype(F32)
+    outlier[:, 0] = 256.0
+    slopes = [(rng.standard_normal((2, 16)) * 1e-34).astype(F32), (np.sign(outlier) * 1e-42).astype(F32)]
+    small = (rng.standard_normal((2, 16)) * 1e-10).astype(F32)
+    for x, dy, weight in zip((small, outlier), slopes, (1e-12, 1.0), strict=True):
+        p = {"normalized_shape": x.shape[-1:], "eps": 0.0}
+        p["weight"] = np.full(x.shape[-1], weight, F32)
+        stats = statistics(op, x, p)
+        dx, exact = gradients(op, dy, x, stats, p)[0], exact_gradients(op, dy, x, stats, p)[0]
+        size = sizes(op, dy, x, stats, p)[0]
+        assert (abs(dx - exact) <= 8 * epsilon(F32) * size + 2.0**-149).all()
+
+
+@on_every_backend
 @by_operation
 @pytest.mark.parametrize("shape", [(0, 4, 3), (2, 0, 3), (2, 4, 0), (0, 0, 0), (0, 8)], ids=str)
 def test_empty(shape: tuple[int, ...], op: Operation) -> None:

@@ -111,6 +111,61 @@ def test_a_sample_where_an_axis_between_is_reduced(name: str, axis: Any, dtype: 
             assert_same_bits(back, dx[i : i + 1])
 
 
+# Weights of float64, of each sample, and in either order; so large or small that a group of theirs
+# is computed in double.
+WEIGHTS = {
+    "float64": lambda n, c: 1 / np.arange(3.0, 3 + c),
+    "of samples": lambda n, c: np.linspace(0.5, 2, n * c, dtype=F32).reshape(n, c),
+    "of samples, in Fortran's order": lambda n, c: np.linspace(0.5, 2, n * c).reshape(c, n).T,
+    "one is large": lambda n, c: np.where(np.arange(c) == 1, 1e35, 1.0).astype(F32),
+    "one is small": lambda n, c: np.where(np.arange(c) == 1, 1e-35, 1.0).astype(F32),
+    "one sample's are large": lambda n, c: (
+        np.where(np.arange(n) == 1, 1e35, 1.0)[:, None] * np.ones(c, F32)
+    ),
+}
+
+
+@by_layout
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("shape", [(5, 12, 65), (9, 64, 200), (3, 4, 2, 9)], ids=str)
+@on_kernels
+def test_a_sample_with_weights(
+    name: str, shape: tuple[int, ...], weights: str, layout: str
+) -> None:
+    fn.set_backend(name)
+    x, dy = (LAYOUTS[layout](data(shape, F32, 1.0, seed=seed)) for seed in (0, 1))
+    w = WEIGHTS[weights](*shape[:2])
+    for groups in (4, shape[1]):
+        y, mean, rstd = fn.group_norm(x, groups, w, return_stats=True)
+        for past in (False, True):
+            with non_temporal(past):
+                dx = fn.group_norm_backward(dy, x, mean, rstd, groups, w)[0]
+            for i in range(3):
+                one = slice(i, i + 1)
+                own = w[one] if w.ndim == 2 else w
+                assert_same_bits(fn.group_norm(x[one], groups, own), y[one])
+                stats = mean[one], rstd[one]
+                found = fn.group_norm_backward(dy[one], x[one], *stats, groups, own)[0]
+                assert_same_bits(found, dx[one])
+
+
+@by_layout
+@on_kernels
+def test_a_sample_by_given_statistics(name: str, layout: str) -> None:
+    """Where statistics are given, samples are apart in batch norm, too."""
+    fn.set_backend(name)
+    x, dy = (LAYOUTS[layout](data((4, 8, 7, 3), F32, 1.0, seed=seed)) for seed in (0, 1))
+    mean, rstd = data((8,), F64, seed=2), np.linspace(0.3, 3, 8)
+    for weights in ("float64", "of samples", "one is large", "one sample's are large"):
+        w = WEIGHTS[weights](4, 8)
+        dx = fn.batch_norm_backward(dy, x, mean, rstd, w, training=False)[0]
+        for i in range(4):
+            one = slice(i, i + 1)
+            own = w[one] if w.ndim == 2 else w
+            found = fn.batch_norm_backward(dy[one], x[one], mean, rstd, own, training=False)[0]
+            assert_same_bits(found, dx[one])
+
+
 @on_kernels
 def test_a_huge_neighbour_changes_nothing(name: str) -> None:
     """Columns side by side: one beyond float32's range is redone in float64, the others are not."""

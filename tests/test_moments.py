@@ -510,6 +510,17 @@ def test_what_cannot_be_moments(wrong: dict[str, Any], kind: type[Exception], me
     assert same == m
 
 
+class _Raises:
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise KeyError("x")
+
+
+def test_an_entry_that_raises() -> None:
+    entries = fn.Moments(0).update(data((4, 2), F64)).to_dict() | {"mean": _Raises()}
+    with pytest.raises(TypeError, match="mean of these moments cannot be read as an array"):
+        fn.Moments.from_dict(entries)
+
+
 def test_what_is_no_state() -> None:
     m = fn.Moments(0).update(data((4, 2), F64))
     before = m.copy()

@@ -345,6 +345,51 @@ def test_missing_library(
     )
 
 
+def test_a_file_that_is_cut_while_it_is_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Of a mapped file the process would die."""
+    path = tmp_path / "x.npy"
+    np.save(path, np.zeros((3, 1 << 21)))
+    seen = arrays.check_numeric
+
+    def cut(*arguments: Any) -> Any:
+        os.truncate(path, 4096)
+        return seen(*arguments)
+
+    monkeypatch.setattr(arrays, "check_numeric", cut)
+    status, out, err = run(capsys, path)
+    assert (status, out) == (1, "")
+    assert "it is cut short" in err
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("axis", [None, 0, 1, 2])
+def test_parts_of_an_npy(order: Any, axis: int | None, tmp_path: Path) -> None:
+    x = np.asarray(np.arange(210.0).reshape(6, 5, 7), order=order)
+    np.save(tmp_path / "x.npy", x)
+    file = arrays._Npy(str(tmp_path / "x.npy"))
+    for index in (
+        (slice(0, 6), slice(0, 5), slice(0, 7)),
+        (slice(2, 4), slice(1, 5), slice(3, 4)),
+        (slice(5, 6), slice(0, 5), slice(0, 1)),
+    ):
+        (part,) = file.read("", index, () if axis is None else (axis,))
+        np.testing.assert_array_equal(part, x[index])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+def test_workers_end_with_their_parent(tmp_path: Path) -> None:
+    for i in range(40):
+        np.save(tmp_path / f"{i}.npy", np.zeros(1 << 21))
+    program = [sys.executable, "-m", "fastnorm", "stats", str(tmp_path), "--workers", "2"]
+    # what a worker keeps open is at its end when it is
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        time.sleep(1.0)
+        process.kill()
+        process.communicate(timeout=PATIENCE)
+
+
 def test_a_worker_that_dies(
     capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,11 +7,15 @@ FN_INLINE void T(put)(char *y, ptrdiff_t i, REAL v, Storage storage) {
 FN_INLINE REAL T(gradient)(REAL xhat, REAL dy, REAL wr, T(Slope) v) {
     return T(fma)(-xhat, v.c2, T(fma)(dy, wr, -v.c1));
 }
-/* By given statistics (not `training`) x, out of range or not, has no part in it. */
 FN_INLINE void T(apply_at)(const char *x, const char *dy, char *dx, ptrdiff_t i, T(Slope) v,
-                           Storage storage, int training) {
+                           Storage storage) {
     const REAL g = T(element)(dy, i, storage), xhat = T(xhat)(T(element)(x, i, storage), v);
-    T(put)(dx, i, training ? T(gradient)(xhat, g, v.wr, v) : g * v.wr, storage);
+    T(put)(dx, i, T(gradient)(xhat, g, v.wr, v), storage);
+}
+/* By given statistics x has no part in it.  In double, which holds any product of two floats: then
+ * it is the same whatever weights others have. */
+FN_INLINE REAL T(scaled)(REAL dy, double weight, double rstd) {
+    return (REAL)((double)dy * (weight * rstd));
 }
 /* Numbers before what is written begins at a cache line: a vector of 64 bytes that crosses a line
  * takes two stores, and NumPy's memory begins anywhere. */
@@ -19,7 +23,7 @@ FN_INLINE ptrdiff_t T(before_line)(const char *y, ptrdiff_t n, ptrdiff_t size) {
     return n < 256 ? 0 : (ptrdiff_t)((0 - (uintptr_t)y) % 64) / size;
 }
 /* A run, or plane, with one weight. */
-FN_INLINE void T(apply_run)(const Rows *q, T(Slope) v, Storage storage, int training) {
+FN_INLINE void T(apply_run)(const Rows *q, T(Slope) v, Storage storage) {
     const char *x = q->x, *dy = q->dy;
     char *dx = q->dx;
     const ptrdiff_t n = q->n, size = T(size_of)(storage), before = T(before_line)(dx, n, size);
@@ -30,46 +34,43 @@ FN_INLINE void T(apply_run)(const Rows *q, T(Slope) v, Storage storage, int trai
     }
     for (ptrdiff_t from = 0, to = before ? before : n; from < n; from = to, to = n)
         FN_IVDEP for (ptrdiff_t i = from; i < to; i++)
-            T(apply_at)(x, dy, dx, i, v, storage, training);
+            T(apply_at)(x, dy, dx, i, v, storage);
 }
 FN_INLINE void T(apply_planes_of)(Rows q, const T(Slopes) *s, const REAL *wr,
-                                  Storage storage, int training) {
+                                  Storage storage) {
     for (ptrdiff_t k = 0; q.count > 0; k++, q = further(q, 1)) {
         T(Slope) v = T(slope_at)(s, k);
         v.wr = wr[k];
-        T(apply_run)(&q, v, storage, training);
+        T(apply_run)(&q, v, storage);
     }
 }
 /* Planes of neighbouring groups. */
-FN_APART void T(apply_planes)(const Rows *q, const T(Slopes) *s, const REAL *wr, Storage storage,
-                            int training) {
-    if (!training) T(apply_planes_of)(*q, s, wr, F64, 0);
-    else if (IS_FLOAT && storage == BF16) T(apply_planes_of)(*q, s, wr, BF16, 1);
-    else T(apply_planes_of)(*q, s, wr, F64, 1);
+FN_APART void T(apply_planes)(const Rows *q, const T(Slopes) *s, const REAL *wr, Storage storage) {
+    if (IS_FLOAT && storage == BF16) T(apply_planes_of)(*q, s, wr, BF16);
+    else T(apply_planes_of)(*q, s, wr, F64);
 }
 /* Rows of columns: one, or four, for which what the columns have in common is read once. */
-FN_INLINE void T(apply_rows_at)(const Rows *q, int four, const T(Slopes) *s, int training) {
+FN_INLINE void T(apply_rows_at)(const Rows *q, int four, const T(Slopes) *s) {
     const REAL *hi = s->hi, *r = s->r, *shift = s->shift, *wr = s->wr, *c1 = s->c1, *c2 = s->c2;
     const ptrdiff_t n = q->n, xs = q->x_step, dys = q->dy_step, dxs = q->dx_step;
     const char *x = q->x, *dy = q->dy;
     char *dx = q->dx;
     FN_IVDEP for (ptrdiff_t i = 0; i < n; i++) {
         const T(Slope) v = {hi[i], r[i], shift[i], wr[i], c1[i], c2[i]};
-        T(apply_at)(x, dy, dx, i, v, F64, training);
+        T(apply_at)(x, dy, dx, i, v, F64);
         if (!four) continue;
-        T(apply_at)(x + xs, dy + dys, dx + dxs, i, v, F64, training);
-        T(apply_at)(x + 2 * xs, dy + 2 * dys, dx + 2 * dxs, i, v, F64, training);
-        T(apply_at)(x + 3 * xs, dy + 3 * dys, dx + 3 * dxs, i, v, F64, training);
+        T(apply_at)(x + xs, dy + dys, dx + dxs, i, v, F64);
+        T(apply_at)(x + 2 * xs, dy + 2 * dys, dx + 2 * dxs, i, v, F64);
+        T(apply_at)(x + 3 * xs, dy + 3 * dys, dx + 3 * dxs, i, v, F64);
     }
 }
-FN_APART void T(apply_rows)(const Rows *rows, const T(Slopes) *s, int training) {
+FN_APART void T(apply_rows)(const Rows *rows, const T(Slopes) *s) {
     Rows q = *rows;
-    for (; q.count > 0 && !training; q = further(q, 1)) T(apply_rows_at)(&q, 0, s, 0);
     for (; q.count >= 4; q = further(q, 4)) {
         T(fetch_rows)(&q);
-        T(apply_rows_at)(&q, 1, s, 1);
+        T(apply_rows_at)(&q, 1, s);
     }
-    for (; q.count > 0; q = further(q, 1)) T(apply_rows_at)(&q, 0, s, 1);
+    for (; q.count > 0; q = further(q, 1)) T(apply_rows_at)(&q, 0, s);
 }
 
 /* ---- weights of their own -----------------------------------------------------------------------

@@ -117,15 +117,16 @@ FN_INLINE int T(holds_weights)(double lowest, double greatest, double rstd) {
            (lowest * fabs(rstd) > 7.9e-31 && greatest * fabs(rstd) < 1.3e30);
 }
 /* Whether it could hold the terms of a group's two sums: if not, a product, or a sum of four, has
- * left its range, or was so small that digits were lost. */
+ * left its range, or was so small that digits were lost, or all of it. */
 FN_INLINE int T(holds_terms)(double first, double second) {
-    const double size = fabs(first) + fabs(second);
-    return !IS_FLOAT || (size > 0x1p-100 && size < INFINITY) || size == 0;
+    const double a = fabs(first), b = fabs(second);
+    return !IS_FLOAT || ((a > 0x1p-100) & (b > 0x1p-100) & (a + b < INFINITY));
 }
-/* Whether it can hold c1 and xhat c2, where no xhat is above the root of the count. Both are below
- * 2^102, half a unit of the largest float: where dy wr leaves the range, dx does, too. */
+/* Whether it can hold c1 and xhat c2, where no xhat is above the root of the count: their digits,
+ * and below 2^102, half a unit of the largest float. Where dy wr leaves the range, dx does, too. */
 FN_INLINE int T(holds_sums)(double c1, double c2, double count) {
-    return !IS_FLOAT || c1 * c1 + c2 * c2 * count < 0x1p204;
+    const double size = c1 * c1 + c2 * c2 * count;
+    return !IS_FLOAT || (size > 0x1p-204 && size < 0x1p204) || size == 0;
 }
 FN_INLINE T(Slope) T(slope_of)(double mean, double rstd) {
     return (T(Slope)){(REAL)mean, (REAL)rstd, (REAL)(-(mean - (double)(REAL)mean) * rstd), 0, 0, 0};
@@ -165,7 +166,7 @@ static void T(range_in_lanes)(const Backward *q, Item it, REAL *lowest, REAL *gr
                 T(widen)(w + i, t.n - i, lowest, greatest);
             }
 }
-/* Of those of an owner that `read_statistics` or groups that are walked whole look at. */
+/* Of those of an owner that differ inside; or, before they are walked whole, of its groups. */
 static T(Range) T(range_of_weights)(const Backward *q, Item it, REAL *tile) {
     REAL lowest[PAIR_LANES], greatest[PAIR_LANES];
     T(Range) all = {(REAL)INFINITY, 0};
@@ -190,6 +191,8 @@ static T(Range) T(range_of_weights)(const Backward *q, Item it, REAL *tile) {
 static void T(read_statistics)(const Backward *q, Item it, T(Range) weights, T(Slopes) *s,
                                REAL *tile) {
     const int own = IS_FLOAT && q->inside && q->columns && q->weight.data && q->weight.c;
+    /* of planes' weights `finish_sums` says so, of each group: their sums do not depend on it */
+    if (!q->inside) weights = (T(Range)){1, 1};
     s->item = it;
     s->any_out_of_range = 0;
     if (own) T(range_in_lanes)(q, it, s->c1, s->c2, tile);
@@ -298,7 +301,9 @@ static void T(finish_sums)(const Backward *q, T(Slopes) *s) {
     for (ptrdiff_t i = 0; i < s->item.width; i++) {
         for (ptrdiff_t p = q->weight.p ? q->p : 1; p-- > 0 && !q->inside;) {
             const double weight = fabs(weight_of(q, s->item, p, 0, i));
-            s->wr[i] = (REAL)(weight_of(q, s->item, p, 0, i) * s->rstd[i]);
+            const double wr = weight_of(q, s->item, p, 0, i) * s->rstd[i];
+            s->wr[i] = (REAL)wr;
+            if (!q->training) s->second[i] = wr; /* for `apply_scale` */
             s->out_of_range[i] |= weight != 0 && !T(holds_weights)(weight, weight, s->rstd[i]);
         }
         s->any_out_of_range |= s->out_of_range[i];
@@ -316,9 +321,27 @@ static void T(apply_out_of_range)(const Backward *q, const Stretch *t, const T(S
             const REAL *x = (const REAL *)(rows->x + k * rows->x_step);
             const REAL *dy = (const REAL *)(rows->dy + k * rows->dy_step);
             T(apply_in_double)(T(double_slope)(s, j), x[i], dy[i],
-                               weight_of(q, t->item, t->p, t->s, j), q->training,
+                               weight_of(q, t->item, t->p, t->s, j), 1,
                                (REAL *)(rows->dx + k * rows->dx_step) + i);
         }
+}
+/* By given statistics. */
+static void T(apply_scale)(const Backward *q, const Stretch *t, const T(Slopes) *s,
+                           const Rows *rows) {
+    for (ptrdiff_t k = 0; k < t->count; k++) {
+        const REAL *dy = (const REAL *)(rows->dy + k * rows->dy_step);
+        REAL *dx = (REAL *)(rows->dx + k * rows->dx_step);
+        if (!q->columns) {
+            const double weight = weight_of(q, t->item, t->p, t->s, k), rstd = s->rstd[k];
+            FN_IVDEP for (ptrdiff_t i = 0; i < t->n; i++) dx[i] = T(scaled)(dy[i], weight, rstd);
+        } else if (q->weight.p) {
+            for (ptrdiff_t i = 0; i < t->n; i++)
+                dx[i] = T(scaled)(dy[i], weight_of(q, t->item, t->p, t->s, i), s->rstd[i]);
+        } else {
+            const double *wr = s->second; /* from `finish_sums` */
+            FN_IVDEP for (ptrdiff_t i = 0; i < t->n; i++) dx[i] = T(scaled)(dy[i], wr[i], 1.0);
+        }
+    }
 }
 /* Rows whose dx has non-temporal stores: a few at a time, between which reads go on. */
 static void T(apply_past_caches)(const Backward *q, Stretch t, const T(Slopes) *s, Rows rows,
@@ -328,7 +351,7 @@ static void T(apply_past_caches)(const Backward *q, Stretch t, const T(Slopes) *
     for (ptrdiff_t left = t.count; left > 0; left -= m, t.s += m, rows = further(rows, m)) {
         t.count = rows.count = least(left, m);
         rows.dx = (char *)tile;
-        T(apply_rows)(&rows, s, q->training);
+        T(apply_rows)(&rows, s);
         T(deliver_dx)(q, &t, rows.dx, NULL);
     }
 }
@@ -337,7 +360,8 @@ static void T(apply_alike)(const Backward *q, const T(Slopes) *s, Span f, REAL *
     const int direct = q->bf16_direct && q->training && !s->any_out_of_range;
     const int native = T(native)(q->x.storage) && T(native)(q->dy.storage);
     const int in_place = direct || (T(native)(q->dx.storage) && !q->non_temporal);
-    const int past = native && q->columns && q->non_temporal && !s->any_out_of_range;
+    const int past =
+        native && q->columns && q->non_temporal && q->training && !s->any_out_of_range;
     const ptrdiff_t width = s->item.width;
     const ptrdiff_t limit = T(limit)(q, width, direct || past || (native && in_place));
     /* other threads have other planes of these groups: a plane's weights are not kept in `s` */
@@ -355,9 +379,10 @@ static void T(apply_alike)(const Backward *q, const T(Slopes) *s, Span f, REAL *
         rows.ahead = width > 1 && q->p > 1 ? q->x.p : 0;
         for (ptrdiff_t k = 0; k < width && wr == of_planes; k++)
             of_planes[k] = (REAL)(weight_of(q, t.item, t.p, t.s, k) * s->rstd[k]);
-        if (IS_FLOAT && s->any_out_of_range) T(apply_out_of_range)(q, &t, s, &rows);
-        else if (q->columns) T(apply_rows)(&rows, s, q->training);
-        else T(apply_planes)(&rows, s, wr, direct ? BF16 : F64, q->training);
+        if (!q->training) T(apply_scale)(q, &t, s, &rows);
+        else if (IS_FLOAT && s->any_out_of_range) T(apply_out_of_range)(q, &t, s, &rows);
+        else if (q->columns) T(apply_rows)(&rows, s);
+        else T(apply_planes)(&rows, s, wr, direct ? BF16 : F64);
         if (!in_place) T(deliver_dx)(q, &t, rows.dx, tiles + BLOCK);
     }
 }
@@ -386,8 +411,8 @@ static void T(collect_rest)(const Backward *q, const T(Slopes) *s, const Rows *r
             (double)g * T(apply_in_double)(v, x[i], g, (double)weight, q->training, dx + i);
         to.bias[i * along] += (double)g;
     }
-    for (ptrdiff_t i = 0; i < rows->n && !s->any_out_of_range && !q->training; i++)
-        dx[i] = dy[i] * (w[i * along] * s->r[q->columns ? i : 0]);
+    for (ptrdiff_t i = 0; i < rows->n && !q->training; i++)
+        dx[i] = T(scaled)(dy[i], (double)w[i * along], s->rstd[q->columns ? i : 0]);
 }
 /* Of up to BACKWARD_SHARED_RUNS runs that share their weights. */
 static void T(collect_runs)(const Backward *q, const T(Slopes) *s, int count, Stretch t, Cells to,

@@ -124,7 +124,8 @@ FN_INLINE double weight_of(const Backward *q, Item it, ptrdiff_t p, ptrdiff_t s,
     if (!q->weight.data) return 1.0;
     const char *found = place(&q->weight, it, p, s) + i * group_step(q, &q->weight);
     within(&q->weight, found, bytes_of(q->weight.storage), "a weight");
-    return number(found, q->weight.storage);
+    const double weight = number(found, q->weight.storage);
+    return q->x.storage == F64 ? weight : (double)(float)weight; /* as along a run */
 }
 
 static inline Item item_of(const Backward *q, ptrdiff_t owner, ptrdiff_t sharer) {
@@ -202,26 +203,6 @@ static void put_gradient(const Backward *q, const Operand *o, const Stretch *t, 
     all_within(o, to, step, t->n, bytes_of(o->storage), "a gradient of weight or bias");
     if (o->data) put_numbers(v, t->n, to, step, o->storage);
 }
-/* Numbers of an item beside each other of which each has a cell; else all have the same. */
-FN_INLINE int cells_lie_along(const Backward *q) { return !q->columns || q->cell_c; }
-
-/* What the numbers of an item at (p, s) add to up to 64 of the cells there, from number `from` on.
- */
-static void add_in_double(const Backward *q, Item it, ptrdiff_t p, ptrdiff_t s, ptrdiff_t from,
-                          ptrdiff_t n, double *weight, double *bias) {
-    const ptrdiff_t x_step = number_step(q, &q->x), dy_step = number_step(q, &q->dy);
-    const char *x = place(&q->x, it, p, s), *dy = place(&q->dy, it, p, s);
-    const int along = cells_lie_along(q);
-    for (ptrdiff_t j = from, end = along ? from + n : it.width; j < end; j++) {
-        const ptrdiff_t column = q->columns ? j : 0, cell = along ? j - from : 0;
-        const double rstd = statistic(q, &q->rstd, it, column);
-        const double deviation =
-            number(x + j * x_step, q->x.storage) - statistic(q, &q->mean, it, column);
-        const double g = number(dy + j * dy_step, q->dy.storage);
-        weight[cell] += g * (deviation * rstd);
-        bias[cell] += g;
-    }
-}
 /* Whether any is infinite, or not a number: one more in its exponent reaches the sign. */
 FN_INLINE int any_infinite(const double *v, ptrdiff_t n) {
     uint64_t all = 0;
@@ -232,58 +213,10 @@ FN_INLINE int any_infinite(const double *v, ptrdiff_t n) {
     }
     return all >> 63;
 }
-/* Up to 64 cells, from number `from` on, once more, in double. */
-FN_APART void add_again(const Backward *q, ptrdiff_t owner, Stretch t, ptrdiff_t from, ptrdiff_t n,
-                        Cells cells) {
-    const ptrdiff_t p_end = q->cell_p ? t.p + 1 : q->p;
-    const ptrdiff_t s_end = q->columns && !q->cell_s ? q->s : t.s + 1;
-    double weight[64] = {0}, bias[64] = {0}, *w = cells.weight + from, *b = cells.bias + from;
-    for (ptrdiff_t sharer = 0; sharer < q->sharers; sharer++)
-        for (ptrdiff_t p = t.p; p < p_end; p++)
-            for (ptrdiff_t s = t.s; s < s_end; s++)
-                add_in_double(q, item_of(q, owner, sharer), p, s, from, n, weight, bias);
-    for (ptrdiff_t i = 0; i < n; i++) {
-        if (isfinite(w[i]) && isfinite(b[i])) continue;
-        w[i] = weight[i];
-        b[i] = bias[i];
-    }
-}
-/* Where the weight differs inside, its gradients are sums of products of floats: of those that are
- * not finite, one may have left a float's range. */
-static void mend_cells(const Backward *q, ptrdiff_t owner, Stretch t, Cells cells) {
-    if (q->x.storage == F64 || !q->inside) return;
-    for (ptrdiff_t from = 0, n; from < t.n; from += n) {
-        n = least(t.n - from, 64);
-        if (any_infinite(cells.weight + from, n) || any_infinite(cells.bias + from, n))
-            add_again(q, owner, t, from, n, cells);
-    }
-}
 /* t.n neighbouring cells. */
 static void put_cells(const Backward *q, Stretch t, Cells cells) {
     put_gradient(q, &q->dweight, &t, cells.weight);
     put_gradient(q, &q->dbias, &t, cells.bias);
-}
-static void put_owner(const Backward *q, ptrdiff_t owner, double *cells) {
-    const Item it = item_of(q, owner, 0);
-    const ptrdiff_t planes = q->cell_p ? q->p : 1, rows = q->columns && q->cell_s ? q->s : 1;
-    Stretch t = {it, 0, 0, q->cell_c ? it.width : 1, 1};
-    if (q->cell_s && !q->columns) t.n = q->s;
-    for (t.p = 0; t.p < planes; t.p++)
-        for (t.s = 0; t.s < rows; t.s++) {
-            double *first = cells + t.p * q->cell_p + t.s * q->cell_s;
-            const Cells here = {first, first + q->cells};
-            mend_cells(q, owner, t, here);
-            put_cells(q, t, here);
-        }
-}
-/* The sums of an owner's parts, added up in their order. */
-static void merge_parts(const Backward *q, double *parts) {
-    const ptrdiff_t size = 2 * q->cells;
-    for (ptrdiff_t owner = 0; owner < q->owners; owner++, parts += q->parts * size) {
-        for (ptrdiff_t part = 1; part < q->parts; part++)
-            for (ptrdiff_t i = 0; i < size; i++) parts[i] += parts[part * size + i];
-        put_owner(q, owner, parts);
-    }
 }
 
 #endif

@@ -72,7 +72,7 @@ FN_INLINE void T(whole_group_of)(const Backward *q, Item it, Cells to, Storage s
     rows.ahead = 0;
     for (ptrdiff_t p = 0; p < q->p; p++, rows = further(rows, 1)) {
         v.wr = (REAL)((w->data ? (double)*(const REAL *)place(w, it, p, 0) : 1.0) * rstd);
-        T(apply_run)(&rows, v, storage, 1);
+        T(apply_run)(&rows, v, storage);
     }
 }
 /* Neighbouring groups, likewise; 0, and nothing is done, where one is out of range. */
@@ -147,6 +147,88 @@ static ptrdiff_t T(whole_rows)(const Backward *q, Span f, T(Range) weights, Cell
                                REAL *tiles) {
     if (IS_FLOAT && q->bf16_direct) return T(whole_rows_of)(q, f, weights, to, tiles, BF16);
     return T(whole_rows_of)(q, f, weights, to, tiles, F64);
+}
+
+/* ---- the gradients of weight and bias, from their cells to their arrays ----------------------- */
+
+/* n numbers from the i-th on of an item's row or run, in place or in `room`. */
+static const REAL *T(numbers_at)(const Backward *q, const Operand *o, Stretch t, ptrdiff_t i,
+                                 ptrdiff_t n, REAL *room) {
+    const char *from = place(o, t.item, t.p, t.s) + i * number_step(q, o);
+    all_within(o, from, 0, 1, n * bytes_of(o->storage), "numbers that are added again");
+    if (T(native)(o->storage)) return (const REAL *)from;
+    T(load)(from, o->storage, n, room);
+    return room;
+}
+/* Up to 64 cells, from the i-th on, of all numbers that add to them once more, in double. */
+FN_APART void T(add_again)(const Backward *q, ptrdiff_t owner, Stretch t, ptrdiff_t i, ptrdiff_t n,
+                           Cells cells) {
+    enum { M = 64 };
+    const ptrdiff_t p_end = q->cell_p ? t.p + 1 : q->p, p = t.p, s = t.s;
+    const ptrdiff_t s_end = q->columns && !q->cell_s ? q->s : t.s + 1;
+    const int each = !q->columns || q->cell_c; /* number of a row has a cell; else all have one */
+    double weight[M] = {0}, bias[M] = {0}, mean[M], rstd[M];
+    REAL room_x[M], room_dy[M];
+    for (ptrdiff_t sharer = 0; sharer < q->sharers; sharer++) {
+        t.item = item_of(q, owner, sharer);
+        const ptrdiff_t end = each ? i + n : t.item.width;
+        for (ptrdiff_t first = each ? i : 0, m; first < end; first += m) {
+            m = least(end - first, M);
+            for (ptrdiff_t j = 0; j < m; j++) {
+                const ptrdiff_t column = q->columns ? first + j : 0;
+                mean[j] = column || !j ? statistic(q, &q->mean, t.item, column) : mean[0];
+                rstd[j] = column || !j ? statistic(q, &q->rstd, t.item, column) : rstd[0];
+            }
+            for (t.p = p; t.p < p_end; t.p++)
+                for (t.s = s; t.s < s_end; t.s++) {
+                    const REAL *x = T(numbers_at)(q, &q->x, t, first, m, room_x);
+                    const REAL *dy = T(numbers_at)(q, &q->dy, t, first, m, room_dy);
+                    for (ptrdiff_t j = 0; j < m; j++) {
+                        const double g = dy[j];
+                        weight[each ? j : 0] += g * (((double)x[j] - mean[j]) * rstd[j]);
+                        bias[each ? j : 0] += g;
+                    }
+                }
+        }
+    }
+    for (ptrdiff_t j = 0; j < n; j++) {
+        double *w = cells.weight + i + j, *b = cells.bias + i + j;
+        if (isfinite(*w) && isfinite(*b)) continue;
+        *w = weight[j];
+        *b = bias[j];
+    }
+}
+/* Where the weight differs inside, its gradients are sums of products of floats: of those that are
+ * not finite, one may have left a float's range. */
+static void T(mend_cells)(const Backward *q, ptrdiff_t owner, Stretch t, Cells cells) {
+    if (!IS_FLOAT || !q->inside) return;
+    for (ptrdiff_t i = 0, n; i < t.n; i += n) {
+        n = least(t.n - i, 64);
+        if (any_infinite(cells.weight + i, n) || any_infinite(cells.bias + i, n))
+            T(add_again)(q, owner, t, i, n, cells);
+    }
+}
+static void T(put_owner)(const Backward *q, ptrdiff_t owner, double *cells) {
+    const Item it = item_of(q, owner, 0);
+    const ptrdiff_t planes = q->cell_p ? q->p : 1, rows = q->columns && q->cell_s ? q->s : 1;
+    Stretch t = {it, 0, 0, q->cell_c ? it.width : 1, 1};
+    if (q->cell_s && !q->columns) t.n = q->s;
+    for (t.p = 0; t.p < planes; t.p++)
+        for (t.s = 0; t.s < rows; t.s++) {
+            double *first = cells + t.p * q->cell_p + t.s * q->cell_s;
+            const Cells here = {first, first + q->cells};
+            T(mend_cells)(q, owner, t, here);
+            put_cells(q, t, here);
+        }
+}
+/* The sums of an owner's parts, added up in their order. */
+static void T(merge_parts)(const Backward *q, double *parts) {
+    const ptrdiff_t size = 2 * q->cells;
+    for (ptrdiff_t owner = 0; owner < q->owners; owner++, parts += q->parts * size) {
+        for (ptrdiff_t part = 1; part < q->parts; part++)
+            for (ptrdiff_t i = 0; i < size; i++) parts[i] += parts[part * size + i];
+        T(put_owner)(q, owner, parts);
+    }
 }
 
 /* ---- scratch memory -----------------------------------------------------------------------------
@@ -244,7 +326,7 @@ static void T(collect_chunk)(const T(Work) *w, ptrdiff_t chunk, T(Space) *h) {
     t.s = s;
     t.item = slopes->item;
     if (w->cells) return;
-    mend_cells(q, w->owner, t, to);
+    T(mend_cells)(q, w->owner, t, to);
     put_cells(q, t, to);
 }
 /* dx of segments, or where the weight differs inside of chunks. */
@@ -309,7 +391,7 @@ static void T(task_turn)(void *work, ptrdiff_t turn, int thread) {
             f.first = w.sharers.last;
             if (w.sharers.first < w.sharers.last) T(take_items)(&w);
         }
-        if (w.cells && !w.parts) put_owner(q, w.owner, w.cells);
+        if (w.cells && !w.parts) T(put_owner)(q, w.owner, w.cells);
     }
     fn_stream_fence();
     fn_check_store_fence();
@@ -346,7 +428,7 @@ static int T(run_backward)(Backward *q) {
         if (q->parts == 1) w.parts = NULL;
         if (q->convert_weight) T(convert_weight)(q, room);
         T(share_all)(&w, tasks, outer, 0, T(task_turn));
-        if (w.parts) merge_parts(q, w.parts);
+        if (w.parts) T(merge_parts)(q, w.parts);
         q->weight = weight;
     }
     while (n > 0) close_arena(&w.threads[--n].memory);

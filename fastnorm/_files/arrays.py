@@ -331,9 +331,41 @@ class _Npy(_File):
         if 0 in self._shape:
             yield np.empty(self._shape, self._dtype)[index]
             return
-        order: Any = "F" if self._fortran else "C"
-        array = np.memmap(self._path, self._dtype, "r", self._start, self._shape, order)
-        yield np.asarray(array)[index]
+        shape, part = self._shape, index
+        if self._fortran:
+            shape, part = shape[::-1], part[::-1]
+        with Path(self._path).open("rb") as file:
+            array = _region(file, self._start, self._dtype, shape, part)
+        yield array.T if self._fortran else array
+
+
+def _region(
+    file: BinaryIO,
+    start: int,
+    dtype: np.dtype[Any],
+    shape: tuple[int, ...],
+    index: tuple[slice, ...],
+) -> Array:
+    """Part of an array in C's order, read: if a mapped file is cut meanwhile, the process dies."""
+    found = np.empty([part.stop - part.start for part in index], dtype)
+    steps = [math.prod(shape[axis + 1 :]) * dtype.itemsize for axis in range(len(shape))]
+    first, outer, length = 0, 0, 0
+    # the outer axes one by one, until what the others span is about what is asked of them
+    for outer in range(len(shape) + 1):
+        of_others = list(zip(index, steps))[outer:]
+        first = sum(part.start * step for part, step in of_others)
+        length = sum((part.stop - part.start - 1) * step for part, step in of_others)
+        length += dtype.itemsize
+        if length <= max(BLOCK // 8, 2 * found[(0,) * outer].nbytes):
+            break
+    for at in np.ndindex(*found.shape[:outer]):
+        ahead = sum((i + part.start) * step for i, part, step in zip(at, index, steps))
+        file.seek(start + ahead + first)
+        data = file.read(length)
+        if len(data) != length:
+            raise ValueError("it is cut short")
+        found[at] = np.ndarray(found.shape[outer:], dtype, data, 0, steps[outer:])
+    return found
 
 
 class _Npz(_File):

@@ -118,19 +118,22 @@ def is_out_of_range(mean, rstd, kind):
 def holds_sums(c1, c2, count):
     """Whether float32 can hold c1 and xhat c2, no xhat being above the root of the count.
 
-    Both are below 2^102, half a unit of the largest float32: where dy wr leaves its range, dx does.
+    Their digits, too; and both are below 2^102, half a unit of the largest float32: where dy wr
+    leaves its range, dx does.
     """
-    return c1 * c1 + c2 * c2 * count < 2.0**204
+    size = c1 * c1 + c2 * c2 * count
+    return (size > 2.0**-204 and size < 2.0**204) or size == 0.0
 
 
 @inner
 def holds_terms(first, second):
     """Whether float32 could hold the terms of two sums.
 
-    If not, a product, or a sum of four, has left its range, or was so small that digits were lost.
+    If not, a product, or a sum of four, has left its range, or was so small that digits were lost,
+    or all of it.
     """
-    size = abs(first) + abs(second)
-    return (size > 2.0**-100 and size < math.inf) or size == 0.0
+    a, b = abs(first), abs(second)
+    return a > 2.0**-100 and b > 2.0**-100 and a + b < math.inf
 
 
 @inner
@@ -328,19 +331,14 @@ def apply_run(x, dy, dx, n, terms, weight, ahead, kinds):
 
 @inner
 def apply_apart(dy, dx, n, terms, weight, along, kind, stored):
-    """dx of n elements by given statistics, in which x, out of range or not, has no part."""
+    """dx of n elements by given statistics, in which x, out of range or not, has no part.
+
+    In float64, which holds any product of two floats: it is the same whatever weights others have.
+    """
     rstd = read(terms, 1, np.float64)
-    out_of_range = read(terms, 4, np.float64) != 0.0
     for i in range(n):
-        t = load(dy, i, stored)
         w = np.float64(read_real(weight, i * along, kind)) if weight != 0 else 1.0
-        if out_of_range:
-            v = real(rstd * np.float64(t) * w, kind)
-        elif along != 0:
-            v = t * (real(w, kind) * real(rstd, kind))
-        else:
-            v = t * real(w * rstd, kind)
-        store(dx, i, v, kind)
+        store(dx, i, real(np.float64(load(dy, i, stored)) * (w * rstd), kind), kind)
 
 
 @inner
@@ -758,9 +756,9 @@ def apply_row(x, dy, dx, width, into, kind, stored, to):
 @inner
 def apply_row_apart(dy, dx, width, into, kind, stored, to):
     """dx of a row by given statistics, in which x, out of range or not, has no part."""
-    wr = into + 64 * width
     for j in range(width):
-        store(dx, j, load(dy, j, stored) * read_real(wr, j, kind), to)
+        wr = read(into + 40 * width, j, np.float64)
+        store(dx, j, real(np.float64(load(dy, j, stored)) * wr, kind), to)
 
 
 @inner

@@ -582,6 +582,7 @@ def judge(case: Case) -> None:
         if not math.prod(call.shape):
             return
         bad = _check_neighbours(call, results)
+        _check_alone(call, results)
         if not call.spoilt:
             _check_numbers(call, results, bad)
         if case.get("backward"):
@@ -649,6 +650,42 @@ def _check_neighbours(call: Call, results: Results) -> Array:
         if call.op.name != "global_response_norm":
             assert np.isnan(y[reached]).all(), "a group with a NaN has numbers in its result"
     return none
+
+
+def alone(call: Call) -> Callable[[Array], Array] | None:
+    """What takes one sample's part of an array, where no other has a part in what comes of it.
+
+    And where samples lie one after another: as neighbours in memory they are columns, of which
+    another number may be cut otherwise (docs/accuracy.rst).
+    """
+    x, n = call.arrays["x"], call.shape[0]
+    if n < 2 or call.op.label in STATISTICS or call.op.name == "weight_norm":
+        return None
+    long = [abs(step) for step, size in zip(x.strides, x.shape) if size > 1]
+    if abs(x.strides[0]) < max(long) or long.count(abs(x.strides[0])) > 1:
+        return None
+    ids = group_ids(call).reshape(n, -1)
+    if np.unique(ids).size != n * np.unique(ids[0]).size:
+        return None
+    i = call.case["seed"] % n
+    pairs = "channel_axis" in call.op.features
+
+    def part(array: Array) -> Array:
+        whole = array.ndim == x.ndim or (pairs and array.ndim == 2)
+        return array[i : i + 1] if whole and array.shape[0] == n else array
+
+    return part
+
+
+def _check_alone(call: Call, results: Results) -> None:
+    part = alone(call)
+    if part is None or call.out is not None or "running_mean" in call.arrays:
+        return
+    given = {name: part(array) for name, array in call.arrays.items() if name != "x"}
+    one = kept(call(part(call.arrays["x"]), **given))
+    call.restore()
+    whole = without_signs((part(results[0]),))
+    same(without_signs(one[:1]), whole, "a sample alone and among others")
 
 
 def _check_numbers(call: Call, results: Results, bad: Array) -> None:
@@ -753,6 +790,15 @@ def _check_backward(call: Call, bad: Array) -> None:
             raise
         return
     assert call.stranger[0] != "dy", f"dy of {call.stranger[1]} was taken"
+    part = alone(call)
+    if part is not None:
+        weight = {"weight": part(p["weight"])} if "weight" in p and "weight" in keywords else {}
+        mask = {"where": part(p["where"])} if "where" in p else {}
+        one = getattr(fn, str(op.backward))(
+            part(dy), part(x), *map(part, stats), **keywords | weight | mask
+        )
+        whole = without_signs((part(results[0]),))
+        same(without_signs(kept(one[:1])), whole, "dx of a sample alone and among others")
     rstd = result[-1]
     moderate = bool(((rstd < 1e15) & (rstd > 1e-15)).all())
     if call.computing == F64 and x.size > MANY:

@@ -21,9 +21,11 @@ LEAST, MOST = np.float32(arithmetic.LEAST), np.float32(arithmetic.MOST)
 def holds_group(rstd: Any, c1: Any, c2: Any, length: Any) -> Any:
     """Whether a float32 can hold rstd, c1 and xhat c2, no xhat being above the root of `length`.
 
-    The latter are below 2^102, half a unit of the largest: where dy wr leaves its range, dx does.
+    The digits of the latter, too; they are below 2^102, half a unit of the largest: where dy wr
+    leaves its range, dx does.
     """
-    return holds(rstd) and c1 * c1 + c2 * c2 * length < 2.0**204
+    size = c1 * c1 + c2 * c2 * length
+    return holds(rstd) and ((size > 2.0**-204 and size < 2.0**204) or size == 0.0)
 
 
 @device

@@ -149,7 +149,7 @@ static ptrdiff_t T(whole_rows)(const Backward *q, Span f, T(Range) weights, Cell
     return T(whole_rows_of)(q, f, weights, to, tiles, F64);
 }
 
-/* ---- the gradients of weight and bias, from their cells to their arrays ----------------------- */
+/* ---- the gradients of weight and bias, from their cells to their arrays --------------------- */
 
 /* n numbers from the i-th on of an item's row or run, in place or in `room`. */
 static const REAL *T(numbers_at)(const Backward *q, const Operand *o, Stretch t, ptrdiff_t i,

@@ -309,19 +309,16 @@ def parameter(value: ArrayLike, name: str, x: Array) -> Array:
 
 
 def laid_as(p: Array, dtype: Any, x: Array) -> Array:
-    """A parameter in a dtype; what is copied lies in memory as x does, whose axes are the last.
+    """A parameter in a dtype, its samples one after another in memory, the other axes as they are.
 
-    One of samples and channels is in C's order: the channels are neighbours. In the order of `p`
-    one sample would lie otherwise than among others, and take other loops, of other bits.
+    As neighbours, one sample's would lie otherwise than among others, and take other loops, of
+    other bits. What is in C's order stays so: the cache of calls makes such copies by itself.
     """
-    pairs = p.ndim == 2 < x.ndim
-    if isinstance(p, ArrayView) or p.ndim < 2 or (p.dtype.type is dtype and not pairs):
+    of_samples = p.ndim == x.ndim or p.ndim == 2 < x.ndim
+    steps = [abs(step) for step, n in zip(p.strides, p.shape) if n > 1]
+    if not of_samples or not steps or p.shape[0] == 1 or steps[0] == max(steps):
         return p if p.dtype.type is dtype else cast(p, dtype)
-    if pairs:
-        with np.errstate(all="ignore"):
-            return p.astype(dtype, order="C", copy=False)
-    steps = x.strides[x.ndim - p.ndim :]
-    copy = ordered(p.shape, dtype, steps) if len(steps) == p.ndim else np.empty(p.shape, dtype)
+    copy = ordered(p.shape, dtype, (max(steps) + 1, *p.strides[1:]))
     with np.errstate(all="ignore"):
         copy[...] = p
     return copy

@@ -703,7 +703,10 @@ def test_products_that_are_nothing_in_float32(rms: bool) -> None:
     op = next(op for op in BACKWARD if op.label == label)
     outlier = rng.standard_normal((2, 65_536)).astype(F32)
     outlier[:, 0] = 256.0
-    slopes = [(rng.standard_normal((2, 16)) * 1e-34).astype(F32), (np.sign(outlier) * 1e-42).astype(F32)]
+    slopes = [
+        (rng.standard_normal((2, 16)) * 1e-34).astype(F32),
+        (np.sign(outlier) * 1e-42).astype(F32),
+    ]
     small = (rng.standard_normal((2, 16)) * 1e-10).astype(F32)
     for x, dy, weight in zip((small, outlier), slopes, (1e-12, 1.0), strict=True):
         p = {"normalized_shape": x.shape[-1:], "eps": 0.0}

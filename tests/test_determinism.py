@@ -149,6 +149,27 @@ def test_a_sample_with_weights(
                 assert_same_bits(found, dx[one])
 
 
+@pytest.mark.parametrize("dtype", [F16, BF16, F32, F64], ids=named)
+@pytest.mark.parametrize("order", ["C", "F", "last"])
+@on_kernels
+def test_weights_in_another_order_in_every_call(name: str, order: str, dtype: Any) -> None:
+    """Also in a call that is answered from the cache, which copies what it converts."""
+    fn.set_backend(name)
+    shape = (3, 4, 5, 2)
+    rng = np.random.default_rng(0)
+    x, full, own = (rng.standard_normal(s) for s in (shape, shape, shape[1:]))
+    lie = {"C": np.ascontiguousarray, "F": np.asfortranarray, "last": channels_last}[order]
+    x = lie(x.astype(dtype))
+    for weights in (full.astype(dtype), own.astype(dtype), np.asfortranarray(full.astype(dtype))):
+        for call_it in (
+            lambda w: fn.layer_norm(x, shape[1:], w),
+            lambda w: fn.instance_norm(x, weight=w if w.ndim == 4 else w[None]),
+        ):
+            first_call = call_it(weights)
+            for _ in range(2):
+                assert_same_bits(call_it(weights), first_call)
+
+
 @by_layout
 @on_kernels
 def test_a_sample_by_given_statistics(name: str, layout: str) -> None:

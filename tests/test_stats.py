@@ -365,7 +365,10 @@ def test_a_file_that_is_cut_while_it_is_read(
 
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("axis", [None, 0, 1, 2])
-def test_parts_of_an_npy(order: Any, axis: int | None, tmp_path: Path) -> None:
+def test_parts_of_an_npy(
+    order: Any, axis: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arrays, "STRETCH", 100)  # in many pieces
     x = np.asarray(np.arange(210.0).reshape(6, 5, 7), order=order)
     np.save(tmp_path / "x.npy", x)
     file = arrays._Npy(str(tmp_path / "x.npy"))

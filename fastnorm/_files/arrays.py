@@ -62,6 +62,8 @@ PACKERS = {1: "zlib", 4: "szip", 32000: "lzf"}
 SHUFFLE, FLETCHER32 = 2, 3
 # What a chunk of HDF5 of so many bytes can be packed to unpacks to less than MOST.
 PACKED = 900_000
+# What is read of an .npy at once, for a part of it that does not lie in one piece.
+STRETCH = 1 << 20
 # Where the header of an .npy ends, at the latest.
 HEADER = 1 << 16
 # How many groups of an HDF5 file may lie one inside the other.
@@ -349,22 +351,21 @@ def _region(
     """Part of an array in C's order, read: if a mapped file is cut meanwhile, the process dies."""
     found = np.empty([part.stop - part.start for part in index], dtype)
     steps = [math.prod(shape[axis + 1 :]) * dtype.itemsize for axis in range(len(shape))]
-    first, outer, length = 0, 0, 0
-    # the outer axes one by one, until what the others span is about what is asked of them
-    for outer in range(len(shape) + 1):
-        of_others = list(zip(index, steps))[outer:]
-        first = sum(part.start * step for part, step in of_others)
-        length = sum((part.stop - part.start - 1) * step for part, step in of_others)
-        length += dtype.itemsize
-        if length <= max(BLOCK // 8, 2 * found[(0,) * outer].nbytes):
-            break
-    for at in np.ndindex(*found.shape[:outer]):
-        ahead = sum((i + part.start) * step for i, part, step in zip(at, index, steps))
-        file.seek(start + ahead + first)
-        data = file.read(length)
-        if len(data) != length:
-            raise ValueError("it is cut short")
-        found[at] = np.ndarray(found.shape[outer:], dtype, data, 0, steps[outer:])
+    # stretches of this axis, with what lies between, one after the other
+    axis = sum(step > STRETCH for step in steps)
+    first = sum(part.start * step for part, step in zip(index, steps))
+    most = max(1, STRETCH // steps[axis]) if shape else 1
+    inner = sum((n - 1) * step for n, step in zip(found.shape[axis + 1 :], steps[axis + 1 :]))
+    for at in np.ndindex(*found.shape[:axis] if found.size else (0,)):
+        for i in range(0, found.shape[axis] if shape else 1, most):
+            rows = found[(*at, slice(i, i + most))] if shape else found
+            ahead = sum(k * step for k, step in zip((*at, i), steps))
+            length = (len(rows) - 1) * steps[axis] + inner if shape else 0
+            file.seek(start + first + ahead)
+            data = file.read(length + dtype.itemsize)
+            if len(data) != length + dtype.itemsize:
+                raise ValueError("it is cut short")
+            rows[...] = np.ndarray(rows.shape, dtype, data, 0, steps[axis:])
     return found
 
 

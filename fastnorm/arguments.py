@@ -314,7 +314,7 @@ def laid_as(p: Array, dtype: Any, x: Array) -> Array:
     As neighbours, one sample's would lie otherwise than among others, and take other loops, of
     other bits. What is in C's order stays so: the cache of calls makes such copies by itself.
     """
-    of_samples = p.ndim == x.ndim or p.ndim == 2 < x.ndim
+    of_samples = not isinstance(p, ArrayView) and (p.ndim == x.ndim or p.ndim == 2 < x.ndim)
     steps = [abs(step) for step, n in zip(p.strides, p.shape) if n > 1]
     if not of_samples or not steps or p.shape[0] == 1 or steps[0] == max(steps):
         return p if p.dtype.type is dtype else cast(p, dtype)

@@ -184,8 +184,11 @@ def _instead(value: Any, name: str) -> str:
     return f"write np.asarray({name}, np.float64)"
 
 
-def as_array(value: ArrayLike, name: str) -> Array:
-    """`value` as a float array the kernels can read: its own memory wherever that is possible."""
+def as_array(value: ArrayLike, name: str, like: Array | None = None) -> Array:
+    """`value` as a float array the kernels can read: its own memory wherever that is possible.
+
+    Where it is not, the copy lies in memory as `like` does, or else as `value`.
+    """
     if is_plain(value):
         return np.ndarray.view(value, np.ndarray)
     array = read(value, name)
@@ -196,14 +199,14 @@ def as_array(value: ArrayLike, name: str) -> Array:
             f"{name}.reshape(...) with fewer"
         )
     if is_float(dtype):
-        return _readable(array)
+        return _readable(array, like)
     if not is_integer(dtype):
         raise TypeError(
             f"{name} has dtype {dtype}, expected float16, bfloat16, float32, float64, or "
             f"integers or booleans (computed in float64); write {name}.astype(np.float64) or "
             "another of these first"
         )
-    return array.astype(np.float64)
+    return _copied(array, np.float64, like)
 
 
 def taken(
@@ -231,10 +234,10 @@ def as_numbers(value: ArrayLike, name: str) -> Array:
     return _readable(array) if integers else as_array(array, name)
 
 
-def cast(array: Array, dtype: Any) -> Array:
+def cast(array: Array, dtype: Any, order: Literal["K", "C"] = "K") -> Array:
     """An array in another float dtype, in which a number may become infinite."""
     with np.errstate(all="ignore"):
-        return array.astype(dtype, copy=False)
+        return array.astype(dtype, order=order, copy=False)
 
 
 def _lies_plainly(array: Array) -> bool:
@@ -285,12 +288,24 @@ writes_apart: Callable[[Array, Array], bool] = getattr(
 )
 
 
-def _readable(array: Array) -> Array:
+def _readable(array: Array, like: Array | None = None) -> Array:
     """`array`, or a copy where its elements do not lie as the kernels read them."""
     if lies_plainly(array):
         return array
-    # "K" keeps the order of the axes in memory, and makes room where they were broadcast
-    return array.astype(array.dtype.newbyteorder("="), order="K", copy=True)
+    return _copied(array, array.dtype.newbyteorder("="), like)
+
+
+def _copied(array: Array, dtype: Any, like: Array | None) -> Array:
+    """A copy that lies in memory as `like` does, or else as `array` does."""
+    if like is not None and like.shape == array.shape:
+        copy = ordered(array.shape, dtype, like.strides)
+    else:
+        steps = [abs(step) for step in array.strides]
+        if array.ndim and steps[0] == 0:  # one sample, broadcast
+            steps[0] = max(steps) + 1
+        copy = ordered(array.shape, dtype, steps)
+    copy[...] = array
+    return copy
 
 
 def computing_type(dtype: np.dtype[Any]) -> type[np.floating[Any]]:
@@ -309,19 +324,28 @@ def parameter(value: ArrayLike, name: str, x: Array) -> Array:
 
 
 def laid_as(p: Array, dtype: Any, x: Array) -> Array:
-    """A parameter in a dtype, its samples one after another in memory, the other axes as they are.
+    """A parameter in a dtype, each of its samples without gaps, one after another in memory.
 
-    As neighbours, one sample's would lie otherwise than among others, and take other loops, of
-    other bits. What is in C's order stays so: the cache of calls makes such copies by itself.
+    Samples that lie between one another, and a slice of such, would be read by other loops than one
+    sample's copy, of other bits. What is in C's order stays so: the cache of calls makes such
+    copies by itself.
     """
     of_samples = not isinstance(p, ArrayView) and (p.ndim == x.ndim or p.ndim == 2 < x.ndim)
-    steps = [abs(step) for step, n in zip(p.strides, p.shape) if n > 1]
-    if not of_samples or not steps or p.shape[0] == 1 or steps[0] == max(steps):
+    if not of_samples or _is_packed(p.shape[1:], p.strides[1:], p.itemsize):
         return p if p.dtype.type is dtype else cast(p, dtype)
-    copy = ordered(p.shape, dtype, (max(steps) + 1, *p.strides[1:]))
+    copy = ordered(p.shape, dtype, (max(map(abs, p.strides)) + 1, *p.strides[1:]))
     with np.errstate(all="ignore"):
         copy[...] = p
     return copy
+
+
+def _is_packed(shape: Sequence[int], steps: Sequence[int], itemsize: int) -> bool:
+    """Whether the elements of an array are neighbours, in any order of its axes."""
+    for step, n in sorted((abs(step), n) for step, n in zip(steps, shape) if n > 1):
+        if step != itemsize:
+            return False
+        itemsize *= n
+    return True
 
 
 def ordered(shape: tuple[int, ...], dtype: Any, steps: Sequence[int]) -> Array:
@@ -364,6 +388,7 @@ def number(value: Any, name: str, expected: str = "a finite number") -> float:
     """Return a finite number as a float; NumPy's scalars are numbers, booleans are none."""
     if isinstance(value, np.ndarray | np.generic):
         real = not value.ndim and (is_float(value.dtype) or value.dtype.kind in "iu")
+        real = real and value is not np.ma.masked
     else:
         real = isinstance(value, Real) and not isinstance(value, bool)
     if not real:
@@ -596,7 +621,7 @@ def mask_of(where: ArrayLike | None, x: Array) -> Array | None:
 
 def same_shape(value: ArrayLike, name: str, x: Array) -> Array:
     """Return `value` as an array of the shape of x."""
-    array = as_array(value, name)
+    array = as_array(value, name, x)
     if array.shape != x.shape:
         raise ValueError(
             f"{name} has shape {array.shape}, expected that of x, {x.shape}; write "
@@ -687,7 +712,7 @@ def statistic(value: ArrayLike, name: str, shape: tuple[int, ...], of: str) -> A
             f"{name} has shape {array.shape}, expected {shape}; give {of} what the forward "
             "function returned with return_stats=True"
         )
-    return array.astype(np.float64, order="C", copy=False)
+    return cast(array, np.float64, "C")
 
 
 def require_two(counts: Array | int, of: str, instead: str, per: str = "channel") -> None:

@@ -261,7 +261,7 @@ def _gradients(
     numbers = _number(alpha, "alpha"), _number(shift, "shift")
     factor, added = (float(number.reshape(())) for number in numbers)
     given = np.ones(array.shape[-1:], array.dtype) if weight is None else as_array(weight, "weight")
-    w = _along(given, "weight", array).astype(np.float64)
+    w = cast(_along(given, "weight", array), np.float64)
     axes = tuple(axis for axis, n in enumerate(w.shape) if n == 1)
     dweight, dbias = np.zeros_like(w), np.zeros_like(w)
     dalpha = dshift = 0.0

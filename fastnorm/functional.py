@@ -198,10 +198,11 @@ def _by_running(norm: Norm[Any], means: Array, variances: Array, axis: int) -> N
     """The same norm by given statistics of each channel, which are on `axis`."""
     array = norm.array
     place = (1, array.shape[axis]) + (1,) * (array.ndim - 2)
-    norm.given = (
-        means.astype(np.float64, order="C").reshape(place),
-        variances.astype(np.float64, order="C").reshape(place),
-    )
+    with np.errstate(all="ignore"):  # of a signaling NaN
+        norm.given = (
+            means.astype(np.float64, order="C").reshape(place),
+            variances.astype(np.float64, order="C").reshape(place),
+        )
     # In the order of memory: where the channels are neighbours all rows at once, for which the
     # scales are computed once; otherwise every sample on its own.
     together = array.strides[axis] == array.itemsize or array.ndim == 2

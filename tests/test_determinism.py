@@ -149,6 +149,48 @@ def test_a_sample_with_weights(
                 assert_same_bits(found, dx[one])
 
 
+@pytest.mark.parametrize("dtype", [F32, F64], ids=named)
+@on_kernels
+def test_a_sample_with_operands_of_another_order(name: str, dtype: Any) -> None:
+    """Weights, residual and dy whose samples lie between one another, or are one, or in a row."""
+    fn.set_backend(name)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3, 4, 8, 6)).astype(dtype)
+    last, one = channels_last(x), slice(0, 1)
+    own, rows = (rng.standard_normal(s).astype(dtype) for s in ((3, 4), (3, 1, 8, 1)))
+    for w in (np.asfortranarray(own), own.repeat(2, 1)[:, ::2]):
+        y = fn.instance_norm(last, weight=w)
+        assert_same_bits(fn.instance_norm(last[one], weight=w[one]), y[one])
+        assert_same_bits(fn.instance_norm(last[one], weight=w[one].copy()), y[one])
+    for array in (x, last):
+        y, mean, rstd = fn.layer_norm(array, 6, rows, return_stats=True)
+        assert_same_bits(fn.layer_norm(array[one], 6, rows[one]), y[one])
+        whole = fn.layer_norm_backward(x, array, mean, rstd, 6, rows)
+        alone = fn.layer_norm_backward(x[one], array[one], mean[one], rstd[one], 6, rows[one])
+        for a, b in zip(alone, whole, strict=True):
+            assert_same_bits(a, b[one])
+    for r in (np.broadcast_to(x[0], x.shape), np.asfortranarray(x).astype(x.dtype.newbyteorder())):
+        y = fn.group_norm(last, 2, residual=r)
+        assert_same_bits(fn.group_norm(last[one], 2, residual=r[one]), y[one])
+        _, mean, rstd = fn.group_norm(last, 2, return_stats=True)
+        dx = fn.group_norm_backward(r, last, mean, rstd, 2)[0]
+        assert_same_bits(
+            fn.group_norm_backward(r[one], last[one], mean[one], rstd[one], 2)[0], dx[one]
+        )
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_sample_with_weights_in_double(name: str) -> None:
+    """Which are as many as a sample has numbers, or few beside those of a batch."""
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((16, 8, 40)).astype(F32), rng.standard_normal(8)
+    with fn.backend(name):
+        _, mean, rstd = fn.group_norm(x, 1, w, return_stats=True)
+        dx = fn.group_norm_backward(x, x, mean, rstd, 1, w)[0]
+        one = fn.group_norm_backward(x[:1], x[:1], mean[:1], rstd[:1], 1, w)[0]
+    assert_same_bits(one, dx[:1])
+
+
 @pytest.mark.parametrize("dtype", [F16, BF16, F32, F64], ids=named)
 @pytest.mark.parametrize("order", ["C", "F", "last"])
 @on_kernels

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from dataclasses import fields, replace
+from typing import Any, TypeVar
 
 import numpy as np
 
 from fastnorm import machine
 from fastnorm._reference import IN_KERNELS
-from fastnorm.arguments import computing_type
+from fastnorm.arguments import computing_type, ordered
 from fastnorm.backends.base import sum_to
 from fastnorm.layout import ascending, layout_of
 from fastnorm.problem import OPERANDS, Array, BackwardProblem, Problem
 from fastnorm.runtime import kernel_threads
 from fastnorm.schedule import backward_schedule, forward_schedule
+
+P = TypeVar("P", Problem, BackwardProblem)
 
 # What the kernels call an activation: 0 is none.
 _NUMBERS = {None: 0} | {name: n for n, name in enumerate(IN_KERNELS, 1)}
@@ -26,8 +28,8 @@ def forward(p: Problem, kernels: Any) -> None:
     given |= {"mean": p.mean, "var": p.var, "stats": p.rstd}
     operands = ascending(given) if min(p.x.strides, default=0) < 0 else given
     layout = layout_of(operands, p.reduced)
-    if layout is None and p.mask is not None:
-        operands, p.ticket = _with_mask_like_x(operands), None
+    if layout is None and not (p.mask is None and p.residual is None):
+        operands, p.ticket = _read_like_x(operands), None
         layout = layout_of(operands, p.reduced)
     if p.total is not None and p.addend is not None and (layout is None or layout.columns):
         # the kernels add on the way only along runs
@@ -38,11 +40,17 @@ def forward(p: Problem, kernels: Any) -> None:
             p.total[...] = total
         p.x, p.addend, p.total, p.ticket = p.total, None, None, None
         return forward(p, kernels)
+    of_samples = any(a is not None and len(a) > 1 for a in (p.weight, p.bias))
+    if layout is None and of_samples and _goes_alone(p, operands):
+        for i in range(len(p.x)):
+            forward(_sample(p, i), kernels)
+        return None
     y_back = None
     if layout is None:
         # an order of axes that the kernels cannot walk: kept axes first, then reduced, in copies
         order = sorted(range(p.x.ndim), key=lambda axis: p.reduced[axis])
         y_back = p.y.transpose(order) if p.y is not None else None
+        operands = {}
         for name, array in given.items():
             moved = array.transpose(order)
             if name in ("weight", "bias"):
@@ -86,11 +94,32 @@ def forward(p: Problem, kernels: Any) -> None:
     return None
 
 
-def _with_mask_like_x(operands: dict[str, Any]) -> dict[str, Any]:
-    """The same with a copy of the mask, which is small, in the order that x lies in."""
-    copy = np.empty_like(operands["x"], np.bool_)
-    copy[...] = operands["mask"]
-    return {**operands, "mask": copy}
+def _goes_alone(p: Problem | BackwardProblem, operands: dict[str, Any]) -> bool:
+    """Whether the kernels can walk a sample alone, whose bits those of a batch are then, too."""
+    one = {name: array[:1] for name, array in operands.items()}
+    return len(p.x) > 1 and not p.reduced[0] and layout_of(one, p.reduced) is not None
+
+
+def _sample(p: P, i: int) -> P:
+    """The part of a problem that is its i-th sample's."""
+    arrays: dict[str, Any] = {f.name: getattr(p, f.name) for f in fields(p)}
+    parts: dict[str, Any] = {
+        name: array[i : i + 1] if len(array) > 1 else array
+        for name, array in arrays.items()
+        if isinstance(array, np.ndarray)
+    }
+    return replace(p, **parts, ticket=None)
+
+
+def _read_like_x(operands: dict[str, Any]) -> dict[str, Any]:
+    """The same with a mask and a residual that lie in memory as x does, copies if need be."""
+    x, found = operands["x"], dict(operands)
+    for name in ("mask", "residual"):
+        array = operands.get(name)
+        if array is not None and array.strides != _strides_like(x, array):
+            found[name] = ordered(x.shape, array.dtype, x.strides)
+            found[name][...] = array
+    return found
 
 
 def _activation(p: Problem, kernels: Any) -> dict[str, Any]:
@@ -120,6 +149,10 @@ def backward(p: BackwardProblem, kernels: Any, copied: bool = False) -> None:
         if dy.strides != p.dy.strides:  # or it would come here again
             dy[...] = p.dy
             return backward(replace(p, dy=dy, ticket=None), kernels)
+    if layout is None and len(p.dweight) > 1 and _goes_alone(p, operands):
+        for i in range(len(p.x)):
+            backward(_sample(p, i), kernels)
+        return None
     if layout is None:
         return _spread_backward(p, kernels)
     full = {"x": p.x, "dy": p.dy, "dx": p.dx, "weight": p.weight}
@@ -195,7 +228,7 @@ def moments(
     operands, into = {n: a[turn] for n, a in given.items()}, fields[(slice(None), *turn)]
     layout = layout_of(operands | {"stats": into[0]}, reduced)
     if layout is None and mask is not None:
-        operands = _with_mask_like_x(operands)
+        operands = _read_like_x(operands)
         layout = layout_of(operands | {"stats": into[0]}, reduced)
     if layout is None:
         # an order of axes that the kernels cannot walk: kept axes first, then reduced, in copies

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fastnorm import _reference
-from fastnorm.arguments import computing_type
+from fastnorm.arguments import cast, computing_type
 from fastnorm.backends.base import sum_to
 from fastnorm.problem import Array, BackwardProblem, Problem, Scaling
 
@@ -74,7 +74,7 @@ def backward(p: BackwardProblem) -> None:
         axes,
         0.0 if p.mean is None else p.mean,
         p.rstd,
-        p.weight,
+        None if p.weight is None else cast(p.weight, computing_type(p.x.dtype)),
         centred=p.mean is not None,
         training=p.training,
         where=p.mask,

@@ -775,8 +775,10 @@ def _stats(arguments: argparse.Namespace) -> int:
             result["folders"] = {in_json(name): report.summary(m, scale) for name, m in each}
         say_json(result)
     else:
-        table = report.table(found.moments, total, scale)
-        say(table if line is None else f"{table}\n\n{line}", sys.stdout)
+        for row in report.table(found.moments, total, scale):
+            say(row, sys.stdout)
+        if line is not None:
+            say(f"\n{line}", sys.stdout)
     return status
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from types import TracebackType
 from typing import Any
+
+import numpy as np
 
 from fastnorm._files.names import escaped, say
 
@@ -29,17 +32,48 @@ EXTRAS = {
 # --- Results on stdout ----------------------------------------------------------------------------
 
 
+_BLOCK = 4096  # numbers whose text is made at once
+
+
 def say_json(result: Any) -> None:
-    """Print JSON that every parser takes, which has no NaN and no infinity."""
-    say(json.dumps(_finite(result), indent=2, allow_nan=False), sys.stdout)
+    """Print JSON that every parser takes, which has no NaN and no infinity.
+
+    In pieces: the text of an array of millions would take gigabytes.
+    """
+    for piece in _pieces(result, "\n"):
+        print(piece, end="", file=sys.stdout)
+    print(file=sys.stdout)
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+def _pieces(value: Any, line: str) -> Iterator[str]:
+    """JSON of dictionaries, lists and arrays, whose lines begin with `line`."""
+    within = line + "  "
+    value = value.item() if isinstance(value, np.ndarray) and not value.ndim else value
+    if isinstance(value, dict) and value:
+        for number, (key, item) in enumerate(value.items()):
+            yield f"{',' if number else '{'}{within}{json.dumps(key)}: "
+            yield from _pieces(item, within)
+        yield line + "}"
+    elif isinstance(value, list | tuple | np.ndarray) and len(value):
+        for start in range(0, len(value), _BLOCK):
+            yield f"{',' if start else '['}{within}"
+            block = value[start : start + _BLOCK]
+            if any(isinstance(item, dict | list | tuple | np.ndarray) for item in block):
+                for number, item in enumerate(block):
+                    yield f",{within}" if number else ""
+                    yield from _pieces(item, within)
+            else:
+                numbers = [_plain(item) for item in block]
+                yield json.dumps(numbers, separators=(f",{within}", ": "))[1:-1]
+        yield line + "]"
+    else:
+        yield json.dumps(_plain(value))
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy as one of Python, and None for what is none."""
+    item = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+    return None if isinstance(item, float) and not math.isfinite(item) else item
 
 
 # --- What is told on stderr -----------------------------------------------------------------------

@@ -51,4 +51,6 @@ def reason_of(error: BaseException) -> str:
         return "there is not enough memory for it"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if type(error).__name__ == "TokenError":  # of Python's own, which reads the header of an .npy
+        return "its header is broken"
     return " ".join(str(error).split()) or type(error).__name__

@@ -23,8 +23,9 @@ MOST = 1 << 30
 # An array of so many bytes of which so small a share is stored is taken for a mistake or a trap:
 # reading it would take long, and find nothing but the fill value.
 GIANT, SHARE = 1 << 36, 1000
-# How many statistics there may be: each takes some dozens of bytes, in each process.
-STATISTICS = 1 << 24
+# How many statistics there may be: each takes some dozens of bytes in each process, and up to half
+# a kilobyte until it is printed.
+STATISTICS = 1 << 22
 # How many numbers a file may say stand for none.
 NODATA = 64
 # An image's pixels, unless --max-pixels says otherwise: Pillow's own limit.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,26 +14,14 @@ from fastnorm._files.names import escaped
 
 def summary(moments: Any, scale: float) -> dict[str, Any]:
     """Return count, mean, var and std of each channel, of numbers divided by `scale`."""
-    mean, var, std = _scaled(moments, scale)
-    return {
-        "count": np.asarray(moments.count).tolist(),
-        "mean": _plain(mean),
-        "var": _plain(var),
-        "std": _plain(std),
-    }
+    mean, var, std = map(np.asarray, _scaled(moments, scale))
+    return {"count": np.asarray(moments.count), "mean": mean, "var": var, "std": std}
 
 
 def _scaled(moments: Any, scale: float) -> tuple[Any, Any, Any]:
     """Mean, variance and standard deviation of numbers divided by `scale`."""
     with np.errstate(all="ignore"):
         return moments.mean / scale, moments.var() / scale / scale, moments.std() / scale
-
-
-def _plain(values: Any) -> Any:
-    """Numbers and lists of them; None (null in JSON) for what is not a number."""
-    array = np.asarray(values, object)
-    array[~np.isfinite(values)] = None
-    return array.tolist()
 
 
 def not_finite_channels(moments: Any, scale: float) -> list[str]:
@@ -63,31 +51,31 @@ def normalize_line(moments: Any, scale: float) -> str:
     return f"Normalize(mean=[{numbers(mean)}], std=[{numbers(std)}])"
 
 
-def table(groups: Mapping[str, Any], total: Any, scale: float) -> str:
-    """Return a row for each group and channel, and for all groups together where there are some."""
+def table(groups: Mapping[str, Any], total: Any, scale: float) -> Iterator[str]:
+    """Yield a line for each group and channel, and for all groups together where there are some."""
     named = [(escaped(name), moments) for name, moments in sorted(groups.items())]
     if len(named) > 1:
         named.append(("all", total))
-    rows = []
-    for name, moments in named:
-        mean, _, std = _scaled(moments, scale)
-        means, stds = np.asarray(mean), np.asarray(std)
-        counts = np.asarray(moments.count)
-        for place in np.ndindex(means.shape):
-            channel = ",".join(map(str, place))
-            numbers = (f"{counts[place]:,}", f"{means[place]:.9g}", f"{stds[place]:.9g}")
-            rows.append((name, channel, *numbers))
-    head = ("folder", "channel", "count", "mean", "std")
-    dropped = 0 if any(row[0] for row in rows) else 1
-    lines = [row[dropped:] for row in (head, *rows)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    left = {0} if dropped == 0 else set()
-    return "\n".join(
-        "  ".join(
-            c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))
+    first = 0 if any(name for name, _ in named) else 1
+
+    def lines() -> Iterator[tuple[str, ...]]:
+        yield ("folder", "channel", "count", "mean", "std")[first:]
+        for name, moments in named:
+            mean, _, std = map(np.asarray, _scaled(moments, scale))
+            counts = np.asarray(moments.count)
+            for place in np.ndindex(mean.shape):
+                numbers = f"{counts[place]:,}", f"{mean[place]:.9g}", f"{std[place]:.9g}"
+                yield (name, ",".join(map(str, place)), *numbers)[first:]
+
+    # Made twice, as millions of lines would take gigabytes.
+    widths: list[int] = []
+    for line in lines():
+        widths = [max(w, len(c)) for w, c in zip(widths or [0] * len(line), line)]
+    for line in lines():
+        yield "  ".join(
+            c.ljust(w) if i + first == 0 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(line, widths))
         )
-        for line in lines
-    )
 
 
 def plot(histogram: Histogram, moments: Any, scale: float, kind: str = "png") -> bytes:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import random
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -117,6 +119,38 @@ def test_every_kind_of_call_is_drawn() -> None:
     }
     missing = {(name, kind) for name, some in wanted.items() for kind in some} - drawn.keys()
     assert not missing
+
+
+@pytest.mark.skipif("cython" not in BACKENDS, reason="no compiled kernels")
+def test_calls_are_also_answered_from_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some calls of each function, with `out` and without it, are; and some are described."""
+    seen: Counter[tuple[str, bool, bool]] = Counter()
+
+    def watch(name: str, cell: Any, place: int) -> None:
+        find = cell.cell_contents
+
+        def watched(call: tuple[Any, ...]) -> Any:
+            found = find(call)
+            seen[name, place >= 0 and call[place] is not None, found is not None] += 1
+            return found
+
+        monkeypatch.setattr(cell, "cell_contents", watched)
+
+    wanted = set()
+    for name in fn.__all__:
+        function = getattr(fn, name)
+        free = getattr(getattr(function, "__code__", None), "co_freevars", ())
+        if "find" in free:
+            names = list(inspect.signature(function).parameters)
+            place = names.index("out") if "out" in names else -1
+            watch(name, function.__closure__[free.index("find")], place)
+            outs = (False, True) if place >= 0 else (False,)
+            wanted |= {(name, out, answered) for out in outs for answered in (False, True)}
+    with fn.backend("cython"):
+        for seed in range(1200):
+            judge(draw(random.Random(seed).choice, largest=3000))
+    assert len(wanted) > 40
+    assert not wanted - seen.keys()
 
 
 @settings(max_examples=25)

@@ -269,16 +269,31 @@ def draw(
         case["backward"] = one_in(choose, 2)
         case["dy dtype"] = often(choose, None, dtypes, 3)
         case["dy layout"] = layout(choose)
-    if one_in(choose, 3):  # as most arrays lie: such calls are answered from the cache
-        for name in [name for name in case if name.endswith("layout")]:
-            case[name] = {
-                key: v for key, v in case[name].items() if key == "order" and v != "swapped"
-            }
-        case["values"], case["bad"], case["out"] = "normal", [], None
-        case["weight dtype"] = case["bias dtype"] = None
-        if "per_sample" in op.features:
-            case["weight"] = choose(["full", "per sample", "shared"])
+    if one_in(choose, 2):
+        _make_plain(choose, case, op)
     return case
+
+
+def _make_plain(choose: Choose, case: Case, op: Operation) -> None:
+    """As most calls are: the second of its kind is answered from the cache."""
+    for name in [name for name in case if name.endswith("layout")]:
+        case[name] = often(choose, {}, [{"order": "F"}, {"order": "last"}], 2)
+    case.pop("stranger", None)
+    same = case["dtype"] if case["dtype"] in FLOATS else None
+    plain = {
+        "values": "normal",
+        "bad": [],
+        "bad elsewhere": [],
+        "where": None,
+        "past": often(choose, [], [[1], [0, 1]], 4),
+        "out": often(choose, None, ["own", "x", "residual"], 3),
+        "residual": choose([None, "x", same]),
+        "running": often(choose, None, ["float32", "float64"], 3),
+    }
+    plain |= {f"{n} dtype": often(choose, None, FLOATS, 8) for n in ("weight", "bias", "dy")}
+    case |= {name: value for name, value in plain.items() if name in case}
+    if "per_sample" in op.features:
+        case["weight"] = choose(["full", "per sample", "shared"])
 
 
 def cases(**options: Any) -> Any:

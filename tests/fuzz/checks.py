@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import ml_dtypes
@@ -275,7 +277,7 @@ class Call:
     def _x_and_out(self) -> None:
         case, shape = self.case, self.shape
         target = case.get("out")
-        if target == self.stranger[0]:
+        if target is not None and target == self.stranger[0]:
             target = "own"
         if self.dtype != self.floats and target in ("x", "shifted", "reversed"):
             target = "own"
@@ -395,21 +397,25 @@ def same(found: Results, other: Results, what: str) -> None:
 def three_times(call: Callable[[], Any], case: Case, memory: Call) -> Results:
     """The result of three calls, by different threads and stores: the same bits, and no traces."""
     first: Results = ()
-    for turn, threads in enumerate(case["threads"]):
-        memory.restore()
-        with fn.threads(threads), non_temporal(turn in case["past"]):
-            result = call()
-        memory.check_memory()
-        found = kept(result) + tuple(memory.written())
-        if turn == 0:
-            first = found
-        what = f"call {turn + 1} of three, on {threads} threads"
-        if (turn in case["past"]) != (0 in case["past"]):
-            # which stores are used is told by the size; the sign of a NaN is not promised
-            found, what = without_signs(found), f"{what}, with non-temporal stores or not"
-            same(found, without_signs(first), what)
-        else:
-            same(found, first, what)
+    turns = enumerate(case["threads"])
+    for past, together in itertools.groupby(turns, lambda turn: turn[0] in case["past"]):
+        # Other stores forget which calls are cached, so what needs none of them is not among them.
+        with non_temporal() if past else nullcontext():
+            for turn, threads in together:
+                memory.restore()
+                with fn.threads(threads):
+                    result = call()
+                memory.check_memory()
+                found = kept(result) + tuple(memory.written())
+                if turn == 0:
+                    first = found
+                what = f"call {turn + 1} of three, on {threads} threads"
+                if past != (0 in case["past"]):
+                    # which stores are used is told by the size; the sign of a NaN is not promised
+                    found, what = without_signs(found), f"{what}, with non-temporal stores or not"
+                    same(found, without_signs(first), what)
+                else:
+                    same(found, first, what)
     return first
 
 
@@ -665,7 +671,8 @@ def alone(call: Call) -> Callable[[Array], Array] | None:
     if abs(x.strides[0]) < max(long) or long.count(abs(x.strides[0])) > 1:
         return None
     ids = group_ids(call).reshape(n, -1)
-    if np.unique(ids).size != n * np.unique(ids[0]).size:
+    own = np.unique(ids[0]).size
+    if np.unique(ids).size != n * own or own == ids[0].size:  # of one value, which is refused
         return None
     i = call.case["seed"] % n
     pairs = "channel_axis" in call.op.features

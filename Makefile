@@ -11,6 +11,7 @@ EXAMPLES ?= 20000
 BACKEND  ?=
 CPU      ?=
 SEED     ?=
+JOBS     ?= auto
 
 ifeq ($(OS),Windows_NT)
 BIN := $(VENV)/Scripts
@@ -24,6 +25,9 @@ STAMPS := $(VENV)/.stamps
 # A change of one of these builds and installs the package again. Changed .py files need nothing.
 BUILT_FROM := pyproject.toml setup.py fastnorm/schedule.py \
 	$(wildcard fastnorm/_core/*.pyx fastnorm/_core/*.pxi fastnorm/_core/*.pxd fastnorm/_core/*.h)
+
+# Of pytest: as many processes as processors, but each takes a gigabyte and compiles for itself.
+PARALLEL = -n $(JOBS) --maxprocesses 4 --dist worksteal
 
 # Makes something in the environment. Where several makes are at work here, one after the other does:
 # what the first has made, the others then find.
@@ -67,7 +71,7 @@ demo:
 
 test:
 	$(PREPARE) $(STAMPS)/test
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(PARALLEL) $(ARGS)
 
 fuzz:
 	$(PREPARE) $(STAMPS)/test
@@ -80,7 +84,7 @@ trust:
 # tests/conftest.py says which these are.
 test-quick:
 	$(PREPARE) $(STAMPS)/test
-	$(PY) -m pytest --quick $(ARGS)
+	$(PY) -m pytest $(PARALLEL) --quick $(ARGS)
 
 # In a copy of the tree with an environment of its own.
 test-oldest:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,8 +11,7 @@ from hypothesis import settings
 
 import fastnorm as fn
 
-from . import own_process as processes
-from .helpers import BACKENDS, REQUIRED, run_python
+from .helpers import BACKENDS, REQUIRED
 
 # The same examples in every run, on machines of any speed.
 settings.register_profile("fastnorm", derandomize=True, deadline=None, database=None)
@@ -27,8 +25,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --quick, leave out what is slow, and all but one case of each test."""
+    """Slow tests first: one process begins with them, and others take over the rest meanwhile.
+
+    With --quick, leave out what is slow, and all but one case of each test.
+    """
     if not config.getoption("--quick"):
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
         return
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
@@ -45,10 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "each_cpu: runs again, in its own process, for every other instruction set built"
     )
-    config.addinivalue_line("markers", "slow: takes seconds; --quick leaves it out")
-    config.addinivalue_line(
-        "markers", "own_process(*arguments, **environment): is another Python, begun early"
-    )
+    config.addinivalue_line("markers", "slow: takes seconds; begun first, and left out by --quick")
 
 
 def pytest_sessionstart() -> None:
@@ -56,28 +55,6 @@ def pytest_sessionstart() -> None:
     missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
     if missing:
         raise pytest.UsageError(f"FASTNORM_REQUIRE asks for {missing}, not installed here")
-
-
-BEGUN = pytest.StashKey[processes.Begun | None]()
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    if not session.config.option.collectonly:
-        session.config.stash[BEGUN] = processes.begin(session.items)
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    begun = session.config.stash.get(BEGUN, None)
-    if begun is not None:
-        begun.end()
-
-
-@pytest.fixture
-def own_process(request: pytest.FixtureRequest) -> subprocess.CompletedProcess[str]:
-    """The process that the test is marked with, when it has ended."""
-    mark = request.node.get_closest_marker("own_process")
-    begun = request.config.stash.get(BEGUN, None)
-    return run_python(*mark.args, **mark.kwargs) if begun is None else begun.result(mark)
 
 
 @pytest.fixture(scope="session")

@@ -31,9 +31,8 @@ def has_gpu() -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.own_process(*CASES, NUMBA_ENABLE_CUDASIM="1")
-def test_in_the_simulator(own_process: subprocess.CompletedProcess[str]) -> None:
-    check_cases(own_process)
+def test_in_the_simulator() -> None:
+    check_cases(run_python(*CASES, NUMBA_ENABLE_CUDASIM="1"))
 
 
 def test_on_a_gpu() -> None:
@@ -43,10 +42,9 @@ def test_on_a_gpu() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.own_process("-m", "tests.cuda_kernels", NUMBA_ENABLE_CUDASIM="0")
-def test_every_kernel_compiles(own_process: subprocess.CompletedProcess[str]) -> None:
+def test_every_kernel_compiles() -> None:
     """For real hardware, of which nothing is needed here: the simulator compiles nothing."""
-    run = own_process
+    run = run_python("-m", "tests.cuda_kernels", NUMBA_ENABLE_CUDASIM="0")
     if run.returncode != 0:
         pytest.fail(f"{run.stdout[-2000:]}\n{run.stderr[-4000:]}", pytrace=False)
     assert run.stdout.rpartition("given_scale")[2].split()[-1] in ("PTX", "LLVM")

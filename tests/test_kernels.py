@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 
 import pytest
 
 from fastnorm import _core
 
+from .helpers import run_python
 from .kernels.__main__ import can_build, can_cross_build
 
 
@@ -21,27 +21,19 @@ def levels() -> list[str]:
     return list(_core.LEVELS[: _core.LEVELS.index(found) + 1]) if found in _core.LEVELS else []
 
 
-Process = subprocess.CompletedProcess[str]
+@pytest.mark.slow
+@pytest.mark.skipif(not can_build(), reason="there is no C compiler")
+@pytest.mark.parametrize("level", levels() or ["plain"])
+def test_kernels_alone(level: str) -> None:
+    run = run_python("-m", "tests.kernels", level)
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not can_build(), reason="there is no C compiler")
-@pytest.mark.parametrize(
-    "level",
-    [
-        pytest.param(level, marks=pytest.mark.own_process("-m", "tests.kernels", level))
-        for level in levels() or ["plain"]
-    ],
-)
-def test_kernels_alone(level: str, own_process: Process) -> None:
-    assert own_process.returncode == 0, own_process.stdout + own_process.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not can_build(), reason="there is no C compiler")
-@pytest.mark.own_process("-m", "tests.kernels", "threads")
-def test_threads_alone(own_process: Process) -> None:
-    assert own_process.returncode == 0, own_process.stdout + own_process.stderr
+def test_threads_alone() -> None:
+    run = run_python("-m", "tests.kernels", "threads")
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 def test_aarch64_is_tried_where_that_is_asked() -> None:
@@ -50,7 +42,7 @@ def test_aarch64_is_tried_where_that_is_asked() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not can_cross_build(), reason="no cross compiler for AArch64, or no emulator")
-@pytest.mark.own_process("-m", "tests.kernels", "aarch64")
-def test_kernels_for_aarch64(own_process: Process) -> None:
+def test_kernels_for_aarch64() -> None:
     """NEON's."""
-    assert own_process.returncode == 0, own_process.stdout + own_process.stderr
+    run = run_python("-m", "tests.kernels", "aarch64")
+    assert run.returncode == 0, run.stdout + run.stderr

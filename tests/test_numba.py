@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
-import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -267,14 +266,14 @@ OUTERMOST = (
 
 @pytest.mark.slow
 @pytest.mark.skipif(not OUTERMOST, reason="runs once, where there is an older instruction set")
-@pytest.mark.own_process(
-    "-m", "pytest", "tests/test_numba.py", "-k", WITHOUT_FMA, "-q", "-p", "no:cacheprovider",
-    FASTNORM_CPU="x86-64-v2",
-)  # fmt: skip
-def test_without_fused_multiply_adds(own_process: subprocess.CompletedProcess[str]) -> None:
+def test_without_fused_multiply_adds() -> None:
     """Such processors compute in wider numbers, here too: the same tests, the same bits."""
-    assert own_process.returncode == 0, own_process.stdout[-3000:]
-    assert " passed" in own_process.stdout
+    chosen = ("tests/test_numba.py", "-k", WITHOUT_FMA)
+    run = run_python(
+        *("-m", "pytest", *chosen, "-q", "-p", "no:cacheprovider"), FASTNORM_CPU="x86-64-v2"
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert " passed" in run.stdout
 
 
 # --- A user's activation --------------------------------------------------------------------------

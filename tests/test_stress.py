@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 
 import numpy as np
 import pytest
 
 from . import stress
-from .helpers import BACKENDS
+from .helpers import BACKENDS, run_python
 
 pytestmark = [
     pytest.mark.skipif(os.name != "posix", reason="POSIX's processes and signals"),
@@ -20,12 +19,10 @@ BACKEND = BACKENDS[0]
 
 
 @pytest.mark.slow
-@pytest.mark.own_process("-m", "tests.stress", "--seconds", str(stress.SECONDS))
-def test_nothing_hangs_and_no_bit_is_wrong(
-    own_process: subprocess.CompletedProcess[str],
-) -> None:
-    assert own_process.returncode == 0, own_process.stdout + own_process.stderr
-    assert own_process.stdout.endswith(": 0 faults\n")
+def test_nothing_hangs_and_no_bit_is_wrong() -> None:
+    run = run_python("-m", "tests.stress", "--seconds", str(stress.SECONDS))
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.endswith(": 0 faults\n")
 
 
 @pytest.mark.parametrize(

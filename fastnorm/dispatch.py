@@ -56,6 +56,11 @@ _ADAPTERS: tuple[tuple[str, Callable[[Any, ModuleType], bool], str], ...] = (
         lambda x, library: isinstance(x, getattr(library, "Array", ())),
         "fastnorm.dask",
     ),
+    (
+        "torch",
+        lambda x, library: isinstance(x, getattr(library, "Tensor", ())) and x.device.type == "cpu",
+        "fastnorm.torch",
+    ),
 )
 
 # What NumPy makes arrays of is the most common and asked for first.

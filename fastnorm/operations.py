@@ -286,13 +286,23 @@ def _torch_l2_normalize(x: Any, *, axis: int = -1, eps: float = 1e-12) -> Any:
     return normalize(x, dim=axis, eps=eps)
 
 
-def _torch_standardize(x: Any, *, axis: int) -> Any:
-    return (x - x.mean(axis, keepdim=True)) / x.std(axis, correction=0, keepdim=True)
+def _torch_standardize(
+    x: Any, *, axis: Any = None, where: Any = None, ddof: float = 0, eps: float = 0.0
+) -> Any:
+    axes = tuple(range(x.ndim)) if axis is None else axis
+    chosen = x.new_ones((), dtype=bool) if where is None else where
+    chosen = chosen.broadcast_to(x.shape)
+    count = chosen.sum(axes, keepdim=True)
+    mean = x.masked_fill(~chosen, 0.0).sum(axes, keepdim=True) / count
+    squares = (x - mean).square().masked_fill(~chosen, 0.0).sum(axes, keepdim=True)
+    return (x - mean) / (squares / (count - ddof) + eps).sqrt()
 
 
 def _torch_local_response_norm(x: Any, *, channel_axis: int = 1, **p: Any) -> Any:
     from torch.nn.functional import local_response_norm
 
+    if x.ndim == 2:  # PyTorch has it with positions alone
+        return _torch_local_response_norm(x.unsqueeze(-1), **p).squeeze(-1)
     return local_response_norm(x.movedim(channel_axis, 1), **p).movedim(1, channel_axis)
 
 
@@ -313,26 +323,34 @@ def _torch_weight_standardize(w: Any, *, eps: float = 1e-5) -> Any:
 def _torch_global_response_norm(
     x: Any, *, weight: Any, bias: Any, eps: float = 1e-6, channel_axis: int = 1
 ) -> Any:
-    """As ConvNeXt V2 has it, its weight and bias one per channel."""
+    """As ConvNeXt V2 has it, its weight and bias one per channel, or of the dimensions of x."""
     import torch
 
     channel = channel_axis % x.ndim
     shape = [-1 if a == channel else 1 for a in range(x.ndim)]
     size = torch.linalg.vector_norm(x, dim=_positions(x.ndim, channel), keepdim=True)
     response = size / (size.mean(dim=channel, keepdim=True) + eps)
-    return weight.reshape(shape) * (x * response) + bias.reshape(shape) + x
+    w, b = (p if p is None or p.ndim > 1 else p.reshape(shape) for p in (weight, bias))
+    return _torch_affine(x * response, w, b) + x
 
 
-def _torch_dynamic_tanh(x: Any, *, alpha: Any, weight: Any, bias: Any) -> Any:
+def _torch_dynamic_tanh(x: Any, *, alpha: Any, weight: Any = None, bias: Any = None) -> Any:
     import torch
 
-    return weight * torch.tanh(alpha * x) + bias
+    return _torch_affine(torch.tanh(alpha * x), weight, bias)
 
 
-def _torch_derf(x: Any, *, alpha: Any, shift: Any, weight: Any, bias: Any) -> Any:
+def _torch_derf(
+    x: Any, *, alpha: Any, shift: Any = 0.0, weight: Any = None, bias: Any = None
+) -> Any:
     import torch
 
-    return weight * torch.erf(alpha * x + shift) + bias
+    return _torch_affine(torch.erf(alpha * x + shift), weight, bias)
+
+
+def _torch_affine(y: Any, weight: Any, bias: Any) -> Any:
+    y = y if weight is None else weight * y
+    return y if bias is None else y + bias
 
 
 # --- The table ------------------------------------------------------------------------------------

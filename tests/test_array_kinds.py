@@ -300,15 +300,18 @@ def test_tensors(torch: Any) -> None:
     x, w = data((4, 6), F32), data((6,), F32, seed=2)
     for of in (lambda t: t, lambda t: t.T.contiguous().T, lambda t: t.flip(0).flip(0)):
         y = fn.layer_norm(of(torch.from_numpy(x)), 6, torch.from_numpy(w))
-        assert type(y) is np.ndarray
-        assert_same_bits(np.ascontiguousarray(y), fn.layer_norm(x, 6, w))
+        assert type(y) is torch.Tensor
+        assert_same_bits(y.contiguous().numpy(), fn.layer_norm(x, 6, w))
+        # an array makes arrays, whatever else is a tensor
+        assert type(fn.layer_norm(x, 6, torch.from_numpy(w))) is np.ndarray
     half = torch.from_numpy(x).bfloat16()
     right = fn.layer_norm(x.astype(BF16), 6)
-    assert_same_bits(fn.layer_norm(half, 6), right)
-    assert_same_bits(np.ascontiguousarray(fn.layer_norm(half.T, axis=0).T), right)
+    for y in (fn.layer_norm(half, 6), fn.layer_norm(half.T, axis=0).T.contiguous()):
+        assert_same_bits(y.view(torch.int16).numpy().view(BF16), right)
     needs = torch.ones(6, requires_grad=True)
+    assert fn.layer_norm(needs.reshape(2, 3), 3).requires_grad
     with pytest.raises(TypeError, match=r"x is a tensor that requires a gradient.*x\.detach\(\)"):
-        fn.layer_norm(needs.reshape(2, 3), 3)
+        fn.moments(needs)
     with pytest.raises(TypeError, match=r"weight is a tensor.*weight\.detach\(\)"):
         fn.layer_norm(x, 6, needs)
     with torch.no_grad():

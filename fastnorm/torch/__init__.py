@@ -1,0 +1,58 @@
+"""The functions of fastnorm for tensors, differentiable; and the norms of a model replaced by them.
+
+``import fastnorm.torch as fnt`` asks for PyTorch 2.13 or later. CPU tensors are computed by
+fastnorm's kernels, in place of the memory they are in; what these cannot see (a compiler, a
+transform of torch.func, a subclass, another device) by PyTorch's own operators.
+"""
+
+from fastnorm.torch.functions import (
+    add_layer_norm,
+    add_rms_norm,
+    batch_norm,
+    batch_norm_backward,
+    derf,
+    derf_backward,
+    dynamic_tanh,
+    dynamic_tanh_backward,
+    global_response_norm,
+    group_norm,
+    group_norm_backward,
+    instance_norm,
+    instance_norm_backward,
+    l2_normalize,
+    layer_norm,
+    layer_norm_backward,
+    local_response_norm,
+    moments,
+    rms_norm,
+    rms_norm_backward,
+    standardize,
+    weight_norm,
+    weight_standardize,
+)
+
+__all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
+    "batch_norm",
+    "batch_norm_backward",
+    "derf",
+    "derf_backward",
+    "dynamic_tanh",
+    "dynamic_tanh_backward",
+    "global_response_norm",
+    "group_norm",
+    "group_norm_backward",
+    "instance_norm",
+    "instance_norm_backward",
+    "l2_normalize",
+    "layer_norm",
+    "layer_norm_backward",
+    "local_response_norm",
+    "moments",
+    "rms_norm",
+    "rms_norm_backward",
+    "standardize",
+    "weight_norm",
+    "weight_standardize",
+]

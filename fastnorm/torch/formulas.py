@@ -1,0 +1,294 @@
+"""The norms in PyTorch's operators: what is computed where the kernels cannot be.
+
+That is a second derivative, the gradients of a norm that has no backward function, and any call
+under a transform (`tensors.transformed`), of a subclass or on another device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from fastnorm.arguments import channel_axis_of, fits, layer_axes
+from fastnorm.operations import OPERATIONS
+
+Tensor = torch.Tensor
+Named = dict[str, Any]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+# PyTorch's own call of each function, by its name; of layer norm also that over any one axis.
+_OWN = {op.name: op.torch for op in reversed(OPERATIONS)}
+_OF_AXIS = next(op.torch for op in OPERATIONS if op.label == "layer_norm (axis)")
+
+# The norms that have statistics, and what of a call follows them.
+NORMS = frozenset(op.name for op in OPERATIONS if op.stats)
+_BY_CHANNEL = frozenset({"batch_norm", "instance_norm", "group_norm"})
+
+
+def of_x(named: Named) -> bool:
+    """Whether statistics come from x, and running ones move."""
+    return bool(named.get("training", True) and named.get("use_input_stats", True))
+
+
+def activated(y: Tensor, activation: Any) -> Tensor:
+    """An activation by its name, of PyTorch's."""
+    if activation is None:
+        return y
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise ValueError(
+            f"activation is {activation!r}, expected None or one of "
+            f"{', '.join(map(repr, ACTIVATIONS))} where PyTorch computes, as it does for "
+            "gradients; write activation=None and call your own function of the result"
+        )
+    return ACTIVATIONS[activation](y)
+
+
+def by_pytorch(name: str, named: Named) -> Any:
+    """A call by PyTorch's own operator where there is one, else by its formula."""
+    out = named.get("out")
+    if name in ("add_layer_norm", "add_rms_norm"):
+        total = named["x"] + named["residual"]
+        rest = {key: value for key, value in named.items() if key not in ("x", "residual")}
+        return by_pytorch(name.removeprefix("add_"), {"x": total} | rest), total
+    if name not in NORMS:
+        y = own(name, named)
+    elif _is_pytorchs(name, named):
+        given = {
+            key: value
+            for key, value in named.items()
+            if key not in ("where", "residual", "activation", "out", "return_stats")
+        }
+        y = _followed(_of_pytorch(name, given), named)
+    else:
+        kind = named["x"].dtype
+        wide = widened(named, torch.float32) if kind.itemsize == 2 else named
+        y, *stats = norm(name, wide, moves=True)
+        y = y.to(kind)
+        if named.get("return_stats"):
+            y = (y, *stats)
+    if out is None:
+        return y
+    if isinstance(y, tuple):
+        return out.copy_(y[0]), *y[1:]
+    return out.copy_(y)
+
+
+def own(name: str, named: Named) -> Any:
+    """PyTorch's call of a function that is none of the five norms."""
+    rest = {
+        key: placed(name, named, value)
+        if key in ("weight", "bias") and value is not None
+        else value
+        for key, value in named.items()
+        if key != "out"
+    }
+    if name == "weight_norm":
+        return _weight_norm(**rest)
+    x = rest.pop("w" if name == "weight_standardize" else "x")
+    return _OWN[name](x, **rest)  # type: ignore[misc]
+
+
+def _weight_norm(v: Tensor, g: Tensor, axis: Any) -> Tensor:
+    """That of PyTorch has no forward derivative, takes one axis, and gives NaN for zeros."""
+    slices = () if axis is None else layer_axes(v, None, axis, "weight_norm")
+    others = [a for a in range(v.ndim) if a not in slices]
+    kept = [n if a in slices else 1 for a, n in enumerate(v.shape)]
+    return v * (g.reshape(kept) * inverse_root(v.square().sum(others, keepdim=True)))
+
+
+def _is_pytorchs(name: str, named: Named) -> bool:
+    """Whether PyTorch has this norm with these options."""
+    x, axis = named["x"], named.get("axis")
+    if named.get("where") is not None or named.get("return_stats") or named.get("weight_offset"):
+        return False
+    if name in _BY_CHANNEL:
+        own: tuple[int, ...] = (x.shape[named["channel_axis"]],)
+    elif axis is None:
+        own = _shape(named["normalized_shape"])
+    elif name == "layer_norm" and isinstance(axis, int):
+        own = (x.shape[axis],)
+    else:
+        return False
+    return all(
+        named.get(key) is None or (isinstance(named[key], Tensor) and named[key].shape == own)
+        for key in ("weight", "bias")
+    )
+
+
+def _of_pytorch(name: str, given: Named) -> Any:
+    given = {key: value for key, value in given.items() if key != "weight_offset"}
+    x, axis = given.pop("x"), given.pop("axis", None)
+    if axis is not None:
+        del given["normalized_shape"]
+        return _OF_AXIS(x, axis=axis, **given)  # type: ignore[misc]
+    if "normalized_shape" in given:
+        given["normalized_shape"] = _shape(given["normalized_shape"])
+    return _OWN[name](x, **given)  # type: ignore[misc]
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _followed(y: Tensor, named: Named) -> Tensor:
+    """What follows the affine step."""
+    if named.get("residual") is not None:
+        y = y + named["residual"].to(y.dtype)
+    return activated(y, named.get("activation"))
+
+
+# --- The formula ----------------------------------------------------------------------------------
+
+
+def placed(name: str, named: Named, parameter: Tensor) -> Tensor:
+    """A weight or bias with its axes where they broadcast against x."""
+    x = named["x"]
+    if name not in NORMS and name != "global_response_norm":
+        return parameter
+    if "channel_axis" in named:
+        axis = channel_axis_of(x, named["channel_axis"], name, samples=name != "batch_norm")
+        whole = (1 if axis == 0 else x.shape[0], x.shape[axis])
+        if parameter.ndim > 2 or not fits(parameter.shape, whole):
+            return parameter
+        samples = parameter.reshape((1,) * (2 - parameter.ndim) + tuple(parameter.shape))
+        return samples.reshape(tuple(samples.shape) + (1,) * (x.ndim - 2)).movedim(1, axis)
+    axes = layer_axes(x, named["normalized_shape"], named["axis"], name)
+    if not fits(parameter.shape, tuple(x.shape[axis] for axis in axes)):
+        return parameter
+    along = axes[len(axes) - parameter.ndim :]
+    lengths = dict(zip(along, parameter.shape))
+    order = sorted(range(parameter.ndim), key=along.__getitem__)
+    return parameter.permute(order).reshape([lengths.get(axis, 1) for axis in range(x.ndim)])
+
+
+class _View(NamedTuple):
+    """How a norm sees x: the axes that share a statistic, and the shapes statistics come in."""
+
+    seen: Tensor
+    axes: tuple[int, ...]
+    kept: tuple[int, ...]
+    handed_out: tuple[int, ...]
+    axis: int | None
+
+    def back(self, y: Tensor, x: Tensor) -> Tensor:
+        """What was computed of `seen`, along the axes of x."""
+        if y.ndim == x.ndim:
+            return y
+        assert self.axis is not None
+        return y.reshape(x.movedim(self.axis, 1).shape).movedim(1, self.axis)
+
+
+def _view(name: str, named: Named, x: Tensor) -> _View:
+    if name not in _BY_CHANNEL:
+        axes = layer_axes(x, named["normalized_shape"], named["axis"], name)
+        kept = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
+        return _View(x, axes, kept, kept, None)
+    axis = channel_axis_of(x, named["channel_axis"], name, samples=name != "batch_norm")
+    samples, channels = x.shape[0], x.shape[axis]
+    if name == "group_norm":
+        groups = named["num_groups"]
+        moved = x.movedim(axis, 1)
+        seen = moved.reshape(samples, groups, channels // groups, *moved.shape[2:])
+        kept = (samples, groups, *[1] * (x.ndim - 1))
+        return _View(seen, tuple(range(2, seen.ndim)), kept, kept[:2], axis)
+    if name == "batch_norm":
+        axes, handed_out = tuple(a for a in range(x.ndim) if a != axis), (channels,)
+    else:
+        axes, handed_out = tuple(a for a in range(1, x.ndim) if a != axis), (samples, channels)
+    kept = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
+    return _View(x, axes, kept, handed_out, axis)
+
+
+def norm(name: str, named: Named, given: Any = None, *, moves: bool = False) -> tuple[Tensor, ...]:
+    """One of the five norms in the dtype of x, and its statistics.
+
+    `given` are the statistics that take the place of those of x. With `moves`, running ones move.
+    """
+    x, eps = named["x"], named["eps"]
+    view = _view(name, named, x)
+    seen, axes, kept, handed_out, axis = view
+    if eps is None:
+        eps = machine_epsilon(x)
+    if given is None and not of_x(named):
+        given = named["running_mean"], inverse_root(named["running_var"] + eps)
+    if given is not None:
+        # for each channel, or as they are handed out
+        places = [n if a == axis else 1 for a, n in enumerate(x.shape)]
+        laid = [
+            s.to(x.dtype).reshape(places if s.ndim == 1 and axis is not None else kept)
+            for s in given
+        ]
+        centre, rstd = laid if name != "rms_norm" else (None, laid[-1])
+        normalised = (seen if centre is None else seen - centre) * rstd
+    else:
+        mask = named.get("where")
+        if mask is not None:
+            mask = _view(name, named, mask.broadcast_to(x.shape)).seen
+        centre = None if name == "rms_norm" else _mean(seen, axes, mask)
+        centred = seen if centre is None else seen - centre
+        variance = _mean(centred.square(), axes, mask)
+        rstd = inverse_root(variance + eps)
+        normalised = centred * rstd
+        if moves and named.get("running_mean") is not None:
+            _move(named, view, mask, centre, variance)
+    y = view.back(normalised, x)
+    weight, bias = named.get("weight"), named.get("bias")
+    if weight is not None:
+        y = y * (placed(name, named, weight) + named.get("weight_offset", 0.0))
+    if bias is not None:
+        y = y + placed(name, named, bias)
+    y = _followed(y, named)
+    stats = [s.detach().double() for s in (centre, rstd) if s is not None]
+    return y, *(s.expand(kept).reshape(handed_out) for s in stats)
+
+
+def _mean(values: Tensor, axes: tuple[int, ...], mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return values.mean(axes, keepdim=True)
+    total = torch.where(mask, values, 0.0).sum(axes, keepdim=True)
+    return total / mask.sum(axes, keepdim=True)
+
+
+def widened(named: Named, dtype: torch.dtype) -> Named:
+    """A call whose numbers are in this dtype; what is written to stays what it is."""
+    return {
+        key: value.to(dtype)
+        if isinstance(value, Tensor)
+        and value.is_floating_point()
+        and key not in ("out", "running_mean", "running_var")
+        else value
+        for key, value in named.items()
+    }
+
+
+def machine_epsilon(x: Tensor) -> float:
+    """`arguments.machine_epsilon` of a tensor."""
+    return torch.finfo(torch.float64 if x.dtype is torch.float64 else torch.float32).eps
+
+
+def inverse_root(variance: Tensor) -> Tensor:
+    """1 / sqrt(variance), and 0 where that is 1 / 0, with derivatives that are numbers."""
+    constant = variance == 0
+    return torch.where(constant, 0.0, torch.where(constant, 1.0, variance).rsqrt())
+
+
+def _move(named: Named, view: _View, mask: Tensor | None, mean: Any, variance: Tensor) -> None:
+    """Running statistics move, as `execution.update_running` has it."""
+    with torch.no_grad():
+        count: Any = view.seen.numel() // max(mean.numel(), 1)
+        if mask is not None:
+            count = mask.sum(view.axes, keepdim=True)
+        unbiased = variance * (count / (count - 1))
+        for key, batch in (("running_mean", mean), ("running_var", unbiased)):
+            batch = batch.reshape(view.handed_out)
+            new = batch.mean(0) if batch.ndim == 2 else batch
+            named[key].mul_(1 - named["momentum"]).add_(named["momentum"] * new)

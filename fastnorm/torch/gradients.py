@@ -1,0 +1,199 @@
+"""Calls of the kernels that autograd records.
+
+Gradients come from fastnorm's backward functions. What has none, and derivatives of gradients, are
+those of the formula in PyTorch's operators (formulas.py), in float64.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+import fastnorm.backward
+import fastnorm.elementwise
+from fastnorm.operations import OPERATIONS
+from fastnorm.torch import formulas
+from fastnorm.torch.tensors import array_of, is_batched, tensor_of, transformed, written
+
+Tensor = torch.Tensor
+Named = dict[str, Any]
+
+_TABLE = {op.name: op for op in OPERATIONS}
+
+# What moves, and what gradients do not depend on.
+RUNNING = ("running_mean", "running_var")
+
+# What is added to the result, and what gradients do not depend on either.
+ADDED = ("bias", "residual")
+
+_BACKWARD = {
+    name.removesuffix("_backward"): getattr(module, name)
+    for module in (fastnorm.backward, fastnorm.elementwise)
+    for name in module.__all__
+    if name.endswith("_backward")
+}
+
+
+def recorded(function: Callable[..., Any], named: Named) -> Any:
+    """Answer a call with the kernels, differentiable by every tensor that requires a gradient."""
+    name = function.__name__
+    if named.get("out") is not None:
+        raise ValueError(
+            f"{name} got out= and a tensor that requires a gradient, expected one of the two; "
+            "leave out= away, or write torch.no_grad() around the call"
+        )
+    if name in ("add_layer_norm", "add_rms_norm"):
+        # the norm is of the rounded sum, so this is the same
+        total = (named["x"] + named["residual"]).to(named["x"].dtype)
+        norm = getattr(fastnorm.functional, name.removeprefix("add_"))
+        rest = {key: value for key, value in named.items() if key not in ("x", "residual")}
+        return recorded(norm, _with_defaults(norm, {"x": total} | rest)), total
+    activation = named.get("activation")
+    if activation is not None:
+        # of what the norm gives, as autograd keeps it: before a ReLU nothing is kept
+        formulas.activated(named["x"].new_empty(0), activation)  # is it one of PyTorch's?
+        named = named | {"activation": None}
+    named = {key: _as_tensor(key, value) for key, value in named.items()}
+    if named.get("eps", 0.0) is None:
+        named["eps"] = formulas.machine_epsilon(named["x"])
+    names = [
+        key for key, value in named.items() if isinstance(value, Tensor) and key not in RUNNING
+    ]
+    options = {key: value for key, value in named.items() if key not in names}
+    y, *stats = _Recorded.apply(function, options, names, *[named[key] for key in names])
+    if activation == "relu":
+        y = torch.relu_(y)
+    elif activation is not None:
+        y = formulas.activated(y, activation)
+    return (y, *stats) if named.get("return_stats") else y
+
+
+def _with_defaults(function: Callable[..., Any], named: Named) -> Named:
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: named.get(p.name, p.default) for p in parameters}
+
+
+def _as_tensor(name: str, value: Any) -> Any:
+    """A weight that came as a number or array, as the formula takes it."""
+    if name not in ("weight", *ADDED, "where", "g") or value is None or isinstance(value, Tensor):
+        return value
+    return torch.as_tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+
+
+class _Recorded(torch.autograd.Function):
+    """(function, options, names of the tensors, tensors) -> y and its statistics, if there are."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        function: Callable[..., Any],
+        options: Named,
+        names: Sequence[str],
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        name = function.__name__
+        named = options | dict(zip(names, tensors))
+        arrays = {key: array_of(value, key) for key, value in named.items()}
+        if name in formulas.NORMS:
+            arrays["return_stats"] = True
+            y, *stats = tensor_of(function(**arrays))
+        else:
+            y, stats = tensor_of(function(**arrays)), []
+        if formulas.of_x(named):
+            written(*[named.get(key) for key in RUNNING])
+        ctx.mark_non_differentiable(*stats)
+        ctx.set_materialize_grads(False)
+        kept = [t for key, t in zip(names, tensors) if key not in ADDED]
+        ctx.save_for_backward(*kept, *stats)
+        ctx.like = {key: (t.shape, t.dtype) for key, t in zip(names, tensors)}
+        ctx.function, ctx.options, ctx.names = name, options, names
+        return y, *stats
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if dy is None:
+            return (None,) * (3 + len(ctx.names))
+        wanted = [key for key, w in zip(ctx.names, ctx.needs_input_grad[3:]) if w]
+        kept = [key for key in ctx.names if key not in ADDED]
+        named = (
+            ctx.options
+            | dict.fromkeys({*ADDED} & {*ctx.names})
+            | dict(zip(kept, ctx.saved_tensors))
+        )
+        call = _Call(ctx.function, named, ctx.saved_tensors[len(kept) :], ctx.like)
+        found = call.gradients(dy, wanted, differentiable=torch.is_grad_enabled())
+        return None, None, None, *[found.get(key) for key in ctx.names]
+
+
+class _Call:
+    """A call that was recorded, without what is added to y: no other gradient depends on that."""
+
+    def __init__(self, name: str, named: Named, stats: Sequence[Tensor], like: Named) -> None:
+        self.name, self.named, self.stats, self.like = name, named, stats, like
+
+    def gradients(self, dy: Tensor, wanted: Sequence[str], *, differentiable: bool) -> Named:
+        """By name, and perhaps of others; `differentiable` ones if they are to be recorded."""
+        op, found = _TABLE[self.name], {}
+        others = [key for key in wanted if key not in ADDED]
+        hidden = transformed() or is_batched(dy)
+        if others and (differentiable or hidden or not (op.stats or op.gradients)):
+            found = self._of_formula(dy, others, differentiable)
+        elif others:
+            found = self._of_kernels(dy)
+        if "residual" in wanted:
+            found["residual"] = dy.to(self.like["residual"][1])
+        if "bias" in wanted:
+            # one of another shape than the weight shares its gradient otherwise
+            bias = found.get("bias")
+            if bias is None or (bias.shape, bias.dtype) != self.like["bias"]:
+                found["bias"] = self._of_bias(dy, differentiable)
+        return found
+
+    def _of_kernels(self, dy: Tensor) -> Named:
+        name, named, stats = self.name, self.named, self.stats
+        if name == "instance_norm" and not named["use_input_stats"]:
+            name, named = "batch_norm", named | {"training": False}
+            # every sample has those; without samples nothing is computed of them
+            stats = [s[0] if len(s) else s.new_zeros(s.shape[1]) for s in stats]
+        op = _TABLE[name]
+        function = _BACKWARD[name]
+        takes = inspect.signature(function).parameters
+        arrays = {key: array_of(value, key) for key, value in named.items() if key in takes}
+        arrays |= {key: array_of(value, key) for key, value in zip(op.stats, stats)}
+        found = tensor_of(function(dy=array_of(dy, "dy"), **arrays))
+        names = op.gradients or ("dx", "dweight", "dbias")
+        return {key.removeprefix("d"): value for key, value in zip(names, found)}
+
+    def _of_formula(self, dy: Tensor, wanted: Sequence[str], differentiable: bool) -> Named:
+        name, named = self.name, self.named
+        with torch.enable_grad():
+            # views: what one operand is to another, or to itself elsewhere, does not count here
+            leaves = {
+                key: named[key].view_as(named[key])
+                if differentiable
+                else named[key].detach().requires_grad_()
+                for key in wanted
+            }
+            wide = formulas.widened(named | leaves, torch.float64)
+            if name not in formulas.NORMS:
+                y = formulas.own(name, wide)
+            else:
+                y, *_ = formulas.norm(name, wide, None if formulas.of_x(named) else self.stats)
+            found = torch.autograd.grad(
+                y, list(leaves.values()), dy.double(), create_graph=differentiable
+            )
+        return dict(zip(leaves, found))
+
+    def _of_bias(self, dy: Tensor, differentiable: bool) -> Tensor:
+        shape, dtype = self.like["bias"]
+        x = self.named["x"]
+        with torch.enable_grad():
+            bias = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+            along = formulas.placed(self.name, self.named, bias)
+            (total,) = torch.autograd.grad(
+                along.expand(x.shape), bias, dy.double(), create_graph=differentiable
+            )
+        return total.to(dtype)

@@ -1,0 +1,81 @@
+"""Tensors and the arrays that share their memory, and what is in play besides a plain call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.autograd import forward_ad
+
+from fastnorm.arguments import Array, read
+
+Tensor = torch.Tensor
+
+# A subclass has code of its own for every operator, which kernels would pass by.
+PLAIN = frozenset({Tensor, torch.nn.Parameter})
+
+records = torch.is_grad_enabled
+
+_compiling = torch.compiler.is_dynamo_compiling
+_transforms = torch._C._functorch.peek_interpreter_stack
+_modes = torch._C._len_torch_dispatch_stack
+_tracing = torch._C._is_tracing
+
+# One of many gradients at once, as torch.autograd.grad(..., is_grads_batched=True) makes them.
+is_batched = torch._C._functorch.is_legacy_batchedtensor
+
+
+def transformed() -> bool:
+    """Whether PyTorch has to see each operator.
+
+    That is so under torch.compile, a transform of torch.func, a dispatch mode (as of make_fx,
+    torch.export and selective checkpoints) or torch.jit.trace.
+    """
+    return bool(_compiling() or _transforms() is not None or _modes() or _tracing())
+
+
+def watched() -> bool:
+    """Whether more may be asked of a call than numbers: `transformed`, or dual numbers."""
+    return transformed() or forward_ad._current_level >= 0
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers are in the host's memory, and no other code watches them."""
+    return (
+        type(tensor) in PLAIN
+        and tensor.is_cpu
+        and (forward_ad._current_level < 0 or forward_ad.unpack_dual(tensor).tangent is None)
+    )
+
+
+def array_of(value: Any, name: str) -> Any:
+    """A tensor as an array of the same memory, without its gradient; anything else as it is."""
+    return read(value.detach(), name) if isinstance(value, Tensor) else value
+
+
+def tensor_of(array: Any) -> Any:
+    """An array as a tensor of the same memory, and each in a tuple."""
+    if isinstance(array, tuple):
+        return tuple([tensor_of(part) for part in array])
+    if not isinstance(array, np.ndarray):  # a number
+        return torch.tensor(array, dtype=torch.float64)
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def written(*tensors: Tensor | None) -> None:
+    """Tell autograd that the numbers of these have changed."""
+    changed = [t for t in tensors if t is not None and not t.is_inference()]
+    torch.autograd.graph.increment_version(changed)
+
+
+def quick_array(tensor: Tensor | None) -> Array | None:
+    """`array_of` a plain tensor or None, in as few steps as there can be."""
+    if tensor is None:
+        return None
+    if tensor.is_cpu and tensor.dtype is not torch.bfloat16 and tensor.layout is torch.strided:
+        array: Array = tensor.numpy(force=True)
+        return array
+    return read(tensor.detach(), "x")

@@ -43,6 +43,13 @@ R = TypeVar("R")
 
 # --- Arrays of other libraries --------------------------------------------------------------------
 
+
+def _is_tensor_on_the_cpu(x: Any, library: Any) -> bool:
+    """Whether x is PyTorch's; those on a GPU are known by their interface."""
+    kind: Any = getattr(library, "Tensor", ())
+    return isinstance(x, kind) and bool(x.is_cpu)
+
+
 # A library is recognised through `sys.modules`: nothing optional is imported to look at a type. An
 # adapter is a module that has functions of the same names and arguments as the public ones, or an
 # `execute` that has a public function's own code describe a call of arrays on a device; it is
@@ -58,7 +65,7 @@ _ADAPTERS: tuple[tuple[str, Callable[[Any, ModuleType], bool], str], ...] = (
     ),
     (
         "torch",
-        lambda x, library: isinstance(x, getattr(library, "Tensor", ())) and x.device.type == "cpu",
+        _is_tensor_on_the_cpu,
         "fastnorm.torch",
     ),
 )

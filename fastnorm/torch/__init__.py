@@ -30,8 +30,11 @@ from fastnorm.torch.functions import (
     weight_norm,
     weight_standardize,
 )
+from fastnorm.torch.modules import Entry, Report, replace, report, restore
 
 __all__ = [
+    "Entry",
+    "Report",
     "add_layer_norm",
     "add_rms_norm",
     "batch_norm",
@@ -50,6 +53,9 @@ __all__ = [
     "layer_norm_backward",
     "local_response_norm",
     "moments",
+    "replace",
+    "report",
+    "restore",
     "rms_norm",
     "rms_norm_backward",
     "standardize",

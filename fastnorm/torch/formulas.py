@@ -10,12 +10,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from fastnorm.arguments import channel_axis_of, fits, layer_axes
 from fastnorm.operations import OPERATIONS
 
-Tensor = torch.Tensor
 Named = dict[str, Any]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -84,13 +84,10 @@ def by_pytorch(name: str, named: Named) -> Any:
 
 def own(name: str, named: Named) -> Any:
     """PyTorch's call of a function that is none of the five norms."""
-    rest = {
-        key: placed(name, named, value)
-        if key in ("weight", "bias") and value is not None
-        else value
-        for key, value in named.items()
-        if key != "out"
-    }
+    rest = {key: value for key, value in named.items() if key != "out"}
+    for key in ("weight", "bias"):
+        if rest.get(key) is not None:
+            rest[key] = placed(name, named, rest[key])
     if name == "weight_norm":
         return _weight_norm(**rest)
     x = rest.pop("w" if name == "weight_standardize" else "x")
@@ -201,11 +198,11 @@ def _view(name: str, named: Named, x: Tensor) -> _View:
         kept = (samples, groups, *[1] * (x.ndim - 1))
         return _View(seen, tuple(range(2, seen.ndim)), kept, kept[:2], axis)
     if name == "batch_norm":
-        axes, handed_out = tuple(a for a in range(x.ndim) if a != axis), (channels,)
+        axes = tuple(a for a in range(x.ndim) if a != axis)
     else:
-        axes, handed_out = tuple(a for a in range(1, x.ndim) if a != axis), (samples, channels)
+        axes = tuple(a for a in range(1, x.ndim) if a != axis)
     kept = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
-    return _View(x, axes, kept, handed_out, axis)
+    return _View(x, axes, kept, (channels,) if 0 in axes else (samples, channels), axis)
 
 
 def norm(name: str, named: Named, given: Any = None, *, moves: bool = False) -> tuple[Tensor, ...]:

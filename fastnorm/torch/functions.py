@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import linecache
-import re
 from collections.abc import Callable
 from typing import Any
 
-from fastnorm import backward, elementwise, functional, related
+import torch
+from torch import Tensor
 
+from fastnorm import backward, elementwise, functional, related
 from fastnorm.arguments import read, shown
 from fastnorm.moments import moments as moments_of_arrays
 from fastnorm.moments import standardize as standardize_arrays
@@ -17,11 +18,9 @@ from fastnorm.operations import OPERATIONS
 from fastnorm.torch import formulas, gradients
 from fastnorm.torch.tensors import (
     PLAIN,
-    Tensor,
     array_of,
     is_plain,
     quick_array,
-    records,
     tensor_of,
     transformed,
     watched,
@@ -34,7 +33,7 @@ _DIFFERENTIABLE = frozenset(op.name for op in OPERATIONS)
 # Plain tensors that need no gradient go to fastnorm's function at once: what is asked before is
 # what else may be in play. Anything else is for `_describe`.
 _SOURCE = """\
-def make(function, describe, plain, Tensor, watched, records, array, tensor):
+def make(function, describe, plain, Tensor, Size, watched, records, array, tensor):
     def {name}({signature}):
         if (
             type({x}) is Tensor and {quick}
@@ -73,7 +72,7 @@ def _describe(function: Callable[..., Any], named: dict[str, Any]) -> Any:
             for key, value in named.items()
         }
         return tensor_of(function(**arrays))
-    if records() and any(tensor.requires_grad for tensor in tensors):
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return gradients.recorded(function, named)
     result = tensor_of(function(**{key: array_of(value, key) for key, value in named.items()}))
     if formulas.of_x(named):
@@ -91,7 +90,13 @@ def _of_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
     names = list(signature.parameters)
     weights = [name for name in names if name in _WEIGHTS]
     absent = [name for name in names if name in _ABSENT]
+    shapes = [name for name in names if name in ("normalized_shape", "axis")]
     x, name = names[0], function.__name__
+
+    def plain(key: str) -> str:
+        # a torch.Size is a tuple for the cache of calls only as such
+        return f"tuple({key}) if type({key}) is Size else {key}" if key in shapes else key
+
     quick = [f"type({key}) in plain" for key in weights] + [f"{key} is None" for key in absent]
     if name not in _DIFFERENTIABLE or "alpha" in names:
         quick = ["False"]
@@ -103,21 +108,22 @@ def _of_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
         quick=" and ".join(quick or ["True"]),
         needs=" or ".join([f"{x}.requires_grad", *needs]),
         arrays=", ".join(
-            f"{key}=array({key})" if key in (x, *weights) else f"{key}={key}"
+            f"{key}=array({key})" if key in (x, *weights) else f"{key}={plain(key)}"
             for key in names
             if key not in absent
         ),
-        named=", ".join(f"{key}={key}" for key in names),
+        named=", ".join(f"{key}={plain(key)}" for key in names),
     )
     file = f"<{name} of tensors>"
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)  # for tracebacks
     made: dict[str, Any] = {}
     exec(compile(source, file, "exec"), made)
     of_tensors: Callable[..., Any] = made["make"](
-        function, _describe, PLAIN | {type(None)}, Tensor, watched, records, quick_array, tensor_of
-    )
-    plain: Any = inspect.unwrap(function)
-    of_tensors.__defaults__, of_tensors.__kwdefaults__ = plain.__defaults__, plain.__kwdefaults__  # type: ignore[attr-defined]
+        function, _describe, PLAIN | {type(None)}, torch.Tensor, torch.Size, watched,
+        torch.is_grad_enabled, quick_array, tensor_of,
+    )  # fmt: skip
+    for attribute in ("__defaults__", "__kwdefaults__"):
+        setattr(of_tensors, attribute, getattr(function, attribute))
     of_tensors.__module__, of_tensors.__doc__ = "fastnorm.torch", _documented(function)
     return of_tensors
 
@@ -185,13 +191,7 @@ _EXAMPLES = {
     """
     for name, call, of, what, dbias in (
         ("batch_norm", "x, training=True, ", "x, *stats", "one per channel", "[2., 2.]"),
-        (
-            "layer_norm",
-            "x, (2, 1), ",
-            "x, *stats, (2, 1)",
-            "of two samples",
-            "[[2.],\n            [2.]]",
-        ),
+        ("layer_norm", "x.mT, 2, ", "x.mT, *stats, 2", "of two samples", "[2., 2.]"),
         ("instance_norm", "x.mT, ", "x.mT, *stats", "of two positions and two samples", "[4.]"),
         ("group_norm", "x, 1, ", "x, *stats, 1", "one per channel", "[2., 2.]"),
     )

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import fastnorm.backward
 import fastnorm.elementwise
@@ -18,7 +19,6 @@ from fastnorm.operations import OPERATIONS
 from fastnorm.torch import formulas
 from fastnorm.torch.tensors import array_of, is_batched, tensor_of, transformed, written
 
-Tensor = torch.Tensor
 Named = dict[str, Any]
 
 _TABLE = {op.name: op for op in OPERATIONS}
@@ -118,11 +118,8 @@ class _Recorded(torch.autograd.Function):
             return (None,) * (3 + len(ctx.names))
         wanted = [key for key, w in zip(ctx.names, ctx.needs_input_grad[3:]) if w]
         kept = [key for key in ctx.names if key not in ADDED]
-        named = (
-            ctx.options
-            | dict.fromkeys({*ADDED} & {*ctx.names})
-            | dict(zip(kept, ctx.saved_tensors))
-        )
+        named = ctx.options | dict(zip(kept, ctx.saved_tensors))
+        named |= {key: None for key in ADDED if key in ctx.names}
         call = _Call(ctx.function, named, ctx.saved_tensors[len(kept) :], ctx.like)
         found = call.gradients(dy, wanted, differentiable=torch.is_grad_enabled())
         return None, None, None, *[found.get(key) for key in ctx.names]

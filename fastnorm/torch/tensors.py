@@ -6,16 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastnorm.arguments import Array, read
 
-Tensor = torch.Tensor
-
 # A subclass has code of its own for every operator, which kernels would pass by.
-PLAIN = frozenset({Tensor, torch.nn.Parameter})
-
-records = torch.is_grad_enabled
+PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
 _compiling = torch.compiler.is_dynamo_compiling
 _transforms = torch._C._functorch.peek_interpreter_stack

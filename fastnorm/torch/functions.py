@@ -20,7 +20,6 @@ from fastnorm.torch.tensors import (
     PLAIN,
     array_of,
     is_plain,
-    quick_array,
     tensor_of,
     transformed,
     watched,
@@ -74,13 +73,15 @@ def _describe(function: Callable[..., Any], named: dict[str, Any]) -> Any:
         return tensor_of(function(**arrays))
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return gradients.recorded(function, named)
+    out = named.get("out")
+    if isinstance(out, Tensor) and out.is_neg():
+        raise ValueError("out is a view that negates, expected plain memory; write out.clone()")
     result = tensor_of(function(**{key: array_of(value, key) for key, value in named.items()}))
     if formulas.of_x(named):
         written(*[named.get(key) for key in gradients.RUNNING])
-    out = named.get("out")
     if out is None:
         return result
-    written(out)
+    written(out if isinstance(out, Tensor) else None)
     return (out, *result[1:]) if isinstance(result, tuple) else out
 
 
@@ -108,7 +109,7 @@ def _of_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
         quick=" and ".join(quick or ["True"]),
         needs=" or ".join([f"{x}.requires_grad", *needs]),
         arrays=", ".join(
-            f"{key}=array({key})" if key in (x, *weights) else f"{key}={plain(key)}"
+            f"{key}=array({key}, '{key}')" if key in (x, *weights) else f"{key}={plain(key)}"
             for key in names
             if key not in absent
         ),
@@ -120,7 +121,7 @@ def _of_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
     exec(compile(source, file, "exec"), made)
     of_tensors: Callable[..., Any] = made["make"](
         function, _describe, PLAIN | {type(None)}, torch.Tensor, torch.Size, watched,
-        torch.is_grad_enabled, quick_array, tensor_of,
+        torch.is_grad_enabled, array_of, tensor_of,
     )  # fmt: skip
     for attribute in ("__defaults__", "__kwdefaults__"):
         setattr(of_tensors, attribute, getattr(function, attribute))

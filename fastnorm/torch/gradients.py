@@ -35,6 +35,7 @@ _BACKWARD = {
     for name in module.__all__
     if name.endswith("_backward")
 }
+_TAKEN = {name: frozenset(inspect.signature(f).parameters) for name, f in _BACKWARD.items()}
 
 
 def recorded(function: Callable[..., Any], named: Named) -> Any:
@@ -157,9 +158,11 @@ class _Call:
             stats = [s[0] if len(s) else s.new_zeros(s.shape[1]) for s in stats]
         op = _TABLE[name]
         function = _BACKWARD[name]
-        takes = inspect.signature(function).parameters
+        takes = _TAKEN[name]
         arrays = {key: array_of(value, key) for key, value in named.items() if key in takes}
         arrays |= {key: array_of(value, key) for key, value in zip(op.stats, stats)}
+        if 0 in dy.stride():  # as of a sum: every call would make a copy and be described anew
+            dy = dy.clone(memory_format=torch.contiguous_format)
         found = tensor_of(function(dy=array_of(dy, "dy"), **arrays))
         names = op.gradients or ("dx", "dweight", "dbias")
         return {key.removeprefix("d"): value for key, value in zip(names, found)}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastnorm.arguments import Array, read
+from fastnorm.arguments import read
 
 # A subclass has code of its own for every operator, which kernels would pass by.
 PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
@@ -48,31 +48,28 @@ def is_plain(tensor: Tensor) -> bool:
 
 def array_of(value: Any, name: str) -> Any:
     """A tensor as an array of the same memory, without its gradient; anything else as it is."""
-    return read(value.detach(), name) if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    if value.is_cpu and value.dtype is not torch.bfloat16:
+        try:
+            return value.numpy(force=True)
+        except TypeError:  # sparse, or of a dtype that NumPy does not have: `read` says so
+            pass
+    return read(value.detach(), name)
 
 
 def tensor_of(array: Any) -> Any:
     """An array as a tensor of the same memory, and each in a tuple."""
+    if type(array) is np.ndarray:
+        if array.dtype.kind == "V":  # bfloat16: NumPy's own name of a dtype takes microseconds
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
     if isinstance(array, tuple):
         return tuple([tensor_of(part) for part in array])
-    if not isinstance(array, np.ndarray):  # a number
-        return torch.tensor(array, dtype=torch.float64)
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+    return torch.tensor(array, dtype=torch.float64)  # a number
 
 
 def written(*tensors: Tensor | None) -> None:
     """Tell autograd that the numbers of these have changed."""
     changed = [t for t in tensors if t is not None and not t.is_inference()]
     torch.autograd.graph.increment_version(changed)
-
-
-def quick_array(tensor: Tensor | None) -> Array | None:
-    """`array_of` a plain tensor or None, in as few steps as there can be."""
-    if tensor is None:
-        return None
-    if tensor.is_cpu and tensor.dtype is not torch.bfloat16 and tensor.layout is torch.strided:
-        array: Array = tensor.numpy(force=True)
-        return array
-    return read(tensor.detach(), "x")

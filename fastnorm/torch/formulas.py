@@ -283,7 +283,7 @@ def _move(named: Named, view: _View, mask: Tensor | None, mean: Any, variance: T
     with torch.no_grad():
         count: Any = view.seen.numel() // max(mean.numel(), 1)
         if mask is not None:
-            count = mask.sum(view.axes, keepdim=True)
+            count = mask.sum(view.axes, keepdim=True).to(variance.dtype)
         unbiased = variance * (count / (count - 1))
         for key, batch in (("running_mean", mean), ("running_var", unbiased)):
             batch = batch.reshape(view.handed_out)

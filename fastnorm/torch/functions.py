@@ -125,6 +125,7 @@ def _of_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
     )  # fmt: skip
     for attribute in ("__defaults__", "__kwdefaults__"):
         setattr(of_tensors, attribute, getattr(function, attribute))
+    of_tensors.__qualname__ = name
     of_tensors.__module__, of_tensors.__doc__ = "fastnorm.torch", _documented(function)
     return of_tensors
 

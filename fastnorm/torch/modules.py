@@ -362,8 +362,8 @@ def report(model: nn.Module) -> Report:
     -------
     report
         A list of entries (name, kind, replaced, reason), with those in ``report.replaced`` and
-        ``report.left``; printed, it is a table. A norm is what :func:`replace` knows, and any
-        module without others in it whose class has "norm" in its name.
+        ``report.left``; printed, it is a table. Also those whose
+        class is derived from a norm's, or has "norm" in its name and no other module in it.
 
     Raises
     ------
@@ -383,10 +383,18 @@ def report(model: nn.Module) -> Report:
         choice = "" if isinstance(module, _Replaced) else _choice(module)
         if not isinstance(choice, str):
             choice = "it can be replaced"
-        elif choice and ("norm" not in kind.lower() or any(True for _ in module.children())):
+        elif choice and not _is_norm(module):
             continue
         found.append(Entry(name, kind, not choice, choice))
     return found
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether somebody may ask why this is not replaced."""
+    if isinstance(module, tuple(base for base, _ in _PYTORCHS)):
+        return True
+    named = "norm" in type(module).__name__.lower()
+    return named and not any(True for _ in module.children())
 
 
 def _modules(model: Any, of: str) -> Iterator[tuple[str, Any]]:

@@ -119,9 +119,10 @@ class _Recorded(torch.autograd.Function):
             return (None,) * (3 + len(ctx.names))
         wanted = [key for key, w in zip(ctx.names, ctx.needs_input_grad[3:]) if w]
         kept = [key for key in ctx.names if key not in ADDED]
-        named = ctx.options | dict(zip(kept, ctx.saved_tensors))
+        saved = ctx.saved_tensors  # once: a checkpoint computes them when they are asked for
+        named = ctx.options | dict(zip(kept, saved))
         named |= {key: None for key in ADDED if key in ctx.names}
-        call = _Call(ctx.function, named, ctx.saved_tensors[len(kept) :], ctx.like)
+        call = _Call(ctx.function, named, saved[len(kept) :], ctx.like)
         found = call.gradients(dy, wanted, differentiable=torch.is_grad_enabled())
         return None, None, None, *[found.get(key) for key in ctx.names]
 

@@ -294,6 +294,14 @@ def test_half_precision_is_rounded_once() -> None:
                 assert (a.double() - b).abs().max() <= allowed
 
 
+def test_weights_that_are_no_tensors() -> None:
+    x = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
+    weight = np.linspace(1.0, 2.0, 5)
+    check(lambda x: fnt.layer_norm(x, 5, weight, 0.1), [x])
+    ones = fnt.layer_norm(x, 5, torch.from_numpy(weight), torch.full((), 0.1, dtype=x.dtype))
+    assert fnt.layer_norm(x.detach(), 5, weight, 0.1).equal(ones)
+
+
 def test_only_what_is_wanted_has_a_gradient() -> None:
     x = tensor(data(SHAPE, F32))
     weight, bias = torch.ones(5, requires_grad=True), torch.ones(5)
@@ -332,8 +340,9 @@ def test_batch_norm_gradients_survive_later_steps() -> None:
     before = mean._version
     fnt.batch_norm(x.detach() * 9, mean, var, training=True)
     assert mean._version > before
-    (g,) = torch.autograd.grad(y.sum(), x)
-    assert (g - 1 / np.sqrt(1 + 1e-5)).abs().max() < 1e-12
+    for again in (True, False):
+        (g,) = torch.autograd.grad(y.sum(), x, create_graph=again, retain_graph=True)
+        assert (g - 1 / np.sqrt(1 + 1e-5)).abs().max() < 1e-12
 
 
 # --- What surrounds a call ------------------------------------------------------------------------
@@ -472,6 +481,12 @@ def test_formulas_are_the_kernels() -> None:
         ),
         (lambda x: fnt.layer_norm(x, 4), ValueError, "normalized_shape=4"),
         (lambda x: fnt.layer_norm(x.requires_grad_(), 4), ValueError, "normalized_shape=4"),
+        (lambda x: fnt.add_rms_norm(x, x[:1], 5), ValueError, "residual has shape"),
+        (
+            lambda x: fnt.add_rms_norm(x.requires_grad_(), x[:1], 5),
+            ValueError,
+            "residual has shape",
+        ),
         (lambda x: fnt.group_norm(x, 3), ValueError, "num_groups=3"),
         (lambda x: fnt.layer_norm(x, 5, eps=-1.0), ValueError, "eps"),
         (lambda x: fnt.layer_norm(x, 5, activation="tanh"), ValueError, "activation is 'tanh'"),

@@ -39,6 +39,16 @@ def of_x(named: Named) -> bool:
     return bool(named.get("training", True) and named.get("use_input_stats", True))
 
 
+def with_tensors(named: Named) -> Named:
+    """A call whose weights and other operands are tensors, where they came as numbers or arrays."""
+    operands = ("weight", "bias", "residual", "where", "g")
+    return named | {
+        key: torch.as_tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+        for key, value in named.items()
+        if key in operands and value is not None and not isinstance(value, Tensor)
+    }
+
+
 def activated(y: Tensor, activation: Any) -> Tensor:
     """An activation by its name, of PyTorch's."""
     if activation is None:
@@ -54,9 +64,10 @@ def activated(y: Tensor, activation: Any) -> Tensor:
 
 def by_pytorch(name: str, named: Named) -> Any:
     """A call by PyTorch's own operator where there is one, else by its formula."""
+    named = with_tensors(named)
     out = named.get("out")
     if name in ("add_layer_norm", "add_rms_norm"):
-        total = named["x"] + named["residual"]
+        total = (named["x"] + named["residual"]).to(named["x"].dtype)
         rest = {key: value for key, value in named.items() if key not in ("x", "residual")}
         return by_pytorch(name.removeprefix("add_"), {"x": total} | rest), total
     if name not in NORMS:

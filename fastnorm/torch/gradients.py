@@ -15,6 +15,7 @@ from torch import Tensor
 
 import fastnorm.backward
 import fastnorm.elementwise
+from fastnorm.arguments import same_shape
 from fastnorm.operations import OPERATIONS
 from fastnorm.torch import formulas
 from fastnorm.torch.tensors import array_of, is_batched, tensor_of, transformed, written
@@ -46,8 +47,10 @@ def recorded(function: Callable[..., Any], named: Named) -> Any:
             f"{name} got out= and a tensor that requires a gradient, expected one of the two; "
             "leave out= away, or write torch.no_grad() around the call"
         )
+    named = formulas.with_tensors(named)
     if name in ("add_layer_norm", "add_rms_norm"):
         # the norm is of the rounded sum, so this is the same
+        same_shape(array_of(named["residual"], "residual"), "residual", array_of(named["x"], "x"))
         total = (named["x"] + named["residual"]).to(named["x"].dtype)
         norm = getattr(fastnorm.functional, name.removeprefix("add_"))
         rest = {key: value for key, value in named.items() if key not in ("x", "residual")}
@@ -56,8 +59,7 @@ def recorded(function: Callable[..., Any], named: Named) -> Any:
     if activation is not None:
         # of what the norm gives, as autograd keeps it: before a ReLU nothing is kept
         formulas.activated(named["x"].new_empty(0), activation)  # is it one of PyTorch's?
-        named = named | {"activation": None}
-    named = {key: _as_tensor(key, value) for key, value in named.items()}
+        named["activation"] = None
     if named.get("eps", 0.0) is None:
         named["eps"] = formulas.machine_epsilon(named["x"])
     names = [
@@ -75,13 +77,6 @@ def recorded(function: Callable[..., Any], named: Named) -> Any:
 def _with_defaults(function: Callable[..., Any], named: Named) -> Named:
     parameters = inspect.signature(function).parameters.values()
     return {p.name: named.get(p.name, p.default) for p in parameters}
-
-
-def _as_tensor(name: str, value: Any) -> Any:
-    """A weight that came as a number or array, as the formula takes it."""
-    if name not in ("weight", *ADDED, "where", "g") or value is None or isinstance(value, Tensor):
-        return value
-    return torch.as_tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
 
 
 class _Recorded(torch.autograd.Function):

@@ -556,13 +556,13 @@ def test_imports(own_process: subprocess.CompletedProcess[str]) -> None:
 def models() -> list[tuple[Any, Any]]:
     """Every kind that is replaced, and an input."""
     torch.manual_seed(0)
-    images, rows, volumes = (
-        torch.randn(4, 6, 5, 5),
-        torch.randn(4, 6, 8),
-        torch.randn(2, 6, 3, 4, 5),
-    )
+    images, rows = torch.randn(4, 6, 5, 5), torch.randn(4, 6, 8)
+    volumes = torch.randn(2, 6, 3, 4, 5)
+    frozen = nn.BatchNorm2d(6)
+    frozen.track_running_stats = False  # its statistics stay, and are those of inference
     return [
-        (nn.BatchNorm1d(6), rows), (nn.BatchNorm1d(6), rows[..., 0]), (nn.BatchNorm2d(6), images),
+        (frozen, images), (nn.BatchNorm1d(6), rows), (nn.BatchNorm1d(6), rows[..., 0]),
+        (nn.BatchNorm2d(6), images),
         (nn.BatchNorm2d(6, momentum=None), images), (nn.BatchNorm3d(6, affine=False), volumes),
         (nn.BatchNorm2d(6, track_running_stats=False), images), (nn.SyncBatchNorm(6), images),
         (nn.LayerNorm(8), rows), (nn.LayerNorm((6, 8), bias=False), rows),

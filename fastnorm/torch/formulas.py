@@ -69,7 +69,7 @@ def by_pytorch(name: str, named: Named) -> Any:
     if name in ("add_layer_norm", "add_rms_norm"):
         total = (named["x"] + named["residual"]).to(named["x"].dtype)
         rest = {key: value for key, value in named.items() if key not in ("x", "residual")}
-        return by_pytorch(name.removeprefix("add_"), {"x": total} | rest), total
+        return by_pytorch(name.removeprefix("add_"), {"x": total, "axis": None} | rest), total
     if name not in NORMS:
         y = own(name, named)
     elif _is_pytorchs(name, named):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import linecache
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +17,7 @@ from fastnorm.operations import OPERATIONS
 from fastnorm.torch import formulas, gradients
 from fastnorm.torch.tensors import (
     PLAIN,
+    argument_names,
     array_of,
     is_plain,
     tensor_of,
@@ -34,18 +34,21 @@ _DIFFERENTIABLE = frozenset(op.name for op in OPERATIONS)
 _SOURCE = """\
 def make(function, describe, plain, Tensor, Size, watched, records, array, tensor):
     def {name}({signature}):
+{quick}        return describe(function, dict({named}))
+    return {name}
+"""
+_QUICK = """\
         if (
-            type({x}) is Tensor and {quick}
+            type({x}) is Tensor and {may_be}
             and not watched() and not (records() and ({needs}))
         ):
             return tensor(function({arrays}))
-        return describe(function, dict({named}))
-    return {name}
 """
 
-# What may be a tensor on the way of `_SOURCE`, and what has to be absent there.
+# What may be a tensor on the way of `_QUICK`, and what has to be absent there: what is written to,
+# too, so running statistics that move.
 _WEIGHTS = ("g", "weight", "bias")
-_ABSENT = ("where", "residual", "out", *gradients.RUNNING)
+_ABSENT = ("where", "residual", "out")
 
 
 def _describe(function: Callable[..., Any], named: dict[str, Any]) -> Any:
@@ -87,32 +90,42 @@ def _describe(function: Callable[..., Any], named: dict[str, Any]) -> Any:
 
 def _of_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of tensors, of the signature of fastnorm's."""
-    signature = inspect.signature(function)
-    names = list(signature.parameters)
-    weights = [name for name in names if name in _WEIGHTS]
-    absent = [name for name in names if name in _ABSENT]
-    shapes = [name for name in names if name in ("normalized_shape", "axis")]
+    names = argument_names(function)
+    positional = function.__code__.co_argcount
+    shapes = [key for key in names if key in ("normalized_shape", "axis")]
     x, name = names[0], function.__name__
 
     def plain(key: str) -> str:
         # a torch.Size is a tuple for the cache of calls only as such
         return f"tuple({key}) if type({key}) is Size else {key}" if key in shapes else key
 
-    quick = [f"type({key}) in plain" for key in weights] + [f"{key} is None" for key in absent]
-    if name not in _DIFFERENTIABLE or "alpha" in names:
-        quick = ["False"]
-    needs = [f"({key} is not None and {key}.requires_grad)" for key in weights]
+    quick = ""
+    if name in _DIFFERENTIABLE and "alpha" not in names:
+        weights = [key for key in names if key in _WEIGHTS]
+        running = [key for key in names if key in gradients.RUNNING]
+        moves = "training" if "training" in names else "use_input_stats"
+        may_be = [f"type({key}) in plain" for key in (*weights, *running)]
+        may_be += [f"{key} is None" for key in names if key in _ABSENT]
+        may_be += [f"({key} is None or not {moves})" for key in running]
+        needs = [f"({key} is not None and {key}.requires_grad)" for key in weights]
+        arrays = [
+            f"{key}=array({key}, '{key}')"
+            if key in (x, *weights, *running)
+            else f"{key}={plain(key)}"
+            for key in names
+            if key not in _ABSENT
+        ]
+        quick = _QUICK.format(
+            x=x,
+            may_be=" and ".join(may_be or ["True"]),
+            needs=" or ".join([f"{x}.requires_grad", *needs]),
+            arrays=", ".join(arrays),
+        )
+    signature = [*names[:positional], *["*"] * (positional < len(names)), *names[positional:]]
     source = _SOURCE.format(
         name=name,
-        x=x,
-        signature=", ".join(_bare(signature)),
-        quick=" and ".join(quick or ["True"]),
-        needs=" or ".join([f"{x}.requires_grad", *needs]),
-        arrays=", ".join(
-            f"{key}=array({key}, '{key}')" if key in (x, *weights) else f"{key}={plain(key)}"
-            for key in names
-            if key not in absent
-        ),
+        signature=", ".join(signature),
+        quick=quick,
         named=", ".join(f"{key}={plain(key)}" for key in names),
     )
     file = f"<{name} of tensors>"
@@ -128,16 +141,6 @@ def _of_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
     of_tensors.__qualname__ = name
     of_tensors.__module__, of_tensors.__doc__ = "fastnorm.torch", _documented(function)
     return of_tensors
-
-
-def _bare(signature: inspect.Signature) -> list[str]:
-    """The parameters as source, without defaults."""
-    found: list[str] = []
-    for parameter in signature.parameters.values():
-        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in found:
-            found.append("*")
-        found.append(parameter.name)
-    return found
 
 
 # Examples of arrays as those of tensors: what is written, and what is printed.

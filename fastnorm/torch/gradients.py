@@ -6,7 +6,6 @@ those of the formula in PyTorch's operators (formulas.py), in float64.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +17,14 @@ import fastnorm.elementwise
 from fastnorm.arguments import same_shape
 from fastnorm.operations import OPERATIONS
 from fastnorm.torch import formulas
-from fastnorm.torch.tensors import array_of, is_batched, tensor_of, transformed, written
+from fastnorm.torch.tensors import (
+    argument_names,
+    array_of,
+    is_batched,
+    tensor_of,
+    transformed,
+    written,
+)
 
 Named = dict[str, Any]
 
@@ -36,7 +42,7 @@ _BACKWARD = {
     for name in module.__all__
     if name.endswith("_backward")
 }
-_TAKEN = {name: frozenset(inspect.signature(f).parameters) for name, f in _BACKWARD.items()}
+_TAKEN = {name: frozenset(argument_names(f)) for name, f in _BACKWARD.items()}
 
 
 def recorded(function: Callable[..., Any], named: Named) -> Any:
@@ -54,7 +60,7 @@ def recorded(function: Callable[..., Any], named: Named) -> Any:
         total = (named["x"] + named["residual"]).to(named["x"].dtype)
         norm = getattr(fastnorm.functional, name.removeprefix("add_"))
         rest = {key: value for key, value in named.items() if key not in ("x", "residual")}
-        return recorded(norm, _with_defaults(norm, {"x": total} | rest)), total
+        return recorded(norm, {"x": total, "axis": None} | rest), total
     activation = named.get("activation")
     if activation is not None:
         # of what the norm gives, as autograd keeps it: before a ReLU nothing is kept
@@ -72,11 +78,6 @@ def recorded(function: Callable[..., Any], named: Named) -> Any:
     elif activation is not None:
         y = formulas.activated(y, activation)
     return (y, *stats) if named.get("return_stats") else y
-
-
-def _with_defaults(function: Callable[..., Any], named: Named) -> Named:
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name: named.get(p.name, p.default) for p in parameters}
 
 
 class _Recorded(torch.autograd.Function):

@@ -46,6 +46,13 @@ def is_plain(tensor: Tensor) -> bool:
     )
 
 
+def argument_names(function: Any) -> tuple[str, ...]:
+    """The arguments of a public function, in their order."""
+    code = function.__code__  # of the wrapper, whose signature is the function's
+    names: tuple[str, ...] = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    return names
+
+
 def array_of(value: Any, name: str) -> Any:
     """A tensor as an array of the same memory, without its gradient; anything else as it is."""
     if not isinstance(value, Tensor):

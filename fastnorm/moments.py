@@ -425,6 +425,16 @@ def standardize(
 # --- The accumulator ------------------------------------------------------------------------------
 
 
+def fields_of_batch(batch: ArrayLike, axis: Axes | None, where: ArrayLike | None) -> Array:
+    """What `Moments.update` takes in of a batch, along the axes that stay."""
+    batch, where = unmask(batch, where)
+    array = as_numbers(batch, "batch")
+    axes = reduced_axes(array, axis, "Moments.update")
+    fields = fields_of(array, axes, mask_of(where, array))
+    kept = [n for axis, n in enumerate(array.shape) if axis not in axes]
+    return fields.reshape([len(FIELDS), *kept])
+
+
 class Moments:
     r"""Count, mean and variance of data that comes in parts.
 
@@ -514,12 +524,7 @@ class Moments:
         if (adapter := adapter_of(batch)) is not None:
             own = function_of(adapter, "fields_of", "Moments.update")
             return self._take(own(batch, self._axis, where))
-        batch, where = unmask(batch, where)
-        array = as_numbers(batch, "batch")
-        axes = reduced_axes(array, self._axis, "Moments.update")
-        fields = fields_of(array, axes, mask_of(where, array))
-        kept = [n for axis, n in enumerate(array.shape) if axis not in axes]
-        return self._take(fields.reshape([len(FIELDS), *kept]))
+        return self._take(fields_of_batch(batch, self._axis, where))
 
     def merge(self, other: Moments) -> Self:
         """Take in what another accumulator has seen, and return this one.

@@ -308,6 +308,14 @@ def test_tensors(torch: Any) -> None:
     right = fn.layer_norm(x.astype(BF16), 6)
     for y in (fn.layer_norm(half, 6), fn.layer_norm(half.T, axis=0).T.contiguous()):
         assert_same_bits(y.view(torch.int16).numpy().view(BF16), right)
+    # modules and accumulators are of arrays
+    for norm in (fn.nn.LayerNorm(6), fn.nn.BatchNorm(6)):
+        y = norm(torch.from_numpy(x))
+        assert type(y) is np.ndarray
+        assert_same_bits(y, norm(x))
+        assert type(norm.backward(torch.from_numpy(x))) is np.ndarray
+    seen = fn.Moments(0).update(torch.from_numpy(x), where=torch.ones(4, 1, dtype=torch.bool))
+    assert seen == fn.Moments(0).update(x)
     needs = torch.ones(6, requires_grad=True)
     assert fn.layer_norm(needs.reshape(2, 3), 3).requires_grad
     with pytest.raises(TypeError, match=r"x is a tensor that requires a gradient.*x\.detach\(\)"):

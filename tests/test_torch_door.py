@@ -294,6 +294,14 @@ def test_half_precision_is_rounded_once() -> None:
                 assert (a.double() - b).abs().max() <= allowed
 
 
+def test_running_statistics_that_are_no_tensors() -> None:
+    mean, var = np.zeros(4, np.float32), np.ones(4, np.float32)
+    x = torch.randn(SHAPE)
+    for needs in (False, True):
+        fnt.batch_norm(x.requires_grad_(needs), mean, var, training=True)
+    assert (mean != 0).all()
+
+
 def test_weights_that_are_no_tensors() -> None:
     x = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
     weight = np.linspace(1.0, 2.0, 5)

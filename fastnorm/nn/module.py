@@ -92,7 +92,7 @@ class Module(ABC):
 
     def __call__(self, x: ArrayLike) -> Array:
         """Return the result for `x`, and keep what :meth:`backward` needs: `x` itself included."""
-        y, self._saved = self._forward(x)
+        y, self._saved = self._forward(_of_tensor(x))
         return y
 
     def backward(self, dy: ArrayLike) -> Array:
@@ -235,6 +235,14 @@ def _numbers(value: Any, name: str) -> Array:
         if value.dtype == torch.bfloat16:
             value = value.float()
     return read(value, name)
+
+
+def _of_tensor(x: Any) -> Any:
+    """A CPU tensor as an array: modules are of arrays, whatever the functions make of tensors."""
+    torch = None if isinstance(x, np.ndarray) else sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor) and x.is_cpu:
+        return read(x, "x")
+    return x
 
 
 def check_room(of: str, shapes: Iterable[tuple[int, ...]], dtype: np.dtype[Any]) -> None:

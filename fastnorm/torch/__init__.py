@@ -30,8 +30,12 @@ from fastnorm.torch.functions import (
     weight_norm,
     weight_standardize,
 )
+from fastnorm.torch.functions import (
+    fields_of as fields_of,
+)
 from fastnorm.torch.modules import Entry, Report, replace, report, restore
 
+# Functions and models; `fields_of` is for `Moments.update` alone.
 __all__ = [
     "Entry",
     "Report",

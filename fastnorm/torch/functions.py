@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastnorm import backward, elementwise, functional, related
 from fastnorm.arguments import read, shown
+from fastnorm.moments import fields_of_batch
 from fastnorm.moments import moments as moments_of_arrays
 from fastnorm.moments import standardize as standardize_arrays
 from fastnorm.operations import OPERATIONS
@@ -84,7 +85,7 @@ def _describe(function: Callable[..., Any], named: dict[str, Any]) -> Any:
         written(*[named.get(key) for key in gradients.RUNNING])
     if out is None:
         return result
-    written(out if isinstance(out, Tensor) else None)
+    written(out)
     return (out, *result[1:]) if isinstance(result, tuple) else out
 
 
@@ -225,6 +226,9 @@ def _documented(function: Callable[..., Any]) -> str | None:
         lines.append(line)
     return text + heading + "\n" + "".join(lines)
 
+
+# What `Moments.update` asks of an adapter; it reads a tensor as an array.
+fields_of = fields_of_batch
 
 # --- Differentiable -------------------------------------------------------------------------------
 

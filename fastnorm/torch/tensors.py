@@ -76,7 +76,7 @@ def tensor_of(array: Any) -> Any:
     return torch.tensor(array, dtype=torch.float64)  # a number
 
 
-def written(*tensors: Tensor | None) -> None:
-    """Tell autograd that the numbers of these have changed."""
-    changed = [t for t in tensors if t is not None and not t.is_inference()]
+def written(*tensors: Any) -> None:
+    """Tell autograd that the numbers of these have changed, of those that are tensors."""
+    changed = [t for t in tensors if isinstance(t, Tensor) and not t.is_inference()]
     torch.autograd.graph.increment_version(changed)

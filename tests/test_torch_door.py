@@ -450,10 +450,13 @@ def test_subclasses_and_other_devices_are_pytorchs() -> None:
     y = fnt.layer_norm(x, 6)
     assert type(y) is Sub
     assert "layer_norm" in Sub.seen
-    meta = torch.randn(4, 6, 5, device="meta", requires_grad=True)
-    for name, given in (("group_norm", (2,)), ("layer_norm", (5,)), ("l2_normalize", ())):
-        y = getattr(fnt, name)(meta, *given, **({"activation": "silu"} if given else {}))
-        assert (y.device.type, y.shape, y.requires_grad) == ("meta", meta.shape, True)
+    for needs in (False, True):
+        meta = torch.randn(4, 6, 5, device="meta", requires_grad=needs)
+        for name, given in (("group_norm", (2,)), ("layer_norm", (5,)), ("l2_normalize", ())):
+            y = getattr(fnt, name)(meta, *given, **({"activation": "silu"} if given else {}))
+            assert (y.device.type, y.shape, y.requires_grad) == ("meta", meta.shape, needs)
+    with pytest.raises(TypeError, match=r"weight is a tensor on the device meta.*weight\.cpu"):
+        fnt.layer_norm(torch.randn(4, 5), 5, torch.ones(5, device="meta"))
     y, *stats = fnt.layer_norm(meta, 5, where=meta > 0, return_stats=True)
     assert [tuple(s.shape) for s in stats] == [(4, 6, 1)] * 2
 

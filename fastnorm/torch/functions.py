@@ -40,7 +40,7 @@ def make(function, describe, plain, Tensor, Size, watched, records, array, tenso
 """
 _QUICK = """\
         if (
-            type({x}) is Tensor and {may_be}
+            type({x}) is Tensor and {x}.is_cpu and {may_be}
             and not watched() and not (records() and ({needs}))
         ):
             return tensor(function({arrays}))

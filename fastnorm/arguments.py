@@ -297,7 +297,7 @@ def _readable(array: Array, like: Array | None = None) -> Array:
 
 def _copied(array: Array, dtype: Any, like: Array | None) -> Array:
     """A copy that lies in memory as `like` does, or else as `array` does."""
-    if like is not None and like.shape == array.shape:
+    if isinstance(like, np.ndarray | ArrayView) and like.shape == array.shape:
         copy = ordered(array.shape, dtype, like.strides)
     else:
         steps = [abs(step) for step in array.strides]

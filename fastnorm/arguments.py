@@ -297,6 +297,8 @@ def _readable(array: Array, like: Array | None = None) -> Array:
 
 def _copied(array: Array, dtype: Any, like: Array | None) -> Array:
     """A copy that lies in memory as `like` does, or else as `array` does."""
+    if isinstance(array, ArrayView):
+        return array.astype(dtype)
     if isinstance(like, np.ndarray | ArrayView) and like.shape == array.shape:
         copy = ordered(array.shape, dtype, like.strides)
     else:

@@ -751,6 +751,9 @@ def tensors(torch: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
         on = lambda value: isinstance(value, torch.Tensor) or handles(value)  # noqa: E731
         for module in (adapter, dispatch):
             monkeypatch.setattr(module, "handles", on)
+        # those of the host have an adapter of their own
+        others = tuple(line for line in dispatch._ADAPTERS if line[0] != "torch")
+        monkeypatch.setattr(dispatch, "_ADAPTERS", others)
     elif not torch.cuda.is_available():
         pytest.skip("this PyTorch has no GPU")
     return torch

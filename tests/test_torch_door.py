@@ -7,7 +7,6 @@ import doctest
 import inspect
 import io
 import pickle
-import subprocess
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +16,7 @@ import pytest
 import fastnorm as fn
 from fastnorm.operations import OPERATIONS, Operation
 
-from .helpers import BF16, F16, F32, F64, data, epsilon, expected, named
+from .helpers import BF16, F16, F32, F64, data, epsilon, expected, named, run_python
 
 torch = pytest.importorskip("torch")
 fnt: Any = pytest.importorskip("fastnorm.torch")
@@ -555,10 +554,10 @@ print(time.process_time() - start)
 """
 
 
-@pytest.mark.own_process("-c", IMPORTS)
-def test_imports(own_process: subprocess.CompletedProcess[str]) -> None:
-    assert own_process.returncode == 0, own_process.stderr
-    assert float(own_process.stdout) < 0.15  # 0.03 on a machine that does nothing else
+def test_imports() -> None:
+    run = run_python("-c", IMPORTS)
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) < 0.15  # 0.03 on a machine that does nothing else
 
 
 # --- Models ---------------------------------------------------------------------------------------

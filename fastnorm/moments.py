@@ -265,12 +265,13 @@ def normalised_by(
     if array.dtype == np.float64:
         with np.errstate(all="ignore"):
             if exponent.any():
-                array = np.ldexp(array, -exponent)
+                array = np.ldexp(array, -exponent, out=np.empty_like(array))  # in the order of x
             seen = abs(rest) * rstd > 2.0**-54
             if seen.any():
                 # Digits of the mean that one double does not hold would be seen in the result. Only
                 # in these groups: the bits of the others must not depend on their neighbours.
-                array = (array - np.where(seen, mean, 0.0)) - np.where(seen, rest, 0.0)
+                less = np.subtract(array, np.where(seen, mean, 0.0), out=np.empty_like(array))
+                array = np.subtract(less, np.where(seen, rest, 0.0), out=less)
                 mean = np.where(seen, 0.0, mean)
     given = np.ascontiguousarray(mean), np.ascontiguousarray(rstd)
     options |= {"given": given, "scaling": Scaling.FACTOR}

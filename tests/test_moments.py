@@ -31,6 +31,7 @@ from .helpers import (
     Array,
     assert_close,
     assert_same_bits,
+    channels_last,
     data,
     layouts,
     named,
@@ -618,3 +619,12 @@ def test_a_library_is_recognised_once_it_is_imported(monkeypatch: pytest.MonkeyP
         "out": 7,
         "return_stats": False,
     }
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e300], ids=str)
+@pytest.mark.parametrize("ratio", [1.0, 1e12], ids=str)
+def test_standardized_in_the_order_of_x(ratio: float, scale: float) -> None:
+    x = channels_last(data((2, 3, 4, 5), F64, ratio) / ratio * scale)
+    mask = np.ones(x.shape, bool)
+    for axis in (None, 1, (0, 3), (1, 2, 3)):
+        assert fn.standardize(x, axis, where=mask, ddof=1).strides == x.strides

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastnorm as fn
+from fastnorm import _reference as reference
 from fastnorm.layout import layout_of
 from fastnorm.operations import OPERATIONS, Operation
 
@@ -385,3 +386,21 @@ def test_a_layout_names_the_walk() -> None:
     assert (layer2d.columns, layer2d.dims) == (True, (1, 4, 1, 8, 90))
     # reduced, kept, reduced, kept, reduced, kept: more than the kernels count
     assert walk((3, 4, 3, 4, 3, 4, 3), "RKRKRKR", "0123456") is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=named)
+def test_weights_of_each_sample_along_rows(dtype: Any, backend: str) -> None:
+    """Rows of one sample share them: of few rows and of many, short and long."""
+    for shape, axes in (((2, 2, 64, 8), 2), ((3, 9, 5), 1), ((4, 11, 700), 1), ((2, 3, 4100), 1)):
+        x = data(shape, dtype, 1.0)
+        own = (*shape[:1], *[1] * (len(shape) - axes - 1), *shape[-axes:])
+        w, b = (data(own, dtype, seed=seed) for seed in (1, 2))
+        shared = data(shape[-axes:], dtype, seed=3)
+        for weight, bias in ((w, b), (shared, b), (w, shared), (None, b), (w, None)):
+            y = fn.layer_norm(x, shape[-axes:], weight, bias)
+            exact = reference.layer_norm(x, shape[-axes:], weight, bias, dtype=np.longdouble)
+            assert_close(y, exact, 16)
+            y = fn.layer_norm(x[:1], shape[-axes:], *(
+                p if p is None or p is shared else p[:1] for p in (weight, bias)
+            ))  # fmt: skip
+            assert_close(y, exact[:1], 16)

@@ -110,19 +110,22 @@ def rows(q, first, last, room, kinds):
     count = np.float64(n)
     late = n < SHORT_ROW and not is_double(kind)
     weight, bias = q.weight.data, q.bias.data
-    if not q.foldable and last - first >= 8:
+    # one number for each row, or other numbers along each
+    each = q.foldable or (q.weight.a | q.weight.b | q.bias.a | q.bias.b) != 0
+    if not each and last - first >= 8:
         y = at(q.y, first // q.b, first % q.b)
         weight = lined_up(weight, y, n, kept, kind)
         bias = lined_up(bias, y, n, kept + n * size_of(tiled) + 64, kind)
     hi = r = shift = real(0.0, kind)
     before = before_y = 0
+    before_w, before_v = weight, bias
     for i in range(first, last):
         a = i // q.b
         b = i - a * q.b
         x = at(q.x, a, b)
         y = at(q.y, a, b)
         w, v = weight, bias
-        if q.foldable:
+        if each:
             w = at(q.weight, a, b) if weight != 0 else 0
             v = at(q.bias, a, b) if bias != 0 else 0
         if q.total.data != 0:
@@ -135,7 +138,9 @@ def rows(q, first, last, room, kinds):
         else:
             m2 = squares(x, n, kind)
         if late and before != 0:
-            apply_row_alone(q, before, before_y, n, (hi, r, shift), (w, v), spare, kinds)
+            apply_row_alone(
+                q, before, before_y, n, (hi, r, shift), (before_w, before_v), spare, kinds
+            )
         if q.centred and not is_double(kind):
             mean, rest, m2, again = scalar.moments_of_sums(count, mean, m2, 0.0)
             if again and math.isfinite(mean):
@@ -177,8 +182,8 @@ def rows(q, first, last, room, kinds):
             write(at(q.rstd, a, b), 0, rstd)
         r = real(rw, kind)
         shift = real(c - lo * rw if q.foldable and not is_double(kind) else -lo * rw, kind)
-        before, before_y = x, y
+        before, before_y, before_w, before_v = x, y, w, v
         if not late:
             apply_row_alone(q, x, y, n, (hi, r, shift), (w, v), spare, kinds)
     if late and before != 0:
-        apply_row_alone(q, before, before_y, n, (hi, r, shift), (weight, bias), spare, kinds)
+        apply_row_alone(q, before, before_y, n, (hi, r, shift), (before_w, before_v), spare, kinds)

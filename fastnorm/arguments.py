@@ -76,10 +76,12 @@ def asked(value: Any, name: str, otherwise: Any = None) -> Any:
         return otherwise
 
 
+_MISSING = object()
+
+
 def has(value: Any, name: str) -> bool:
     """Whether an object that may be anybody's has an attribute."""
-    missing = object()
-    return asked(value, name, missing) is not missing
+    return asked(value, name, _MISSING) is not _MISSING
 
 
 def shape_of(value: Any) -> tuple[Any, ...]:

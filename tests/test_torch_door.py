@@ -7,6 +7,7 @@ import doctest
 import inspect
 import io
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -309,6 +310,38 @@ def test_weights_that_are_no_tensors() -> None:
     assert fnt.layer_norm(x.detach(), 5, weight, 0.1).equal(ones)
 
 
+@pytest.mark.parametrize(
+    "weight",
+    [
+        np.linspace(1.0, 2.0, 5)[::-1],
+        np.linspace(1.0, 2.0, 5).astype(">f4"),
+        np.broadcast_to(np.float32(2.0), (5,)),  # read-only
+        [1.0, 2.0, 3.0, 4.0, 5.0],
+        np.arange(5),
+    ],
+    ids=["reversed", "big-endian", "read-only", "list", "integers"],
+)
+def test_weights_of_every_form(weight: Any) -> None:
+    """With a gradient and under a transform as without; never where the default device is."""
+    x = torch.randn(SHAPE)
+    right = fnt.layer_norm(x, 5, weight, 0.1)
+    with torch.device("meta"):
+        assert fnt.layer_norm(x.clone().requires_grad_(), 5, weight, 0.1).equal(right)
+        assert fnt.moments(x)[0].is_cpu
+    call = torch.func.vmap(lambda x: fnt.layer_norm(x, 5, weight, 0.1))
+    torch.testing.assert_close(call(x[None])[0], right, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_that_change_after_the_call() -> None:
+    x, weight = torch.randn(SHAPE, requires_grad=True), np.ones(5, np.float32)
+    fnt.layer_norm(x, 5, weight).square().sum().backward()
+    right, x.grad = x.grad, None
+    y = fnt.layer_norm(x, 5, weight)
+    weight[:] = 100.0
+    y.square().sum().backward()
+    assert x.grad.equal(right)
+
+
 def test_only_what_is_wanted_has_a_gradient() -> None:
     x = tensor(data(SHAPE, F32))
     weight, bias = torch.ones(5, requires_grad=True), torch.ones(5)
@@ -409,6 +442,120 @@ def test_compile_export_and_traces() -> None:
     model = fnt.replace(nn.Sequential(nn.LayerNorm(5), nn.GroupNorm(2, 6))).double()
     exported = torch.export.export(model, (x,))
     close(exported.module()(3 * x), model(3 * x))
+
+
+# --- Formulas under transforms --------------------------------------------------------------------
+
+
+def compiled(call: Callable[..., Any], *given: Any) -> Any:
+    torch._dynamo.reset()
+    return torch.compile(call, backend="eager", fullgraph=True)(*given)
+
+
+@pytest.mark.parametrize(
+    ("call", "shape"),
+    [
+        (lambda x: fnt.standardize(x, 0), (3, 8)),
+        (lambda x: fnt.standardize(x, (0, 1), where=x.detach() > -1.0, ddof=1), (3, 8)),
+        (lambda x: fnt.standardize(x, ()), (3, 8)),
+        (lambda x: fnt.weight_standardize(x), (4, 1)),
+        (lambda x: fnt.weight_standardize(x, eps=0.0), (3, 4)),
+        (lambda x: fnt.weight_standardize(x), (0, 4)),
+        (lambda x: fnt.global_response_norm(x, torch.ones(8), torch.ones(8), eps=0.0), (3, 8, 2)),
+    ],
+)
+def test_constants_have_gradients(call: Callable[..., Any], shape: tuple[int, ...]) -> None:
+    """Zero is no NaN, neither as a value nor as a gradient, recorded or under a transform."""
+    for columns, constant in ((1, 3.0), (None, 0.1), (None, 0.0)):
+        x = tensor(data(shape, F64))
+        x[..., :columns] = constant
+        leaf = x.clone().requires_grad_()
+        call(leaf).sum().backward()
+        assert leaf.grad.isfinite().all()
+        close(torch.func.grad(lambda x: call(x).sum())(x), leaf.grad)
+        close(torch.func.vmap(call)(x[None])[0], call(x))
+
+
+def test_standardized_under_a_compiler() -> None:
+    x = tensor(data((3, 8), F32))
+    x[:, 0] = 0.1
+    for options in ({}, {"ddof": 1}, {"ddof": 3}, {"ddof": 2, "eps": 0.1, "where": x > -0.5}):
+        found = compiled(lambda x: fnt.standardize(x, 0, **options), x)  # noqa: B023
+        right = fnt.standardize(x, 0, **options)
+        torch.testing.assert_close(found, right, equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
+def test_dtypes_under_transforms() -> None:
+    """The dtype of x, and parameters of any other, as the kernels have it."""
+    w, d = torch.randn(8), torch.randn(8, dtype=torch.float64)
+    calls: list[Callable[..., Any]] = [
+        lambda x: fnt.layer_norm(x, 8, d, w),
+        lambda x: fnt.layer_norm(x, (np.int64(8),), w, return_stats=True)[0],
+        lambda x: fnt.rms_norm(x, np.int64(8), d),
+        lambda x: fnt.group_norm(x, 2, w, w),
+        lambda x: fnt.instance_norm(x[..., None].expand(3, 8, 2), weight=w, bias=d),
+        lambda x: fnt.batch_norm(x, d, d.square(), w),
+        lambda x: fnt.add_layer_norm(x, x, 8, d)[0],
+        lambda x: fnt.dynamic_tanh(x, torch.tensor(0.5, dtype=torch.float64), w),
+        lambda x: fnt.derf(x, 0.5, 0.1, w, d),
+        lambda x: fnt.global_response_norm(x[..., None], w, d),
+        lambda x: fnt.weight_norm(x, d[:3, None]),
+        lambda x: fnt.weight_norm(x, d.expand(3, 8), axis=(0, 1)),
+        lambda x: fnt.l2_normalize(x),
+        lambda x: fnt.layer_norm(x, 8, np.linspace(1.0, 2.0, 8)),
+    ]
+    x = tensor(data((3, 8), F32, 1.0))
+    for kind in (torch.float16, torch.float32, torch.float64, torch.int32, torch.bool):
+        given = x.to(kind)
+        for call in calls:
+            right = call(given)
+            found = torch.func.vmap(call)(given[None])[0]
+            if kind.is_floating_point:
+                assert right.dtype is kind
+                assert torch.func.vjp(call, given)[0].dtype is kind
+            allowed = 4 * torch.finfo(right.dtype if kind.itemsize == 2 else torch.float32).eps
+            torch.testing.assert_close(found, right, rtol=4 * allowed, atol=4 * allowed)
+
+
+def test_tuples_of_axes_and_other_dtypes_compile() -> None:
+    x, d = torch.randn(3, 8), torch.ones(8, dtype=torch.float64)
+    calls: list[Callable[..., Any]] = [
+        lambda x: fnt.layer_norm(x, axis=(0, 1)),
+        lambda x: fnt.rms_norm(x, axis=(-1,), weight=d),
+        lambda x: fnt.weight_norm(x, torch.ones(3, 8), axis=(0, 1)),
+    ]
+    for call in calls:
+        torch.testing.assert_close(compiled(call, x), call(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["batch_norm", "instance_norm"])
+def test_running_statistics_of_channels_without_values(name: str) -> None:
+    """They stay as they are under a compiler, too."""
+    x, where = torch.randn(2, 8, 5), torch.ones(2, 8, 5, dtype=torch.bool)
+    where[:, 2] = where[0, 3] = False
+    flag = {"training": True} if name == "batch_norm" else {}
+    ours, theirs = ([torch.full((8,), 0.5), torch.full((8,), 2.0)] for _ in range(2))
+
+    def call(x: Any, *running: Any) -> Any:
+        return getattr(fnt, name)(x, *running, where=where, **flag)
+
+    call(x, *ours)
+    compiled(call, x, *theirs)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_nested_tensors() -> None:
+    rows = [torch.randn(2, 8), torch.randn(3, 8)]
+    with warnings.catch_warnings(action="ignore"):  # a prototype, it says
+        nested = torch.nested.nested_tensor(rows)
+    model = fnt.replace(nn.LayerNorm(8))
+    for needs in (True, False):
+        found = model.requires_grad_(needs)(nested).unbind()
+        for a, b in zip(found, rows, strict=True):
+            torch.testing.assert_close(a, F.layer_norm(b, (8,)))
+
+
+# --- What else surrounds a call -------------------------------------------------------------------
 
 
 def test_autocast_checkpoint_hooks() -> None:
@@ -514,6 +661,69 @@ def test_formulas_are_the_kernels() -> None:
         ),
         (lambda x: fnt.moments(x.requires_grad_()), TypeError, r"write x\.detach"),
         (lambda x: torch.func.vmap(fnt.moments)(x), TypeError, "numbers alone"),
+        *[
+            (
+                lambda x, form=form, needs=needs, running=running: fnt.batch_norm(
+                    x.requires_grad_(needs), **running(form), training=True
+                ),
+                ValueError,
+                words,
+            )
+            for form, words in (
+                (lambda: torch._neg_view(torch.zeros(4)), "a view that negates"),
+                (lambda: torch.zeros(1).expand(4), "a view that repeats"),
+                (lambda: torch.zeros(4, requires_grad=True), r"_(mean|var) requires a gradient"),
+            )
+            for needs in (False, True)
+            for running in (
+                lambda form: {"running_mean": form(), "running_var": torch.ones(4)},
+                lambda form: {"running_mean": torch.ones(4), "running_var": form()},
+            )
+        ],
+        (
+            lambda x: fnt.batch_norm(x, torch.zeros(4, requires_grad=True), torch.ones(4)),
+            ValueError,
+            "requires a gradient",
+        ),
+        (
+            lambda x: fnt.layer_norm(x, 5, out=torch.zeros(1, 4, 5).expand(3, 4, 5)),
+            ValueError,
+            r"out is a view that repeats.*out\.clone",
+        ),
+        *[
+            (
+                lambda x, name=name, options=options, around=around: around(
+                    lambda x: getattr(fnt, name)(x, 5, **options)
+                )(x),
+                TypeError,
+                next(iter(options)),
+            )
+            for name, options in (
+                ("layer_norm", {"eps": torch.tensor(0.01, requires_grad=True)}),
+                ("layer_norm", {"eps": None}),
+                ("layer_norm", {"return_stats": torch.tensor(True)}),
+                ("rms_norm", {"weight_offset": torch.tensor(1.0)}),
+            )
+            for around in (
+                lambda f: f,
+                lambda f: lambda x: f(x.requires_grad_()),
+                lambda f: lambda x: torch.func.vmap(f)(x[None]),
+            )
+        ],
+        *[
+            (lambda x, call=call: torch.func.vmap(call)(x[None]), error, words)
+            for call, error, words in (
+                (lambda x: fnt.layer_norm(x, 5, residual=x[:1]), ValueError, "residual has shape"),
+                (lambda x: fnt.add_rms_norm(x, x[:1], 5), ValueError, "residual has shape"),
+                (lambda x: fnt.layer_norm(x, 5, eps=-1e-6), ValueError, "eps is -1e-06"),
+                (
+                    lambda x: fnt.batch_norm(x, training=True, momentum=2),
+                    ValueError,
+                    "momentum is 2",
+                ),
+                (lambda x: fnt.layer_norm(x.to(torch.complex64), 5), TypeError, "complex64"),
+            )
+        ],
         (lambda x: fnt.replace([x]), TypeError, r"expected a torch\.nn\.Module"),
         (lambda x: fnt.replace(nn.LayerNorm(3), fuse=True), ValueError, "fuse=True"),
         (lambda x: fnt.replace(nn.LayerNorm(3), "yes"), TypeError, "fuse"),

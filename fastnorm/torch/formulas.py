@@ -6,15 +6,28 @@ under a transform (`tensors.transformed`), of a subclass or on another device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastnorm.arguments import channel_axis_of, fits, layer_axes
+from fastnorm.arguments import (
+    as_numbers,
+    channel_axis_of,
+    check_ndim,
+    fits,
+    is_masked,
+    layer_axes,
+    reduced_axes,
+    whole_numbers,
+)
+from fastnorm.dispatch import CHECKS
 from fastnorm.operations import OPERATIONS
+from fastnorm.torch.tensors import compiling, tensor_of
 
 Named = dict[str, Any]
 
@@ -39,14 +52,33 @@ def of_x(named: Named) -> bool:
     return bool(named.get("training", True) and named.get("use_input_stats", True))
 
 
+# What is read as an array; anything else of a call is an option.
+OPERANDS = frozenset(
+    {"x", "v", "w", "weight", "bias", "residual", "where", "g", "alpha", "shift", "out"}
+)
+
+
 def with_tensors(named: Named) -> Named:
     """A call whose weights and other operands are tensors, where they came as numbers or arrays."""
-    operands = ("weight", "bias", "residual", "where", "g")
     return named | {
-        key: torch.as_tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+        key: _tensor(value, key)
         for key, value in named.items()
-        if key in operands and value is not None and not isinstance(value, Tensor)
+        if key in OPERANDS and value is not None and not isinstance(value, Tensor)
+        # a number is none in a formula, and an `out` that is no tensor is refused
+        if key != "out" and not (key in ("alpha", "shift") and isinstance(value, int | float))
     }
+
+
+def _tensor(value: Any, key: str) -> Tensor:
+    """A copy: what the caller does to the array later is not of this call."""
+    if compiling() or isinstance(value, bool | int | float):
+        kind = torch.float64 if isinstance(value, float) else None
+        return torch.as_tensor(value, dtype=kind, device="cpu")
+    if key == "where" and is_masked(value):
+        value = value.filled(False)
+    array = as_numbers(value, key)
+    found: Tensor = tensor_of(np.array(array, array.dtype.newbyteorder("="), order="K"))
+    return found
 
 
 def activated(y: Tensor, activation: Any) -> Tensor:
@@ -65,14 +97,16 @@ def activated(y: Tensor, activation: Any) -> Tensor:
 def by_pytorch(name: str, named: Named) -> Any:
     """A call by PyTorch's own operator where there is one, else by its formula."""
     named = with_tensors(named)
+    of, x = next(iter(named.items()))
+    named[of] = x = floats(x, of)
+    _check(name, named, x)
     out = named.get("out")
     if name in ("add_layer_norm", "add_rms_norm"):
-        total = (named["x"] + named["residual"]).to(named["x"].dtype)
+        total = (x + named["residual"]).to(x.dtype)
         rest = {key: value for key, value in named.items() if key not in ("x", "residual")}
         return by_pytorch(name.removeprefix("add_"), {"x": total, "axis": None} | rest), total
-    if name not in NORMS:
-        y = own(name, named)
-    elif _is_pytorchs(name, named):
+    stats: list[Tensor] = []
+    if name in NORMS and _is_pytorchs(name, named):
         given = {
             key: value
             for key, value in named.items()
@@ -80,17 +114,43 @@ def by_pytorch(name: str, named: Named) -> Any:
         }
         y = _followed(_of_pytorch(name, given), named)
     else:
-        kind = named["x"].dtype
-        wide = widened(named, torch.float32) if kind.itemsize == 2 else named
-        y, *stats = norm(name, wide, moves=True)
-        y = y.to(kind)
-        if named.get("return_stats"):
-            y = (y, *stats)
-    if out is None:
-        return y
-    if isinstance(y, tuple):
-        return out.copy_(y[0]), *y[1:]
-    return out.copy_(y)
+        # in the dtype that the kernels compute in
+        wide = widened(named, torch.float64 if x.dtype is torch.float64 else torch.float32)
+        if name in NORMS:
+            y, *stats = norm(name, wide, moves=True)
+        else:
+            y = own(name, wide)
+    y = y.to(x.dtype)
+    if out is not None:
+        y = out.copy_(y)
+    return (y, *stats) if named.get("return_stats") else y
+
+
+def floats(x: Tensor, name: str) -> Tensor:
+    """x, or its integers or booleans in float64; refuse what the kernels do not have."""
+    if x.dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        return x
+    if x.is_complex() or x.is_floating_point():
+        raise TypeError(
+            f"{name} has dtype {x.dtype}, expected float16, bfloat16, float32, float64, or "
+            f"integers or booleans (computed in float64); write {name}.double() first"
+        )
+    return x.double()
+
+
+def _check(name: str, named: Named, x: Tensor) -> None:
+    """Refuse options and a residual that the kernels refuse."""
+    residual = named.get("residual")
+    if residual is not None and not x.is_nested and residual.shape != x.shape:
+        raise ValueError(
+            f"residual has shape {tuple(residual.shape)}, expected that of x, {tuple(x.shape)}; "
+            "write residual.expand_as(x) if it is to be repeated"
+        )
+    if compiling():  # it would see these, and trust what the call gave before
+        return
+    for key, value in named.items():
+        if key in CHECKS and not (value is None and key == "eps" and name.endswith("rms_norm")):
+            CHECKS[key](value, key)
 
 
 def own(name: str, named: Named) -> Any:
@@ -99,10 +159,9 @@ def own(name: str, named: Named) -> Any:
     for key in ("weight", "bias"):
         if rest.get(key) is not None:
             rest[key] = placed(name, named, rest[key])
-    if name == "weight_norm":
-        return _weight_norm(**rest)
-    x = rest.pop("w" if name == "weight_standardize" else "x")
-    return _OWN[name](x, **rest)  # type: ignore[misc]
+    if name in _OF_FORMULAS:
+        return _OF_FORMULAS[name](**rest)
+    return _OWN[name](rest.pop("x"), **rest)  # type: ignore[misc]
 
 
 def _weight_norm(v: Tensor, g: Tensor, axis: Any) -> Tensor:
@@ -110,13 +169,79 @@ def _weight_norm(v: Tensor, g: Tensor, axis: Any) -> Tensor:
     slices = () if axis is None else layer_axes(v, None, axis, "weight_norm")
     others = [a for a in range(v.ndim) if a not in slices]
     kept = [n if a in slices else 1 for a, n in enumerate(v.shape)]
-    return v * (g.reshape(kept) * inverse_root(v.square().sum(others, keepdim=True)))
+    squares = v.square()
+    if others:  # a sum over none would be one over all
+        squares = squares.sum(others, keepdim=True)
+    return v * (g.reshape(kept) * inverse_root(squares))
+
+
+def _standardize(x: Tensor, axis: Any, where: Any, ddof: float, eps: float) -> Tensor:
+    """That of scipy.stats gives NaN where all elements are equal."""
+    if not x.ndim:
+        raise ValueError("standardize got one number, expected a tensor to compare it in")
+    axes = reduced_axes(x, axis, "standardize")
+    mask = None if where is None else where.broadcast_to(x.shape)
+    return _scores(x, axes, mask, eps, ddof)
+
+
+def _weight_standardize(w: Tensor, eps: float) -> Tensor:
+    """Batch norm of PyTorch's has no backward where the variance is 0 or nothing is there."""
+    check_ndim(w, 2, "weight_standardize", "(C_out, ...)")
+    return _scores(w, tuple(range(1, w.ndim)), None, eps)
+
+
+def _scores(
+    x: Tensor, axes: tuple[int, ...], mask: Tensor | None, eps: float, ddof: float = 0
+) -> Tensor:
+    if not x.numel():
+        return x.clone()
+    if not axes:
+        alone = None if mask is None else mask[..., None]
+        return _scores(x[..., None], (x.ndim,), alone, eps, ddof)[..., 0]
+    # from one of the elements: where all are equal nothing is left for any rounding to see
+    seen = x.detach() if mask is None else torch.where(mask, x.detach(), -math.inf)
+    centred = x - seen.amax(axes, keepdim=True)
+    centred = centred - _mean(centred, axes, mask)
+    variance = _mean(centred.square(), axes, mask)
+    if ddof:
+        chosen = x.new_ones(x.shape) if mask is None else mask.to(x.dtype)
+        count = chosen.sum(axes, keepdim=True)
+        variance = variance * torch.where(count > ddof, count / (count - ddof), math.nan)
+    return centred * inverse_root(variance + eps)
+
+
+def _global_response_norm(
+    x: Tensor, weight: Any, bias: Any, eps: float, channel_axis: int
+) -> Tensor:
+    """As of ConvNeXt V2, and of zeros 0 with any eps."""
+    channel = channel_axis_of(x, channel_axis, "global_response_norm")
+    positions = tuple(a for a in range(1, x.ndim) if a != channel)
+    squares = x.square().sum(positions, keepdim=True) if positions else x.square()
+    size = squares * inverse_root(squares)
+    total = size.mean(channel, keepdim=True) + eps
+    nothing = total == 0
+    response = torch.where(nothing, 0.0, size / torch.where(nothing, 1.0, total))
+    y = x * response * weight + x
+    return y if bias is None else y + bias
+
+
+_OF_FORMULAS: dict[str, Callable[..., Tensor]] = {
+    "weight_norm": _weight_norm,
+    "standardize": _standardize,
+    "weight_standardize": _weight_standardize,
+    "global_response_norm": _global_response_norm,
+}
 
 
 def _is_pytorchs(name: str, named: Named) -> bool:
     """Whether PyTorch has this norm with these options."""
     x, axis = named["x"], named.get("axis")
     if named.get("where") is not None or named.get("return_stats") or named.get("weight_offset"):
+        return False
+    params = ("weight", "bias", "running_mean", "running_var")
+    kinds = {named[key].dtype for key in params if isinstance(named.get(key), Tensor)}
+    half = x.dtype.itemsize == 2 and name != "rms_norm"
+    if not (kinds <= {x.dtype} or (half and kinds == {torch.float32})):
         return False
     if name in _BY_CHANNEL:
         own: tuple[int, ...] = (x.shape[named["channel_axis"]],)
@@ -144,7 +269,8 @@ def _of_pytorch(name: str, given: Named) -> Any:
 
 
 def _shape(value: Any) -> tuple[int, ...]:
-    return (value,) if isinstance(value, int) else tuple(value)
+    # what a compiler gives is no int to `whole_numbers`
+    return tuple(value) if type(value) is tuple else whole_numbers(value, "normalized_shape")
 
 
 def _followed(y: Tensor, named: Named) -> Tensor:
@@ -227,7 +353,8 @@ def norm(name: str, named: Named, given: Any = None, *, moves: bool = False) -> 
     if eps is None:
         eps = machine_epsilon(x)
     if given is None and not of_x(named):
-        given = named["running_mean"], inverse_root(named["running_var"] + eps)
+        mean, var = (named[key].to(x.dtype) for key in ("running_mean", "running_var"))
+        given = mean, inverse_root(var + eps)
     if given is not None:
         # for each channel, or as they are handed out
         places = [n if a == axis else 1 for a, n in enumerate(x.shape)]
@@ -270,9 +397,7 @@ def widened(named: Named, dtype: torch.dtype) -> Named:
     """A call whose numbers are in this dtype; what is written to stays what it is."""
     return {
         key: value.to(dtype)
-        if isinstance(value, Tensor)
-        and value.is_floating_point()
-        and key not in ("out", "running_mean", "running_var")
+        if isinstance(value, Tensor) and key not in ("where", "out", "running_mean", "running_var")
         else value
         for key, value in named.items()
     }
@@ -292,11 +417,20 @@ def inverse_root(variance: Tensor) -> Tensor:
 def _move(named: Named, view: _View, mask: Tensor | None, mean: Any, variance: Tensor) -> None:
     """Running statistics move, as `execution.update_running` has it."""
     with torch.no_grad():
-        count: Any = view.seen.numel() // max(mean.numel(), 1)
+        shape = view.kept
+        count = view.seen.numel() // max(math.prod(shape), 1)
+        if mask is None and count < 2:
+            return  # nothing is there
+        counts = mean.new_full(shape, count)
         if mask is not None:
-            count = mask.sum(view.axes, keepdim=True).to(variance.dtype)
-        unbiased = variance * (count / (count - 1))
+            counts = mask.sum(view.axes, keepdim=True).to(mean.dtype)
+        seen = (counts > 1).reshape(view.handed_out)
+        unbiased = variance * (counts / (counts - 1).clamp(min=1))
         for key, batch in (("running_mean", mean), ("running_var", unbiased)):
-            batch = batch.reshape(view.handed_out)
-            new = batch.mean(0) if batch.ndim == 2 else batch
-            named[key].mul_(1 - named["momentum"]).add_(named["momentum"] * new)
+            new, some = batch.reshape(view.handed_out), seen
+            if new.ndim == 2:  # the average of the samples that have values
+                new = torch.where(seen, new, 0.0).sum(0) / seen.sum(0)
+                some = seen.any(0)
+            old, share = named[key], named["momentum"]
+            moved = (1 - share) * old + share * new
+            old.copy_(torch.where(some, moved, old.to(moved.dtype)))

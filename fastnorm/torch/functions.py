@@ -43,7 +43,11 @@ _QUICK = """\
             type({x}) is Tensor and {x}.is_cpu and {may_be}
             and not watched() and not (records() and ({needs}))
         ):
-            return tensor(function({arrays}))
+            try:
+                return tensor(function({arrays}))
+            except RuntimeError:  # no other sign of it is free of cost
+                if not {x}.is_nested:
+                    raise
 """
 
 # What may be a tensor on the way of `_QUICK`, and what has to be absent there: what is written to,
@@ -62,6 +66,7 @@ def _describe(function: Callable[..., Any], named: dict[str, Any]) -> Any:
             f"{name} of fastnorm.torch got {shown(first)}, expected a torch.Tensor; write "
             f"fastnorm.{name} for arrays, or torch.as_tensor(...)"
         )
+    _check_running(named)
     if transformed() or not all(map(is_plain, tensors)):
         if name in _DIFFERENTIABLE:
             return formulas.by_pytorch(name, named)
@@ -75,18 +80,42 @@ def _describe(function: Callable[..., Any], named: dict[str, Any]) -> Any:
             for key, value in named.items()
         }
         return tensor_of(function(**arrays))
+    for key in ("out", *gradients.RUNNING):
+        if isinstance(named.get(key), Tensor) and (key == "out" or formulas.of_x(named)):
+            _check_written(named[key], key)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return gradients.recorded(function, named)
     out = named.get("out")
-    if isinstance(out, Tensor) and out.is_neg():
-        raise ValueError("out is a view that negates, expected plain memory; write out.clone()")
-    result = tensor_of(function(**{key: array_of(value, key) for key, value in named.items()}))
+    result = tensor_of(function(**gradients.arrays_of(named)))
     if formulas.of_x(named):
         written(*[named.get(key) for key in gradients.RUNNING])
     if out is None:
         return result
     written(out)
     return (out, *result[1:]) if isinstance(result, tuple) else out
+
+
+def _check_running(named: dict[str, Any]) -> None:
+    """Refuse running statistics whose gradient would be lost."""
+    for key in gradients.RUNNING:
+        value = named.get(key)
+        if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{key} requires a gradient, expected one that does not: none is computed of it; "
+                f"write {key}.detach()"
+            )
+
+
+def _check_written(tensor: Tensor, name: str) -> None:
+    """Refuse memory that cannot hold what would be written."""
+    wrong = "negates" if tensor.is_neg() else ""
+    if any(step == 0 and n > 1 for step, n in zip(tensor.stride(), tensor.shape)):
+        wrong = "repeats its elements"
+    if wrong:
+        raise ValueError(
+            f"{name} is a view that {wrong}, expected plain memory to write to; write "
+            f"{name}.clone(memory_format=torch.contiguous_format)"
+        )
 
 
 def _of_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -108,7 +137,7 @@ def _of_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
         may_be = [f"type({key}) in plain" for key in (*weights, *running)]
         may_be += [f"{key} is None" for key in names if key in _ABSENT]
         may_be += [f"({key} is None or not {moves})" for key in running]
-        needs = [f"({key} is not None and {key}.requires_grad)" for key in weights]
+        needs = [f"({key} is not None and {key}.requires_grad)" for key in (*weights, *running)]
         arrays = [
             f"{key}=array({key}, '{key}')"
             if key in (x, *weights, *running)

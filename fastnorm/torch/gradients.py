@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fastnorm.backward
 import fastnorm.elementwise
-from fastnorm.arguments import same_shape
+from fastnorm.arguments import check_flag, same_shape
 from fastnorm.operations import OPERATIONS
 from fastnorm.torch import formulas
 from fastnorm.torch.tensors import (
@@ -45,6 +45,14 @@ _BACKWARD = {
 _TAKEN = {name: frozenset(argument_names(f)) for name, f in _BACKWARD.items()}
 
 
+def arrays_of(named: Named) -> Named:
+    """A call's tensors as arrays; one in an option's place stays, for the checks to refuse."""
+    return {
+        key: array_of(value, key) if key in formulas.OPERANDS or key in RUNNING else value
+        for key, value in named.items()
+    }
+
+
 def recorded(function: Callable[..., Any], named: Named) -> Any:
     """Answer a call with the kernels, differentiable by every tensor that requires a gradient."""
     name = function.__name__
@@ -57,7 +65,8 @@ def recorded(function: Callable[..., Any], named: Named) -> Any:
     if name in ("add_layer_norm", "add_rms_norm"):
         # the norm is of the rounded sum, so this is the same
         same_shape(array_of(named["residual"], "residual"), "residual", array_of(named["x"], "x"))
-        total = (named["x"] + named["residual"]).to(named["x"].dtype)
+        x = formulas.floats(named["x"], "x")
+        total = (x + named["residual"]).to(x.dtype)
         norm = getattr(fastnorm.functional, name.removeprefix("add_"))
         rest = {key: value for key, value in named.items() if key not in ("x", "residual")}
         return recorded(norm, {"x": total, "axis": None} | rest), total
@@ -66,11 +75,10 @@ def recorded(function: Callable[..., Any], named: Named) -> Any:
         # of what the norm gives, as autograd keeps it: before a ReLU nothing is kept
         formulas.activated(named["x"].new_empty(0), activation)  # is it one of PyTorch's?
         named["activation"] = None
-    if named.get("eps", 0.0) is None:
+    check_flag(named.get("return_stats", False), "return_stats")
+    if name == "rms_norm" and named["eps"] is None:
         named["eps"] = formulas.machine_epsilon(named["x"])
-    names = [
-        key for key, value in named.items() if isinstance(value, Tensor) and key not in RUNNING
-    ]
+    names = [k for k, v in named.items() if isinstance(v, Tensor) and k in formulas.OPERANDS]
     options = {key: value for key, value in named.items() if key not in names}
     y, *stats = _Recorded.apply(function, options, names, *[named[key] for key in names])
     if activation == "relu":
@@ -93,7 +101,7 @@ class _Recorded(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         name = function.__name__
         named = options | dict(zip(names, tensors))
-        arrays = {key: array_of(value, key) for key, value in named.items()}
+        arrays = arrays_of(named)
         if name in formulas.NORMS:
             arrays["return_stats"] = True
             y, *stats = tensor_of(function(**arrays))
@@ -188,7 +196,7 @@ class _Call:
         shape, dtype = self.like["bias"]
         x = self.named["x"]
         with torch.enable_grad():
-            bias = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+            bias = torch.zeros(shape, dtype=torch.float64, device="cpu", requires_grad=True)
             along = formulas.placed(self.name, self.named, bias)
             (total,) = torch.autograd.grad(
                 along.expand(x.shape), bias, dy.double(), create_graph=differentiable

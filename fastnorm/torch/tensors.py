@@ -14,7 +14,7 @@ from fastnorm.arguments import read
 # A subclass has code of its own for every operator, which kernels would pass by.
 PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
-_compiling = torch.compiler.is_dynamo_compiling
+compiling = torch.compiler.is_dynamo_compiling
 _transforms = torch._C._functorch.peek_interpreter_stack
 _modes = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._is_tracing
@@ -29,7 +29,7 @@ def transformed() -> bool:
     That is so under torch.compile, a transform of torch.func, a dispatch mode (as of make_fx,
     torch.export and selective checkpoints) or torch.jit.trace.
     """
-    return bool(_compiling() or _transforms() is not None or _modes() or _tracing())
+    return bool(compiling() or _transforms() is not None or _modes() or _tracing())
 
 
 def watched() -> bool:
@@ -42,6 +42,7 @@ def is_plain(tensor: Tensor) -> bool:
     return (
         type(tensor) in PLAIN
         and tensor.is_cpu
+        and not tensor.is_nested
         and (forward_ad._current_level < 0 or forward_ad.unpack_dual(tensor).tangent is None)
     )
 
@@ -73,7 +74,7 @@ def tensor_of(array: Any) -> Any:
         return torch.from_numpy(array)
     if isinstance(array, tuple):
         return tuple([tensor_of(part) for part in array])
-    return torch.tensor(array, dtype=torch.float64)  # a number
+    return torch.tensor(array, dtype=torch.float64, device="cpu")  # a number
 
 
 def written(*tensors: Any) -> None:

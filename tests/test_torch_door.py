@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import doctest
+import gc
 import inspect
 import io
 import pickle
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -479,10 +481,13 @@ def test_constants_have_gradients(call: Callable[..., Any], shape: tuple[int, ..
 def test_standardized_under_a_compiler() -> None:
     x = tensor(data((3, 8), F32))
     x[:, 0] = 0.1
-    for options in ({}, {"ddof": 1}, {"ddof": 3}, {"ddof": 2, "eps": 0.1, "where": x > -0.5}):
-        found = compiled(lambda x: fnt.standardize(x, 0, **options), x)  # noqa: B023
-        right = fnt.standardize(x, 0, **options)
-        torch.testing.assert_close(found, right, equal_nan=True, rtol=1e-5, atol=1e-5)
+    options = ({}, {"ddof": 1}, {"ddof": 3}, {"ddof": 2, "eps": 0.1, "where": x > -0.5})
+
+    def call(x: Any) -> Any:
+        return [fnt.standardize(x, 0, **given) for given in options]
+
+    for a, b in zip(compiled(call, x), call(x), strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True, rtol=1e-5, atol=1e-5)
 
 
 def test_dtypes_under_transforms() -> None:
@@ -519,13 +524,15 @@ def test_dtypes_under_transforms() -> None:
 
 def test_tuples_of_axes_and_other_dtypes_compile() -> None:
     x, d = torch.randn(3, 8), torch.ones(8, dtype=torch.float64)
-    calls: list[Callable[..., Any]] = [
-        lambda x: fnt.layer_norm(x, axis=(0, 1)),
-        lambda x: fnt.rms_norm(x, axis=(-1,), weight=d),
-        lambda x: fnt.weight_norm(x, torch.ones(3, 8), axis=(0, 1)),
-    ]
-    for call in calls:
-        torch.testing.assert_close(compiled(call, x), call(x), rtol=1e-5, atol=1e-5)
+
+    def call(x: Any) -> Any:
+        return (
+            fnt.layer_norm(x, axis=(0, 1)),
+            fnt.rms_norm(x, axis=(-1,), weight=d),
+            fnt.weight_norm(x, torch.ones(3, 8), axis=(0, 1)),
+        )
+
+    torch.testing.assert_close(compiled(call, x), call(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["batch_norm", "instance_norm"])
@@ -886,6 +893,105 @@ class Named(nn.LayerNorm):
     """One that computes the same."""
 
 
+class Keyed(nn.LayerNorm):
+    """One that subclasses need more for."""
+
+    def __init_subclass__(cls, *, key: str) -> None:
+        super().__init_subclass__()
+
+
+class Guarded(nn.LayerNorm):
+    """One that watches its attributes."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "__class__":
+            raise AttributeError(name)
+        super().__setattr__(name, value)
+
+
+class Reduced(nn.LayerNorm):
+    """One with a way of its own to be copied, which names its class."""
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.normalized_shape, 0.5), self.__getstate__()
+
+
+class Rebuilt(nn.LayerNorm):
+    """Likewise, with a function."""
+
+    def __reduce__(self) -> Any:
+        return rebuilt, (self.normalized_shape,), vars(self)
+
+
+class Newed(nn.LayerNorm):
+    """One whose memory wants an argument."""
+
+    def __new__(cls, size: int, *rest: Any) -> Any:
+        return super().__new__(cls)
+
+    def __getnewargs__(self) -> Any:
+        return self.normalized_shape
+
+
+def rebuilt(shape: Any) -> Any:
+    return Rebuilt(shape)
+
+
+@pytest.mark.parametrize("kind", [Guarded, Reduced, Rebuilt, Newed])
+def test_classes_with_ways_of_their_own(kind: Any) -> None:
+    model = fnt.replace(shaken(kind(8)))
+    x = torch.randn(3, 8)
+    copies = [copy.deepcopy(model), copy.copy(model)]
+    copies += [pickle.loads(pickle.dumps(model, protocol)) for protocol in (0, 2, 5)]
+    for other in copies:
+        assert type(other) is type(model)
+        assert other(x).equal(model(x))
+        assert type(fnt.restore(other)) is kind
+
+
+def test_a_class_that_cannot_be_derived_from_is_left() -> None:
+    model = fnt.replace(nn.Sequential(nn.LayerNorm(4), Keyed(4), nn.GroupNorm(2, 4)))
+    assert [entry.name for entry in fnt.report(model).left] == ["1"]
+    assert "can be derived from Keyed (TypeError" in fnt.report(model)[1].reason
+    torch.testing.assert_close(model(torch.ones(2, 4)), torch.zeros(2, 4))
+
+
+def test_all_of_a_model_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastnorm.torch import modules
+
+    class Slotted(nn.Module):
+        __slots__ = ("more",)
+
+    found = modules.choice_of
+    monkeypatch.setattr(
+        modules, "choice_of", lambda m: Slotted if isinstance(m, nn.GroupNorm) else found(m)
+    )
+    model = nn.Sequential(nn.LayerNorm(4), nn.GroupNorm(2, 4))
+    with pytest.raises(TypeError, match="layout"):
+        fnt.replace(model)
+    assert [type(m) for m in model] == [nn.LayerNorm, nn.GroupNorm]
+
+
+def test_forwards_that_are_patched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a class that was replaced before, and of PyTorch's own; no class is kept alive."""
+
+    class Local(nn.LayerNorm):
+        pass
+
+    model = fnt.replace(Local(4))
+    assert type(fnt.replace(Local(4))) is type(model)
+    Local.forward = lambda self, x: 2 * x
+    assert type(fnt.replace(Local(4))) is Local
+    gone = weakref.ref(Local)
+    del Local, model
+    gc.collect()
+    assert gone() is None
+    monkeypatch.setattr(nn.LayerNorm, "forward", lambda self, x: 2 * x)
+    model = fnt.replace(nn.LayerNorm(4))
+    assert "forward of its own" in fnt.report(model)[0].reason
+    assert model(torch.ones(4)).equal(2 * torch.ones(4))
+
+
 class MyNorm(nn.Module):
     """One that nothing is known of."""
 
@@ -918,6 +1024,10 @@ def test_what_is_left_is_reported() -> None:
     nn.utils.parametrize.register_parametrization(model["same"], "weight", nn.Identity())
     with pytest.raises(ValueError, match="remove_parametrizations"):
         fnt.restore(model)
+    (same,) = fnt.report(model).replaced
+    assert same.name == "same"
+    assert "parametrized" in same.reason
+    assert f"replaced: {same.reason}" in str(fnt.report(model))
 
 
 TRANSFORMERS = {

@@ -1,0 +1,248 @@
+"""The classes that take the place of a norm's, each a subclass of it with another forward."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import textwrap
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from fastnorm.torch import functions
+
+# --- What takes the place of a forward ------------------------------------------------------------
+
+
+class Replaced:
+    """Before a norm's class, `_replaces`, among the bases of the one that replaces it."""
+
+    _replaces: Any
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # the class is made when it is asked for: pickles and copies have the one it replaces
+        made: Any = super().__reduce_ex__(protocol)
+        if isinstance(made, str):  # a name, under which it is found
+            return made
+        kind, replaces = type(self), self._replaces
+        function, given = made[0], tuple([replaces if a is kind else a for a in made[1]])
+        function = replaces if function is kind else function
+        return _made_again, (replaces, function, given), *made[2:]
+
+
+def _made_again(replaces: type, function: Any, given: tuple[Any, ...]) -> Any:
+    """What this function makes, of the class that replaces this one, where it can be replaced."""
+    module = function(*given)
+    if type(module) is replaces and not isinstance(found := _replacement(replaces), str):
+        object.__setattr__(module, "__class__", found)
+    return module
+
+
+class _BatchNorm(Replaced):
+    def forward(self: Any, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        momentum = 0.0 if self.momentum is None else self.momentum
+        tracked = self.training and self.track_running_stats
+        if tracked and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:  # the average of all batches
+                momentum = 1.0 / float(self.num_batches_tracked)
+        # statistics that are not tracked stay as they are in training
+        moved = tracked or not self.training
+        return functions.batch_norm(
+            input,
+            self.running_mean if moved else None,
+            self.running_var if moved else None,
+            self.weight,
+            self.bias,
+            self.training or (self.running_mean is None and self.running_var is None),
+            momentum,
+            self.eps,
+        )
+
+
+class _SyncBatchNorm(_BatchNorm):
+    def forward(self: Any, input: Tensor) -> Tensor:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return self._replaces.forward(self, input)
+        return _BatchNorm.forward(self, input)
+
+
+class _InstanceNorm(Replaced):
+    # what its forward calls, with or without an axis of samples
+    def _apply_instance_norm(self: Any, input: Tensor) -> Tensor:
+        return functions.instance_norm(
+            input,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.training or not self.track_running_stats,
+            0.0 if self.momentum is None else self.momentum,
+            self.eps,
+        )
+
+
+class _LayerNorm(Replaced):
+    def forward(self: Any, input: Tensor) -> Tensor:
+        return functions.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class _GroupNorm(Replaced):
+    def forward(self: Any, input: Tensor) -> Tensor:
+        return functions.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+
+class _RMSNorm(Replaced):
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return functions.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+
+
+class _OfInput(Replaced):
+    """Those of transformers, of the last axis. Whatever the weight's dtype, y's is that of x."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return functions.rms_norm(x, x.shape[-1], self.weight, self.variance_epsilon)
+
+
+class _Llama(_OfInput):
+    """Likewise, of the dtype that weight and x have in common; of two, PyTorch's rules decide."""
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        if hidden_states.dtype is not self.weight.dtype:
+            return self._replaces.forward(self, hidden_states)
+        return _OfInput.forward(self, hidden_states)
+
+
+class _OfInputWithEps(Replaced):
+    """Likewise, with another name for eps, and with a weight stored as its distance from this."""
+
+    _offset = 0.0
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        last = x.shape[-1]
+        return functions.rms_norm(x, last, self.weight, self.eps, weight_offset=self._offset)
+
+
+class _Gemma(_OfInputWithEps):
+    _offset = 1.0
+
+
+# Those of PyTorch, from the most special on.
+PYTORCHS: tuple[tuple[type, type[Replaced]], ...] = (
+    (nn.SyncBatchNorm, _SyncBatchNorm),
+    *((kind, _BatchNorm) for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)),
+    *((kind, _InstanceNorm) for kind in (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)),
+    (nn.LayerNorm, _LayerNorm),
+    (nn.GroupNorm, _GroupNorm),
+    (nn.RMSNorm, _RMSNorm),
+)
+
+# Those of transformers, by the code of their forward (`_code_of`): some hundred models have a class
+# of their own with one of these.
+_BY_CODE: dict[str, type[Replaced]] = {
+    "9635bcd843f309a0": _Llama,  # and Mistral, Qwen 2 and 3, Phi 3, Mamba ...
+    "3152525beceb0d02": _Llama,  # T5
+    "eef4e978a32aa4a4": _OfInput,  # Olmo 2 ...
+    "4ad8d3f59922a14a": _OfInputWithEps,  # Moshi ...
+    "e5559c7750c32d00": _Gemma,  # and Gemma 2 and 3
+}
+
+
+# What was read of each function, as long as that lives.
+_TEXTS: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
+
+
+def _code_of(kind: type) -> str:
+    """A hash of what a class computes: its forward and `_norm`, without comments and types."""
+    text = []
+    for name in ("forward", "_norm"):
+        function = getattr(kind, name, None)
+        if function is None or hasattr(function, "__wrapped__"):
+            continue
+        if function not in _TEXTS:
+            _TEXTS[function] = _text_of(function)
+        if (found := _TEXTS[function]) is None:
+            return ""
+        text.append(found)
+    return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
+
+
+def _text_of(function: Any) -> str | None:
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    (made,) = tree.body
+    if not isinstance(made, ast.FunctionDef) or made.decorator_list:
+        return None
+    made.returns = None
+    for argument in made.args.args:
+        argument.annotation = None
+    if ast.get_docstring(made) is not None:
+        del made.body[0]
+    return ast.unparse(made)
+
+
+# --- Which class takes whose place ----------------------------------------------------------------
+
+
+# Those of the classes above when this was imported: what is put in their place later computes
+# something else.
+_FORWARDS = {
+    (base, name): getattr(base, name, None)
+    for base, _ in PYTORCHS
+    for name in ("forward", "_apply_instance_norm")
+}
+
+
+def _replacement(kind: type) -> type | str:
+    """The class that replaces this one, or why none does."""
+    for base, mixin in PYTORCHS:
+        if issubclass(kind, base):
+            own = [
+                name
+                for name in ("forward", "_apply_instance_norm")
+                if getattr(kind, name, None) is not _FORWARDS[base, name]
+            ]
+            if own:
+                return f"{kind.__name__} has a {own[0]} of its own"
+            return _subclass(mixin, kind)
+    if kind.__module__.partition(".")[0] != "transformers":
+        return f"{kind.__name__} is no class that is known"
+    try:
+        mixin_found = _BY_CODE.get(_code_of(kind))
+    except (OSError, SyntaxError, TypeError):  # there is no source
+        mixin_found = None
+    if mixin_found is None:
+        return f"the forward of {kind.__name__} is none that is known"
+    return _subclass(mixin_found, kind)
+
+
+def _subclass(mixin: type[Replaced], kind: type) -> type | str:
+    found: list[Any] = type.__subclasses__(kind)
+    for made in found:  # no table of them, which would keep every class alive
+        if vars(made).get("_replaces") is kind and issubclass(made, mixin):
+            return made
+    # under the name that it has, for what looks at names: torch.fx, initialisers, repr
+    own = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    try:
+        made = type(kind.__name__, (mixin, kind), own)
+    except Exception as error:  # of the code that somebody has for subclasses
+        return f"no class can be derived from {kind.__name__} ({type(error).__name__}: {error})"
+    # last: a class that was refused halfway is among `found` as well
+    type.__setattr__(made, "_replaces", kind)
+    return made
+
+
+def choice_of(module: nn.Module) -> type | str:
+    """The class that replaces that of a module, or why none does."""
+    if "forward" in vars(module):
+        return "this module has a forward of its own"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is compiled by torch.jit"
+    if parametrize.is_parametrized(module):
+        return "it is parametrized"
+    kind: Any = type(module)
+    return _replacement(kind)

@@ -729,6 +729,13 @@ def test_formulas_are_the_kernels() -> None:
                     "momentum is 2",
                 ),
                 (lambda x: fnt.layer_norm(x.to(torch.complex64), 5), TypeError, "complex64"),
+                (lambda x: fnt.layer_norm(x, 4), ValueError, "normalized_shape=4"),
+                (lambda x: fnt.group_norm(x, 2, channel_axis=0), ValueError, "channel_axis=0"),
+                (lambda x: fnt.group_norm(x, 2, torch.ones(5)), ValueError, r"of shape \(5,\)"),
+                (lambda x: fnt.layer_norm(x, 5, torch.ones(2, 1, 1, 1)), ValueError, "of shape"),
+                (lambda x: fnt.derf(x, 0.5, 0, torch.ones(2, 1, 1, 1)), ValueError, "of shape"),
+                (lambda x: fnt.rms_norm(x, 5, out=x.double()), TypeError, "out has dtype"),
+                (lambda x: fnt.rms_norm(x, 5, out=x[:1]), ValueError, "out has shape"),
             )
         ],
         (lambda x: fnt.replace([x]), TypeError, r"expected a torch\.nn\.Module"),

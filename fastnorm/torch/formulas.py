@@ -10,26 +10,20 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastnorm.arguments import (
-    as_numbers,
     channel_axis_of,
     check_ndim,
     fits,
-    is_masked,
     layer_axes,
     reduced_axes,
     whole_numbers,
 )
-from fastnorm.dispatch import CHECKS
 from fastnorm.operations import OPERATIONS
-from fastnorm.torch.tensors import compiling, tensor_of
-
-Named = dict[str, Any]
+from fastnorm.torch.operands import BY_CHANNEL, Named, check, floats, with_tensors
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -44,41 +38,11 @@ _OF_AXIS = next(op.torch for op in OPERATIONS if op.label == "layer_norm (axis)"
 
 # The norms that have statistics, and what of a call follows them.
 NORMS = frozenset(op.name for op in OPERATIONS if op.stats)
-_BY_CHANNEL = frozenset({"batch_norm", "instance_norm", "group_norm"})
 
 
 def of_x(named: Named) -> bool:
     """Whether statistics come from x, and running ones move."""
     return bool(named.get("training", True) and named.get("use_input_stats", True))
-
-
-# What is read as an array; anything else of a call is an option.
-OPERANDS = frozenset(
-    {"x", "v", "w", "weight", "bias", "residual", "where", "g", "alpha", "shift", "out"}
-)
-
-
-def with_tensors(named: Named) -> Named:
-    """A call whose weights and other operands are tensors, where they came as numbers or arrays."""
-    return named | {
-        key: _tensor(value, key)
-        for key, value in named.items()
-        if key in OPERANDS and value is not None and not isinstance(value, Tensor)
-        # a number is none in a formula, and an `out` that is no tensor is refused
-        if key != "out" and not (key in ("alpha", "shift") and isinstance(value, int | float))
-    }
-
-
-def _tensor(value: Any, key: str) -> Tensor:
-    """A copy: what the caller does to the array later is not of this call."""
-    if compiling() or isinstance(value, bool | int | float):
-        kind = torch.float64 if isinstance(value, float) else None
-        return torch.as_tensor(value, dtype=kind, device="cpu")
-    if key == "where" and is_masked(value):
-        value = value.filled(False)
-    array = as_numbers(value, key)
-    found: Tensor = tensor_of(np.array(array, array.dtype.newbyteorder("="), order="K"))
-    return found
 
 
 def activated(y: Tensor, activation: Any) -> Tensor:
@@ -99,7 +63,7 @@ def by_pytorch(name: str, named: Named) -> Any:
     named = with_tensors(named)
     of, x = next(iter(named.items()))
     named[of] = x = floats(x, of)
-    _check(name, named, x)
+    check(name, named, x)
     out = named.get("out")
     if name in ("add_layer_norm", "add_rms_norm"):
         total = (x + named["residual"]).to(x.dtype)
@@ -124,33 +88,6 @@ def by_pytorch(name: str, named: Named) -> Any:
     if out is not None:
         y = out.copy_(y)
     return (y, *stats) if named.get("return_stats") else y
-
-
-def floats(x: Tensor, name: str) -> Tensor:
-    """x, or its integers or booleans in float64; refuse what the kernels do not have."""
-    if x.dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-        return x
-    if x.is_complex() or x.is_floating_point():
-        raise TypeError(
-            f"{name} has dtype {x.dtype}, expected float16, bfloat16, float32, float64, or "
-            f"integers or booleans (computed in float64); write {name}.double() first"
-        )
-    return x.double()
-
-
-def _check(name: str, named: Named, x: Tensor) -> None:
-    """Refuse options and a residual that the kernels refuse."""
-    residual = named.get("residual")
-    if residual is not None and not x.is_nested and residual.shape != x.shape:
-        raise ValueError(
-            f"residual has shape {tuple(residual.shape)}, expected that of x, {tuple(x.shape)}; "
-            "write residual.expand_as(x) if it is to be repeated"
-        )
-    if compiling():  # it would see these, and trust what the call gave before
-        return
-    for key, value in named.items():
-        if key in CHECKS and not (value is None and key == "eps" and name.endswith("rms_norm")):
-            CHECKS[key](value, key)
 
 
 def own(name: str, named: Named) -> Any:
@@ -243,7 +180,7 @@ def _is_pytorchs(name: str, named: Named) -> bool:
     half = x.dtype.itemsize == 2 and name != "rms_norm"
     if not (kinds <= {x.dtype} or (half and kinds == {torch.float32})):
         return False
-    if name in _BY_CHANNEL:
+    if name in BY_CHANNEL:
         own: tuple[int, ...] = (x.shape[named["channel_axis"]],)
     elif axis is None:
         own = _shape(named["normalized_shape"])
@@ -287,21 +224,33 @@ def placed(name: str, named: Named, parameter: Tensor) -> Tensor:
     """A weight or bias with its axes where they broadcast against x."""
     x = named["x"]
     if name not in NORMS and name != "global_response_norm":
-        return parameter
+        return _spread(name, x, parameter)
     if "channel_axis" in named:
         axis = channel_axis_of(x, named["channel_axis"], name, samples=name != "batch_norm")
         whole = (1 if axis == 0 else x.shape[0], x.shape[axis])
         if parameter.ndim > 2 or not fits(parameter.shape, whole):
-            return parameter
+            return _spread(name, x, parameter, least=min(3, x.ndim))
         samples = parameter.reshape((1,) * (2 - parameter.ndim) + tuple(parameter.shape))
         return samples.reshape(tuple(samples.shape) + (1,) * (x.ndim - 2)).movedim(1, axis)
     axes = layer_axes(x, named["normalized_shape"], named["axis"], name)
     if not fits(parameter.shape, tuple(x.shape[axis] for axis in axes)):
-        return parameter
+        return _spread(name, x, parameter)
     along = axes[len(axes) - parameter.ndim :]
     lengths = dict(zip(along, parameter.shape))
     order = sorted(range(parameter.ndim), key=along.__getitem__)
     return parameter.permute(order).reshape([lengths.get(axis, 1) for axis in range(x.ndim)])
+
+
+def _spread(name: str, x: Tensor, parameter: Tensor, least: int = 0) -> Tensor:
+    """A parameter that has axes of x; refuse one that would make more of y, or lie elsewhere."""
+    if parameter.ndim < least or not fits(parameter.shape, x.shape):
+        per = "each channel" if least else "the normalized axes"
+        raise ValueError(
+            f"{name} got a weight or bias of shape {tuple(parameter.shape)} for x of shape "
+            f"{tuple(x.shape)}, expected one value for {per}, or a shape of as many dimensions as "
+            "x that broadcasts against it; write weight.reshape(...)"
+        )
+    return parameter
 
 
 class _View(NamedTuple):
@@ -322,7 +271,7 @@ class _View(NamedTuple):
 
 
 def _view(name: str, named: Named, x: Tensor) -> _View:
-    if name not in _BY_CHANNEL:
+    if name not in BY_CHANNEL:
         axes = layer_axes(x, named["normalized_shape"], named["axis"], name)
         kept = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
         return _View(x, axes, kept, kept, None)

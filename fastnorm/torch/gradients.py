@@ -16,7 +16,7 @@ import fastnorm.backward
 import fastnorm.elementwise
 from fastnorm.arguments import check_flag, same_shape
 from fastnorm.operations import OPERATIONS
-from fastnorm.torch import formulas
+from fastnorm.torch import formulas, operands
 from fastnorm.torch.tensors import (
     argument_names,
     array_of,
@@ -48,7 +48,7 @@ _TAKEN = {name: frozenset(argument_names(f)) for name, f in _BACKWARD.items()}
 def arrays_of(named: Named) -> Named:
     """A call's tensors as arrays; one in an option's place stays, for the checks to refuse."""
     return {
-        key: array_of(value, key) if key in formulas.OPERANDS or key in RUNNING else value
+        key: array_of(value, key) if key in operands.OPERANDS or key in RUNNING else value
         for key, value in named.items()
     }
 
@@ -61,11 +61,11 @@ def recorded(function: Callable[..., Any], named: Named) -> Any:
             f"{name} got out= and a tensor that requires a gradient, expected one of the two; "
             "leave out= away, or write torch.no_grad() around the call"
         )
-    named = formulas.with_tensors(named)
+    named = operands.with_tensors(named)
     if name in ("add_layer_norm", "add_rms_norm"):
         # the norm is of the rounded sum, so this is the same
         same_shape(array_of(named["residual"], "residual"), "residual", array_of(named["x"], "x"))
-        x = formulas.floats(named["x"], "x")
+        x = operands.floats(named["x"], "x")
         total = (x + named["residual"]).to(x.dtype)
         norm = getattr(fastnorm.functional, name.removeprefix("add_"))
         rest = {key: value for key, value in named.items() if key not in ("x", "residual")}
@@ -78,7 +78,7 @@ def recorded(function: Callable[..., Any], named: Named) -> Any:
     check_flag(named.get("return_stats", False), "return_stats")
     if name == "rms_norm" and named["eps"] is None:
         named["eps"] = formulas.machine_epsilon(named["x"])
-    names = [k for k, v in named.items() if isinstance(v, Tensor) and k in formulas.OPERANDS]
+    names = [k for k, v in named.items() if isinstance(v, Tensor) and k in operands.OPERANDS]
     options = {key: value for key, value in named.items() if key not in names}
     y, *stats = _Recorded.apply(function, options, names, *[named[key] for key in names])
     if activation == "relu":

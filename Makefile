@@ -63,6 +63,7 @@ help:
 	@echo 'EXTRAS="torch" packages to add to it when it is made'
 	@echo 'PIP_ARGS="-q"  arguments of every pip install'
 	@echo 'EXAMPLES=20000 BACKEND=cython CPU=x86-64-v3 SEED=1  what fuzz tries, where, and from where on'
+	@echo 'JOBS=auto      processes that the tests run in; 0: one, without others beside it'
 	@echo 'ARGS="-k rms"  arguments of what the target runs: pytest of test, test-quick and bench, else the program'
 
 demo:

@@ -40,8 +40,11 @@ def forward(p: Problem, kernels: Any) -> None:
             p.total[...] = total
         p.x, p.addend, p.total, p.ticket = p.total, None, None, None
         return forward(p, kernels)
-    of_samples = any(a is not None and len(a) > 1 for a in (p.weight, p.bias))
-    if layout is None and of_samples and _goes_alone(p, operands):
+    if (
+        layout is None
+        and any(a is not None and len(a) > 1 for a in (p.weight, p.bias))
+        and _goes_alone(p, operands)
+    ):
         for i in range(len(p.x)):
             forward(_sample(p, i), kernels)
         return None

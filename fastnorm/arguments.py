@@ -678,7 +678,33 @@ def check_out(out: Array | None, x: Array) -> Array | None:
         )
     if not is_writable(own):
         raise ValueError("out is read-only, expected a writable array; write np.empty_like(x)")
+    if isinstance(own, np.ndarray) and _is_shared(own):
+        raise ValueError(
+            f"out has elements that share memory (shape {own.shape}, strides {own.strides}), "
+            "expected a place for each; write np.empty_like(x)"
+        )
     return own
+
+
+def _is_shared(array: Array) -> bool:
+    """Whether two elements of an array have memory in common."""
+    extent = size = array.itemsize
+    axes = sorted((abs(step), n) for step, n in zip(array.strides, array.shape) if n > 1)
+    if not array.size:
+        return False
+    for step, n in axes:
+        if step < extent:
+            break
+        extent += step * (n - 1)
+    else:
+        return False
+    if array.size > 1 << 24:
+        return True  # perhaps; nobody has such arrays but by as_strided
+    places = np.zeros(1, np.intp)
+    for step, n in axes:
+        places = np.add.outer(places, step * np.arange(n)).ravel()
+    places.sort()
+    return bool((np.diff(places) < size).any())
 
 
 def check_running(

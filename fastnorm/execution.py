@@ -316,8 +316,10 @@ class Gradients(Request[R]):
             shape, dtype = weight.shape, weight.dtype
             if self.weight_offset:
                 weight = plus(weight, self.weight_offset)
-            if weight.size <= array.size // SMALL or isinstance(array, ArrayView):
-                weight = laid_as(weight, computing_type(array.dtype), array)
+            # the kernels convert a larger one on the way
+            small = weight.size <= array.size // SMALL or isinstance(array, ArrayView)
+            kind = computing_type(array.dtype) if small else weight.dtype.type
+            weight = laid_as(weight, kind, array)
             placed = place(weight)
         along: Sequence[int] = range(-len(shape), 0)
         if shape == self.own:

@@ -212,6 +212,30 @@ def test_weights_in_another_order_in_every_call(name: str, order: str, dtype: An
                 assert_same_bits(call_it(weights), first_call)
 
 
+@on_kernels
+@pytest.mark.parametrize("kind", ["<f2", "<f4", ">f4"])
+@pytest.mark.parametrize("samples", [2, 40])
+def test_gradients_by_weights_with_gaps(name: str, kind: str, samples: int) -> None:
+    """Of each sample, with gaps between rows: those of their copy, of all and of one sample."""
+    fn.set_backend(name)
+    rng = np.random.default_rng(0)
+    x, dy = rng.standard_normal((2, samples, 9, 8)).astype("f4")
+    weight = rng.standard_normal((samples, 18, 8)).astype(kind)[:, ::2]
+    rstd = fn.rms_norm(x, (9, 8), return_stats=True)[1]
+
+    def gradients(of: slice, w: Any) -> Any:
+        return fn.rms_norm_backward(dy[of], x[of], rstd[of], (9, 8), w)
+
+    whole = gradients(slice(None), weight)
+    for found, right in zip(gradients(slice(None), weight.copy()), whole, strict=True):
+        assert_same_bits(found, right)
+    for i in range(samples):
+        one = slice(i, i + 1)
+        for w in (weight[one], weight[one].copy()):
+            for found, right in zip(gradients(one, w), whole, strict=True):
+                assert_same_bits(found, right[one])
+
+
 @by_layout
 @on_kernels
 def test_a_sample_by_given_statistics(name: str, layout: str) -> None:

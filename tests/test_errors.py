@@ -116,7 +116,21 @@ def test_bad_input(error: type[Exception], words: str, bad: Any) -> None:
 def outs() -> list[tuple[str, type[Exception], Any]]:
     locked = np.empty_like(X)
     locked.flags.writeable = False
+    once = np.lib.stride_tricks.as_strided(np.zeros(X.size, X.dtype), X.shape, (4, 8, 4, 16))
+    between = (2 * X.size, X.size, *(np.array(X.strides[2:]) // 4 * 2))  # other bytes of others
+    torn = np.lib.stride_tricks.as_strided(
+        np.zeros(16 * X.size, X.dtype), X.shape, [int(n) for n in between]
+    )
     return [
+        (
+            "one row for all",
+            ValueError,
+            np.lib.stride_tricks.as_strided(
+                np.zeros(X.shape[1:], X.dtype), X.shape, (0, *X.strides[1:])
+            ),
+        ),
+        ("shared", ValueError, once),
+        ("torn", ValueError, torn),
         ("shape", ValueError, np.empty((4, 8, 5, 5), np.float32)),
         ("dtype", TypeError, np.empty(X.shape)),
         ("read-only", ValueError, locked),

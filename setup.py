@@ -63,7 +63,8 @@ X86_64_FLAGS = {
     "_kernels_v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
 }
 PLAIN = "_kernels_plain"  # every other machine and compiler: that compiler's default instructions
-CPU = "_cpu"  # says which of them this processor can run, so it must itself run on all
+# What must itself run on all of them: what says which this processor can run, and the way of tensors.
+FOR_ALL = ("_cpu", "_exchange")
 
 DIRECTIVES = {
     "language_level": 3,
@@ -165,7 +166,7 @@ class BuildKernels(build_ext):
         if wanted := os.environ.get("FASTNORM_BUILD_CPU", ""):
             names = {"_kernels_" + level.rpartition("-")[2] for level in wanted.split(",")}
             variants = {name: extra for name, extra in variants.items() if name in names}
-        variants = (variants or {PLAIN: []}) | {CPU: []}
+        variants = (variants or {PLAIN: []}) | {name: [] for name in FOR_ALL}
 
         sizes = Path(self.build_temp, "sizes.h")
         sizes.parent.mkdir(parents=True, exist_ok=True)
@@ -237,6 +238,6 @@ def extension(name):
 
 if __name__ == "__main__":
     setup(
-        ext_modules=[extension(name) for name in (*X86_64_FLAGS, PLAIN, CPU)],
+        ext_modules=[extension(name) for name in (*X86_64_FLAGS, PLAIN, *FOR_ALL)],
         cmdclass={"build_ext": BuildKernels},
     )

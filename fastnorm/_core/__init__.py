@@ -26,6 +26,11 @@ def _import(name: str) -> ModuleType | None:
     return None
 
 
+def exchange() -> ModuleType | None:
+    """The module that reads tensors of other libraries; imported by the first adapter that asks."""
+    return _import("_exchange")
+
+
 def _load() -> tuple[ModuleType | None, str, str]:
     """The kernels' module (None: there is none), the level it is for, the processor's level."""
     cpu = _import("_cpu")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastnorm import backward, elementwise, functional, related
 from fastnorm.arguments import read, shown
+from fastnorm.dispatch import QUICK
 from fastnorm.moments import fields_of_batch
 from fastnorm.moments import moments as moments_of_arrays
 from fastnorm.moments import standardize as standardize_arrays
@@ -19,46 +20,34 @@ from fastnorm.torch import formulas, gradients
 from fastnorm.torch.tensors import (
     PLAIN,
     argument_names,
-    array_of,
+    compiling,
+    finder,
     is_plain,
     tensor_of,
     transformed,
-    watched,
     written,
 )
 
 # What has gradients; the others are of the numbers alone.
 _DIFFERENTIABLE = frozenset(op.name for op in OPERATIONS)
 
-# Plain tensors that need no gradient go to fastnorm's function at once: what is asked before is
-# what else may be in play. Anything else is for `_describe`.
+# Plain tensors that need no gradient go to the cache of fastnorm's function at once.
 _SOURCE = """\
-def make(function, describe, plain, Tensor, Size, watched, records, array, tensor):
+def make(find, describe, function, compiling):
     def {name}({signature}):
-{quick}        return describe(function, dict({named}))
+        found = None if compiling() else find(({given},))
+        return describe(function, dict({named})) if found is None else found
     return {name}
 """
-_QUICK = """\
-        if (
-            type({x}) is Tensor and {x}.is_cpu and {may_be}
-            and not watched() and not (records() and ({needs}))
-        ):
-            try:
-                return tensor(function({arrays}))
-            except RuntimeError:  # no other sign of it is free of cost
-                if not {x}.is_nested:
-                    raise
-"""
-
-# What may be a tensor on the way of `_QUICK`, and what has to be absent there: what is written to,
-# too, so running statistics that move.
-_WEIGHTS = ("g", "weight", "bias")
-_ABSENT = ("where", "residual", "out")
 
 
 def _describe(function: Callable[..., Any], named: dict[str, Any]) -> Any:
     """Answer any call: by the kernels, recorded or not, or by PyTorch."""
     name = function.__name__
+    # a torch.Size is a tuple for the cache of calls only as such
+    named = {
+        key: tuple(value) if type(value) is torch.Size else value for key, value in named.items()
+    }
     tensors = [value for value in named.values() if isinstance(value, Tensor)]
     first = next(iter(named.values()))
     if not isinstance(first, Tensor):
@@ -67,7 +56,12 @@ def _describe(function: Callable[..., Any], named: dict[str, Any]) -> Any:
             f"fastnorm.{name} for arrays, or torch.as_tensor(...)"
         )
     _check_running(named)
-    if transformed() or not all(map(is_plain, tensors)):
+    seen = transformed()
+    if seen or not all(map(is_plain, tensors)):
+        if first.is_cpu and not seen:
+            for key, value in named.items():
+                if isinstance(value, Tensor) and not value.is_cpu:
+                    read(value.detach(), key)  # refuses it
         if name in _DIFFERENTIABLE:
             return formulas.by_pytorch(name, named)
         raise TypeError(
@@ -120,52 +114,23 @@ def _check_written(tensor: Tensor, name: str) -> None:
 
 def _of_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of tensors, of the signature of fastnorm's."""
-    names = argument_names(function)
+    names, name = argument_names(function), function.__name__
     positional = function.__code__.co_argcount
-    shapes = [key for key in names if key in ("normalized_shape", "axis")]
-    x, name = names[0], function.__name__
-
-    def plain(key: str) -> str:
-        # a torch.Size is a tuple for the cache of calls only as such
-        return f"tuple({key}) if type({key}) is Size else {key}" if key in shapes else key
-
-    quick = ""
-    if name in _DIFFERENTIABLE and "alpha" not in names:
-        weights = [key for key in names if key in _WEIGHTS]
-        running = [key for key in names if key in gradients.RUNNING]
-        moves = "training" if "training" in names else "use_input_stats"
-        may_be = [f"type({key}) in plain" for key in (*weights, *running)]
-        may_be += [f"{key} is None" for key in names if key in _ABSENT]
-        may_be += [f"({key} is None or not {moves})" for key in running]
-        needs = [f"({key} is not None and {key}.requires_grad)" for key in (*weights, *running)]
-        arrays = [
-            f"{key}=array({key}, '{key}')"
-            if key in (x, *weights, *running)
-            else f"{key}={plain(key)}"
-            for key in names
-            if key not in _ABSENT
-        ]
-        quick = _QUICK.format(
-            x=x,
-            may_be=" and ".join(may_be or ["True"]),
-            needs=" or ".join([f"{x}.requires_grad", *needs]),
-            arrays=", ".join(arrays),
-        )
     signature = [*names[:positional], *["*"] * (positional < len(names)), *names[positional:]]
     source = _SOURCE.format(
         name=name,
         signature=", ".join(signature),
-        quick=quick,
-        named=", ".join(f"{key}={plain(key)}" for key in names),
+        given=", ".join(names),
+        named=", ".join(f"{key}={key}" for key in names),
     )
     file = f"<{name} of tensors>"
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)  # for tracebacks
     made: dict[str, Any] = {}
     exec(compile(source, file, "exec"), made)
-    of_tensors: Callable[..., Any] = made["make"](
-        function, _describe, PLAIN | {type(None)}, torch.Tensor, torch.Size, watched,
-        torch.is_grad_enabled, array_of, tensor_of,
-    )  # fmt: skip
+    find = finder(function, gradients.RUNNING)
+    of_tensors: Callable[..., Any] = made["make"](find, _describe, function, compiling)
+    for kind in PLAIN:
+        QUICK.setdefault(kind, {})[name] = find  # of fastnorm.layer_norm(tensor), too
     for attribute in ("__defaults__", "__kwdefaults__"):
         setattr(of_tensors, attribute, getattr(function, attribute))
     of_tensors.__qualname__ = name

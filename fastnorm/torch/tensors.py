@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastnorm import _core
 from fastnorm.arguments import read
 
 # A subclass has code of its own for every operator, which kernels would pass by.
@@ -23,18 +26,16 @@ _tracing = torch._C._is_tracing
 is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
+_QUESTIONS = (_transforms, _modes, _tracing)
+
+
 def transformed() -> bool:
     """Whether PyTorch has to see each operator.
 
     That is so under torch.compile, a transform of torch.func, a dispatch mode (as of make_fx,
     torch.export and selective checkpoints) or torch.jit.trace.
     """
-    return bool(compiling() or _transforms() is not None or _modes() or _tracing())
-
-
-def watched() -> bool:
-    """Whether more may be asked of a call than numbers: `transformed`, or dual numbers."""
-    return transformed() or forward_ad._current_level >= 0
+    return bool(compiling() or any(question() for question in _QUESTIONS))
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -58,26 +59,74 @@ def array_of(value: Any, name: str) -> Any:
     """A tensor as an array of the same memory, without its gradient; anything else as it is."""
     if not isinstance(value, Tensor):
         return value
-    if value.is_cpu and value.dtype is not torch.bfloat16:
-        try:
-            return value.numpy(force=True)
-        except TypeError:  # sparse, or of a dtype that NumPy does not have: `read` says so
-            pass
-    return read(value.detach(), name)
+    found = None if _exchange is None else _exchange.array(value)
+    if found is None:
+        found = read(value.detach(), name)
+        if _exchange is not None and value.dtype is torch.bfloat16:
+            _exchange.know_bfloat16(found.dtype)
+    return found
 
 
 def tensor_of(array: Any) -> Any:
     """An array as a tensor of the same memory, and each in a tuple."""
-    if type(array) is np.ndarray:
-        if array.dtype.kind == "V":  # bfloat16: NumPy's own name of a dtype takes microseconds
-            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-        return torch.from_numpy(array)
     if isinstance(array, tuple):
         return tuple([tensor_of(part) for part in array])
-    return torch.tensor(array, dtype=torch.float64, device="cpu")  # a number
+    if type(array) is not np.ndarray:
+        return torch.tensor(array, dtype=torch.float64, device="cpu")  # a number
+    found = None if _exchange is None else _exchange.tensor(array)
+    if found is not None:
+        return found
+    if array.dtype.kind == "V":  # bfloat16: NumPy's own name of a dtype takes microseconds
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def written(*tensors: Any) -> None:
     """Tell autograd that the numbers of these have changed, of those that are tensors."""
     changed = [t for t in tensors if isinstance(t, Tensor) and not t.is_inference()]
     torch.autograd.graph.increment_version(changed)
+
+
+# --- Without Python -------------------------------------------------------------------------------
+
+
+def _table(module: Any) -> Any:
+    """PyTorch's tensors by its table of C functions; None where one of the two is not there."""
+    if module is None:
+        if "_exchange" in _core.failed:
+            warnings.warn(
+                "fastnorm.torch takes longer for small calls, as a part of it does not load "
+                f"({_core.failed['_exchange']}); install fastnorm again",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return None
+    try:
+        return module.Exchange(torch.Tensor, torch.nn.Parameter, torch.Tensor.is_neg)
+    except (AttributeError, ImportError):  # PyTorch has no such table, or another
+        return None
+
+
+_module = _core.exchange()
+_exchange = _table(_module)
+
+
+def finder(function: Any, running: tuple[str, ...]) -> Callable[[tuple[Any, ...]], Any]:
+    """What answers calls of a function of arrays that have nothing but plain tensors, or None."""
+    names = argument_names(function)
+    if _module is None or _exchange is None or function.find is None:
+        return lambda call: None
+    at = {name: n for n, name in enumerate(names)}
+    found: Callable[[tuple[Any, ...]], Any] = _module.PlainCalls(
+        _exchange,
+        function.find,
+        questions=_QUESTIONS,
+        records=torch.is_grad_enabled,
+        levels=forward_ad,
+        size=torch.Size,
+        written=written,
+        out=at.get("out", -1),
+        running=tuple(at[name] for name in running if name in at),
+        moves=at.get("training", at.get("use_input_stats", -1)),
+    ).find
+    return found

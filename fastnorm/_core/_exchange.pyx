@@ -1,0 +1,218 @@
+# Tensors of another library as arrays of the same memory, and arrays as its tensors, by DLPack's C
+# exchange table (exchange.h): nothing of that library is compiled in, and no Python runs on the way.
+
+from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
+from cpython.object cimport PyObject
+from cpython.pycapsule cimport PyCapsule_GetPointer
+from cpython.ref cimport Py_DECREF, Py_INCREF
+from cpython.tuple cimport PyTuple_New, PyTuple_SET_ITEM
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint64_t
+cimport numpy as cnp
+
+cnp.import_array()
+
+cdef extern from "Python.h":
+    int Py_IsInitialized() noexcept nogil
+
+cdef extern from "numpy/arrayobject.h":
+    object PyArray_NewFromDescr(
+        type, cnp.dtype, int, cnp.npy_intp*, cnp.npy_intp*, void*, int, object)
+
+cdef extern from "exchange.h":
+    enum:
+        TENSOR_ON_CPU, TENSOR_OF_FLOATS, TENSOR_OF_BFLOATS, EXCHANGE_MAJOR
+    ctypedef struct TensorVersion:
+        int major, minor
+    ctypedef struct TensorView:
+        void* data
+        int32_t device_type, device_number, ndim
+        uint8_t kind, bits
+        uint16_t lanes
+        int64_t* shape
+        int64_t* strides
+        uint64_t byte_offset
+    ctypedef struct ManagedTensor:
+        TensorVersion version
+        void* owner
+        void (*deleter)(ManagedTensor*) noexcept
+        uint64_t flags
+        TensorView view
+    ctypedef struct ExchangeTable:
+        TensorVersion version
+        int (*take_managed)(ManagedTensor*, void**) except -1
+        int (*give_view)(void*, TensorView*) except -1
+
+cdef enum:
+    AXES = 8                    # as of arrays whose calls are cached (call_keys.pxi)
+
+cdef void release(ManagedTensor* managed) noexcept with gil:
+    Py_DECREF(<object>managed.owner)
+    PyMem_RawFree(managed)
+
+cdef void release_if_there(ManagedTensor* managed) noexcept nogil:
+    # once Python has ended nobody can, and nobody misses it
+    if Py_IsInitialized():
+        release(managed)
+
+cdef class Exchange:
+    """Plain tensors of a library: those of exactly these types, that need nothing but arithmetic.
+
+    `is_changed` tells of a tensor whose memory holds other numbers than it has, as of a lazy
+    negative.
+    """
+
+    cdef const ExchangeTable* table
+    cdef object kind, parameter, is_changed
+    cdef dict dtypes            # by kind and bits
+    cdef int bfloat16_number
+    cdef frozenset numbers      # of the other dtypes
+
+    def __init__(self, kind, parameter, is_changed):
+        """`kind` is the class that has the table."""
+        self.table = <const ExchangeTable*>PyCapsule_GetPointer(
+            kind.__dlpack_c_exchange_api__, "dlpack_exchange_api")
+        if self.table.version.major != EXCHANGE_MAJOR or self.table.give_view == NULL:
+            raise ImportError(
+                f"{kind.__module__} has version {self.table.version.major} of DLPack's exchange "
+                f"table, expected {EXCHANGE_MAJOR}, with views")
+        self.kind, self.parameter, self.is_changed = kind, parameter, is_changed
+        self.dtypes = {
+            TENSOR_OF_FLOATS << 8 | size * 8: cnp.dtype(f"f{size}") for size in (2, 4, 8)}
+        self.numbers = frozenset([(<cnp.dtype>dtype).type_num for dtype in self.dtypes.values()])
+        self.bfloat16_number = -1
+
+    def know_bfloat16(self, cnp.dtype dtype not None):
+        """Take tensors of bfloat16, too, whose arrays are of this dtype."""
+        self.dtypes[TENSOR_OF_BFLOATS << 8 | 16] = dtype
+        self.bfloat16_number = dtype.type_num
+
+    cdef bint is_its(self, object value) noexcept:
+        """Whether this is a tensor without code of its own for what is done to it."""
+        return type(value) is self.kind or type(value) is self.parameter
+
+    def array(self, tensor):
+        """The array of a plain tensor's floats on the host, or None."""
+        cdef TensorView v
+        cdef cnp.npy_intp strides[AXES]
+        cdef cnp.npy_intp size = 1
+        cdef int i
+        if not self.is_its(tensor):
+            return None
+        try:
+            self.table.give_view(<void*>tensor, &v)
+        except RuntimeError:    # it has no strides, or no memory
+            return None
+        if v.device_type != TENSOR_ON_CPU or v.ndim > AXES or v.lanes != 1 or v.byte_offset:
+            return None
+        dtype = self.dtypes.get(v.kind << 8 | v.bits)
+        if dtype is None or self.is_changed(tensor):
+            return None
+        for i in range(v.ndim):
+            strides[i] = v.strides[i] * (v.bits // 8)
+            size *= v.shape[i]
+        if v.data == NULL and size:
+            return None
+        Py_INCREF(dtype)
+        array = PyArray_NewFromDescr(
+            cnp.ndarray, <cnp.dtype>dtype, v.ndim, <cnp.npy_intp*>v.shape, strides, v.data,
+            cnp.NPY_ARRAY_WRITEABLE, None)
+        Py_INCREF(tensor)
+        cnp.PyArray_SetBaseObject(<cnp.ndarray>array, tensor)
+        return array
+
+    def tensor(self, array):
+        """A tensor of the memory of a new array of floats; None where it has none of those."""
+        cdef ManagedTensor* managed
+        cdef cnp.ndarray a
+        cdef void* tensor
+        cdef int64_t* extents
+        cdef int i, axes, number, size
+        if not cnp.PyArray_CheckExact(array):
+            return None
+        a = <cnp.ndarray>array
+        axes, number, size = cnp.PyArray_NDIM(a), cnp.PyArray_TYPE(a), <int>cnp.PyArray_ITEMSIZE(a)
+        if number != self.bfloat16_number and number not in self.numbers:
+            return None
+        managed = <ManagedTensor*>PyMem_RawMalloc(
+            sizeof(ManagedTensor) + 2 * axes * sizeof(int64_t))
+        if managed == NULL:
+            raise MemoryError("fastnorm could not get memory for a tensor")
+        extents = <int64_t*>(managed + 1)
+        for i in range(axes):
+            extents[i] = cnp.PyArray_DIM(a, i)
+            extents[axes + i] = cnp.PyArray_STRIDE(a, i) // size
+        managed.version.major, managed.version.minor = EXCHANGE_MAJOR, 0
+        managed.owner, managed.deleter, managed.flags = <void*>array, release_if_there, 0
+        managed.view.data = cnp.PyArray_DATA(a)
+        managed.view.device_type, managed.view.device_number = TENSOR_ON_CPU, 0
+        managed.view.ndim, managed.view.lanes, managed.view.byte_offset = axes, 1, 0
+        managed.view.bits = 8 * size
+        managed.view.kind = (
+            TENSOR_OF_BFLOATS if number == self.bfloat16_number else TENSOR_OF_FLOATS)
+        managed.view.shape, managed.view.strides = extents, extents + axes
+        Py_INCREF(array)
+        self.table.take_managed(managed, &tensor)
+        found = <object>tensor
+        Py_DECREF(found)        # the reference that came is the caller's
+        return found
+
+cdef class PlainCalls:
+    """The calls of one function whose tensors are plain, of a kind that was described before."""
+
+    cdef Exchange exchange
+    cdef object find_arrays, records, levels, size, tell_written
+    cdef tuple questions, running   # the latter as places
+    cdef Py_ssize_t out, moves
+
+    def __init__(self, Exchange exchange not None, find, *, tuple questions, records, levels, size,
+                 written, Py_ssize_t out, tuple running, Py_ssize_t moves):
+        """`find` answers calls of arrays, or gives None.
+
+        Where one of `questions` is answered with yes, or `levels` are of dual numbers, no call is;
+        nor, while it `records`, one of a tensor that requires a gradient. A tuple of type `size` is
+        taken as a tuple. `written` is told of tensors that were: those at `out` and, where what is
+        at `moves` is true, at `running`; -1 is nowhere.
+        """
+        self.exchange, self.find_arrays, self.tell_written = exchange, find, written
+        self.questions, self.records, self.levels, self.size = questions, records, levels, size
+        self.out, self.running, self.moves = out, running, moves
+
+    def find(self, tuple given):
+        """The result of a call, all its arguments in their order; None where it has to be seen."""
+        cdef Py_ssize_t i, n = len(given)
+        if not self.exchange.is_its(given[0]):
+            return None
+        for question in self.questions:
+            if question():
+                return None
+        if self.levels._current_level >= 0:
+            return None
+        recording = self.records()
+        call = PyTuple_New(n)
+        for i in range(n):
+            value = given[i]
+            if self.exchange.is_its(value):
+                if recording and value.requires_grad:
+                    return None
+                value = self.exchange.array(value)
+                if value is None:
+                    return None
+            elif type(value) is self.size:
+                value = tuple(value)
+            Py_INCREF(value)
+            PyTuple_SET_ITEM(call, i, value)
+        found = self.find_arrays(call)
+        if found is None:
+            return None
+        if self.moves >= 0 and given[self.moves]:
+            for i in self.running:
+                if given[i] is not None:
+                    self.tell_written(given[i])
+        if self.out < 0 or given[self.out] is None:
+            if type(found) is tuple:
+                return tuple([self.exchange.tensor(part) for part in found])
+            return self.exchange.tensor(found)
+        self.tell_written(given[self.out])
+        if type(found) is tuple:
+            return (given[self.out], *[self.exchange.tensor(part) for part in found[1:]])
+        return given[self.out]

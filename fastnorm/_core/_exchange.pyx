@@ -1,5 +1,5 @@
-# Tensors of another library as arrays of the same memory, and arrays as its tensors, by DLPack's C
-# exchange table (exchange.h): nothing of that library is compiled in, and no Python runs on the way.
+# Tensors of another library as arrays of the same memory, and arrays as its tensors, by DLPack's
+# C exchange table (exchange.h): nothing of that library is compiled in, and no Python runs between.
 
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from cpython.object cimport PyObject

@@ -5,6 +5,7 @@ fastnorm's kernels, in place of the memory they are in; what these cannot see (a
 transform of torch.func, a subclass, another device) by PyTorch's own operators.
 """
 
+from fastnorm.torch.classes import SyncBatchNorm
 from fastnorm.torch.functions import (
     add_layer_norm,
     add_rms_norm,
@@ -39,6 +40,7 @@ from fastnorm.torch.modules import Entry, Report, replace, report, restore
 __all__ = [
     "Entry",
     "Report",
+    "SyncBatchNorm",
     "add_layer_norm",
     "add_rms_norm",
     "batch_norm",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fastnorm.torch import functions
+from fastnorm.torch.distributed import synchronised
 
 # --- What takes the place of a forward ------------------------------------------------------------
 
@@ -42,17 +43,20 @@ def _made_again(replaces: type, function: Any, given: tuple[Any, ...]) -> Any:
     return module
 
 
+def _momentum(module: Any) -> float:
+    """How far running statistics move with this batch, which is counted."""
+    if module.training and module.track_running_stats and module.num_batches_tracked is not None:
+        module.num_batches_tracked.add_(1)
+        if module.momentum is None:  # the average of all batches
+            return 1.0 / float(module.num_batches_tracked)
+    return 0.0 if module.momentum is None else module.momentum
+
+
 class _BatchNorm(Replaced):
     def forward(self: Any, input: Tensor) -> Tensor:
         self._check_input_dim(input)
-        momentum = 0.0 if self.momentum is None else self.momentum
-        tracked = self.training and self.track_running_stats
-        if tracked and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:  # the average of all batches
-                momentum = 1.0 / float(self.num_batches_tracked)
         # statistics that are not tracked stay as they are in training
-        moved = tracked or not self.training
+        moved = self.track_running_stats or not self.training
         return functions.batch_norm(
             input,
             self.running_mean if moved else None,
@@ -60,16 +64,70 @@ class _BatchNorm(Replaced):
             self.weight,
             self.bias,
             self.training or (self.running_mean is None and self.running_var is None),
-            momentum,
+            _momentum(self),
             self.eps,
         )
 
 
 class _SyncBatchNorm(_BatchNorm):
     def forward(self: Any, input: Tensor) -> Tensor:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return self._replaces.forward(self, input)
-        return _BatchNorm.forward(self, input)
+        distributed = torch.distributed
+        together = self.training and distributed.is_available() and distributed.is_initialized()
+        if not together or distributed.get_world_size(self.process_group) < 2:
+            return _BatchNorm.forward(self, input)
+        if not input.is_cpu:
+            return nn.SyncBatchNorm.forward(self, input)
+        self._check_input_dim(input)
+        self._check_non_zero_input_channels(input)
+        return synchronised(input, self, _momentum(self))
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    r"""Batch normalization over the batches of all processes, which PyTorch has on GPUs alone.
+
+    .. math:: y = (x - \mu) / \sqrt{\sigma^2 + \varepsilon} \cdot w + b
+
+    with the mean and variance of a channel in the batches of all processes of a group together.
+    Arguments and state are those of :class:`torch.nn.SyncBatchNorm`. It is not derived from that,
+    which ``DistributedDataParallel`` refuses on the CPU. Without a group of several processes, and
+    where it does not train, it is batch normalization; on another device it is PyTorch's own.
+
+    Examples
+    --------
+    >>> import torch, fastnorm.torch as fnt
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.BatchNorm2d(8))
+    >>> fnt.SyncBatchNorm.convert_sync_batchnorm(model)[1]
+    SyncBatchNorm(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
+        )
+        self.process_group = process_group
+
+    _check_input_dim = nn.SyncBatchNorm._check_input_dim
+    _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
+    forward = _SyncBatchNorm.forward
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
+        """Make every BatchNorm of a model one of these, of the same parameters and statistics."""
+        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)
+        for found in converted.modules():
+            if isinstance(found, nn.SyncBatchNorm):
+                object.__setattr__(found, "__class__", cls)
+        return converted
 
 
 class _InstanceNorm(Replaced):

@@ -54,6 +54,9 @@ def _momentum(module: Any) -> float:
 
 class _BatchNorm(Replaced):
     def forward(self: Any, input: Tensor) -> Tensor:
+        return _BatchNorm._of_batch(self, input)
+
+    def _of_batch(self: Any, input: Tensor, activation: Any = None) -> Tensor:
         self._check_input_dim(input)
         # statistics that are not tracked stay as they are in training
         moved = self.track_running_stats or not self.training
@@ -66,6 +69,7 @@ class _BatchNorm(Replaced):
             self.training or (self.running_mean is None and self.running_var is None),
             _momentum(self),
             self.eps,
+            activation=activation,
         )
 
 
@@ -190,6 +194,75 @@ class _Gemma(_OfInputWithEps):
     _offset = 1.0
 
 
+# Activations that are part of a norm's pass, by their modules.
+_ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu"}
+
+
+def _activation_of(module: Any) -> str | None:
+    """What a norm's own activation is called, where nothing but that follows the norm."""
+    act, drop = module.act, module.drop
+    if type(drop) is not nn.Identity or any(
+        hooks for one in (act, drop) for key, hooks in vars(one).items() if key.endswith("_hooks")
+    ):
+        return None
+    if type(act) is nn.GELU:
+        return {"none": "gelu", "tanh": "gelu_tanh"}[act.approximate]
+    return _ACTIVATIONS.get(type(act))
+
+
+class _OfTimm(Replaced):
+    """Those of timm, which may have an activation of their own.
+
+    What they were told to do in lower precision, or faster by another library, they do themselves.
+    """
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        weight = self.weight
+        mixed = weight is not None and weight.dtype is not x.dtype
+        if getattr(self, "_fast_norm", False) or mixed:
+            return self._replaces.forward(self, x)
+        if not hasattr(self, "act"):
+            return self._normalized(x, None)
+        activation = _activation_of(self)
+        y = self._normalized(x, activation)
+        return y if activation else self.act(self.drop(y))
+
+
+class _TimmLayerNorm(_OfTimm):
+    def _normalized(self: Any, x: Tensor, activation: Any) -> Tensor:
+        shape, weight, bias, eps = self.normalized_shape, self.weight, self.bias, self.eps
+        return functions.layer_norm(x, shape, weight, bias, eps, activation=activation)
+
+
+class _TimmLayerNorm2d(_OfTimm):
+    def _normalized(self: Any, x: Tensor, activation: Any) -> Tensor:
+        weight, bias, eps = self.weight, self.bias, self.eps
+        return functions.layer_norm(x, None, weight, bias, eps, axis=1, activation=activation)
+
+
+class _TimmGroupNorm(_OfTimm):
+    def _normalized(self: Any, x: Tensor, activation: Any) -> Tensor:
+        groups, weight, bias, eps = self.num_groups, self.weight, self.bias, self.eps
+        return functions.group_norm(x, groups, weight, bias, eps, activation=activation)
+
+
+class _TimmBatchNorm(_OfTimm):
+    def _normalized(self: Any, x: Tensor, activation: Any) -> Tensor:
+        return _BatchNorm._of_batch(self, x, activation)
+
+
+class _TimmRMSNorm(_OfTimm):
+    def _normalized(self: Any, x: Tensor, activation: Any) -> Tensor:
+        return functions.rms_norm(
+            x, self.normalized_shape, self.weight, self.eps, activation=activation
+        )
+
+
+class _TimmRMSNorm2d(_OfTimm):
+    def _normalized(self: Any, x: Tensor, activation: Any) -> Tensor:
+        return functions.rms_norm(x, None, self.weight, self.eps, axis=1, activation=activation)
+
+
 # Those of PyTorch, from the most special on.
 PYTORCHS: tuple[tuple[type, type[Replaced]], ...] = (
     (nn.SyncBatchNorm, _SyncBatchNorm),
@@ -200,14 +273,27 @@ PYTORCHS: tuple[tuple[type, type[Replaced]], ...] = (
     (nn.RMSNorm, _RMSNorm),
 )
 
-# Those of transformers, by the code of their forward (`_code_of`): some hundred models have a class
-# of their own with one of these.
+# Whose classes are known by the code of their forward (`_code_of`): of transformers, some hundred
+# models have a class of their own with one of these.
+_LIBRARIES = ("timm", "transformers")
 _BY_CODE: dict[str, type[Replaced]] = {
     "9635bcd843f309a0": _Llama,  # and Mistral, Qwen 2 and 3, Phi 3, Mamba ...
     "3152525beceb0d02": _Llama,  # T5
     "eef4e978a32aa4a4": _OfInput,  # Olmo 2 ...
     "4ad8d3f59922a14a": _OfInputWithEps,  # Moshi ...
     "e5559c7750c32d00": _Gemma,  # and Gemma 2 and 3
+    # Those of timm, the latter of each pair with an activation.
+    "23d63967920a9766": _TimmLayerNorm,
+    "8118ce537f8ed909": _TimmLayerNorm,
+    "9c58bcbc9f92c797": _TimmLayerNorm2d,
+    "32adb169b1fa2aca": _TimmLayerNorm2d,
+    "7f5270765e35f6e7": _TimmGroupNorm,  # and GroupNorm1
+    "6cbfa0e71705c914": _TimmGroupNorm,
+    "aab01662c2e6c5ba": _TimmBatchNorm,
+    "a1218df7e541df89": _TimmRMSNorm,
+    "4c93a5f0b41afca7": _TimmRMSNorm,
+    "c7879d78ed7749b2": _TimmRMSNorm2d,
+    "33950743d0eaac46": _TimmRMSNorm2d,
 }
 
 
@@ -264,18 +350,24 @@ def _replacement(kind: type) -> type | str:
                 for name in ("forward", "_apply_instance_norm")
                 if getattr(kind, name, None) is not _FORWARDS[base, name]
             ]
-            if own:
-                return f"{kind.__name__} has a {own[0]} of its own"
-            return _subclass(mixin, kind)
-    if kind.__module__.partition(".")[0] != "transformers":
+            if not own:
+                return _subclass(mixin, kind)
+            known = _known_forward(kind) if own == ["forward"] else None
+            return f"{kind.__name__} has a {own[0]} of its own" if known is None else known
+    if kind.__module__.partition(".")[0] not in _LIBRARIES:
         return f"{kind.__name__} is no class that is known"
+    return _known_forward(kind) or f"the forward of {kind.__name__} is none that is known"
+
+
+def _known_forward(kind: type) -> type | str | None:
+    """The class that replaces that of another library, or why none does; None: it is unknown."""
+    if kind.__module__.partition(".")[0] not in _LIBRARIES:
+        return None
     try:
-        mixin_found = _BY_CODE.get(_code_of(kind))
+        mixin = _BY_CODE.get(_code_of(kind))
     except (OSError, SyntaxError, TypeError):  # there is no source
-        mixin_found = None
-    if mixin_found is None:
-        return f"the forward of {kind.__name__} is none that is known"
-    return _subclass(mixin_found, kind)
+        return None
+    return None if mixin is None else _subclass(mixin, kind)
 
 
 def _subclass(mixin: type[Replaced], kind: type) -> type | str:

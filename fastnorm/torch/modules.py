@@ -64,10 +64,10 @@ def replace(model: nn.Module, fuse: bool = False) -> nn.Module:
     Parameters
     ----------
     model
-        Any module: BatchNorm1d to 3d, SyncBatchNorm (of one process), LayerNorm, GroupNorm,
-        InstanceNorm1d to 3d and RMSNorm of ``torch.nn`` are replaced, and the RMS norms of
-        transformers whose forward is known (Llama, T5, Gemma and what computes the same). Others
-        are left.
+        Any module: BatchNorm1d to 3d, SyncBatchNorm, LayerNorm, GroupNorm, InstanceNorm1d to 3d
+        and RMSNorm of ``torch.nn`` are replaced, the RMS norms of transformers whose forward is
+        known (Llama, T5, Gemma and what computes the same), and norms of timm, those with an
+        activation, too. Others are left.
     fuse
         False. Norms are not joined with what follows them yet.
 

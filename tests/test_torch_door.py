@@ -635,6 +635,15 @@ def test_formulas_are_the_kernels() -> None:
                 torch.testing.assert_close(a.as_subclass(torch.Tensor), b, rtol=1e-9, atol=1e-9)
 
 
+def test_a_lazy_norm_is_replaced_once_it_is_made() -> None:
+    model = nn.Sequential(nn.LazyBatchNorm1d())
+    (entry,) = fnt.report(fnt.replace(model))
+    assert not entry.replaced
+    assert "first call" in entry.reason
+    model(torch.randn(4, 3))
+    assert fnt.report(fnt.replace(model))[0].replaced
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
@@ -739,7 +748,6 @@ def test_formulas_are_the_kernels() -> None:
             )
         ],
         (lambda x: fnt.replace([x]), TypeError, r"expected a torch\.nn\.Module"),
-        (lambda x: fnt.replace(nn.LayerNorm(3), fuse=True), ValueError, "fuse=True"),
         (lambda x: fnt.replace(nn.LayerNorm(3), "yes"), TypeError, "fuse"),
     ],
 )

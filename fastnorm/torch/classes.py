@@ -15,6 +15,45 @@ from torch.nn.utils import parametrize
 
 from fastnorm.torch import functions
 from fastnorm.torch.distributed import synchronised
+from fastnorm.torch.formulas import activated
+
+# --- What may follow a norm in its own pass -------------------------------------------------------
+
+_ACTIVATIONS: dict[type, str] = {nn.ReLU: "relu", nn.SiLU: "silu"}
+
+
+def is_watched(module: Any) -> bool:
+    """Whether somebody is told of a module's calls, or has changed what they do."""
+    return "forward" in vars(module) or any(
+        hooks for key, hooks in vars(module).items() if key.endswith("_hooks")
+    )
+
+
+def activation_of(module: Any) -> str | None:
+    """What the activation that a module is is called here; None where it is none, or is watched."""
+    if is_watched(module):
+        return None
+    if type(module) is nn.GELU:
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
+    return _ACTIVATIONS.get(type(module))
+
+
+def _followed(
+    function: Any,
+    x: Tensor,
+    *options: Any,
+    residual: Tensor | None = None,
+    in_place: bool = False,
+    activation: Any = None,
+) -> Tensor:
+    """A norm, the sum with a residual, and an activation; in one pass where the sum is plain."""
+    y: Tensor
+    if residual is None or (residual.shape == x.shape and residual.dtype is x.dtype):
+        y = function(x, *options, residual=residual, activation=activation)
+        return y
+    y = function(x, *options)
+    return activated(y.add_(residual) if in_place else y + residual, activation)
+
 
 # --- What takes the place of a forward ------------------------------------------------------------
 
@@ -23,6 +62,7 @@ class Replaced:
     """Before a norm's class, `_replaces`, among the bases of the one that replaces it."""
 
     _replaces: Any
+    joins = False  # whether its forward takes what `_followed` does
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the class is made when it is asked for: pickles and copies have the one it replaces
@@ -53,14 +93,14 @@ def _momentum(module: Any) -> float:
 
 
 class _BatchNorm(Replaced):
-    def forward(self: Any, input: Tensor) -> Tensor:
-        return _BatchNorm._of_batch(self, input)
+    joins = True
 
-    def _of_batch(self: Any, input: Tensor, activation: Any = None) -> Tensor:
+    def forward(self: Any, input: Tensor, **joined: Any) -> Tensor:
         self._check_input_dim(input)
         # statistics that are not tracked stay as they are in training
         moved = self.track_running_stats or not self.training
-        return functions.batch_norm(
+        return _followed(
+            functions.batch_norm,
             input,
             self.running_mean if moved else None,
             self.running_var if moved else None,
@@ -69,11 +109,11 @@ class _BatchNorm(Replaced):
             self.training or (self.running_mean is None and self.running_var is None),
             _momentum(self),
             self.eps,
-            activation=activation,
+            **joined,
         )
 
 
-class _SyncBatchNorm(_BatchNorm):
+class _SyncBatchNorm(Replaced):
     def forward(self: Any, input: Tensor) -> Tensor:
         distributed = torch.distributed
         together = self.training and distributed.is_available() and distributed.is_initialized()
@@ -150,18 +190,36 @@ class _InstanceNorm(Replaced):
 
 
 class _LayerNorm(Replaced):
-    def forward(self: Any, input: Tensor) -> Tensor:
-        return functions.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+    joins = True
+
+    def forward(self: Any, input: Tensor, **joined: Any) -> Tensor:
+        return _followed(
+            functions.layer_norm,
+            input,
+            self.normalized_shape,
+            self.weight,
+            self.bias,
+            self.eps,
+            **joined,
+        )
 
 
 class _GroupNorm(Replaced):
-    def forward(self: Any, input: Tensor) -> Tensor:
-        return functions.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+    joins = True
+
+    def forward(self: Any, input: Tensor, **joined: Any) -> Tensor:
+        return _followed(
+            functions.group_norm, input, self.num_groups, self.weight, self.bias, self.eps, **joined
+        )
 
 
 class _RMSNorm(Replaced):
-    def forward(self: Any, x: Tensor) -> Tensor:
-        return functions.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+    joins = True
+
+    def forward(self: Any, x: Tensor, **joined: Any) -> Tensor:
+        return _followed(
+            functions.rms_norm, x, self.normalized_shape, self.weight, self.eps, **joined
+        )
 
 
 class _OfInput(Replaced):
@@ -194,22 +252,6 @@ class _Gemma(_OfInputWithEps):
     _offset = 1.0
 
 
-# Activations that are part of a norm's pass, by their modules.
-_ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu"}
-
-
-def _activation_of(module: Any) -> str | None:
-    """What a norm's own activation is called, where nothing but that follows the norm."""
-    act, drop = module.act, module.drop
-    if type(drop) is not nn.Identity or any(
-        hooks for one in (act, drop) for key, hooks in vars(one).items() if key.endswith("_hooks")
-    ):
-        return None
-    if type(act) is nn.GELU:
-        return {"none": "gelu", "tanh": "gelu_tanh"}[act.approximate]
-    return _ACTIVATIONS.get(type(act))
-
-
 class _OfTimm(Replaced):
     """Those of timm, which may have an activation of their own.
 
@@ -223,7 +265,8 @@ class _OfTimm(Replaced):
             return self._replaces.forward(self, x)
         if not hasattr(self, "act"):
             return self._normalized(x, None)
-        activation = _activation_of(self)
+        alone = type(self.drop) is nn.Identity and not is_watched(self.drop)
+        activation = activation_of(self.act) if alone else None
         y = self._normalized(x, activation)
         return y if activation else self.act(self.drop(y))
 
@@ -248,7 +291,7 @@ class _TimmGroupNorm(_OfTimm):
 
 class _TimmBatchNorm(_OfTimm):
     def _normalized(self: Any, x: Tensor, activation: Any) -> Tensor:
-        return _BatchNorm._of_batch(self, x, activation)
+        return _BatchNorm.forward(self, x, activation=activation)
 
 
 class _TimmRMSNorm(_OfTimm):
@@ -394,5 +437,7 @@ def choice_of(module: nn.Module) -> type | str:
         return "it is compiled by torch.jit"
     if parametrize.is_parametrized(module):
         return "it is parametrized"
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return "its first call makes another class of it"
     kind: Any = type(module)
     return _replacement(kind)

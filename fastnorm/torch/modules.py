@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from fastnorm.arguments import check_flag, shown
-from fastnorm.torch.classes import PYTORCHS, Replaced, choice_of
+from fastnorm.torch.classes import PYTORCHS, Replaced, choice_of, is_watched
+from fastnorm.torch.fusing import Joined, joined
 
 
 class Entry(NamedTuple):
@@ -69,7 +70,10 @@ def replace(model: nn.Module, fuse: bool = False) -> nn.Module:
         known (Llama, T5, Gemma and what computes the same), and norms of timm, those with an
         activation, too. Others are left.
     fuse
-        False. Norms are not joined with what follows them yet.
+        Whether to join norms with what follows them, too, in the forward of the modules that call
+        them: an activation (ReLU, SiLU, GELU), the sum with a residual, or both, where torch.fx
+        proves that nothing else is asked of the norm. Without gradients they are one pass over
+        memory. What is joined is called no more: add hooks before, or :func:`restore` first.
 
     Returns
     -------
@@ -80,8 +84,6 @@ def replace(model: nn.Module, fuse: bool = False) -> nn.Module:
     ------
     TypeError
         For what is no module.
-    ValueError
-        With ``fuse=True``.
 
     Examples
     --------
@@ -92,15 +94,14 @@ def replace(model: nn.Module, fuse: bool = False) -> nn.Module:
     >>> print(fnt.report(model))
     1  LayerNorm  replaced
     """
-    if check_flag(fuse, "fuse"):
-        raise ValueError(
-            "replace got fuse=True, which does not exist yet, expected False; write "
-            "fastnorm.torch.group_norm(..., activation=...) in the model itself"
-        )
+    fuse = check_flag(fuse, "fuse")
     chosen = [
         (m, choice_of(m)) for _, m in _modules(model, "replace") if not isinstance(m, Replaced)
     ]
     _set_classes([(module, found) for module, found in chosen if not isinstance(found, str)])
+    if fuse:
+        found = [(m, joined(m)) for _, m in _modules(model, "replace") if not is_watched(m)]
+        _set_classes([(module, kind) for module, kind in found if kind is not None])
     return model
 
 
@@ -125,7 +126,7 @@ def restore(model: nn.Module) -> nn.Module:
     Parameters
     ----------
     model
-        Any module; those in it that were replaced get the class back that they had.
+        Any module; those in it that were replaced, or joined, get the class back that they had.
 
     Returns
     -------
@@ -146,7 +147,7 @@ def restore(model: nn.Module) -> nn.Module:
     >>> type(fnt.restore(norm)) is torch.nn.LayerNorm
     True
     """
-    replaced = [(n, m) for n, m in _modules(model, "restore") if isinstance(m, Replaced)]
+    replaced = [(n, m) for n, m in _modules(model, "restore") if isinstance(m, Replaced | Joined)]
     for name, module in replaced:
         if _is_derived(module):
             raise ValueError(
@@ -204,7 +205,7 @@ def report(model: nn.Module) -> Report:
     return found
 
 
-def _is_derived(module: Replaced) -> bool:
+def _is_derived(module: Replaced | Joined) -> bool:
     """Whether parametrizing made another class of the one that replaces a norm's."""
     return "_replaces" not in vars(type(module))
 

@@ -63,7 +63,7 @@ X86_64_FLAGS = {
     "_kernels_v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
 }
 PLAIN = "_kernels_plain"  # every other machine and compiler: that compiler's default instructions
-# What must itself run on all of them: what says which this processor can run, and the way of tensors.
+# What runs on every processor: what says which of them it can run, and the way of tensors.
 FOR_ALL = ("_cpu", "_exchange")
 
 DIRECTIVES = {

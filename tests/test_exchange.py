@@ -213,3 +213,28 @@ def test_another_table_is_left_alone() -> None:
     with pytest.raises(AttributeError):
         module.Exchange(Without, Without, lambda x: False)
     assert tensors._table(None) is None
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("module", [fn, fnt], ids=["fastnorm", "fastnorm.torch"])
+def test_who_has_to_see_the_operators_sees_those_of_a_known_call(module: Any) -> None:
+    x, w = torch.randn(3, 5), torch.rand(5)
+    for _ in range(3):
+        expected = module.layer_norm(x, 5, w)
+    seen = []
+
+    class Mode(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        found = module.layer_norm(x, 5, w)
+    torch.testing.assert_close(found, expected)
+    assert any("layer_norm" in str(function) for function in seen)
+    traced = torch.jit.trace(lambda x: module.layer_norm(x, 5, w), (x,))
+    torch.testing.assert_close(traced(x + 1), module.layer_norm(x + 1, 5, w))
+    torch.testing.assert_close(traced(2 * x + x**2), module.layer_norm(2 * x + x**2, 5, w))

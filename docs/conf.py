@@ -16,7 +16,8 @@ import fastnorm
 
 # fastnorm is imported above, before this: the installed package stays the one documented, even
 # though the root also holds its sources.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE / "_ext")]
 
 from fastnorm.operations import OPERATIONS
 
@@ -27,30 +28,95 @@ release = fastnorm.__version__
 version = ".".join(release.split(".")[:2])
 
 extensions = [
+    "mathml",
+    "matplotlib.sphinxext.plot_directive",
+    "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.doctest",
-    "sphinx.ext.mathjax",
+    "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
-    "matplotlib.sphinxext.plot_directive",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinx_design",
+    "sphinx_gallery.gen_gallery",
 ]
 templates_path = ["_templates"]
-exclude_patterns = ["_build"]
+# myst_parser reads what pages include; no page is Markdown itself.
+source_suffix = {".rst": "restructuredtext"}
+exclude_patterns = ["_build", "gallery", "sg_execution_times.rst", "**/sg_execution_times.rst"]
+suppress_warnings = ["config.cache"]  # sphinx_gallery_conf holds what is not pickled
 default_role = "py:obj"
 add_module_names = False
 maximum_signature_line_length = 88
 
-autodoc_typehints = "none"  # the docstrings name the types
+autodoc_typehints = "both"
+autodoc_typehints_description_target = "documented_params"
+autodoc_typehints_format = "short"
+# Names that signatures keep; reference/types.rst explains them.
+autodoc_type_aliases = {
+    name: f"fastnorm.arguments.{name}" for name in ("Activation", "Array", "ArrayLike", "Axes")
+} | {"WithStats": "tuple[Array, Array, Array]", "WithRstd": "tuple[Array, Array]"}
+python_use_unqualified_type_names = True
 napoleon_google_docstring = False
 napoleon_use_rtype = False
 
 doctest_global_setup = "import numpy as np\nimport fastnorm as fn"
 
+# Kept here, so that a build fetches nothing; inventories/refresh.py writes them.
+intersphinx_mapping = {
+    name: (address, f"inventories/{name}.inv")
+    for name, address in (
+        ("python", "https://docs.python.org/3"),
+        ("numpy", "https://numpy.org/doc/stable"),
+    )
+}
+
 plot_formats = ["svg"]
 plot_html_show_source_link = plot_html_show_formats = plot_include_source = False
 
-html_theme = "furo"
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+sphinx_gallery_conf = {
+    "examples_dirs": "gallery",
+    "gallery_dirs": "auto_examples",
+    "filename_pattern": r"/(plot|run)_",
+    "abort_on_example_error": True,
+    "show_memory": False,
+    "min_reported_time": 60,
+    "download_all_examples": False,
+    "remove_config_comments": True,
+    "show_signature": False,
+    "plot_gallery": True,
+    "copyfile_regex": "",
+}
+
+html_math_renderer = "mathml"
+html_theme = "pydata_sphinx_theme"
 html_title = f"fastnorm {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_favicon = "_static/blocks/logo.svg"
+html_show_sourcelink = False
+html_copy_source = False
+html_context = {"default_mode": "auto"}
+html_sidebars = {"index": [], "which-norm": []}
+html_theme_options = {
+    "logo": {
+        "text": "fastnorm",
+        "image_light": "_static/blocks/logo.svg",
+        "image_dark": "_static/blocks/logo.svg",
+        "alt_text": "",
+    },
+    "header_links_before_dropdown": 7,
+    "navbar_end": ["theme-switcher"],
+    "footer_start": ["copyright"],
+    "footer_end": [],
+    "pygments_light_style": "a11y-high-contrast-light",
+    "pygments_dark_style": "a11y-high-contrast-dark",
+    "show_toc_level": 2,
+}
 
 
 class OperationsTable(SphinxDirective):
@@ -66,6 +132,14 @@ class OperationsTable(SphinxDirective):
         for first, *others in rows:
             lines += ["", f"   * - {first}", *(f"     - {cell}" for cell in others)]
         return self.parse_text_to_nodes("\n".join(lines))
+
+
+class SiteFigures(SphinxDirective):
+    """``.. site-figures::`` shows three numbers, each with its machine and its command."""
+
+    def run(self):
+        """Return them as a list."""
+        return []
 
 
 class PublicFunctions(Autosummary):
@@ -116,6 +190,7 @@ def report_undocumented(app, env):
 def setup(app):
     """Register what this file adds to Sphinx."""
     app.add_directive("operations-table", OperationsTable)
+    app.add_directive("site-figures", SiteFigures)
     app.add_directive("public-functions", PublicFunctions)
     app.connect("builder-inited", write_pages)
     app.connect("env-check-consistency", report_undocumented)

@@ -104,7 +104,7 @@ def batch_norm_backward(
 
        \hat{x} = (x - \mathrm{mean}) \, \mathrm{rstd}, \quad g = dy \cdot w, \quad
        dx = \mathrm{rstd} \, (g - \overline{g} - \hat{x} \, \overline{g \hat{x}}), \quad
-       dw = \textstyle\sum dy \, \hat{x}, \quad db = \sum dy
+       dw = {\textstyle\sum} dy \, \hat{x}, \quad db = \sum dy
 
     The bars are averages over a channel's samples and positions. Both terms are absent with
     ``training=False``, where the statistics do not depend on `x`.
@@ -180,7 +180,7 @@ def instance_norm_backward(
 
        \hat{x} = (x - \mathrm{mean}) \, \mathrm{rstd}, \quad g = dy \cdot w, \quad
        dx = \mathrm{rstd} \, (g - \overline{g} - \hat{x} \, \overline{g \hat{x}}), \quad
-       dw = \textstyle\sum dy \, \hat{x}, \quad db = \sum dy
+       dw = {\textstyle\sum} dy \, \hat{x}, \quad db = \sum dy
 
     The bars are averages over a sample's and channel's positions. Where the forward function used
     running statistics, its gradients are those of :func:`batch_norm_backward` with
@@ -253,7 +253,7 @@ def group_norm_backward(
 
        \hat{x} = (x - \mathrm{mean}) \, \mathrm{rstd}, \quad g = dy \cdot w, \quad
        dx = \mathrm{rstd} \, (g - \overline{g} - \hat{x} \, \overline{g \hat{x}}), \quad
-       dw = \textstyle\sum dy \, \hat{x}, \quad db = \sum dy
+       dw = {\textstyle\sum} dy \, \hat{x}, \quad db = \sum dy
 
     The bars are averages over a group's channels and positions.
 
@@ -364,7 +364,7 @@ def layer_norm_backward(
 
        \hat{x} = (x - \mathrm{mean}) \, \mathrm{rstd}, \quad g = dy \cdot w, \quad
        dx = \mathrm{rstd} \, (g - \overline{g} - \hat{x} \, \overline{g \hat{x}}), \quad
-       dw = \textstyle\sum dy \, \hat{x}, \quad db = \sum dy
+       dw = {\textstyle\sum} dy \, \hat{x}, \quad db = \sum dy
 
     The bars are averages over the normalised axes, the sums run over what shares a weight.
 
@@ -436,7 +436,7 @@ def rms_norm_backward(
 
        \hat{x} = x \, \mathrm{rstd}, \quad g = dy \cdot (w + w_0), \quad
        dx = \mathrm{rstd} \, (g - \hat{x} \, \overline{g \hat{x}}), \quad
-       dw = \textstyle\sum dy \, \hat{x}
+       dw = {\textstyle\sum} dy \, \hat{x}
 
     The bar is the average over the normalised axes, the sum runs over what shares a weight.
 

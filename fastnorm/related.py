@@ -112,7 +112,7 @@ def local_response_norm(
 ) -> Request[Array]:
     r"""Divide each value by a power of the mean square of its neighbouring channels.
 
-    .. math:: y_c = x_c \Big(k + \frac{\alpha}{n} \sum_{c'} x_{c'}^2\Big)^{-\beta}
+    .. math:: y_c = x_c \left(k + \frac{\alpha}{n} \sum_{c'} x_{c'}^2\right)^{-\beta}
 
     The sum runs over the n = `size` channels from ``c - size // 2`` to ``c + (size - 1) // 2``,
     of which those outside `x` count as 0.

@@ -1,5 +1,6 @@
 """Sphinx configuration. It documents the installed fastnorm and fetches nothing."""
 
+import re
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -9,6 +10,7 @@ from docutils.parsers.rst import directives
 from docutils.statemachine import StringList
 from sphinx.ext.autosummary import Autosummary
 from sphinx.ext.autosummary.generate import generate_autosummary_docs
+from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.logging import getLogger
 
@@ -48,15 +50,17 @@ exclude_patterns = ["_build", "gallery", "sg_execution_times.rst", "**/sg_execut
 suppress_warnings = ["config.cache"]  # sphinx_gallery_conf holds what is not pickled
 default_role = "py:obj"
 add_module_names = False
-maximum_signature_line_length = 88
 
 autodoc_typehints = "both"
 autodoc_typehints_description_target = "documented_params"
 autodoc_typehints_format = "short"
 # Names that signatures keep; reference/types.rst explains them.
 autodoc_type_aliases = {
-    name: f"fastnorm.arguments.{name}" for name in ("Activation", "Array", "ArrayLike", "Axes")
-} | {"WithStats": "tuple[Array, Array, Array]", "WithRstd": "tuple[Array, Array]"}
+    name: f"fastnorm.{name}"
+    for name in (
+        "Activation", "Array", "ArrayLike", "Axes", "Gradients", "Statistic", "WithRstd", "WithStats",
+    )
+}  # fmt: skip
 python_use_unqualified_type_names = True
 napoleon_google_docstring = False
 napoleon_use_rtype = False
@@ -109,6 +113,7 @@ html_theme_options = {
         "image_dark": "_static/blocks/logo.svg",
         "alt_text": "",
     },
+    "collapse_navigation": True,
     "header_links_before_dropdown": 7,
     "navbar_end": ["theme-switcher"],
     "footer_start": ["copyright"],
@@ -177,6 +182,29 @@ def write_pages(app):
     generate_autosummary_docs([str(found)], app=app)
 
 
+def forget_overloads(app):
+    """Show the signature of a function itself, which has all that its overloads have."""
+    for module in ("functional", "moments"):
+        analyzer = ModuleAnalyzer.for_module(f"fastnorm.{module}")
+        analyzer.analyze()
+        analyzer.overloads.clear()
+
+
+# autodoc writes its own class where an alias is part of a union.
+ALIAS = re.compile(r"TypeAliasForwardRef\('([\w.]+)'\)")
+
+
+def name_aliases(app, what, name, obj, options, signature, returned):
+    """Have a signature name its types as the code does."""
+    return tuple(text and ALIAS.sub(r"~\1", text) for text in (signature, returned))
+
+
+def name_aliases_below(app, domain, objtype, content):
+    """Have the list of parameters do so, too."""
+    for annotations in app.env.current_document.autodoc_annotations.values():
+        annotations |= {name: ALIAS.sub(r"~\1", text) for name, text in annotations.items()}
+
+
 def report_undocumented(app, env):
     """Warn (an error under -W) about each public function or class without an entry."""
     documented = env.get_domain("py").objects
@@ -193,4 +221,7 @@ def setup(app):
     app.add_directive("site-figures", SiteFigures)
     app.add_directive("public-functions", PublicFunctions)
     app.connect("builder-inited", write_pages)
+    app.connect("builder-inited", forget_overloads)
+    app.connect("autodoc-process-signature", name_aliases)
+    app.connect("object-description-transform", name_aliases_below, priority=400)
     app.connect("env-check-consistency", report_undocumented)

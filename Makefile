@@ -12,6 +12,7 @@ BACKEND  ?=
 CPU      ?=
 SEED     ?=
 JOBS     ?= auto
+AXE      ?= 4.14.1
 
 ifeq ($(OS),Windows_NT)
 BIN := $(VENV)/Scripts
@@ -37,8 +38,8 @@ PREPARE = @+test -n '$(PYTHON)' || { echo 'fastnorm needs Python 3.11 or newer a
 .DEFAULT_GOAL := help
 # Two targets at once would meet in pip.
 .NOTPARALLEL:
-.PHONY: help venv build demo test test-quick test-oldest fuzz trust sanitize lint format docs bench bench-gate \
-	bench-gate-update dist-check clean
+.PHONY: help venv build demo test test-quick test-oldest fuzz trust sanitize lint format docs site-check bench \
+	bench-gate bench-gate-update dist-check clean
 
 help:
 	@echo 'make demo      build fastnorm, run the demonstration'
@@ -51,6 +52,7 @@ help:
 	@echo 'make lint      ruff check, ruff format --check, mypy, lint-imports'
 	@echo 'make format    let ruff sort imports and format'
 	@echo 'make docs      build the documentation in docs/_build/html, run its examples'
+	@echo 'make site-check  look at it in Chromium: every page in three widths, light and dark (npm fetches axe-core)'
 	@echo 'make bench     run the benchmarks, write benchmarks/results and the table in README.md'
 	@echo 'make bench-gate         fail if a kernel has become slower than it is stored to be'
 	@echo 'make bench-gate-update  store how slow they are now'
@@ -133,6 +135,11 @@ docs:
 	$(PREPARE) $(STAMPS)/docs
 	$(BIN)/sphinx-build -q -W --keep-going -E -b html -d docs/_build/doctrees docs docs/_build/html
 	$(BIN)/sphinx-build -q -W --keep-going -b doctest -d docs/_build/doctrees docs docs/_build/doctest
+	@echo 'The documentation is in docs/_build/html/index.html'
+
+site-check: docs
+	$(PREPARE) $(STAMPS)/site $(STAMPS)/axe.min.js
+	$(PY) -m pytest tests/site_check.py $(PARALLEL) $(ARGS)
 
 venv:
 	$(PREPARE) $(STAMPS)/venv
@@ -151,13 +158,18 @@ $(STAMPS)/build: $(BUILT_FROM) | $(STAMPS)/venv
 	@touch '$@'
 
 # The packages of one extra. Its list leaves out fastnorm-kernels, which pip would else look for.
-$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/docs $(STAMPS)/dev $(STAMPS)/dist: $(STAMPS)/build
+$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/docs $(STAMPS)/dev $(STAMPS)/dist $(STAMPS)/site: $(STAMPS)/build
 	$(PY) tools/requirements.py $(@F) > '$@.txt'
 	$(PIP) install $(PIP_ARGS) -r '$@.txt'
 	@touch '$@'
 
+# What finds faults for those who do not see a page. npm packs it, and nothing of it is installed.
+$(STAMPS)/axe.min.js:
+	cd '$(STAMPS)' && npm pack --silent axe-core@$(AXE) && tar -xzOf axe-core-$(AXE).tgz package/axe.min.js > axe.part
+	mv '$(STAMPS)/axe.part' '$@'
+
 clean:
-	rm -rf build dist wheelhouse fastnorm.egg-info fastnorm_kernels.egg-info docs/_build docs/reference/generated
+	rm -rf build dist wheelhouse fastnorm.egg-info fastnorm_kernels.egg-info docs/_build docs/reference/generated docs/auto_examples docs/sg_execution_times.rst
 	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	rm -f fastnorm/_core/*.so fastnorm/_core/*.pyd fastnorm/_core/*.c
 	find fastnorm tests benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -30,6 +30,8 @@ release = fastnorm.__version__
 version = ".".join(release.split(".")[:2])
 
 extensions = [
+    "chooser",
+    "figures",
     "mathml",
     "matplotlib.sphinxext.plot_directive",
     "myst_parser",
@@ -57,10 +59,9 @@ autodoc_typehints_format = "short"
 # Names that signatures keep; reference/types.rst explains them.
 autodoc_type_aliases = {
     name: f"fastnorm.{name}"
-    for name in (
-        "Activation", "Array", "ArrayLike", "Axes", "Gradients", "Statistic", "WithRstd", "WithStats",
-    )
-}  # fmt: skip
+    for name in ("Activation", "Array", "ArrayLike", "Axes", "Gradients", "Statistic")
+    + ("WithRstd", "WithStats")
+}
 python_use_unqualified_type_names = True
 napoleon_google_docstring = False
 napoleon_use_rtype = False
@@ -139,14 +140,6 @@ class OperationsTable(SphinxDirective):
         return self.parse_text_to_nodes("\n".join(lines))
 
 
-class SiteFigures(SphinxDirective):
-    """``.. site-figures::`` shows three numbers, each with its machine and its command."""
-
-    def run(self):
-        """Return them as a list."""
-        return []
-
-
 class PublicFunctions(Autosummary):
     """``.. public-functions:: related`` is an autosummary of what that module's __all__ names.
 
@@ -218,7 +211,6 @@ def report_undocumented(app, env):
 def setup(app):
     """Register what this file adds to Sphinx."""
     app.add_directive("operations-table", OperationsTable)
-    app.add_directive("site-figures", SiteFigures)
     app.add_directive("public-functions", PublicFunctions)
     app.connect("builder-inited", write_pages)
     app.connect("builder-inited", forget_overloads)

@@ -21,6 +21,7 @@ from urllib.parse import unquote, urldefrag, urlsplit
 import pytest
 
 from .helpers import ROOT
+from .test_site import NETWORKS, chosen
 
 SITE = Path(os.environ.get("FASTNORM_SITE", ROOT / "docs" / "_build" / "html"))
 AXE = Path(os.environ.get("FASTNORM_AXE", Path(sys.prefix, ".stamps", "axe.min.js")))
@@ -43,7 +44,8 @@ FAULTS = """() => {
     found.push(`the page is ${wide} pixels too wide: ` +
       who.slice(-3).map(e => e.tagName + "." + e.className).join(", "))
   }
-  const scrolls = e => e && (/auto|scroll/.test(getComputedStyle(e).overflowX) || scrolls(e.parentElement))
+  const scrolls = e => e &&
+    (/auto|scroll/.test(getComputedStyle(e).overflowX) || scrolls(e.parentElement))
   const box = document.querySelector("article, main").getBoundingClientRect()
   for (const table of document.querySelectorAll("article table"))
     if (table.getBoundingClientRect().right > box.right + 1 && !scrolls(table.parentElement))
@@ -66,8 +68,8 @@ FAULTS = """() => {
 AXE_RUN = """async () => {
   const {violations} = await axe.run(document, {resultTypes: ["violations"]})
   return violations.filter(v => ["serious", "critical"].includes(v.impact)).map(
-    v => `${v.id}: ${v.nodes.length} times, first ${v.nodes[0].target} ${v.nodes[0].html.slice(0, 200)}` +
-         ` (${v.nodes[0].failureSummary.slice(0, 300)})`)
+    ({id, nodes}) => `${id}: ${nodes.length} times, first ${nodes[0].target}` +
+      ` ${nodes[0].html.slice(0, 200)} (${nodes[0].failureSummary.slice(0, 300)})`)
 }"""
 DRESS = """mode => {
   document.documentElement.dataset.theme = document.documentElement.dataset.mode = mode
@@ -134,9 +136,13 @@ def address() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Open the system's Chromium."""
-    found = os.environ.get("FASTNORM_CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), "")
+    found = os.environ.get("FASTNORM_CHROMIUM") or next(
+        filter(None, map(shutil.which, BROWSERS)), ""
+    )
     if not found:
-        pytest.skip(f"no browser here: none of {', '.join(BROWSERS)} (Debian: apt-get install chromium)")
+        pytest.skip(
+            f"no browser here: none of {', '.join(BROWSERS)} (Debian: apt-get install chromium)"
+        )
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as play:
@@ -216,7 +222,42 @@ def test_search_finds(words: str, expected: str, visit: Visit) -> None:
     """Among the first five."""
     page = visit.open(f"search.html?q={words.replace(' ', '+')}")
     page.wait_for_function("document.querySelectorAll('ul.search li').length > 0")
-    page.wait_for_function("/finished|found/i.test(document.querySelector('.search-summary').textContent)")
+    page.wait_for_function(
+        "/finished|found/i.test(document.querySelector('.search-summary').textContent)"
+    )
     titles = page.locator("ul.search li > a").all_inner_texts()
     assert expected in titles[:5]
+    assert not visit.complaints
+
+
+# --- What the first page leads to -----------------------------------------------------------------
+
+
+def test_two_questions_are_answered_within_one_click(visit: Visit) -> None:
+    page = visit.open("index.html")
+    page.get_by_role("link", name="Which norm for batch size 2?").click()
+    answer = page.locator("#chooser output")
+    answer.wait_for()
+    assert "Group norm" in answer.inner_text()
+    assert answer.evaluate("e => e.getBoundingClientRect().top < window.innerHeight")
+    visit.open("index.html")
+    page.get_by_role("link", name="How do I use it in PyTorch?").click()
+    assert page.locator("h1").inner_text().startswith("Coming from PyTorch")
+    assert not visit.complaints
+
+
+def test_the_chooser_shows_the_answers_of_its_file(visit: Visit) -> None:
+    """For every network, on both sides of every limit."""
+    page = visit.open("which-norm.html")
+    shown = page.locator("#chooser output")
+    for network in NETWORKS:
+        page.select_option("#chooser select", network)
+        for batch in (1, 15, 16, 31, 32, 1000):
+            page.fill("#chooser input", str(batch))
+            answer = chosen(network, batch)
+            found = shown.locator("strong").inner_text(), shown.locator("code").inner_text()
+            assert found == (answer["norm"], answer["call"])
+    for wrong in ("", "-3", "0"):
+        page.fill("#chooser input", wrong)
+        assert shown.locator("strong").inner_text()
     assert not visit.complaints

@@ -47,7 +47,7 @@ def shared(label: str, arguments: dict[str, Any]) -> np.ndarray[Any, Any]:
 
 def block(blue: np.ndarray[Any, Any], left: float = 0.0, top: float = 0.0) -> Iterator[str]:
     """Draw the cells that are seen: the front, the top and the right side."""
-    samples, channels, positions = blue.shape
+    samples, channels, _positions = blue.shape
 
     def corner(sample: int, channel: int, position: int) -> str:
         x = left + CELL * channel + BACK * sample

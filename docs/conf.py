@@ -1,5 +1,6 @@
 """Sphinx configuration. It documents the installed fastnorm and fetches nothing."""
 
+import doctest
 import re
 import sys
 from importlib import import_module
@@ -18,8 +19,8 @@ import fastnorm
 
 # fastnorm is imported above, before this: the installed package stays the one documented, even
 # though the root also holds its sources.
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE / "_ext")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "_ext"))
 
 from fastnorm.operations import OPERATIONS
 
@@ -66,7 +67,8 @@ python_use_unqualified_type_names = True
 napoleon_google_docstring = False
 napoleon_use_rtype = False
 
-doctest_global_setup = "import numpy as np\nimport fastnorm as fn"
+doctest_default_flags = doctest.DONT_ACCEPT_TRUE_FOR_1 | doctest.ELLIPSIS
+doctest_global_setup = "import numpy as np\nimport fastnorm as fn\nimport at_hand"
 
 # Kept here, so that a build fetches nothing; inventories/refresh.py writes them.
 intersphinx_mapping = {
@@ -102,6 +104,7 @@ html_theme = "pydata_sphinx_theme"
 html_title = f"fastnorm {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_js_files = ["site.js"]
 html_favicon = "_static/blocks/logo.svg"
 html_show_sourcelink = False
 html_copy_source = False
@@ -208,6 +211,12 @@ def report_undocumented(app, env):
             )
 
 
+def mend_citations(app, pagename, templatename, context, doctree):
+    """Leave out a role whose children are not of the kind that it asks for."""
+    if "body" in context:
+        context["body"] = context["body"].replace('<div role="list" class="cit', '<div class="cit')
+
+
 def setup(app):
     """Register what this file adds to Sphinx."""
     app.add_directive("operations-table", OperationsTable)
@@ -217,3 +226,4 @@ def setup(app):
     app.connect("autodoc-process-signature", name_aliases)
     app.connect("object-description-transform", name_aliases_below, priority=400)
     app.connect("env-check-consistency", report_undocumented)
+    app.connect("html-page-context", mend_citations)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shlex
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,9 +17,10 @@ import numpy as np
 import pytest
 
 import fastnorm as fn
+from fastnorm import cli
 from fastnorm.operations import OPERATIONS
 
-from .helpers import ROOT
+from .helpers import ROOT, run_python
 
 DOCS = ROOT / "docs"
 CHOOSER = json.loads((DOCS / "_static" / "chooser.json").read_text(encoding="utf-8"))
@@ -152,3 +154,92 @@ def test_the_first_pages_numbers_name_commands_that_are_there() -> None:
         else:
             module = command.removeprefix("python -m ").replace(".", "/")
             assert (ROOT / f"{module}.py").exists()
+
+
+# --- Blocks of code -------------------------------------------------------------------------------
+
+PAGES = [*DOCS.rglob("*.rst"), *(ROOT / f for f in ("README.md", "CONTRIBUTING.md", "SECURITY.md"))]
+PAGES = [page for page in PAGES if not {"_build", "generated", "auto_examples"} & {*page.parts}]
+OWN = {  # of other programs than make, Python and fastnorm: what has to be there
+    ".ci/run": ROOT / ".ci" / "run",
+}
+
+
+def commands() -> list[str]:
+    """Every line that a page tells to type."""
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        found += re.findall(r"^ *\$ (.+)$", text, re.MULTILINE)
+    return list(dict.fromkeys(found))
+
+
+def test_no_block_of_python_is_left_out() -> None:
+    """Those of the pages are doctest, testcode or whole files, which make docs and tests run."""
+    for page in DOCS.rglob("*.rst"):
+        if page in PAGES:
+            text = page.read_text(encoding="utf-8")
+            assert not re.search(r"code(-block)?:: *(py|pycon|ipython)", text), page.name
+            for file in re.findall(r"literalinclude:: (examples/\S+\.py)", text):
+                assert (ROOT / "tests" / f"test_example_{file[9:-3]}.py").exists() or file in {
+                    "examples/gpt2.py"  # of test_example_models.py
+                }
+
+
+def fault_of(command: str) -> str | None:
+    """What is wrong with a line to type; test_supply.py looks at those of pip."""
+    program, *words = shlex.split(command, comments=True)
+    while "=" in program:
+        program, *words = words
+    if program == "make":
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        targets = [word for word in words if "=" not in word]
+        missing = [
+            t for t in targets if not re.search(rf"^{re.escape(t)}:", makefile, re.MULTILINE)
+        ]
+        return f"no target {missing}" if missing else None
+    if program == "fastnorm":
+        try:
+            cli._parser().parse_args(words)
+        except SystemExit as end:
+            return f"not taken: {end}" if end.code else None
+        return None
+    if program == "python":
+        if words[0] == "-c":
+            compile(words[1], "-c", "exec")
+            return None
+        file = ROOT / (words[1].replace(".", "/") if words[0] == "-m" else words[0])
+        there = file.is_file() or file.is_dir() or file.with_suffix(".py").is_file()
+        return None if there else f"no {file.name}"
+    if program == "pip":
+        return None
+    return None if program in OWN and OWN[program].exists() else f"what is {program}?"
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_command_that_is_shown_can_be_used(command: str) -> None:
+    assert fault_of(command) is None
+
+
+@pytest.mark.parametrize(
+    "command", ["make everything", "fastnorm benhc x", "python -m benchmarks.acuracy", "rm -r x"]
+)
+def test_a_wrong_command_would_be_seen(command: str) -> None:
+    assert fault_of(command)
+
+
+def test_readmes_block_of_pytorch_runs(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```py\n(.*?)^```", text, re.M | re.S)
+    before = """
+import torch
+import fastnorm as fn
+model = torch.nn.Sequential(torch.nn.LayerNorm(768))
+tensor, weight, bias = torch.randn(4, 768), torch.ones(768), torch.zeros(768)
+"""
+    program = tmp_path / "readme.py"
+    program.write_text(before + block, encoding="utf-8")
+    run = run_python(str(program), PYTHONPATH=str(ROOT))
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "LayerNorm" in run.stdout

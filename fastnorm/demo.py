@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from textwrap import fill
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -111,6 +112,8 @@ class Norm:
     """What has a statistic of its own."""
     over: str
     """The axes that share it."""
+    takeaway: str
+    """What to see in its row."""
     samples: bool
     """Whether the samples share it; positions always do."""
     channels: int
@@ -146,6 +149,7 @@ NORMS = (
         "batch",
         each="channel",
         over="N, H, W",
+        takeaway="Samples share a scale: a result depends on the others.",
         samples=True,
         channels=1,
         arguments={"training": True},
@@ -156,6 +160,7 @@ NORMS = (
         "layer",
         each="sample",
         over="C, H, W",
+        takeaway="A sample's strong channels stay the strong ones.",
         samples=False,
         channels=16,
         arguments={"axis": (1, 2, 3)},
@@ -166,6 +171,7 @@ NORMS = (
         "instance",
         each="channel of a sample",
         over="H, W",
+        takeaway="Every channel gets the same contrast.",
         samples=False,
         channels=1,
         arguments={},
@@ -176,6 +182,7 @@ NORMS = (
         "group",
         each="4 channels of a sample",
         over="C/4, H, W",
+        takeaway="Strong and weak are kept within four channels only.",
         samples=False,
         channels=16 // GROUPS,
         arguments={"num_groups": GROUPS},
@@ -186,6 +193,7 @@ NORMS = (
         "rms",
         each="sample (no mean)",
         over="C, H, W",
+        takeaway="As layer, but zero stays zero.",
         samples=False,
         channels=16,
         arguments={"axis": (1, 2, 3)},
@@ -310,11 +318,12 @@ class Result:
         for name, block in zip(names[1:], times[1:]):
             block.append(["", "times", *(f"{row.times_as_long[name]:.1f}" for row in self.norms)])
         errors = [
-            [TITLES[name], "ulp", *(_short(row.ulps[name]) for row in self.norms)] for name in names
+            [TITLES[name], "steps", *(_short(row.ulps[name]) for row in self.norms)]
+            for name in names
         ]
         size = 4e-6 * np.prod(self.shape)
         offset = [
-            f"{TITLES[name]} {_short(self.offset.ulps[name])} ulp"
+            f"{TITLES[name]} {_short(self.offset.ulps[name])} steps"
             f" ({self.offset.largest_error[name]:.1e})"
             for name in names
         ]
@@ -326,8 +335,11 @@ class Result:
                 "",
                 *_aligned([what, *times, errors]),
                 "",
-                "ms: the median for one call. times: as long as fastnorm takes. ulp: the largest",
-                "error in units in the last place of the exact result, or of 2^-20 below that.",
+                "ms: the median for one call. times: as long as fastnorm takes. steps: the largest",
+                "error, in steps from one float32 number to the next, at the exact result (below",
+                "2^-20 in the steps there). Half a step is what rounding costs.",
+                "",
+                *(f"{norm.name + ':':10}{norm.takeaway}" for norm in NORMS),
                 "",
                 (
                     f"Every channel lifted by {self.offset.mean_over_std:,.0f} of its standard "
@@ -426,7 +438,7 @@ def run(
 SHOWN = {"light": "#b45309", "red − green": "#be123c", "coarse stripes, 45°": "#0f766e"}
 INK, FAINT, EDGE, SHARED, PLAIN = "#1f2937", "#6b7280", "#94a3b8", "#2563eb", "#f8fafc"
 INCHES, DPI = (15.0, 10.6), 100
-BEFORE, AFTER = 1.0, 3.0  # the colour scales reach from minus this to this
+REACH = 3.0  # the colour scale reaches from minus so many spreads to so many
 
 
 def draw(images: Array, x: Array, names: Sequence[str]) -> bytes:
@@ -462,12 +474,13 @@ def draw(images: Array, x: Array, names: Sequence[str]) -> bytes:
             ax, *others = cells(0, i)
             _draw_image(ax, images[sample].transpose(1, 2, 0))
             for ax, channel, (name, colour) in zip(others, channels, SHOWN.items()):
-                before = _draw_image(ax, x[sample, channel], BEFORE)
+                shown = _draw_image(ax, x[sample, channel] / x.std(), REACH)
                 ax.set_title(name, fontsize=9, pad=5, color=colour)
 
         for row, norm in enumerate(NORMS, start=1):
             each = norm.each.replace(" of ", "\nof ").replace(" (", "\n(")
-            label = f"for each {each}\nover {norm.over}"
+            takeaway = fill(norm.takeaway, 21)
+            label = f"for each {each}\nover {norm.over}\n{takeaway}"
             _write_label(figure.add_subplot(grid[row, 0]), norm.name, label)
             _draw_block(figure.add_subplot(grid[row, 1]), x.shape, norm)
             y = contenders(norm, x, None)["fastnorm"]()
@@ -475,15 +488,13 @@ def draw(images: Array, x: Array, names: Sequence[str]) -> bytes:
                 ax, *others = cells(row, i)
                 _draw_histograms(ax, y[sample, channels], last=row == len(NORMS))
                 for ax, channel in zip(others, channels):
-                    after = _draw_image(ax, y[sample, channel], AFTER)
+                    _draw_image(ax, y[sample, channel], REACH)
 
-        scales = ((0.42, before, BEFORE, "before"), (0.72, after, AFTER, "after a norm"))
-        for left, image, reach, title in scales:
-            bar = figure.add_axes((left, 0.032, 0.2, 0.012))
-            ticks = np.linspace(-reach, reach, 5)
-            figure.colorbar(image, bar, orientation="horizontal", extend="both", ticks=ticks)
-            bar.set_title(title, fontsize=9, pad=4)
-            bar.tick_params(labelsize=8, length=2)
+        bar = figure.add_axes((0.5, 0.032, 0.3, 0.012))
+        ticks = np.linspace(-REACH, REACH, 7)
+        figure.colorbar(shown, bar, orientation="horizontal", extend="both", ticks=ticks)
+        bar.set_title("in standard deviations; before a norm, in that of all numbers", fontsize=9)
+        bar.tick_params(labelsize=8, length=2)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=DPI)
     return buffer.getvalue()

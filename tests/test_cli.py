@@ -284,6 +284,8 @@ def test_demo_prints_a_table_and_draws(
     rows = [line.split()[0] for line in out.splitlines() if " | " in line]
     assert rows[2:] == ["batch", "layer", "instance", "group", "rms"]
     assert "threads: 1 " in out
+    assert all(f"{norm.name}:" in out and norm.takeaway in out for norm in demo.NORMS)
+    assert "ulp" not in out
     assert out.endswith("The picture is in demo.png\n")
     assert png_size(tmp_path / "demo.png") == (1500, 1060)
     assert fn.get_num_threads() == threads

@@ -211,10 +211,14 @@ def report_undocumented(app, env):
             )
 
 
-def mend_citations(app, pagename, templatename, context, doctree):
-    """Leave out a role whose children are not of the kind that it asks for."""
-    if "body" in context:
-        context["body"] = context["body"].replace('<div role="list" class="cit', '<div class="cit')
+def mend_page(app, pagename, templatename, context, doctree):
+    """Mend what Sphinx writes: a role with children of another kind, links back from sources."""
+    body = context.get("body", "").replace('<div role="list" class="cit', '<div class="cit')
+    if pagename.startswith("_modules/"):
+        # of a function that is documented under another module than its neighbours
+        body = re.sub(r"(generated/(fastnorm[\w.]*)\.html)#(?!\2)[\w.]*", r"\1#\2", body)
+    if body:
+        context["body"] = body
 
 
 def setup(app):
@@ -226,4 +230,4 @@ def setup(app):
     app.connect("autodoc-process-signature", name_aliases)
     app.connect("object-description-transform", name_aliases_below, priority=400)
     app.connect("env-check-consistency", report_undocumented)
-    app.connect("html-page-context", mend_citations)
+    app.connect("html-page-context", mend_page)

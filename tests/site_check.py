@@ -29,10 +29,14 @@ WIDTHS = (400, 768, 1400)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 PAGES = sorted(path.relative_to(SITE).as_posix() for path in SITE.rglob("*.html"))
+PAGES = [page for page in PAGES if not page.startswith("_static/")]
 # How axe sees a page: pages that a program has written in turns the one or the other way, the
 # rest in both.
 LOOKS = ((400, "dark"), (1400, "light"))
 WRITTEN = {page for page in PAGES if "generated/" not in page and not page.startswith("_modules/")}
+
+# Milliseconds after a change of the width until the theme has looked which parts scroll.
+DEBOUNCED = 400
 
 # What is wrong with the page as it is drawn now, as texts.
 FAULTS = """() => {
@@ -205,6 +209,7 @@ def test_page(name: str, visit: Visit) -> None:
             page.evaluate(DRESS, mode)
             faults = page.evaluate(FAULTS)
             if (width, mode) in looks:
+                page.wait_for_timeout(DEBOUNCED)
                 faults += page.evaluate(AXE_RUN)
             found += [f"{width}, {mode}: {fault}" for fault in faults]
     found += visit.complaints

@@ -41,18 +41,19 @@ DEBOUNCED = 400
 # What is wrong with the page as it is drawn now, as texts.
 FAULTS = """() => {
   const found = [], page = document.documentElement
-  const wide = page.scrollWidth - window.innerWidth
-  if (wide > 0) {
-    const who = [...document.querySelectorAll("body *")]
-      .filter(e => e.getBoundingClientRect().right > window.innerWidth + 1)
-    found.push(`the page is ${wide} pixels too wide: ` +
-      who.slice(-3).map(e => e.tagName + "." + e.className).join(", "))
-  }
-  const scrolls = e => e &&
+  const scrolls = e => e && e.tagName !== "ARTICLE" &&
     (/auto|scroll/.test(getComputedStyle(e).overflowX) || scrolls(e.parentElement))
-  const box = document.querySelector("article, main").getBoundingClientRect()
+  // the theme has the article scroll where something in it is too wide: that is a fault, too
+  for (const box of [page, ...document.querySelectorAll("main, .bd-article-container, article")])
+    if (box.scrollWidth > box.clientWidth + 1)
+      found.push(`${box.tagName} is ${box.scrollWidth - box.clientWidth} pixels too wide: ` +
+        [...box.querySelectorAll("article *")]
+          .filter(e => e.getBoundingClientRect().right > box.getBoundingClientRect().right + 1)
+          .filter(e => !scrolls(e.parentElement)).slice(0, 3)
+          .map(e => `${e.tagName}.${e.className}`).join(", "))
+  const edge = document.querySelector("article, main").getBoundingClientRect().right
   for (const table of document.querySelectorAll("article table"))
-    if (table.getBoundingClientRect().right > box.right + 1 && !scrolls(table.parentElement))
+    if (table.getBoundingClientRect().right > edge + 1 && !scrolls(table.parentElement))
       found.push("a table is cut off: " + table.textContent.trim().slice(0, 40))
   for (const image of document.images) {
     if (image.loading === "lazy") continue

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.slow
 
 GALLERY = ROOT / "docs" / "gallery"
 EXAMPLES = sorted(GALLERY.glob("plot_*.py"))
+PROGRAMS = [*(ROOT / "docs" / "examples").glob("*.py")]  # which some of them use
 
 if not EXAMPLES:  # the tests of a wheel come without docs/
     pytest.skip("no docs/gallery here", allow_module_level=True)
@@ -49,7 +50,7 @@ def imported(path: Path) -> set[str]:
             found |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             found.add((node.module or "").partition(".")[0])
-    return found - sys.stdlib_module_names
+    return found - sys.stdlib_module_names - {other.stem for other in PROGRAMS}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem.removeprefix("plot_"))

@@ -2,14 +2,15 @@
 Larger than memory, with Dask
 =============================
 
-The functions take Dask arrays and return Dask arrays, and what is computed goes through memory
-chunk by chunk. Here an array of 512 MiB is normalised by a process that holds a few chunks of it.
+The functions take Dask arrays and return Dask arrays, and what is computed goes
+through memory chunk by chunk. Here an array of 512 MiB is normalised by a
+process that holds a few chunks of it.
 """
 
 # %%
-# Activations of shape (N, C, H, W), in 64 chunks of 8 MiB. In earnest they would be read from a
-# file, as by ``dask.array.from_zarr``. Each reading notes the most memory that was in use since the
-# one before.
+# Activations of shape (N, C, H, W), in 64 chunks of 8 MiB. In earnest they
+# would be read from a file, as by ``dask.array.from_zarr``. Each reading notes
+# the most memory that was in use since the one before.
 
 import tracemalloc
 
@@ -32,17 +33,18 @@ def read(block_info):
 
 
 chunks = ((16,) * 64, (32,), (64,), (64,))
-x = da.map_blocks(read, chunks=chunks, dtype=np.float32, meta=np.empty((), np.float32))
+x = da.map_blocks(read, chunks=chunks, meta=np.empty((), np.float32))
 print(f"{x.shape}: {x.nbytes / 2**20:.0f} MiB")
 
 # %%
-# Group norm needs one sample at a time and reads each chunk once. The statistics of batch norm are
-# those of all chunks: it reads each once for them, and once more to normalise it. (The moments of
-# the results are taken as the results come, and are here to show that they are right.)
+# Group norm needs one sample at a time and reads each chunk once. The
+# statistics of batch norm are those of all chunks: it reads each once for them,
+# and once more to normalise it. (The moments of the results are taken as the
+# results come, and are here to show that they are right.)
 
 
 def in_chunks(y):
-    """Return mean and variance of y, and the peak of memory between readings."""
+    """Return mean and variance of y, and the peaks of memory."""
     peaks.clear()
     tracemalloc.start()
     with dask.config.set(scheduler="synchronous"):
@@ -52,16 +54,20 @@ def in_chunks(y):
     return statistics, peaks[1:]
 
 
-results = {"group norm": fn.group_norm(x, 8), "batch norm": fn.batch_norm(x, training=True)}
+results = {
+    "group norm": fn.group_norm(x, 8),
+    "batch norm": fn.batch_norm(x, training=True),
+}
 assert not peaks  # nothing is read before it is asked for
 
-in_chunks(fn.batch_norm(x[:32], training=True))  # the first call imports what it needs
+in_chunks(fn.batch_norm(x[:32], training=True))  # imports what it needs
 found = {}
 for name, y in results.items():
     statistics, found[name] = in_chunks(y)
     assert np.allclose(statistics, (0, 1), atol=1e-3)
-    print(f"{name}: {len(found[name])} readings, {max(found[name]):.0f} MiB at most")
-    assert max(found[name]) < 4 * 8
+    most = max(found[name])
+    print(f"{name}: {len(found[name])} readings, {most:.0f} MiB at most")
+    assert most < 4 * 8  # chunks
 
 assert len(found["group norm"]) == 64
 assert len(found["batch norm"]) == 128
@@ -78,7 +84,8 @@ for size, text in ((512, "the array"), (8, "a chunk")):
 ax.axvline(64.5, color="gray", ls=":")
 ax.text(66, 100, "batch norm has its statistics\nand reads a second time")
 ax.set(xlabel="chunks read", ylabel="most memory in use, MiB", ylim=(4, 1024))
-ax.set_yticks([8, 16, 32, 64, 128, 256, 512], ["8", "16", "32", "64", "128", "256", "512"])
+sizes = 2 ** np.arange(3, 10)
+ax.set_yticks(sizes, map(str, sizes))
 ax.minorticks_off()
 ax.legend(frameon=False, loc="center left")
 plt.show()

@@ -2,8 +2,9 @@
 Statistics of a data set
 ========================
 
-Every image has a mean and a standard deviation, and those of the data set are not the averages of
-them. :class:`fastnorm.Moments` merges them rightly, image by image or file by file.
+Every image has a mean and a standard deviation, and those of the data set are
+not the averages of them. :class:`fastnorm.Moments` merges them rightly, image
+by image or file by file.
 """
 
 # %%
@@ -29,58 +30,57 @@ images = [
 ]
 
 # %%
-# The moments of the parts add up. :meth:`~fastnorm.Moments.update` does the same one image at a
-# time.
+# The moments of the parts add up. :meth:`~fastnorm.Moments.update` does the
+# same one image at a time.
 
 parts = [fn.Moments.from_array(image) for image in images]
 total = sum(parts, fn.Moments())
 
-assert np.allclose((total.mean, total.var()), fn.moments(np.stack(images)), rtol=1e-14)
+right = fn.moments(np.stack(images))
+assert np.allclose((total.mean, total.var()), right, rtol=1e-14)
 
 # %%
-# The average of the variances leaves out how far the means lie apart: here that is most of the
-# whole.
+# The average of the variances leaves out how far the means lie apart: here that
+# is most of the whole.
 
 within = np.mean([part.var() for part in parts])
 between = np.var([part.mean for part in parts])
 assert np.isclose(within + between, total.var())
-print(f"variance {total.var():.0f}: {within:.0f} within the images, {between:.0f} between them")
+print(f"variance: {within:.0f} within images, {between:.0f} between them")
+assert between > within
 
 # %%
-# Each image at its mean and standard deviation. The average of the standard deviations is too
-# small, and every image would be divided by it.
+# Each image at its mean and standard deviation. The average of the standard
+# deviations is too small, and every image would be divided by it.
 
 average = np.mean([part.std() for part in parts])
-print(f"standard deviation {total.std():.1f}; the images' average {average:.1f}")
 assert average < 0.6 * total.std()
-assert between > within
 
 plt.style.use("tableau-colorblind10")
 figure, ax = plt.subplots(figsize=(8, 5.2), layout="constrained")
 for image, part in zip(images, parts):
     x, y = part.mean, part.std()
-    ax.imshow(image, extent=(x - 5, x + 5, y - 3, y + 3), aspect="auto", zorder=2)
-for y, style, text in (
-    (total.std(), "-", "of the data set"),
-    (average, "--", "average of the images"),
-):
+    place = (x - 5, x + 5, y - 3, y + 3)
+    ax.imshow(image, extent=place, aspect="auto", zorder=2)
+lines = {"of the data set": total.std(), "average of the images": average}
+for (text, y), style in zip(lines.items(), ("-", "--")):
     ax.axhline(y, color="black", ls=style, zorder=1)
     ax.text(145, y + 1, f"{text}: {y:.1f}", ha="center")
-ax.plot(total.mean, total.std(), "*", ms=22, mfc="#FFBC79", mec="black", zorder=3)
+ax.plot(total.mean, total.std(), "*", ms=22, mfc="C8", mec="black", zorder=3)
 ax.set(xlabel="mean", ylabel="standard deviation", xlim=(0, 265), ylim=(0, 105))
 plt.show()
 
 # %%
-# From files, ``fastnorm stats`` does it, for each channel. Its last line is for torchvision.
+# From files, ``fastnorm stats`` does it, for each channel. Its last line is for
+# torchvision.
 
 with TemporaryDirectory() as folder:
     for i, image in enumerate(images):
         Image.fromarray(image).save(Path(folder, f"{i:02}.png"))
-    command = [sys.executable, "-m", "fastnorm", "stats", folder, "--scale", "255"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-print(done.stdout)
+    command = ["-m", "fastnorm", "stats", folder, "--scale", "255"]
+    table = subprocess.check_output([sys.executable, *command], text=True)
+print(table)
 
 mean, var = fn.moments(np.stack(images), axis=(0, 1, 2))
-for channel, line in enumerate(done.stdout.splitlines()[1:4]):
-    found = [float(number) for number in line.split()[2:]]
-    assert np.allclose(found, (mean[channel] / 255, np.sqrt(var[channel]) / 255), atol=1e-9)
+found = np.loadtxt(table.splitlines()[1:4], usecols=(2, 3)) * 255
+assert np.allclose(found, np.transpose([mean, np.sqrt(var)]), rtol=1e-7)

@@ -2,8 +2,9 @@
 On four MPI processes
 =====================
 
-Where a data set is spread over processes, each has moments of its own, and ``allreduce`` gives all
-of them those of the whole. Batch norm with ``comm=`` normalises by them.
+Where a data set is spread over processes, each has moments of its own, and
+``allreduce`` gives all of them those of the whole. Batch norm with ``comm=``
+normalises by them.
 """
 
 # %%
@@ -12,8 +13,8 @@ of them those of the whole. Batch norm with ``comm=`` normalises by them.
 # .. literalinclude:: /gallery/mpi/four_processes.py
 #    :start-at: import numpy
 #
-# The handwritten digits of scikit-learn, in four files: the first process sees zeros alone, the
-# others ones, fours and sevens.
+# The handwritten digits of scikit-learn, in four files: the first process sees
+# zeros alone, the others ones, fours and sevens.
 
 import os
 import shutil
@@ -32,18 +33,20 @@ data = load_digits()
 files = [data.images[data.target == digit] for digit in (0, 1, 4, 7)]
 
 # MPICH from PyPI has its launcher next to Python.
-launcher = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or "mpiexec"
-program = str(Path("../gallery/mpi/four_processes.py").resolve())
+beside = str(Path(sys.executable).parent)
+launcher = shutil.which("mpiexec", path=beside) or "mpiexec"
+program = str(Path("mpi/four_processes.py").resolve())
 command = [launcher, "-n", "4", sys.executable, "-m", "mpi4py", program]
 with TemporaryDirectory() as folder:
     for i, images in enumerate(files):
         np.save(Path(folder, f"{i}.npy"), images)
-    subprocess.run(command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=folder, env=one_thread, check=True)
     found = [dict(np.load(Path(folder, f"{i}.npz"))) for i in range(4)]
 
 # %%
-# Each of them has found what one process finds in all of the images, and so are the results of
-# batch norm those of one process.
+# Each of them has found what one process finds in all of the images, and so are
+# the results of batch norm those of one process.
 
 images = np.concatenate(files)
 mean, var = fn.moments(images, axis=0)
@@ -51,16 +54,18 @@ for one in found:
     assert np.allclose(one["whole"], (mean, np.sqrt(var)), rtol=1e-14)
     assert (one["whole"] == found[0]["whole"]).all()
 right = fn.batch_norm(images.reshape(-1, 64), training=True)
-assert np.allclose(np.concatenate([one["y"] for one in found]), right, atol=1e-12)
+together = np.concatenate([one["y"] for one in found])
+assert np.allclose(together, right, atol=1e-12)
 
 # %%
-# No process could have guessed the whole: above, the mean of each pixel; below, its standard
-# deviation.
+# No process could have guessed the whole: above, the mean of each pixel; below,
+# its standard deviation.
 
 maps = [one["own"] for one in found] + [found[0]["whole"]]
 titles = [*(f"process {i}" for i in range(4)), "all, by allreduce"]
 figure, axes = plt.subplots(2, 5, figsize=(9, 3.9), layout="constrained")
-for row, name, most, statistic in zip(axes, ("mean", "standard deviation"), (16, 8), zip(*maps)):
+kinds = {"mean": 16, "standard deviation": 8}  # and the end of its colours
+for row, (name, most), statistic in zip(axes, kinds.items(), zip(*maps)):
     for ax, values in zip(row, statistic):
         image = ax.imshow(values, cmap="cividis", vmin=0, vmax=most)
         ax.set(xticks=[], yticks=[])

@@ -2,13 +2,14 @@
 An activation of your own
 =========================
 
-``activation=`` takes a function of one number that Numba has compiled, and makes it part of the
-norm. Memory is walked once, and nothing is kept but the result.
+``activation=`` takes a function of one number that Numba has compiled, and
+makes it part of the norm. Memory is walked once, and nothing is kept but the
+result.
 """
 
 # %%
-# Soft thresholding: what is less than half a standard deviation from the mean becomes 0, the rest
-# comes nearer by as much. No norm has this one built in.
+# Soft thresholding: what is less than half a standard deviation from the mean
+# becomes 0, the rest comes nearer by as much. No norm has this one built in.
 
 import math
 import tracemalloc
@@ -59,7 +60,8 @@ assert memory["in steps"] > 3.9
 # :doc:`/numba` has the command that measures what is saved in time.
 
 zeros = np.mean(y == 0)
-assert np.isclose(zeros, math.erf(0.5 / math.sqrt(2)), atol=0.01)  # of normal numbers
+expected = math.erf(0.5 / math.sqrt(2))  # of normal numbers
+assert np.isclose(zeros, expected, atol=0.01)
 
 plt.style.use("tableau-colorblind10")
 figure, (left, right) = plt.subplots(
@@ -67,12 +69,14 @@ figure, (left, right) = plt.subplots(
 )
 z = np.linspace(-3, 3, 601)
 left.plot(z, z, color="C2", ls="--", label="norm alone")
-left.plot(z, np.vectorize(shrink.py_func)(z), color="C0", lw=2, label="with shrink")
-left.hist(fn.layer_norm(x, 128).ravel(), 60, range=(-3, 3), density=True, color="C4", alpha=0.5)
+left.plot(z, [shrink(v) for v in z], color="C0", lw=2, label="with shrink")
+counts, edges = np.histogram(fn.layer_norm(x, 128), 60, (-3, 3), density=True)
+left.stairs(counts, edges, fill=True, color="C4", alpha=0.5)
 left.text(0, -0.1, f"{zeros:.0%} become 0", ha="left", va="top")
-left.set(xlabel="normalised value (shaded: how frequent)", ylabel="result", ylim=(-2, 2))
+left.set_xlabel("normalised value (shaded: how frequent)")
+left.set(ylabel="result", ylim=(-2, 2))
 left.legend(frameon=False, loc="upper left")
-bars = right.bar(list(memory), list(memory.values()), color=["C0", "C1"], width=0.6)
+bars = right.bar(*zip(*memory.items()), color=["C0", "C1"], width=0.6)
 right.bar_label(bars, fmt="%.1f", padding=2)
 right.set(ylabel="peak of memory, in arrays like x", ylim=(0, 4.6))
 plt.show()

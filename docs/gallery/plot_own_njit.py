@@ -2,13 +2,15 @@
 Inside your own compiled functions
 ==================================
 
-In a function that Numba compiles, ``fn.moments`` and the norms are compiled with it. Here each
-pixel of a photograph is standardized by its own surroundings, which no ``axis`` can say.
+In a function that Numba compiles, ``fn.moments`` and the norms are compiled
+with it. Here each pixel of a photograph is standardized by its own
+surroundings, which no ``axis`` can say.
 """
 
 # %%
-# A loop over pixels with a call for each: 273 thousand calls, without Python between them. The
-# window is cut off at the edges. With ``parallel=True``, ``prange`` shares the rows among threads.
+# A loop over pixels with a call for each: 273 thousand calls, without Python
+# between them. The window is cut off at the edges. With ``parallel=True``,
+# ``prange`` shares the rows among threads.
 
 import matplotlib.pyplot as plt
 import numba
@@ -25,7 +27,10 @@ def local_contrast(image, radius):
     out = np.empty_like(image)
     for i in numba.prange(height):
         for j in range(width):
-            window = image[max(i - radius, 0) : i + radius + 1, max(j - radius, 0) : j + radius + 1]
+            window = image[
+                max(i - radius, 0) : i + radius + 1,
+                max(j - radius, 0) : j + radius + 1,
+            ]
             mean, var = fn.moments(window)
             out[i, j] = (image[i, j] - mean) / np.sqrt(var + 1e-4)
     return out
@@ -40,11 +45,12 @@ result = local_contrast(brightness, radius=20)
 
 i, j = 200, 400
 mean, var = fn.moments(brightness[i - 20 : i + 21, j - 20 : j + 21])
-assert np.isclose(result[i, j], (brightness[i, j] - mean) / np.sqrt(var + 1e-4), rtol=1e-6)
+right = (brightness[i, j] - mean) / np.sqrt(var + 1e-4)
+assert np.isclose(result[i, j], right, rtol=1e-6)
 
 # %%
-# Small differences show next to large ones: clouds in the sky, boats on the lake, leaves in the
-# shade.
+# Small differences show next to large ones: clouds in the sky, boats on the
+# lake, leaves in the shade.
 
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.3), layout="constrained")
 axes[0].imshow(brightness, cmap="gray")

@@ -2,13 +2,14 @@
 Masks for padded sequences
 ==========================
 
-Sequences of different lengths become one array by padding, and batch norm takes the padding for
-data. ``where=`` says which elements count, so that the statistics are those of the sequences alone.
+Sequences of different lengths become one array by padding, and batch norm takes
+the padding for data. ``where=`` says which elements count, so that the
+statistics are those of the sequences alone.
 """
 
 # %%
-# Sixteen sequences of up to 60 steps with 8 features each, padded with zeros to (N, C, L). What is
-# real has mean 3 and standard deviation 1.
+# Sixteen sequences of up to 60 steps with 8 features each, padded with zeros to
+# (N, C, L). What is real has mean 3 and standard deviation 1.
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -17,37 +18,38 @@ import fastnorm as fn
 
 rng = np.random.default_rng(0)
 lengths = np.sort(rng.integers(10, 61, size=16))
-real = np.arange(60) < lengths[:, None, None]  # (N, 1, L), which broadcasts to x
+real = np.arange(60) < lengths[:, None, None]  # (N, 1, L)
 x = np.where(real, rng.normal(3, 1, (16, 8, 60)), 0)
 
 # %%
-# Without a mask the zeros pull the mean down and blow the variance up: with a share f of real steps
-# they are 3 f and f + 9 f (1 - f). With the mask, what is real comes out with mean 0 and deviation
-# 1.
+# Without a mask the zeros pull the mean down and blow the variance up: with a
+# share f of real steps they are 3 f and f + 9 f (1 - f). With the mask, what is
+# real comes out with mean 0 and deviation 1.
 
 blind = fn.batch_norm(x, training=True)
 masked = fn.batch_norm(x, training=True, where=real)
 
 share = real.mean()
 deviation = np.sqrt(share + 9 * share * (1 - share))
-for y, mean, std in ((blind, 3 * (1 - share) / deviation, 1 / deviation), (masked, 0, 1)):
-    found = fn.moments(y, where=real)
-    print(f"what is real: mean {found[0]:.2f}, standard deviation {np.sqrt(found[1]):.2f}")
-    assert np.allclose(found, (mean, std**2), atol=0.03)  # 4400 numbers drawn at random
+expected = 3 * (1 - share) / deviation, 1 / deviation**2
+for y, right in ((blind, expected), (masked, (0, 1))):
+    mean, var = fn.moments(y, where=real)
+    print(f"mean {mean:.2f}, standard deviation {np.sqrt(var):.2f}")
+    assert np.allclose((mean, var), right, atol=0.03)  # of numbers at random
 
 # %%
-# The mask decides what enters the statistics, and nothing else: the padding is normalised, too, and
-# what follows must go on ignoring it. The result for the sequences is that of packing all real
-# steps into one array without padding.
+# The mask decides what enters the statistics, and nothing else: the padding is
+# normalised, too, and what follows must go on ignoring it. The result for the
+# sequences is that of packing all real steps into one array without padding.
 
 packed = np.moveaxis(x, 1, -1)[real[:, 0]]  # (real steps, C)
-assert np.allclose(
-    np.moveaxis(masked, 1, -1)[real[:, 0]], fn.batch_norm(packed, training=True), rtol=1e-12
-)
+there = np.moveaxis(masked, 1, -1)[real[:, 0]]
+assert np.allclose(there, fn.batch_norm(packed, training=True), rtol=1e-12)
 
 # %%
-# One long sequence in the batch widens the array of all, and without a mask it changes the results
-# of all. Layer norm of each step over its features needs no mask: no step sees another.
+# One long sequence in the batch widens the array of all, and without a mask it
+# changes the results of all. Layer norm of each step over its features needs no
+# mask: no step sees another.
 
 widths = np.arange(60, 241, 10)
 means = []
@@ -67,9 +69,11 @@ assert np.allclose(means[:, 1:], 0, atol=1e-12)
 
 plt.style.use("tableau-colorblind10")
 figure, axes = plt.subplots(1, 3, figsize=(9, 3.4), layout="constrained")
-for ax, y, title in zip(axes, (blind, masked), ("batch norm", "batch norm, where=real")):
-    shown = np.where(real, y, np.nan)[:, 0]  # one feature
-    image = ax.imshow(shown, cmap="PuOr", vmin=-3, vmax=3, aspect="auto", interpolation="none")
+shown = {"batch norm": blind, "batch norm, where=real": masked}
+colours = {"cmap": "PuOr", "vmin": -3, "vmax": 3, "interpolation": "none"}
+for ax, (title, y) in zip(axes, shown.items()):
+    one = np.where(real, y, np.nan)[:, 0]  # feature
+    image = ax.imshow(one, aspect="auto", **colours)
     ax.set(title=title, xlabel="step (white: padding)", yticks=[0, 5, 10, 15])
 axes[0].set_ylabel("sequence")
 figure.colorbar(image, ax=axes[1], label="result")
@@ -77,6 +81,7 @@ padding = 100 * (1 - lengths.sum() / (16 * widths))
 labels = ("batch norm", "batch norm, where=", "layer norm of a step")
 for values, style, label in zip(means.T, ("o-", "s-", "^--"), labels):
     axes[2].plot(padding, values, style, ms=4, label=label)
-axes[2].set(title="mean of the sequences", xlabel="padding, %", ylim=(-0.2, 3.4))
+axes[2].set(xlabel="padding, %", ylim=(-0.2, 3.4))
+axes[2].set_title("mean of the sequences")
 axes[2].legend(frameon=False, loc="upper left")
 plt.show()

@@ -2,14 +2,16 @@
 Pre-LN and Post-LN
 ==================
 
-Where a transformer has its norms decides how it may be trained. With a norm after each sum, as in
-the first transformers, the last layers begin with large gradients, and a high learning rate needs a
-warm-up; with a norm before each part it does not.
+Where a transformer has its norms decides how it may be trained. With a norm
+after each sum, as in the first transformers, the last layers begin with large
+gradients, and a high learning rate needs a warm-up; with a norm before each
+part it does not.
 """
 
 # %%
-# Handwritten digits of scikit-learn, read as eight rows of eight pixels. A fixed random matrix
-# makes vectors of the rows, and another one tells them apart.
+# Handwritten digits of scikit-learn, read as eight rows of eight pixels. A
+# fixed random matrix makes vectors of the rows, and another one tells them
+# apart.
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -25,10 +27,10 @@ x = x.astype(np.float32)  # (images, rows, 32)
 
 
 def new(depth, placement):
-    """Return an encoder and ten classes' weights for the mean of its result over the rows."""
+    """Return an encoder, and weights that make ten scores of its result."""
     encoder = fn.nn.TransformerEncoder(depth, 32, 2, placement=placement, rng=0)
-    head = np.random.default_rng(0).normal(0, 32**-0.5, (10, 32)).astype(np.float32)
-    return encoder, head
+    head = np.random.default_rng(0).normal(0, 32**-0.5, (10, 32))
+    return encoder, head.astype(np.float32)
 
 
 def step(encoder, head, chosen):
@@ -36,13 +38,14 @@ def step(encoder, head, chosen):
     mean = encoder(x[chosen]).mean(1)
     loss, dscores = fn.nn.cross_entropy(mean @ head.T, data.target[chosen])
     encoder.zero_grad()
-    encoder.backward(np.repeat(dscores @ head / 8, 8, axis=0).reshape(-1, 8, 32))
+    dmean = dscores @ head / 8  # the same for each of eight rows
+    encoder.backward(np.stack([dmean] * 8, axis=1))
     return loss, encoder.grad | {"head": dscores.T @ mean}
 
 
 # %%
-# Before any training, in 24 layers: the norm of the gradient of each layer's second feed-forward
-# matrix, the mean for twenty images.
+# Before any training, in 24 layers: the norm of the gradient of each layer's
+# second feed-forward matrix, the mean for twenty images.
 
 gradients = {}
 for placement in ("pre", "post"):
@@ -50,14 +53,16 @@ for placement in ("pre", "post"):
     found = []
     for i in range(20):
         step(encoder, head, [i])
-        found.append([np.linalg.norm(m.grad["linear2.weight"]) for m in encoder.layers])
+        matrices = [m.grad["linear2.weight"] for m in encoder.layers]
+        found.append(np.linalg.norm(matrices, axis=(1, 2)))
     gradients[placement] = np.mean(found, axis=0)
 
 assert gradients["post"][-1] > 4 * gradients["pre"][-1]
 
 # %%
-# Training of 6 layers by Adam, with the same first weights and the same batches. The learning rate
-# falls along a line; with warm-up it rises along one before.
+# Training of 6 layers by Adam, with the same first weights and the same
+# batches. The learning rate falls along a line; with warm-up it rises along one
+# before.
 
 
 def train(placement, warm_up, steps=100, rate=0.015):
@@ -80,26 +85,31 @@ losses = {
 }
 final = {kind: np.mean(values[-20:]) for kind, values in losses.items()}
 assert final["post", 0] > 2.2  # guessing takes log(10) = 2.3
-assert max(final["post", 40], *(final["pre", warm_up] for warm_up in (0, 40))) < 1
+assert max(final["post", 40], final["pre", 0], final["pre", 40]) < 1
 
 # %%
-# Post-LN learns nothing without warm-up, and with it learns. Pre-LN learns either way, here better
-# with warm-up. :doc:`/placement` has deeper networks, more rates and seeds, and two placements
-# more.
+# Post-LN learns nothing without warm-up, and with it learns. Pre-LN learns
+# either way, here better with warm-up. :doc:`/placement` has deeper networks,
+# more rates and seeds, and two placements more.
 
 plt.style.use("tableau-colorblind10")
-figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-names, colors = {"pre": "Pre-LN", "post": "Post-LN"}, {"pre": "C0", "post": "C1"}
-for placement, marker in (("pre", "o"), ("post", "s")):
-    left.plot(range(1, 25), gradients[placement], marker + "-", ms=4, color=colors[placement])
+figure, (left, right) = plt.subplots(
+    1, 2, figsize=(9, 3.8), layout="constrained"
+)
+names = {"pre": "Pre-LN", "post": "Post-LN"}
+colours = {"pre": "C0", "post": "C1"}
+for placement, marker in (("pre", "o-"), ("post", "s-")):
+    norms = gradients[placement]
+    left.plot(range(1, 25), norms, colours[placement] + marker, ms=4)
 left.text(20, 6.1, "Post-LN", color="C5", ha="center")
 left.text(20, 1.2, "Pre-LN", color="C0", ha="center")
-left.set(xlabel="layer of 24", ylabel="gradient before training", ylim=(0, 8), xlim=(0, 25))
+left.set(xlabel="layer of 24", ylabel="gradient before training")
+left.set(xlim=(0, 25), ylim=(0, 8))
 for (placement, warm_up), values in losses.items():
     mean = np.convolve(values, np.full(10, 0.1), "valid")  # of ten steps
     label = f"{names[placement]}, {'with' if warm_up else 'without'} warm-up"
-    style = "-" if warm_up else "--"
-    right.plot(np.arange(10, 101), mean, style, color=colors[placement], label=label)
+    style = colours[placement] + ("-" if warm_up else "--")
+    right.plot(np.arange(10, 101), mean, style, label=label)
 right.axhline(np.log(10), color="gray", ls=":")
 right.text(100, np.log(10) + 0.06, "guessing", ha="right")
 right.set(xlabel="step", ylabel="loss", ylim=(0, 4.6))

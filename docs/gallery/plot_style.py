@@ -2,13 +2,15 @@
 The statistics of style
 =======================
 
-The means of a photograph's channels are its colour cast, their standard deviations its contrast:
-instance norm takes both away. With the mean and the standard deviation of another photograph as
-bias and weight it is AdaIN, and gives the one photograph the palette of the other.
+The means of a photograph's channels are its colour cast, their standard
+deviations its contrast: instance norm takes both away. With the mean and the
+standard deviation of another photograph as bias and weight it is AdaIN, and
+gives the one photograph the palette of the other.
 """
 
 # %%
-# Two photographs that come with scikit-learn, as one batch of shape (2, 3, H, W).
+# Two photographs that come with scikit-learn, china.jpg and flower.jpg, as one
+# batch of shape (N, C, H, W).
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,36 +18,46 @@ from sklearn.datasets import load_sample_images
 
 import fastnorm as fn
 
-photographs = np.stack(load_sample_images().images)  # china.jpg and flower.jpg, uint8
+photographs = np.stack(load_sample_images().images)  # (2, H, W, 3), uint8
 x = np.moveaxis(photographs, -1, 1).astype(np.float32) / 255
 
 # %%
-# Instance norm: every channel of every photograph gets mean 0 and standard deviation 1, by itself.
+# Instance norm: every channel of every photograph gets mean 0 and standard
+# deviation 1, by itself.
 
 plain = fn.instance_norm(x)
 assert np.allclose(plain.mean((2, 3)), 0, atol=1e-4)
 assert np.allclose(plain.std((2, 3)), 1, atol=1e-3)
 
 # %%
-# AdaIN: one weight and one bias for each channel of each photograph, shape (2, 3), are those of the
-# other photograph. Colours change hands, and what is where does not.
+# AdaIN: one weight and one bias for each channel of each photograph, of shape
+# (N, C), are those of the other photograph. Colours change hands, and what is
+# where does not.
 
 mean, var = fn.moments(x, axis=(2, 3))
 swapped = fn.instance_norm(x, weight=np.sqrt(var[::-1]), bias=mean[::-1])
 
 new_mean, new_var = fn.moments(swapped, axis=(2, 3))
 assert np.allclose(new_mean, mean[::-1], atol=1e-5)
-assert np.allclose(new_var, var[::-1], rtol=1e-3)  # eps is 1e-5, the least variance 0.017
+# eps is 1e-5, and the least variance 0.017
+assert np.allclose(new_var, var[::-1], rtol=1e-3)
 
 # %%
-# Above, the photographs: in the middle with the statistics of neither, on the right with those of
-# the other. Below, how often each brightness occurs in the red, green and blue channel of the first
-# photograph. A dashed line is the mean.
+# Above, the photographs: in the middle with the statistics of neither, on the
+# right with those of the other. Below, how often each brightness occurs in the
+# red, green and blue channel of the first photograph. A dashed line is the
+# mean.
 
-pictures = {"as it is": x, "instance norm": 0.5 + plain / 5, "AdaIN: the other's palette": swapped}
+pictures = {
+    "as it is": x,
+    "instance norm": 0.5 + plain / 5,
+    "AdaIN: the other's palette": swapped,
+}
 inks = {"red": "#D55E00", "green": "#009E73", "blue": "#0072B2"}
 
-figure, axes = plt.subplots(3, 3, figsize=(9, 6), layout="constrained", height_ratios=[4, 4, 3])
+figure, axes = plt.subplots(
+    3, 3, figsize=(9, 6), layout="constrained", height_ratios=[4, 4, 3]
+)
 for column, (title, batch) in zip(axes.T, pictures.items()):
     column[0].set_title(title)
     for ax, picture in zip(column, batch):

@@ -1,6 +1,7 @@
-"""Each of four MPI processes sees one file of images, and all of them know the whole.
+"""Each of four MPI processes sees one file of images, and all know the whole.
 
-In a folder with 0.npy to 3.npy, with mpi4py's own option, so that an error in one process ends all:
+In a folder with 0.npy to 3.npy. As a module of mpi4py, an error in one process
+ends them all:
 
     mpiexec -n 4 python -m mpi4py four_processes.py
 """
@@ -11,7 +12,7 @@ from mpi4py import MPI
 import fastnorm as fn
 
 comm = MPI.COMM_WORLD
-mine = np.load(f"{comm.rank}.npy")  # (images, 8, 8), in each process another number of images
+mine = np.load(f"{comm.rank}.npy")  # (images, 8, 8), how many may differ
 
 own = fn.Moments.from_array(mine, axis=0)
 whole = own.allreduce(comm)  # of all images, in each process
@@ -19,4 +20,5 @@ whole = own.allreduce(comm)  # of all images, in each process
 norm = fn.nn.BatchNorm(64, comm=comm)
 y = norm(mine.reshape(-1, 64))  # by the statistics of all images
 
-np.savez(f"{comm.rank}.npz", own=(own.mean, own.std()), whole=(whole.mean, whole.std()), y=y)
+found = {"own": (own.mean, own.std()), "whole": (whole.mean, whole.std())}
+np.savez(f"{comm.rank}.npz", y=y, **found)

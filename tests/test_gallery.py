@@ -39,6 +39,7 @@ runpy.run_path(str(path), run_name="__main__")
 assert plt.get_fignums(), "it draws nothing"
 seconds = sum(os.times()[:4])
 assert seconds < float(sys.argv[2]), f"it takes {seconds:.0f} s"
+print("to its end")
 """
 
 
@@ -69,3 +70,4 @@ def test_an_example_runs(path: Path) -> None:
         str(path), str(LIMIT), MPLBACKEND="Agg", OMP_NUM_THREADS="1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("to its end\n"), done.stdout

@@ -22,6 +22,8 @@ import fastnorm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent / "_ext"))
 
+from at_hand import absent_examples
+
 from fastnorm.operations import OPERATIONS
 
 project = "fastnorm"
@@ -88,7 +90,10 @@ copybutton_prompt_is_regexp = True
 sphinx_gallery_conf = {
     "examples_dirs": "gallery",
     "gallery_dirs": "auto_examples",
-    "filename_pattern": r"/(plot|run)_",
+    # what is not installed here is shown without being run
+    "filename_pattern": "/plot_" + "".join(f"(?!{name})" for name in absent_examples()),
+    "write_computation_times": False,  # a page of other hosts' scripts
+    "image_srcset": ["2x"],
     "abort_on_example_error": True,
     "show_memory": False,
     "min_reported_time": 60,

@@ -30,6 +30,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 OTHERS = {
     ".": "this tree",
     "torch": "PyTorch, which .ci/run installs first",
+    "timm": "whose norms fastnorm.torch replaces, which .ci/run installs next",
     "jax": "a peer of fastnorm bench",
     "onnxruntime": "another",
     "onnx": "what makes its models",

@@ -1,6 +1,7 @@
 """What optional libraries are here: blocks of code that need others are not run."""
 
 from importlib.util import find_spec
+from shutil import which
 
 
 def has(*names):
@@ -24,3 +25,10 @@ def has_gpu():
     import torch
 
     return torch.cuda.is_available()
+
+
+def absent_examples():
+    """The examples of the gallery that cannot run here."""
+    here = {"pytorch": has("torch"), "mpi": has_mpi() and which("mpiexec") is not None}
+    here |= {"own_njit": has("numba"), "own_activation": has("numba"), "dask": has("dask")}
+    return [name for name, found in here.items() if not found]

@@ -221,7 +221,7 @@ def mend_page(app, pagename, templatename, context, doctree):
     body = context.get("body", "").replace('<div role="list" class="cit', '<div class="cit')
     if pagename.startswith("_modules/"):
         # of a function that is documented under another module than its neighbours
-        body = re.sub(r"(generated/(fastnorm[\w.]*)\.html)#(?!\2)[\w.]*", r"\1#\2", body)
+        body = re.sub(r"(generated/((?:fastnorm)[\w.]*)\.html)#(?!\2)[\w.]*", r"\1#\2", body)
     if body:
         context["body"] = body
 

@@ -1,6 +1,9 @@
 """What optional libraries are here: blocks of code that need others are not run."""
 
+import os
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 from shutil import which
 
 
@@ -29,6 +32,8 @@ def has_gpu():
 
 def absent_examples():
     """The examples of the gallery that cannot run here."""
-    here = {"pytorch": has("torch"), "mpi": has_mpi() and which("mpiexec") is not None}
+    beside = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    mpi = has_mpi() and which("mpiexec", path=beside) is not None
+    here = {"pytorch": has("torch"), "mpi": mpi}
     here |= {"own_njit": has("numba"), "own_activation": has("numba"), "dask": has("dask")}
     return [name for name, found in here.items() if not found]

@@ -1,6 +1,7 @@
 """Sphinx configuration. It documents the installed fastnorm and fetches nothing."""
 
 import doctest
+import os
 import re
 import sys
 from importlib import import_module
@@ -14,6 +15,10 @@ from sphinx.ext.autosummary.generate import generate_autosummary_docs
 from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.logging import getLogger
+
+# The gallery multiplies small matrices: BLAS's threads only wait for each other there, a hundred
+# seconds of it where another program is at work.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import fastnorm
 

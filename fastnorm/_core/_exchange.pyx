@@ -67,7 +67,7 @@ cdef class Exchange:
     cdef int bfloat16_number
     cdef frozenset numbers      # of the other dtypes
 
-    def __init__(self, kind, parameter, is_changed):
+    def __cinit__(self, kind, parameter, is_changed):
         """`kind` is the class that has the table."""
         self.table = <const ExchangeTable*>PyCapsule_GetPointer(
             kind.__dlpack_c_exchange_api__, "dlpack_exchange_api")
@@ -164,7 +164,7 @@ cdef class PlainCalls:
     cdef tuple questions, running   # the latter as places
     cdef Py_ssize_t out, moves
 
-    def __init__(self, Exchange exchange not None, find, *, tuple questions, records, levels, size,
+    def __cinit__(self, Exchange exchange not None, find, *, tuple questions, records, levels, size,
                  written, Py_ssize_t out, tuple running, Py_ssize_t moves):
         """`find` answers calls of arrays, or gives None.
 

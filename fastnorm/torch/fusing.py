@@ -1,6 +1,6 @@
 """Norms joined with what follows them, in the forward of the modules that call them.
 
-A forward is joined where two things are proven: its source is a straight line of calls and
+A forward is joined where two things are proven: its source is a fixed sequence of calls and
 arithmetic, so torch.fx sees all that it does; and nothing is asked of what the norm gives but the
 sum or the activation that follows it.
 """
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from fastnorm.torch.classes import Replaced, activation_of, is_watched
 
-# --- Forwards that are a straight line ------------------------------------------------------------
+# --- Forwards that are a fixed sequence -----------------------------------------------------------
 
 _STATEMENTS = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Return, ast.If, ast.Pass)
 _EXPRESSIONS = (
@@ -31,7 +31,7 @@ _EXPRESSIONS = (
 )  # fmt: skip
 
 
-def is_straight(module: nn.Module) -> bool:
+def is_fixed_sequence(module: nn.Module) -> bool:
     """Whether a forward does the same for every input, of required tensors alone."""
     try:
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(type(module).forward))).body
@@ -162,7 +162,8 @@ class _Tracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, torch.Tensor) and not any(a is own for own in self.root.parameters()):
-            raise NotImplementedError("a tensor that was made on the way, perhaps by chance")
+            # made while it was traced, perhaps at random; `joined` leaves such a forward as it is
+            raise ValueError("a tensor that is no parameter would become a constant")
         return super().create_arg(a)
 
 
@@ -281,7 +282,7 @@ def _made(function: Any, given: tuple[Any, ...]) -> Any:
 def joined(module: nn.Module) -> type | None:
     """A class for this module whose forward has its norms joined with what follows; or None."""
     kind = type(module)
-    if isinstance(module, Replaced) or not (kind is nn.Sequential or is_straight(module)):
+    if isinstance(module, Replaced) or not (kind is nn.Sequential or is_fixed_sequence(module)):
         return None
     try:
         graph = _Tracer().trace(module)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-import fastnorm as fn
+from fastnorm.backward import batch_norm_backward
+from fastnorm.functional import batch_norm
 from fastnorm.moments import fields_of, mean_of, merge, var_of
 from fastnorm.torch.tensors import array_of, tensor_of
 
@@ -55,7 +56,7 @@ class _Synchronised(torch.autograd.Function):
         if not array.size:
             return torch.empty_like(x)
         weight, bias = (None if v is None else array_of(v, "weight") for v in (weight, bias))
-        return tensor_of(fn.batch_norm(array, mean, var, weight, bias, eps=module.eps))
+        return tensor_of(batch_norm(array, mean, var, weight, bias, eps=module.eps))
 
     @staticmethod
     @once_differentiable
@@ -68,14 +69,12 @@ class _Synchronised(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         array, gradient = array_of(x.to(wide), "x"), array_of(dy.to(wide), "dy")
         scale = np.ones_like(mean) if weight is None else array_of(weight.double(), "weight")
-        dx, dweight, dbias = fn.batch_norm_backward(
-            gradient, array, mean, rstd, scale, training=False
-        )
+        dx, dweight, dbias = batch_norm_backward(gradient, array, mean, rstd, scale, training=False)
         if ctx.needs_input_grad[0]:
             # dx = weight * rstd * (dy - mean(dy) - xhat * mean(dy * xhat))
             means = _added(np.stack([dweight, dbias]), ctx.group) / max(ctx.count, 1.0)
             slope, shift = -scale * rstd * means
-            dx = fn.batch_norm(array, mean, var, slope, shift, eps=ctx.eps, residual=dx)
+            dx = batch_norm(array, mean, var, slope, shift, eps=ctx.eps, residual=dx)
         found: list[Any] = [tensor_of(dx).to(x.dtype), None, None]
         if weight is not None:
             found[1:] = (tensor_of(g).to(weight.dtype) for g in (dweight, dbias))

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias, TypeGuard, get_args
 
 import numpy as np
 from numpy.exceptions import AxisError
+from numpy.lib.stride_tricks import as_strided
 from numpy.typing import ArrayLike, NDArray
 
 from fastnorm import _core
@@ -579,7 +580,11 @@ def grouped(array: Array, groups: int, axis: int = 1) -> Array:
         array = np.moveaxis(array, axis, 1)
     shape = array.shape
     both = (1, 1) if shape[1] == 1 else (groups, shape[1] // groups)
-    return array.reshape(shape[:1] + both + shape[2:])
+    split = array.reshape(shape[:1] + both + shape[2:])
+    if isinstance(split, np.ndarray) and split.strides[0] != array.strides[0]:
+        # of one sample; how far others would lie from it is part of how it lies (layout.py)
+        split = as_strided(split, strides=(array.strides[0], *split.strides[1:]))
+    return split
 
 
 def along_axes(p: Array, name: str, x: Array, axes: tuple[int, ...]) -> Array:

@@ -89,8 +89,12 @@ def describe(
     for i in sorted(range(len(shape)), key=lambda i: -steps["x"][i]):
         strides = {name: own[i] for name, own in steps.items()}
         if shape[i] == 1:
-            span = max((step * n for step, n in zip(steps["x"], shape) if n > 1), default=1)
-            if copied or i >= before or steps["x"][i] < span:
+            longer = [(step, n) for step, n in zip(steps["x"], shape) if n > 1]
+            if copied or i >= before or not longer:
+                continue
+            # samples that lie between one another are columns: then this is one of them
+            between = steps["x"][i] == 1 and all(step > 1 for step, _ in longer)
+            if not between and steps["x"][i] < max(step * n for step, n in longer):
                 continue
             # its weights are those of others, too
             strides |= dict.fromkeys(_ONE_FOR_ALL & strides.keys(), 0)

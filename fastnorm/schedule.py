@@ -333,7 +333,8 @@ def forward_schedule(
             path = "pipelined"
 
     # a scale that many planes share is made once: one costs as much as normalising 50 numbers
-    tabulated = given and not columns and a > 1 and layout.strides["stats"][0] == 0 and splits == 1
+    shared = layout.strides["stats"][0] == w[0] == v[0] == 0
+    tabulated = given and not columns and a > 1 and shared and splits == 1
     return ForwardSchedule(
         blocking, path, width, chunks, items, foldable, single_rows, tabulated, non_temporal,
         native and not non_temporal, direct_non_temporal, nbytes,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -179,6 +179,56 @@ def test_a_sample_with_operands_of_another_order(name: str, dtype: Any) -> None:
         )
 
 
+ORDERS = [(2, 1, 0), (1, 2, 0), (1, 0, 2), (2, 0, 1)]  # of axes, from the outermost on
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=named)
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+@on_kernels
+def test_a_sample_between_others(name: str, order: tuple[int, ...], dtype: Any) -> None:
+    """As in Fortran's order: samples are columns, and one alone is one column."""
+    n, c, m = shape = (6, 5, 70)
+    back = np.argsort(order)
+    rng = np.random.default_rng(0)
+
+    def lying(a: Any) -> Any:
+        return np.ascontiguousarray(a.transpose(order)).transpose(back)
+
+    x, r, each = (lying((rng.standard_normal(shape) * 3 + 1).astype(dtype)) for _ in range(3))
+    w, b = rng.standard_normal((2, c)).astype(F32)
+    full = rng.standard_normal((2, c, m)).astype(F32)
+    of_sample = rng.standard_normal((n, 1, 1)).astype(F32)
+    stats: dict[str, Any] = {"return_stats": True}
+    forward: list[Callable[[slice], Any]] = [
+        lambda s: fn.group_norm(x[s], c, w, b, **stats),
+        lambda s: fn.group_norm(x[s], 1, w, b, activation="silu"),
+        lambda s: fn.instance_norm(x[s], weight=w, bias=b, residual=r[s]),
+        lambda s: fn.layer_norm(x[s], (c, m), *full, **stats),
+        lambda s: fn.layer_norm(x[s], (c, m), of_sample[s], of_sample[s], **stats),
+        lambda s: fn.layer_norm(x[s], (c, m), each[s], residual=r[s]),
+        lambda s: fn.rms_norm(x[s], m, full[0, 0], **stats),
+        lambda s: fn.batch_norm(x[s], w, b * b, b, w),
+    ]
+    with fn.backend(name):
+        found = [first(of(slice(None))) for of in forward]
+        group, layer, own, rms = (forward[i](slice(None))[1:] for i in (0, 3, 4, 6))
+        backward: list[Callable[[slice], Any]] = [
+            lambda s: fn.group_norm_backward(r[s], x[s], *(v[s] for v in group), c, w),
+            lambda s: fn.layer_norm_backward(r[s], x[s], *(v[s] for v in layer), (c, m), full[0]),
+            lambda s: fn.layer_norm_backward(
+                r[s], x[s], *(v[s] for v in own), (c, m), of_sample[s]
+            ),
+            lambda s: fn.rms_norm_backward(r[s], x[s], rms[0][s], m, full[0, 0]),
+            lambda s: fn.batch_norm_backward(
+                r[s], x[s], w.astype(F64), b * b + 1.0, w, training=False
+            ),
+        ]
+        found += [first(of(slice(None))) for of in backward]
+        for whole, of in zip(found, forward + backward, strict=True):
+            for one in (slice(0, 1), slice(3, 4), slice(4, 6)):
+                assert_same_bits(first(of(one)), whole[one])
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_sample_with_weights_in_double(name: str) -> None:
     """Which are as many as a sample has numbers, or few beside those of a batch."""
@@ -244,9 +294,11 @@ def test_a_sample_by_given_statistics(name: str, layout: str) -> None:
     for weights in ("float64", "of samples", "one is large", "one sample's are large"):
         w = WEIGHTS[weights](4, 8)
         dx = fn.batch_norm_backward(dy, x, mean, rstd, w, training=False)[0]
+        y = fn.batch_norm(x, mean, rstd, w, w)
         for i in range(4):
             one = slice(i, i + 1)
             own = w[one] if w.ndim == 2 else w
+            assert_same_bits(fn.batch_norm(x[one], mean, rstd, own, own), y[one])
             found = fn.batch_norm_backward(dy[one], x[one], mean, rstd, own, training=False)[0]
             assert_same_bits(found, dx[one])
 

@@ -231,7 +231,7 @@ class Call:
                 self.put(name, values.astype(dtype), case.get(f"{name} layout"))
         if "running_mean" in p:
             dtype = case.get("running")
-            if dtype is None and ("inference" in op.label or "given" in op.label):
+            if dtype is None and given_statistics(op):
                 dtype = "float64"
             for name in ("running_mean", "running_var"):
                 values = p.pop(name)
@@ -483,7 +483,7 @@ def allowed(call: Call, x: Array, wide: Any) -> tuple[Array, Array]:
     if name in CENTRED:
         eps = {"standardize": 0.0}.get(name, 1e-5)
         eps = call.options.get("eps", eps)
-        if "inference" in op.label or "given" in op.label:
+        if given_statistics(op):
             mean, var = (call.plain[f"running_{n}"].astype(np.float64) for n in ("mean", "var"))
             ratio: Any = (abs(mean) / np.sqrt(var + eps)).max() if mean.size else 0.0
             apart = abs(x.astype(wide)) / np.sqrt(var.min() + eps) if var.size else 0.0
@@ -658,22 +658,28 @@ def _check_neighbours(call: Call, results: Results) -> Array:
     return none
 
 
+def given_statistics(op: Operation) -> bool:
+    return "inference" in op.label or "given" in op.label
+
+
 def alone(call: Call) -> Callable[[Array], Array] | None:
     """What takes one sample's part of an array, where no other has a part in what comes of it.
 
-    And where samples lie one after another: as neighbours in memory they are columns, of which
-    another number may be cut otherwise (docs/accuracy.rst).
+    In double, where samples lie one after another: as neighbours in memory they are columns, of
+    which another number may be cut otherwise (docs/determinism.rst).
     """
     x, n = call.arrays["x"], call.shape[0]
     if n < 2 or call.op.label in STATISTICS or call.op.name == "weight_norm":
         return None
     long = [abs(step) for step, size in zip(x.strides, x.shape) if size > 1]
-    if abs(x.strides[0]) < max(long) or long.count(abs(x.strides[0])) > 1:
+    between = abs(x.strides[0]) < max(long)
+    if (between and call.computing == F64) or long.count(abs(x.strides[0])) > 1:
         return None
-    ids = group_ids(call).reshape(n, -1)
-    own = np.unique(ids[0]).size
-    if np.unique(ids).size != n * own or own == ids[0].size:  # of one value, which is refused
-        return None
+    if not given_statistics(call.op):
+        ids = group_ids(call).reshape(n, -1)
+        own = np.unique(ids[0]).size
+        if np.unique(ids).size != n * own or own == ids[0].size:  # of one value, which is refused
+            return None
     i = call.case["seed"] % n
     pairs = "channel_axis" in call.op.features
 
@@ -686,7 +692,8 @@ def alone(call: Call) -> Callable[[Array], Array] | None:
 
 def _check_alone(call: Call, results: Results) -> None:
     part = alone(call)
-    if part is None or call.out is not None or "running_mean" in call.arrays:
+    moves = "running_mean" in call.arrays and not given_statistics(call.op)
+    if part is None or call.out is not None or moves:
         return
     given = {name: part(array) for name, array in call.arrays.items() if name != "x"}
     one = kept(call(part(call.arrays["x"]), **given))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from numba import cfunc
 from numba.extending import register_jitable
 
@@ -89,7 +90,7 @@ def runs(record, memory, turn, turns, task, kind, tiled):
                     scale = q.scales + (item - a * q.chunks) * 8 * SCALE * width
                 else:
                     if not q.given:
-                        runs_moments(q, place, 0, whole, part, (work, tile), kinds)
+                        runs_moments(q, place, np.int64(0), whole, part, (work, tile), kinds)
                         for split in range(1, q.splits):
                             runs_moments(q, place, split, other, part, (work, tile), kinds)
                             merge_into(whole, other, n, n)

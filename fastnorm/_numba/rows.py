@@ -24,8 +24,8 @@ def apply_row_alone(q, x, y, n, scale, parameters, tile, kinds):
     weight, bias = parameters
     kind, tiled = kinds
     folded = q.foldable != 0 and not is_double(kind)
-    wv = q.foldable == 0
-    bv = wv and bias != 0
+    wv = 1 if q.foldable == 0 else 0
+    bv = 1 if wv and bias != 0 else 0
     if q.plain:
         if folded:
             apply_plain(x, y, n, hi, r, shift, kind, kind)
@@ -117,7 +117,7 @@ def rows(q, first, last, room, kinds):
         weight = lined_up(weight, y, n, kept, kind)
         bias = lined_up(bias, y, n, kept + n * size_of(tiled) + 64, kind)
     hi = r = shift = real(0.0, kind)
-    before = before_y = 0
+    before = before_y = np.int64(0)
     before_w, before_v = weight, bias
     for i in range(first, last):
         a = i // q.b
@@ -165,7 +165,7 @@ def rows(q, first, last, room, kinds):
             held = held and (rstd == 0.0 or abs(mean) < scalar.MOST)
         if not held:
             # what its type cannot hold
-            before = 0
+            before = np.int64(0)
             if q.total.data != 0 and q.non_temporal:
                 x = at(q.total, a, b)
             write(whole, 0, count)
@@ -173,8 +173,8 @@ def rows(q, first, last, room, kinds):
             write(whole, 2, rest)
             write(whole, 3, m2)
             write(whole, 4, m2_rest)
-            finalize(q, a, b, 0, 1, whole, own, kind)
-            apply_runs(q, (a, b, 1), 0, own, (tile, spare), kinds)
+            finalize(q, a, b, 0, np.int64(1), whole, own, kind)
+            apply_runs(q, (a, b, np.int64(1)), np.int64(0), own, (tile, spare), kinds)
             continue
         if q.mean.data != 0:
             write(at(q.mean, a, b), 0, mean)

@@ -56,14 +56,19 @@ def forward(p: Problem, kernels: Any) -> None:
         operands = {}
         for name, array in given.items():
             moved = array.transpose(order)
-            if name in ("weight", "bias"):
-                moved = np.broadcast_to(moved, tuple(p.x.shape[axis] for axis in order))
             if name == "y":
                 moved = np.empty(moved.shape, moved.dtype)
             elif name not in ("mean", "var", "stats"):
                 moved = np.ascontiguousarray(moved)
             operands[name] = moved
-        layout = layout_of(operands, tuple(sorted(p.reduced)), copied=True)
+        reduced = tuple(sorted(p.reduced))
+        # by given statistics a weight is taken into the scale, as it is for a sample alone
+        layout = layout_of(operands, reduced, copied=True) if p.given else None
+        if layout is None:
+            for name in operands.keys() & {"weight", "bias"}:
+                each = np.broadcast_to(operands[name], operands["x"].shape)
+                operands[name] = np.ascontiguousarray(each)
+            layout = layout_of(operands, reduced, copied=True)
         assert layout is not None, "contiguous operands always have a layout"
     schedule = forward_schedule(
         layout,

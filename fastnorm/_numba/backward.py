@@ -36,6 +36,7 @@ from fastnorm._numba.memory import (
     inner,
     is_double,
     load,
+    merged,
     read,
     read_real,
     real,
@@ -190,7 +191,7 @@ def add_segment(q, place, segment, weighted, in_double, lanes, kinds):
         t = f - p * q.s
         n = min(last - f, q.s - t)
         for k in range(width):
-            mean, rstd = read_group(q, a, b + k, 0)
+            mean, rstd = read_group(q, a, b + k, np.int64(0))
             weight = 0
             if weighted and q.weight.data != 0:
                 weight = at(q.weight, a, b + k) + p * q.weight.p + t * q.weight.s
@@ -206,13 +207,13 @@ def add_segment(q, place, segment, weighted, in_double, lanes, kinds):
 def segment_sums(q, place, segment, weighted, lanes, kinds):
     """The two sums of a segment of `width` groups side by side, of g where it is `weighted`."""
     a, b, width = place
-    add_segment(q, place, segment, weighted, False, lanes, kinds)
+    add_segment(q, place, segment, weighted, np.bool_(False), lanes, kinds)
     for k in range(width):
         own = lanes + 16 * PAIR_LANES * k
         into = q.sums + 16 * ((a * q.b + b + k) * q.segments + segment)
         first, second = added_up(own), added_up(own + 8 * PAIR_LANES)
         if not is_double(kinds[0]) and not holds_terms(first, second):
-            add_segment(q, (a, b + k, 1), segment, weighted, True, own, kinds)
+            add_segment(q, (a, b + k, np.int64(1)), segment, weighted, np.bool_(True), own, kinds)
             first, second = added_up(own), added_up(own + 8 * PAIR_LANES)
         write(into, 0, first)
         write(into, 1, second)
@@ -252,7 +253,7 @@ def group_terms(q, a, b, weights, kind):
 
     `weights` are the range of those that differ inside, or None where each plane has one.
     """
-    mean, rstd = read_group(q, a, b, 0)
+    mean, rstd = read_group(q, a, b, np.int64(0))
     first = 0.0
     second = 0.0
     group = a * q.b + b
@@ -341,7 +342,7 @@ def apply_apart(dy, dx, n, terms, weight, along, kind, stored):
         store(dx, i, real(np.float64(load(dy, i, stored)) * (w * rstd), kind), kind)
 
 
-@inner
+@merged
 def apply_segment(q, a, b, width, segment, tile, kind, stored):
     """dx of a segment of `width` groups side by side."""
     f, last = segment_at(q, segment)
@@ -379,7 +380,7 @@ def apply_segment(q, a, b, width, segment, tile, kind, stored):
 RUNS_PARTS = (BACKWARD_SHARED_RUNS * BACKWARD_CHUNK, 2 * PAIR_LANES * TILE_GROUPS)
 
 
-@inner
+@merged
 def planes(record, memory, turn, turns, task, kind, stored):
     """What `task` asks for, of all items or planes of items; each turn is taken by one thread."""
     q = record_at(record, BACK)
@@ -531,7 +532,7 @@ def mend_cells(q, sharers, cell, n, sums, tile, kinds):
             write(gb, j, read(again[1], j, np.float64))
 
 
-@inner
+@merged
 def rows(record, memory, turn, turns, task, kind, stored):
     """What `task` asks for, of all parts of owners, segments of groups, or chunks of owners."""
     q = record_at(record, BACK)
@@ -549,17 +550,17 @@ def rows(record, memory, turn, turns, task, kind, stored):
         for i in range(total * turn // turns, total * (turn + 1) // turns):
             if task == MOMENTS:
                 group = i // q.segments
-                place = group // q.b, group % q.b, 1
+                place = group // q.b, group % q.b, np.int64(1)
                 segment_sums(q, place, i - group * q.segments, True, lanes, kinds)
             elif task == FINALIZE:
-                a, b = group_of(q, i, 0)
+                a, b = group_of(q, i, np.int64(0))
                 weights = range_of_weights(q, a, b, kind)
                 for j in range(q.sharers):
                     a, b = group_of(q, i, j)
                     group_terms(q, a, b, weights, kind)
             elif task == WHOLE:
                 owner = i // q.parts
-                a, b = group_of(q, owner, 0)
+                a, b = group_of(q, owner, np.int64(0))
                 weights = range_of_weights(q, a, b, kind)
                 part = i - owner * q.parts
                 gw = q.collected + 16 * q.cells * i
@@ -574,11 +575,11 @@ def rows(record, memory, turn, turns, task, kind, stored):
                         a, b = group_of(q, owner, j)
                         if q.training:
                             for segment in range(q.segments):
-                                segment_sums(q, (a, b, 1), segment, True, lanes, kinds)
+                                segment_sums(q, (a, b, np.int64(1)), segment, True, lanes, kinds)
                         group_terms(q, a, b, weights, kind)
                     for p in range(q.p):
                         cell = p * q.s if q.along_p else 0
-                        t = 0
+                        t = np.int64(0)
                         while t < q.s:
                             n = min(BACKWARD_CHUNK, q.s - t)
                             into = gw + 8 * (cell + t), gb + 8 * (cell + t)
@@ -603,8 +604,10 @@ def rows(record, memory, turn, turns, task, kind, stored):
                     write(gb, j, 0.0)
                 first = plane - owner * q.p if q.along_p else 0
                 for p in range(first, first + 1 if q.along_p else q.p):
-                    apply_sharers(q, (owner, 0, q.sharers), p, t, n, (gw, gb), tile, kinds)
-                mend_cells(q, (owner, 0, q.sharers), cell, n, (gw, gb), tile, kinds)
+                    apply_sharers(
+                        q, (owner, np.int64(0), q.sharers), p, t, n, (gw, gb), tile, kinds
+                    )
+                mend_cells(q, (owner, np.int64(0), q.sharers), cell, n, (gw, gb), tile, kinds)
         turn = take(record)
     if q.non_temporal:
         fence()
@@ -613,7 +616,7 @@ def rows(record, memory, turn, turns, task, kind, stored):
 # --- Columns --------------------------------------------------------------------------------------
 
 
-@inner
+@merged
 def columns_terms_at(q, a, b, c, width, into, kind):
     """mean, rstd, hi, r, shift of columns c, c + 1 ... as arrays, and whether out of range."""
     for j in range(width):
@@ -703,7 +706,7 @@ def columns_sums(q, place, segment, into, kinds):
             write(second, j, two)
 
 
-@inner
+@merged
 def finalize_columns(q, a, b, c, width, into, kind):
     """From sums to wr, c1 and c2 of each column, in float64 and then rounded."""
     k = q.neighbours
@@ -809,7 +812,7 @@ def columns_parts(width):
     return OF_COLUMN * width, width, width
 
 
-@inner
+@merged
 def columns(record, memory, turn, turns, task, kind, stored, computed):
     """What `task` asks for, of all items or segments of items; each turn is taken by one thread."""
     q = record_at(record, BACK)

@@ -14,6 +14,7 @@ from fastnorm._numba.memory import (
     inner,
     is_double,
     load,
+    merged,
     read,
     read_real,
     real,
@@ -95,7 +96,7 @@ def add_neighbours(groups, k, v):
         write(v, g, total)
 
 
-@inner
+@merged
 def columns_block(q, place, rows, into, work, kind):
     """Moments over rows [first, last) of each group of floats, of columns c, c + 1, ... < width."""
     a, b, c, width = place
@@ -108,7 +109,7 @@ def columns_block(q, place, rows, into, work, kind):
     pivot = two + 8 * width
     for j in range(width):
         write(pivot, j, 0.0)
-    columns_sums(q, base, rows, width, 0, (one, two), kind)
+    columns_sums(q, base, rows, width, np.int64(0), (one, two), kind)
     if k > 1:
         add_neighbours(groups, k, one)
         add_neighbours(groups, k, two)
@@ -153,7 +154,7 @@ def columns_block(q, place, rows, into, work, kind):
             write(into, 3 * groups + g, m2)
 
 
-@inner
+@merged
 def columns_double(q, place, rows, into, work):
     """Moments over rows [first, last) for each column of doubles, four rows at a time.
 
@@ -235,7 +236,7 @@ def deviation(q, mask, place, x, j, about, kind):
     return np.float64(load(x, j, kind)) - about
 
 
-@inner
+@merged
 def columns_chosen(q, place, rows, into, work, kind):
     """Moments over the chosen of rows [first, last) for each column, four rows at a time.
 
@@ -327,12 +328,12 @@ def columns_moments(q, place, split, into, room, kind):
     if k > 1:
         for g in range(groups):
             for j in range(1, k):
-                merge_into(whole + 8 * g * k, whole + 8 * (g * k + j), 1, width)
+                merge_into(whole + 8 * g * k, whole + 8 * (g * k + j), np.int64(1), width)
             for field in range(FIELDS):
                 write(into, field * groups + g, read(whole, field * width + g * k, np.float64))
 
 
-@inner
+@merged
 def spread(q, a, b, c, width, scale, along, kind):
     """From scales of groups to hi, r and shift of columns, the affine step in them where it can be.
 
@@ -441,7 +442,7 @@ def row_folded(q, x, y, e, along, width, past, kind):
         store(y, i, t, kind)
 
 
-@inner
+@merged
 def apply_columns(q, place, split, scale, along, any_out_of_range, room, kinds):
     """A split of each group of an item is applied; `room` is a tile and a spare."""
     a, b, c, width = place

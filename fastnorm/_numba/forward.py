@@ -23,7 +23,7 @@ from numba.extending import register_jitable
 from fastnorm._numba.blocking import APPLY, FIELDS, FINALIZE, MOMENTS, PASS, SCALE, WHOLE
 from fastnorm._numba.columns import apply_columns, columns_moments, spread
 from fastnorm._numba.extents import part_at
-from fastnorm._numba.memory import KERNEL, STRICT, fence, inner, record_at, take
+from fastnorm._numba.memory import KERNEL, STRICT, fence, merged, record_at, take
 from fastnorm._numba.moments import merge_into
 from fastnorm._numba.rows import rows
 from fastnorm._numba.runs import apply_runs, runs_moments
@@ -42,7 +42,7 @@ def runs_parts(width, kept):
     )  # fmt: skip
 
 
-@inner
+@merged
 def runs(record, memory, turn, turns, task, kind, tiled):
     """What `task` asks for, of all items or splits of items; each turn is taken by one thread."""
     q = record_at(record, PASS)
@@ -82,7 +82,7 @@ def runs(record, memory, turn, turns, task, kind, tiled):
                 if not q.given:
                     for split in range(1, q.splits):
                         merge_into(merged, merged + split * 8 * FIELDS * width, n, n)
-                finalize(q, a, b, 0, n, merged, scale, kind)
+                finalize(q, a, b, np.int64(0), n, merged, scale, kind)
             elif task == APPLY:
                 apply_runs(q, place, i - item * q.splits, scale, (tile, spare), kinds)
             else:
@@ -94,7 +94,7 @@ def runs(record, memory, turn, turns, task, kind, tiled):
                         for split in range(1, q.splits):
                             runs_moments(q, place, split, other, part, (work, tile), kinds)
                             merge_into(whole, other, n, n)
-                    finalize(q, a, b, 0, n, whole, scale, kind)
+                    finalize(q, a, b, np.int64(0), n, whole, scale, kind)
                 if q.y.data != 0:
                     for split in range(q.splits):
                         apply_runs(q, place, split, scale, (tile, spare), kinds)
@@ -115,7 +115,7 @@ def columns_parts(width):
     )  # fmt: skip
 
 
-@inner
+@merged
 def columns(record, memory, turn, turns, task, kind, tiled):
     """What `task` asks for, of all items or splits of items; each turn is taken by one thread."""
     q = record_at(record, PASS)
@@ -158,7 +158,7 @@ def columns(record, memory, turn, turns, task, kind, tiled):
                 continue
             if task == WHOLE:
                 if not q.given:
-                    columns_moments(q, place, 0, whole, sums_room, kind)
+                    columns_moments(q, place, np.int64(0), whole, sums_room, kind)
                     for split in range(1, q.splits):
                         columns_moments(q, place, split, other, sums_room, kind)
                         merge_into(whole, other, groups, groups)

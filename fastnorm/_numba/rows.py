@@ -173,7 +173,7 @@ def rows(q, first, last, room, kinds):
             write(whole, 2, rest)
             write(whole, 3, m2)
             write(whole, 4, m2_rest)
-            finalize(q, a, b, 0, np.int64(1), whole, own, kind)
+            finalize(q, a, b, np.int64(0), np.int64(1), whole, own, kind)
             apply_runs(q, (a, b, np.int64(1)), np.int64(0), own, (tile, spare), kinds)
             continue
         if q.mean.data != 0:

@@ -665,15 +665,17 @@ def given_statistics(op: Operation) -> bool:
 def alone(call: Call) -> Callable[[Array], Array] | None:
     """What takes one sample's part of an array, where no other has a part in what comes of it.
 
-    In double, where samples lie one after another: as neighbours in memory they are columns, of
-    which another number may be cut otherwise (docs/determinism.rst).
+    In double, and of what is converted first, where samples lie one after another: as neighbours in
+    memory they are columns, of which another number may be cut otherwise, and a converted sample
+    has lost what lay around it (docs/determinism.rst).
     """
     x, n = call.arrays["x"], call.shape[0]
     if n < 2 or call.op.label in STATISTICS or call.op.name == "weight_norm":
         return None
     long = [abs(step) for step, size in zip(x.strides, x.shape) if size > 1]
     between = abs(x.strides[0]) < max(long)
-    if (between and call.computing == F64) or long.count(abs(x.strides[0])) > 1:
+    taken = x.dtype.isnative and x.flags.aligned and x.dtype.kind not in "iub"
+    if (between and (call.computing == F64 or not taken)) or long.count(abs(x.strides[0])) > 1:
         return None
     if not given_statistics(call.op):
         ids = group_ids(call).reshape(n, -1)

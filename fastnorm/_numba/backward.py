@@ -579,11 +579,13 @@ def rows(record, memory, turn, turns, task, kind, stored):
                         group_terms(q, a, b, weights, kind)
                     for p in range(q.p):
                         cell = p * q.s if q.along_p else 0
-                        t = np.int64(0)
+                        t = 0
                         while t < q.s:
                             n = min(BACKWARD_CHUNK, q.s - t)
                             into = gw + 8 * (cell + t), gb + 8 * (cell + t)
-                            apply_sharers(q, (owner, first, end), p, t, n, into, tile, kinds)
+                            apply_sharers(
+                                q, (owner, first, end), p, np.int64(t), n, into, tile, kinds
+                            )
                             t += BACKWARD_CHUNK
                     first = end
                 for cell in range(0, q.cells, q.s):

@@ -36,8 +36,8 @@ def figures():
     yield (
         f"{statistics.geometric_mean(ratios):.1f} times",
         (
-            f"as long PyTorch takes, in the geometric mean of {len(ratios)} calls. In {faster} of"
-            " them it is faster."
+            f"as long PyTorch takes, in the geometric mean of {len(ratios)} calls. It is faster in"
+            f" {faster or 'none'} of them."
         ),
         "make bench",
         threads["machine"],

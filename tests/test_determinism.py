@@ -303,6 +303,35 @@ def test_a_sample_by_given_statistics(name: str, layout: str) -> None:
             assert_same_bits(found, dx[one])
 
 
+@pytest.mark.parametrize("order", [None, "C", "F"])
+@pytest.mark.parametrize("dtype", [F16, F32, F64], ids=named)
+@on_kernels
+def test_a_sample_by_given_statistics_in_copies(name: str, dtype: Any, order: Any) -> None:
+    """Orders that kernels cannot walk: gaps, an `out` in another order, weights that are turned."""
+    rng = np.random.default_rng(0)
+    mean, var, w = rng.normal(size=6), rng.uniform(0.1, 3, size=6), rng.normal(size=6).astype(F32)
+    wide = rng.normal(size=(5, 8, 9, 6)).astype(dtype)
+    arrays = (
+        wide.transpose(0, 3, 1, 2)[:, :, ::2, ::3],
+        np.ascontiguousarray(wide.transpose(0, 3, 1, 2))[:, :, ::2, ::3],
+        wide[:, 0, 0],
+        np.asfortranarray(wide[:, 0, 0]),
+        np.asfortranarray(wide[..., :1]).transpose(0, 3, 1, 2),
+    )
+    with fn.backend(name):
+        for x in arrays:
+            m, v, c = mean[: x.shape[1]], var[: x.shape[1]], x.shape[1]
+            for weight in (w, w[::-1], w.repeat(3)[::3], np.outer(np.arange(1, 6, dtype=F32), w)):
+                p = weight[..., :c], weight[..., :c]
+                out, other = (order and np.empty(x.shape, dtype, order=order) for _ in range(2))
+                y = fn.batch_norm(x, m, v, *p, out=out)
+                for i in range(5):
+                    one = slice(i, i + 1)
+                    own = [a[one] if a.ndim == 2 else a for a in p]
+                    into = other if other is None else other[one]
+                    assert_same_bits(fn.batch_norm(x[one], m, v, *own, out=into), y[one])
+
+
 @on_kernels
 def test_a_huge_neighbour_changes_nothing(name: str) -> None:
     """Columns side by side: one beyond float32's range is redone in float64, the others are not."""

@@ -7,13 +7,11 @@ installed, in PyTorch.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from textwrap import fill
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -22,6 +20,7 @@ from numpy.typing import NDArray
 import fastnorm as fn
 from fastnorm import _reference
 from fastnorm._bench.timing import Contender, compete
+from fastnorm.picture import Row, draw
 
 Array: TypeAlias = NDArray[Any]
 Report: TypeAlias = Callable[[str], None]
@@ -428,172 +427,21 @@ def run(
         if torch is not None:
             versions["torch"] = str(torch.__version__)
         report("picture")
-        picture = draw(images, x, list(bank))
-    return Result(versions, threads, x.shape, rows, offset), picture
-
-
-# --- The picture ----------------------------------------------------------------------------------
-
-# Channels that are drawn, and the colours of their titles and histograms.
-SHOWN = {"light": "#b45309", "red − green": "#be123c", "coarse stripes, 45°": "#0f766e"}
-INK, FAINT, EDGE, SHARED, PLAIN = "#1f2937", "#6b7280", "#94a3b8", "#2563eb", "#f8fafc"
-INCHES, DPI = (15.0, 10.6), 100
-REACH = 3.0  # the colour scale reaches from minus so many spreads to so many
-
-
-def draw(images: Array, x: Array, names: Sequence[str]) -> bytes:
-    """Draw the photographs, some of their channels before and after each norm, and who shares what.
-
-    The block next to each norm is its whole input; the blue cells share a mean and a spread. The
-    picture is a PNG file.
-    """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    samples = (0, len(images) // 2)  # the first cut of each photograph
-    channels = [names.index(name) for name in SHOWN]
-    # columns: the text, the block, and for each sample a gap, a photograph or histogram, channels
-    width = 2 + len(SHOWN)
-    ratios = [0.95, 1.25] + [0.16, 1, *(1 for _ in SHOWN)] * len(samples)
-    with rc_context({"font.family": "DejaVu Sans", "font.size": 9, "text.color": INK}):
-        figure = Figure(figsize=INCHES, facecolor="white")
-        grid = figure.add_gridspec(
-            1 + len(NORMS), len(ratios), width_ratios=ratios,
-            left=0.015, right=0.988, bottom=0.085, top=0.885, wspace=0.06, hspace=0.09,
-        )  # fmt: skip
-
-        def cells(row: int, i: int) -> list[Any]:
-            """The axes of one sample in one row."""
-            first = 3 + width * i
-            return [figure.add_subplot(grid[row, first + j]) for j in range(width - 1)]
-
-        _write_heading(figure, x.shape)
-        _write_label(figure.add_subplot(grid[0, 0]), "before", "N samples of\nC channels of\nH × W")
-        _draw_block(figure.add_subplot(grid[0, 1]), x.shape, None)
-        for i, sample in enumerate(samples):
-            ax, *others = cells(0, i)
-            _draw_image(ax, images[sample].transpose(1, 2, 0))
-            for ax, channel, (name, colour) in zip(others, channels, SHOWN.items()):
-                shown = _draw_image(ax, x[sample, channel] / x.std(), REACH)
-                ax.set_title(name, fontsize=9, pad=5, color=colour)
-
-        for row, norm in enumerate(NORMS, start=1):
-            each = norm.each.replace(" of ", "\nof ").replace(" (", "\n(")
-            takeaway = fill(norm.takeaway, 21)
-            label = f"for each {each}\nover {norm.over}\n{takeaway}"
-            _write_label(figure.add_subplot(grid[row, 0]), norm.name, label)
-            _draw_block(figure.add_subplot(grid[row, 1]), x.shape, norm)
-            y = contenders(norm, x, None)["fastnorm"]()
-            for i, sample in enumerate(samples):
-                ax, *others = cells(row, i)
-                _draw_histograms(ax, y[sample, channels], last=row == len(NORMS))
-                for ax, channel in zip(others, channels):
-                    _draw_image(ax, y[sample, channel], REACH)
-
-        bar = figure.add_axes((0.5, 0.032, 0.3, 0.012))
-        ticks = np.linspace(-REACH, REACH, 7)
-        figure.colorbar(shown, bar, orientation="horizontal", extend="both", ticks=ticks)
-        bar.set_title("in standard deviations; before a norm, in that of all numbers", fontsize=9)
-        bar.tick_params(labelsize=8, length=2)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=DPI)
-    return buffer.getvalue()
-
-
-def _write_heading(figure: Any, shape: tuple[int, ...]) -> None:
-    n, c, h, w = shape
-    figure.text(0.015, 0.962, "One block of numbers, five norms", fontsize=19, weight="bold")
-    figure.text(
-        0.015,
-        0.932,
-        f"{n} cuts of two photographs under {c} filters: feature maps of {h} × {w}. A norm "
-        "subtracts a mean and divides by a spread, and the norms differ in which cells share them "
-        "(blue).",
-        fontsize=11,
-        color=FAINT,
-    )
-    figure.text(
-        0.015,
-        0.025,
-        "curves: how the three channels are distributed\n(square root of the share of the cells)",
-        fontsize=9,
-        color=FAINT,
-        linespacing=1.4,
-    )
-
-
-def _write_label(ax: Any, name: str, text: str) -> None:
-    ax.axis("off")
-    ax.text(0, 0.93, name, fontsize=13, weight="bold", va="top")
-    ax.text(0, 0.74, text, fontsize=9, va="top", color=FAINT, linespacing=1.35)
-
-
-def _draw_image(ax: Any, values: Array, reach: float | None = None) -> Any:
-    """A photograph (H, W, 3), or one channel in colours that reach from -reach to reach."""
-    from matplotlib import colormaps
-
-    ax.axis("off")
-    if reach is None:
-        return ax.imshow(values)
-    # fewer colours than 256 look the same and take a third of the bytes less
-    colours = colormaps["RdBu_r"].resampled(81)
-    return ax.imshow(values, cmap=colours, vmin=-reach, vmax=reach, interpolation_stage="data")
-
-
-def _draw_histograms(ax: Any, channels: Array, last: bool) -> None:
-    """How the values of some channels (K, H, W) are distributed."""
-    edges = np.linspace(-4, 4, 41)
-    for values, colour in zip(channels, SHOWN.values()):
-        # the square root shows the tails of a narrow peak
-        heights = np.sqrt(np.histogram(values, edges)[0] / values.size)
-        ax.stairs(heights, edges, color=colour, lw=1.1)
-        ax.stairs(heights, edges, color=colour, alpha=0.12, fill=True)
-    ax.axvline(0, color=FAINT, lw=0.5)
-    ax.set(xlim=(-4, 4), ylim=(0, 1), xticks=(-3, 0, 3), yticks=[])
-    ax.set_box_aspect(1)
-    ax.spines[["left", "right", "top"]].set_visible(False)
-    ax.spines["bottom"].set_color(EDGE)
-    ax.tick_params(labelsize=8, length=2, pad=2, labelbottom=last, color=EDGE, labelcolor=FAINT)
-
-
-def _draw_block(ax: Any, shape: tuple[int, ...], norm: Norm | None) -> None:
-    """The input as a block of N x C x (H x W) cells; in blue, those that share one statistic."""
-    from matplotlib.collections import PolyCollection
-
-    n, c, positions = shape[0], shape[1], 8  # 8 stand for all H x W of them
-    shared = np.zeros((n, c, positions), bool)
-    if norm is not None:
-        shared[: n if norm.samples else 1, c - norm.channels :] = True
-
-    def corner(sample: int, channel: int, position: int) -> tuple[float, float]:
-        """Channels go to the right, positions down, samples backwards."""
-        return channel + 0.6 * sample, 1.6 * (positions - position) + 0.6 * sample
-
-    faces: Any = (
-        (shared[0], lambda u, v: corner(0, u, v)),  # front
-        (shared[:, :, 0], lambda u, v: corner(u, v, 0)),  # top
-        (shared[:, -1], lambda u, v: corner(u, c, v)),  # right
-    )
-    squares = [
-        [place(u, v), place(u + 1, v), place(u + 1, v + 1), place(u, v + 1)]
-        for cells, place in faces
-        for u, v in np.ndindex(cells.shape)
-    ]
-    blue = np.concatenate([cells.ravel() for cells, _ in faces])
-    ax.add_collection(
-        PolyCollection(
-            squares,
-            facecolors=np.where(blue, SHARED, PLAIN),
-            edgecolors=np.where(blue, "#93b4f5", EDGE),
-            lw=0.5,
+        shown = [
+            Row(
+                norm.name,
+                f"for each {norm.each}\nover {norm.over}\n{norm.takeaway}",
+                norm.samples,
+                norm.channels,
+                contenders(norm, x, None)["fastnorm"](),
+                {TITLES[name]: time for name, time in found.milliseconds.items()},
+            )
+            for norm, found in zip(NORMS, rows)
+        ]
+        errors = {TITLES[name]: error for name, error in offset.largest_error.items()}
+        heading = (
+            f"largest error of {offset.norm} norm, each channel lifted by "
+            f"{offset.mean_over_std:,.0f} standard deviations"
         )
-    )
-    if norm is None:
-        style = {"fontsize": 9, "color": FAINT, "va": "center", "ha": "center"}
-        ax.text(c / 2, -1.6, "C", **style)
-        ax.text(-0.9, 0.8 * positions, "H × W", rotation=90, **style)
-        ax.text(c + 0.3 * n + 1.3, 0.3 * n - 0.9, "N", **style)
-    ax.set(
-        aspect="equal", xlim=(-1.8, c + 0.6 * n + 0.4), ylim=(-2.4, 1.6 * positions + 0.6 * n + 0.4)
-    )
-    ax.axis("off")
+        picture = draw(images, x, list(bank), shown, heading, errors)
+    return Result(versions, threads, x.shape, rows, offset), picture

@@ -287,7 +287,7 @@ def test_demo_prints_a_table_and_draws(
     assert all(f"{norm.name}:" in out and norm.takeaway in out for norm in demo.NORMS)
     assert "ulp" not in out
     assert out.endswith("The picture is in demo.png\n")
-    assert png_size(tmp_path / "demo.png") == (1500, 1060)
+    assert png_size(tmp_path / "demo.png") == (1500, 1340)
     assert fn.get_num_threads() == threads
 
 

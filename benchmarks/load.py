@@ -42,13 +42,14 @@ _FORWARD = (
 CASES = _FORWARD + tuple(replace(case, backward=True) for case in _FORWARD)
 
 Call = Callable[[], Any]
+Contenders = dict[str, tuple[Call, Callable[[], Any]]]  # what is called, and inside of what
 
 
-def contenders(case: Case) -> dict[str, tuple[Call, Callable[[], Any]]]:
-    """What is called, and inside of what."""
+def contenders(case: Case) -> Contenders:
+    """fastnorm with one thread and with two, and its rivals."""
     arrays = data(case)
     own = PEERS["fastnorm"](case, arrays)
-    found: dict[str, tuple[Call, Callable[[], Any]]] = {
+    found: Contenders = {
         "one thread": (own.call, partial(fn.threads, 1)),
         "two threads": (own.call, partial(fn.threads, THREADS)),
     }
@@ -63,9 +64,8 @@ def contenders(case: Case) -> dict[str, tuple[Call, Callable[[], Any]]]:
     return found
 
 
-def mean_times(case: Case, seconds: float) -> dict[str, float]:
+def mean_times(found: Contenders, seconds: float) -> dict[str, float]:
     """Seconds a call, of all calls that were made in turns."""
-    found = contenders(case)
     spent, calls = dict.fromkeys(found, 0.0), dict.fromkeys(found, 0)
     for order in turns(list(found), ROUNDS):
         for name in order:
@@ -122,7 +122,8 @@ def main() -> None:
         with busy_processes(load):
             for case in CASES:
                 kept.say(f"{load} busy: {case}")
-                rows.append({"load": load, "case": str(case), "times": mean_times(case, seconds)})
+                times = mean_times(contenders(case), seconds)
+                rows.append({"load": load, "case": str(case), "times": times})
     kept.keep("load", facts, rows, table(rows), given)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import cores, kept, layouts, load, models, threads
+from benchmarks import cores, kept, layouts, load, models, shares, threads
 from fastnorm._bench.cases import Case
 from fastnorm.machine import MODELS, Machine
 from fastnorm.runtime import on_machine
@@ -157,9 +157,21 @@ def test_a_table_has_a_column_for_each_rival() -> None:
 
 def test_contenders_beside_busy_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "RIVALS", ())
-    found = load.mean_times(Case(LAYER, (8, 64)), 1e-3)
+    found = load.mean_times(load.contenders(Case(LAYER, (8, 64))), 1e-3)
     assert set(found) == {"one thread", "two threads"}
     assert min(found.values()) > 0
+
+
+@compiled
+def test_shares_of_a_copy_by_size_and_load() -> None:
+    rows = [{"load": load} | row for load in (0, 1) for row in shares.measured(16, 1e-3)]
+    assert [row["function"] for row in rows] == ["layer_norm", "group_norm"] * 2
+    assert all(row["bytes"] == 1 << 16 and min(row["times"].values()) > 0 for row in rows)
+    rows[0]["times"] = {"copy": 3e-6, "fastnorm": 2e-6}
+    head, _, group, layer = shares.table(rows)
+    assert head == "| bytes of x | function | quiet | 1 busy |"
+    assert group.startswith("| 64 kB | group_norm | ")
+    assert layer.startswith("| 64 kB | layer_norm | 1.50 | ")
 
 
 # --- Many cores -----------------------------------------------------------------------------------

@@ -582,7 +582,7 @@ def grouped(array: Array, groups: int, axis: int = 1) -> Array:
     both = (1, 1) if shape[1] == 1 else (groups, shape[1] // groups)
     split = array.reshape(shape[:1] + both + shape[2:])
     if isinstance(split, np.ndarray) and split.strides[0] != array.strides[0]:
-        # of one sample; how far others would lie from it is part of how it lies (layout.py)
+        # NumPy forgets how far the next sample would be, which tells columns from runs (layout.py)
         split = as_strided(split, strides=(array.strides[0], *split.strides[1:]))
     return split
 

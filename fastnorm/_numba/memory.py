@@ -29,7 +29,8 @@ from fastnorm._numba.extents import CHECKED, checked, part_at, size_of_part
 # Every function of `scalar` can be called from compiled code. Its sums are never reordered, whoever
 # calls it: the centring would be lost.
 STRICT = {"fastmath": False, "error_model": "numpy"}
-# Called by kernels alone: no wrapper for Python or C is compiled.
+# Called by kernels alone: no wrapper for Python or C is compiled. A constant is handed to them as
+# np.int64(0): Numba takes a bare 0 for a type of its own, and compiles the function once more.
 _INNER = {
     "no_cpython_wrapper": True,
     "no_cfunc_wrapper": True,

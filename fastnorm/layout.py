@@ -42,6 +42,12 @@ class Layout:
     neighbours: int
     strides: Mapping[str, tuple[int, ...]]
 
+    def sums_as(self, other: Layout | None) -> bool:
+        """Whether both take the elements of a group in one order, in runs as long."""
+        return other is not None and (self.columns, self.dims[2:], self.neighbours) == (
+            other.columns, other.dims[2:], other.neighbours,
+        )  # fmt: skip
+
 
 @dataclass(slots=True, eq=False, repr=False)
 class _Axis:

@@ -303,6 +303,28 @@ def test_a_sample_by_given_statistics(name: str, layout: str) -> None:
             assert_same_bits(found, dx[one])
 
 
+@by_layout
+@pytest.mark.parametrize("dtype", [F16, F32, F64], ids=named)
+@pytest.mark.parametrize("op", [op for op in OPERATIONS if "out" in op.features], ids=named)
+@on_kernels
+def test_where_the_result_goes(name: str, op: Operation, dtype: Any, layout: str) -> None:
+    """Into an array that lies as x does, in other orders, with gaps, and backwards."""
+    x = LAYOUTS[layout](data((4, 16, 6, 7), dtype, 3.0))
+    p = op.parameters(x.shape, dtype, np.random.default_rng(0))
+    with fn.backend(name):
+        y = first(call(op, x, p))
+        for out in (
+            np.empty_like(x),
+            channels_last(np.empty(x.shape, dtype)),
+            np.empty(x.shape, dtype, order="F"),
+            np.empty(x.shape, dtype)[..., ::-1],
+            np.empty((*x.shape, 2), dtype)[..., 0],
+            np.empty((4, 16, 12, 7), dtype)[:, :, ::2],
+        ):
+            first(call(op, x, p | {"out": out}))
+            assert_same_bits(out, y)
+
+
 @pytest.mark.parametrize("order", [None, "C", "F"])
 @pytest.mark.parametrize("dtype", [F16, F32, F64], ids=named)
 @on_kernels

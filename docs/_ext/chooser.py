@@ -25,7 +25,7 @@ class Chooser(SphinxDirective):
     def run(self):
         """Return the form with its data, and note the file."""
         self.env.note_dependency(str(DATA))
-        data = json.dumps(json.loads(DATA.read_text(encoding="utf-8"))).replace("<", "\\\\u003c")
+        data = json.dumps(json.loads(DATA.read_text(encoding="utf-8"))).replace("<", "\\u003c")
         return [raw("", FORM.format(data=data), format="html")]
 
 

@@ -28,6 +28,15 @@ def forward(p: Problem, kernels: Any) -> None:
     given |= {"mean": p.mean, "var": p.var, "stats": p.rstd}
     operands = ascending(given) if min(p.x.strides, default=0) < 0 else given
     layout = layout_of(operands, p.reduced)
+    if p.y is not None and p.y.strides != _strides_like(p.x, p.y):
+        # where the result goes decides no bit: where the walk would be another it is copied there
+        y = np.empty_like(p.x, p.y.dtype)
+        if y.strides != p.y.strides:
+            own = layout_of(operands | {"y": ascending({"x": p.x, "y": y})["y"]}, p.reduced)
+            if layout is None or not layout.sums_as(own):
+                forward(replace(p, y=y, ticket=None), kernels)
+                p.y[...] = y
+                return None
     if layout is None and not (p.mask is None and p.residual is None):
         operands, p.ticket = _read_like_x(operands), None
         layout = layout_of(operands, p.reduced)

@@ -589,6 +589,14 @@ def judge(case: Case) -> None:
             return
         bad = _check_neighbours(call, results)
         _check_alone(call, results)
+        if call.out is not None:
+            call.restore()
+            own = kept(call(out=None))
+            call.restore()
+            native = results[0].astype(results[0].dtype.newbyteorder("="), order="K")
+            same(
+                without_signs((own[0].astype(native.dtype),)), without_signs((native,)), "with out"
+            )
         if not call.spoilt:
             _check_numbers(call, results, bad)
         if case.get("backward"):

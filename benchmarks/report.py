@@ -368,8 +368,9 @@ def compact(results: dict[str, Any], link: str) -> str:
         slower = f"In none of {len(rows)} cases a peer is faster."
     text = (
         f"{machine['processor']}, {machine['threads']} threads, {machine['instruction set']}, "
-        f"{machine['date']}; `make bench` measures it. A peer's column says how many times as long "
-        f"as fastnorm it takes. {slower} [All of them]({link})."
+        f"{machine['date']}; `make bench` measures it. Of the copy: how long that takes over what "
+        "fastnorm takes. A peer's column says how many times as long as fastnorm it takes. "
+        f"{slower} [All of them]({link})."
     )
     return f"{compared(chosen)}\n\n{text}"
 

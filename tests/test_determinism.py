@@ -303,6 +303,58 @@ def test_a_sample_by_given_statistics(name: str, layout: str) -> None:
             assert_same_bits(found, dx[one])
 
 
+@on_kernels
+def test_in_place_backwards(name: str) -> None:
+    """An x that lies backwards, and an `out` that does, or is x."""
+    rng = np.random.default_rng(0)
+    with fn.backend(name):
+        for dtype in (F32, F64):
+            a = rng.standard_normal((5, 7, 70)).astype(dtype)
+            for x in (a[..., ::-1], a[::-1], a[:, ::-1].transpose(0, 2, 1)):
+                for of in (
+                    lambda x, out: fn.layer_norm(x, None, np.float32(1.37), axis=2, out=out),
+                    lambda x, out: fn.instance_norm(x, weight=np.arange(x.shape[1]), out=out),
+                ):
+                    y = of(x, None)
+                    assert_same_bits(of(x, np.empty_like(x)[:, ::-1]), y)
+                    assert_same_bits(of(into := x.copy(), into), of(x.copy(), None))
+                    turned = np.empty_like(a)[..., ::-1] if x.shape == a.shape else None
+                    assert_same_bits(of(x, turned), y)
+
+
+@on_kernels
+def test_a_sample_where_the_batch_is_copied_or_it_is(name: str) -> None:
+    """By one formula: a weight that is one number for a group is taken into its scale."""
+    rng = np.random.default_rng(0)
+
+    def random(*shape: int) -> Any:
+        return rng.standard_normal(shape).astype(F32)
+
+    x, each, shared = random(5, 8, 7, 6), random(5, 8, 1, 1), random(1, 8, 1, 1)
+    second = random(6, 5, 8, 7).transpose(1, 2, 0, 3)
+    volume = random(2, 1, 4, 5, 4).transpose(0, 4, 1, 2, 3)
+    last, c = np.moveaxis(random(4, 6, 7), -1, 1), random(7)
+    var = c * c + np.float32(0.5)
+    place = random(1, 7, 6)
+    with fn.backend(name):
+        _, m, r = fn.layer_norm(x, axis=3, return_stats=True)
+        dy = random(*x.shape)
+        for of in (
+            lambda s: fn.layer_norm(x[s], None, each[s], axis=3),
+            lambda s: fn.rms_norm(x[s], None, each[s], axis=3),
+            lambda s: fn.layer_norm_backward(dy[s], x[s], m[s], r[s], None, each[s], axis=3)[0],
+            lambda s: fn.layer_norm(second[s], None, shared, axis=3),
+            lambda s: fn.layer_norm(volume[s], None, np.float32(1.37), axis=3),
+            lambda s: fn.batch_norm(last[s], c, var, None, place),
+            lambda s: fn.instance_norm(
+                last[s], c, c * c + np.float32(0.5), place, use_input_stats=False
+            ),
+        ):
+            whole = of(slice(None))
+            for i in (0, 1):
+                assert_same_bits(of(slice(i, i + 1)), whole[i : i + 1])
+
+
 @by_layout
 @pytest.mark.parametrize("dtype", [F16, F32, F64], ids=named)
 @pytest.mark.parametrize("op", [op for op in OPERATIONS if "out" in op.features], ids=named)

@@ -30,7 +30,7 @@ def forward(p: Problem, kernels: Any) -> None:
     layout = layout_of(operands, p.reduced)
     if p.y is not None and p.y.strides != _strides_like(p.x, p.y):
         # where the result goes decides no bit: where the walk would be another it is copied there
-        y = np.empty_like(p.x, p.y.dtype)
+        y = _lying_as(p.x, p.y.dtype)
         if y.strides != p.y.strides:
             own = layout_of(operands | {"y": ascending({"x": p.x, "y": y})["y"]}, p.reduced)
             if layout is None or not layout.sums_as(own):
@@ -71,13 +71,9 @@ def forward(p: Problem, kernels: Any) -> None:
                 moved = np.ascontiguousarray(moved)
             operands[name] = moved
         reduced = tuple(sorted(p.reduced))
-        # by given statistics a weight is taken into the scale, as it is for a sample alone
-        layout = layout_of(operands, reduced, copied=True) if p.given else None
-        if layout is None:
-            for name in operands.keys() & {"weight", "bias"}:
-                each = np.broadcast_to(operands[name], operands["x"].shape)
-                operands[name] = np.ascontiguousarray(each)
-            layout = layout_of(operands, reduced, copied=True)
+        for name in operands.keys() & {"weight", "bias"}:
+            operands[name] = _for_each(operands[name], operands["x"].shape, reduced)
+        layout = layout_of(operands, reduced, copied=True)
         assert layout is not None, "contiguous operands always have a layout"
     schedule = forward_schedule(
         layout,
@@ -109,6 +105,23 @@ def forward(p: Problem, kernels: Any) -> None:
     if y_back is not None:
         y_back[...] = operands["y"]
     return None
+
+
+def _lying_as(x: Array, dtype: Any) -> Array:
+    """An array that lies in memory as x does, backwards where that does, without gaps."""
+    turn = tuple(slice(None, None, -1 if stride < 0 else 1) for stride in x.strides)
+    y: Array = np.empty_like(x[turn], dtype)[turn]
+    return y
+
+
+def _for_each(p: Array, shape: tuple[int, ...], reduced: tuple[bool, ...]) -> Array:
+    """A parameter with a number for each group, or for each element where it differs within one.
+
+    So it is taken into the scale where it is in a walk without copies, or applied apart.
+    """
+    within = any(n > 1 for n, r in zip(p.shape, reduced) if r)
+    wanted = shape if within else tuple(1 if r else n for n, r in zip(shape, reduced))
+    return np.ascontiguousarray(np.broadcast_to(p, wanted))
 
 
 def _goes_alone(p: Problem | BackwardProblem, operands: dict[str, Any]) -> bool:
@@ -205,23 +218,21 @@ def _strides_like(array: Array, other: Array) -> tuple[int, ...]:
 
 
 def _spread_backward(p: BackwardProblem, kernels: Any) -> None:
-    """An order of axes that the kernels cannot walk: in copies, a weight for each element."""
-    order = sorted(range(p.x.ndim), key=lambda axis: p.reduced[axis])
-
-    def copied(array: Array) -> Array:
-        return np.ascontiguousarray(np.broadcast_to(array, p.x.shape).transpose(order))
-
-    x, dy = copied(p.x), copied(p.dy)
-    dx, dweight, dbias = np.empty_like(x), np.empty(x.shape), np.empty(x.shape)
+    """An order of axes that the kernels cannot walk: in copies, with weights as in `_for_each`."""
+    order, reduced = sorted(range(p.x.ndim), key=lambda i: p.reduced[i]), tuple(sorted(p.reduced))
+    x, dy = (np.ascontiguousarray(array.transpose(order)) for array in (p.x, p.dy))
+    dx = np.empty_like(x)
+    shape = _for_each(p.dweight.transpose(order), x.shape, reduced).shape
+    dweight, dbias = np.empty(shape), np.empty(shape)
     backward(
         BackwardProblem(
             x,
             dy,
             dx,
-            tuple(sorted(p.reduced)),
+            reduced,
             None if p.mean is None else p.mean.transpose(order),
             p.rstd.transpose(order),
-            None if p.weight is None else copied(p.weight),
+            None if p.weight is None else _for_each(p.weight.transpose(order), x.shape, reduced),
             dweight,
             dbias,
             p.training,

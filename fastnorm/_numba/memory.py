@@ -38,8 +38,8 @@ _INNER = {
     "error_model": "numpy",
 }
 inner = njit(fastmath=False, **_INNER)
-# Part of its only caller: on its own it would be optimised once more.
-merged = njit(inline="always", fastmath=False, **_INNER)
+# Part of its only caller: on its own it would be optimised once more. With checks it is too long.
+merged = inner if CHECKED else njit(inline="always", fastmath=False, **_INNER)
 # Sums alone may be reordered, into as many lanes as the processor has.
 summing = njit(fastmath={"reassoc", "nsz", "contract"}, **_INNER)
 for _name, _function in list(vars(scalar).items()):

@@ -242,7 +242,7 @@ def placed(name: str, named: Named, parameter: Tensor) -> Tensor:
 
 
 def _spread(name: str, x: Tensor, parameter: Tensor, least: int = 0) -> Tensor:
-    """A parameter that has axes of x; refuse one that would make more of y, or lie elsewhere."""
+    """A parameter that has axes of x; refuse one that does not broadcast to x."""
     if parameter.ndim < least or not fits(parameter.shape, x.shape):
         per = "each channel" if least else "the normalized axes"
         raise ValueError(

@@ -175,7 +175,7 @@ class _Call:
     def _of_formula(self, dy: Tensor, wanted: Sequence[str], differentiable: bool) -> Named:
         name, named = self.name, self.named
         with torch.enable_grad():
-            # views: what one operand is to another, or to itself elsewhere, does not count here
+            # views: that operands share memory, or are one tensor, does not count here
             leaves = {
                 key: named[key].view_as(named[key])
                 if differentiable

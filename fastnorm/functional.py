@@ -205,8 +205,7 @@ def _by_running(norm: Norm[Any], means: Array, variances: Array, axis: int) -> N
         )
     # In the order of memory: where the channels are neighbours all rows at once, for which the
     # scales are computed once; otherwise, or with weights of its own, every sample by itself.
-    neighbours = array.strides[axis] == array.itemsize and array.shape[axis] > 1
-    together = neighbours or array.ndim == 2
+    together = array.strides[axis] == array.itemsize or array.ndim == 2
     together &= all(p is None or p.shape[0] == 1 for p in (norm.weight, norm.bias))
     norm.axes = (0, *range(2, array.ndim)) if together else tuple(range(2, array.ndim))
     return norm

@@ -191,6 +191,72 @@ def test_no_reference_is_kept() -> None:
     assert counts[0] == counts[1]
 
 
+def shapes_and_orders() -> list[Any]:
+    """Tensors that the array of the call before is not like, and some that it is."""
+    whole = torch.randn(9, 7, 6, 5)
+    floats = [
+        whole, whole[1:], whole[:, 1:6:2], whole.transpose(0, 2), whole[0], whole[0, 0],
+        whole[..., ::2], whole[:0], whole[:1].expand(9, 7, 6, 5), whole[:, None],
+        whole.to(memory_format=torch.channels_last), whole.flatten()[1:-4].view(5, 377)[:, :375],
+    ]  # fmt: skip
+    return [x.to(kind) for x in floats for kind in (torch.float32, torch.float64, torch.float16)]
+
+
+def test_the_arrays_of_the_call_before_are_right_for_the_next() -> None:
+    """They are filled in anew, whatever lay where before, and hold nothing."""
+    found = shapes_and_orders()
+    expected = [fn.layer_norm(x.numpy(), x.shape[-1], residual=x.numpy()) for x in found]
+    rng = np.random.default_rng(0)
+    with torch.no_grad():
+        for _ in range(4):
+            for i in rng.permutation(len(found)):
+                x, out = found[i], torch.empty_like(found[i])
+                y = fnt.layer_norm(x, x.shape[-1], residual=x)
+                assert np.array_equal(y.numpy(), expected[i])
+                if not any(n > 1 and step == 0 for n, step in zip(out.shape, out.stride())):
+                    assert fnt.layer_norm(x, x.shape[-1], residual=x, out=out) is out
+                    assert np.array_equal(out.numpy(), expected[i])
+
+
+def test_the_arrays_of_a_call_are_out_of_reach() -> None:
+    """They have no owner, so nobody may hold one when the tensor goes."""
+    x, w = torch.randn(3, 5), torch.randn(5)
+    for _ in range(3):
+        fnt.layer_norm(x, 5, w)
+        fnt.layer_norm(x, 5, w, out=x)
+    seen, reached = set(), [fnt.layer_norm]
+    while reached:
+        one = reached.pop()
+        if id(one) not in seen and not isinstance(one, (dict, type, type(gc))):
+            seen.add(id(one))
+            assert not isinstance(one, np.ndarray)
+            reached += gc.get_referents(one)
+    assert any("PlainCalls" in repr(one) for one in gc.get_referents(closure_of(fnt.layer_norm)))
+
+
+def closure_of(function: Any) -> Any:
+    return next(c for c in function.__closure__ if "PlainCalls" in repr(c.cell_contents))
+
+
+def test_threads_have_arrays_of_their_own() -> None:
+    x = [torch.randn(64, 1000 + i) for i in range(4)]
+    expected = [fn.layer_norm(a.numpy(), a.shape[-1]) for a in x]
+    wrong = []
+
+    def call(i: int) -> None:
+        for _ in range(200):
+            y = fnt.layer_norm(x[i], x[i].shape[-1])
+            if not np.array_equal(y.numpy(), expected[i]):
+                wrong.append(i)
+
+    callers = [threading.Thread(target=call, args=(i,)) for i in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not wrong
+
+
 def test_everything_works_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     x, w = torch.randn(3, 5), torch.rand(5)
     expected = fnt.layer_norm(x, 5, w), fnt.layer_norm(x.bfloat16(), 5)

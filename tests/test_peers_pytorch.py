@@ -248,9 +248,19 @@ def not_ours(name: str, given: dict[str, Any]) -> bool:
     return not plain or bool(given.get("other"))
 
 
+# What PyTorch 2.10 has no samples of.
+LATER = {"native_group_norm"}
+
+
+def operator_of(name: str, operators: dict[str, Any]) -> Any:
+    if name in LATER and name not in operators:
+        pytest.skip(f"PyTorch {torch.__version__} has no samples of {name}")
+    return operators[name]
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_samples_of_functions(name: str, operators: dict[str, Any]) -> None:
-    op, function, compared = operators[name], CALLS[name], 0
+    op, function, compared = operator_of(name, operators), CALLS[name], 0
     signature = inspect.signature(function)
     for sample in op.sample_inputs("cpu", torch.float64, requires_grad=True):
         bound = signature.bind(sample.input, *sample.args, **sample.kwargs)
@@ -292,7 +302,7 @@ def test_samples_of_functions(name: str, operators: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_samples_that_are_refused(name: str, operators: dict[str, Any]) -> None:
-    op = operators[name]
+    op = operator_of(name, operators)
     if op.error_inputs_func is None:
         return
     for error in op.error_inputs("cpu"):

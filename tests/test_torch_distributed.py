@@ -65,6 +65,10 @@ def test_processes_together_are_one_with_the_whole_batch(found: list[Any], name:
             assert torch.equal(states[0][key].double(), value.double())
 
 
+def test_one_value_of_all_is_refused_by_each(found: list[Any]) -> None:
+    assert all("one value for each channel" in rank["one value"] for rank in found)
+
+
 def test_it_trains_as_one_process_does(found: list[Any]) -> None:
     torch.manual_seed(3)
     model = nn.Sequential(nn.Conv2d(CHANNELS, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())

@@ -109,6 +109,28 @@ class OwnSum(Written):
         return y + y
 
 
+class Difference(Written):
+    def forward(self, x: Any) -> Any:
+        return self.norm(x) - self.conv(x)
+
+
+class Product(Written):
+    def forward(self, x: Any) -> Any:
+        return self.norm(x) * self.conv(x)
+
+
+class PartOfSum(Written):
+    def forward(self, x: Any) -> Any:
+        return torch.add(self.norm(x), self.conv(x), alpha=2)
+
+
+class InTraining(Written):
+    def forward(self, x: Any) -> Any:
+        if self.training:
+            return self.act(self.norm(x))
+        return self.norm(x)
+
+
 class Training(Written):
     def forward(self, x: Any) -> Any:
         return self.act(F.dropout(self.norm(x), 0.5, self.training))
@@ -181,6 +203,7 @@ def plain(*modules: Any) -> Callable[[], Any]:
 
 JOINED: dict[str, Callable[[], Any]] = {
     "sequence": plain(lambda: nn.Conv2d(4, 4, 1), lambda: nn.GroupNorm(2, 4), nn.SiLU),
+    "tanh": plain(lambda: nn.GroupNorm(2, 4), lambda: nn.GELU("tanh")),
     "two": plain(lambda: nn.BatchNorm2d(4), nn.ReLU, lambda: nn.RMSNorm(5), nn.GELU, nn.Flatten),
     "residual": Residual,
     "residual, another way": lambda: Residual(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))),
@@ -195,7 +218,8 @@ LEFT: dict[str, Callable[[], Any]] = {
     "twice": Twice, "changed": Changed, "into": Into, "with itself": OwnSum, "training": Training,
     "branching": Branching, "optional": Optional, "kinds": Kinds, "chance": Chance,
     "number": Number, "global": Global, "deep number": DeepNumber, "buffer": Buffer,
-    "another method": Other,
+    "another method": Other, "difference": Difference, "product": Product,
+    "part of a sum": PartOfSum, "in training": InTraining,
     "sequence": plain(lambda: nn.BatchNorm2d(4), nn.Dropout, nn.ReLU),
     "unknown": plain(lambda: nn.BatchNorm2d(4), nn.Hardswish),
 }  # fmt: skip
@@ -275,15 +299,18 @@ def test_what_is_joined_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not calls  # hooks of a later day are not called: docs/torch.rst
 
 
-def test_who_watches_is_left_alone() -> None:
-    for part in ("relu", "bn2", ""):
-        model = Residual()
-        calls: list[Any] = []
-        (model.get_submodule(part) if part else model).register_forward_hook(
-            lambda *_, calls=calls: calls.append(1)
-        )
-        fnt.replace(model, fuse=True)(torch.randn(2, 4, 5, 5))
-        assert len(calls) == (2 if part == "relu" else 1)
+@pytest.mark.parametrize("part", ["relu", "bn1", "bn2", ""])
+def test_who_watches_is_left_alone(part: str) -> None:
+    """And sees the same as before."""
+    model, x = Residual(), torch.randn(2, 4, 5, 5)
+    calls: list[Any] = []
+    model.get_submodule(part).register_forward_hook(lambda *of: calls.append(of[-1].clone()))
+    copy.deepcopy(model)(x)
+    expected = calls.copy()
+    calls.clear()
+    fnt.replace(model, fuse=True)(x)
+    assert len(calls) == (2 if part == "relu" else 1)
+    torch.testing.assert_close(calls, expected)
 
 
 def test_copies_and_pickles_have_their_own_forward() -> None:

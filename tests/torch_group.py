@@ -75,6 +75,12 @@ def run(rank: int, folder: str, world: int) -> None:
             results.append([y.detach(), x.grad, *weights])
         found[name] = results, module.state_dict()
 
+    # one value for each channel in all processes together
+    try:
+        fnt.SyncBatchNorm(CHANNELS)(torch.ones(int(rank == 0), CHANNELS, 1, 1))
+    except ValueError as error:
+        found["one value"] = str(error)
+
     # in a model that is trained in parallel
     torch.manual_seed(3)
     model = nn.Sequential(nn.Conv2d(CHANNELS, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())

@@ -1,4 +1,4 @@
-"""The three numbers of the first page, from files in benchmarks/results."""
+"""What was measured, from files in benchmarks/results: three numbers, and tables."""
 
 import json
 import statistics
@@ -73,7 +73,37 @@ class SiteFigures(SphinxDirective):
         return [raw("", html, format="html")]
 
 
+class KeptTable(SphinxDirective):
+    """``.. kept-table:: transformer`` shows the tables of that kind, one for each machine."""
+
+    required_arguments = 1
+
+    def run(self):
+        """Return the tables, each under the facts of its machine."""
+        lines = []
+        for path in sorted(RESULTS.glob(f"*-{self.arguments[0]}.md")):
+            self.env.note_dependency(str(path))
+            lines += as_rst(path.read_text(encoding="utf-8"))
+        if not lines:
+            raise self.error(f"benchmarks/results has no *-{self.arguments[0]}.md")
+        return self.parse_text_to_nodes("\n".join(lines))
+
+
+def as_rst(page):
+    """The lines of a page that `benchmarks.kept` wrote: its facts, and its table."""
+    written = page.splitlines()
+    facts = [line.removeprefix("- ") for line in written if line.startswith("- ")]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in written
+        if line.startswith("|") and not line.startswith("| ---")
+    ]
+    table = [f"   {'*' if i == 0 else ' '} - {cell}" for row in rows for i, cell in enumerate(row)]
+    return ["; ".join(facts), "", ".. list-table::", "   :header-rows: 1", "", *table, ""]
+
+
 def setup(app):
-    """Register the directive."""
+    """Register the directives."""
     app.add_directive("site-figures", SiteFigures)
+    app.add_directive("kept-table", KeptTable)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,10 +1,10 @@
 # Tensors of another library as arrays of the same memory, and arrays as its tensors, by DLPack's
 # C exchange table (exchange.h): nothing of that library is compiled in, and no Python runs between.
 
-from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
+from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_RawFree, PyMem_RawMalloc
 from cpython.object cimport PyObject
 from cpython.pycapsule cimport PyCapsule_GetPointer
-from cpython.ref cimport Py_DECREF, Py_INCREF
+from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF
 from cpython.tuple cimport PyTuple_New, PyTuple_SET_ITEM
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint64_t
 cimport numpy as cnp
@@ -13,10 +13,20 @@ cnp.import_array()
 
 cdef extern from "Python.h":
     int Py_IsInitialized() noexcept nogil
+    Py_ssize_t Py_REFCNT(PyObject*) noexcept
 
 cdef extern from "numpy/arrayobject.h":
     object PyArray_NewFromDescr(
         type, cnp.dtype, int, cnp.npy_intp*, cnp.npy_intp*, void*, int, object)
+    ctypedef struct ArrayObject "PyArrayObject":
+        pass
+    void PyArray_UpdateFlags(ArrayObject*, int) noexcept
+    ctypedef struct ArrayFields "PyArrayObject_fields":
+        char* data
+        int nd
+        cnp.npy_intp* dimensions
+        cnp.npy_intp* strides
+        void* descr
 
 cdef extern from "exchange.h":
     enum:
@@ -44,6 +54,7 @@ cdef extern from "exchange.h":
 
 cdef enum:
     AXES = 8                    # as of arrays whose calls are cached (call_keys.pxi)
+    LARGEST_FLOAT = 8           # bytes
 
 cdef void release(ManagedTensor* managed) noexcept with gil:
     Py_DECREF(<object>managed.owner)
@@ -54,6 +65,42 @@ cdef void release_if_there(ManagedTensor* managed) noexcept nogil:
     if Py_IsInitialized():
         release(managed)
 
+cdef bint has_elements(const TensorView* v) noexcept:
+    cdef int i
+    for i in range(v.ndim):
+        if v.shape[i] == 0:
+            return False
+    return True
+
+cdef object array_of_view(cnp.dtype dtype, const TensorView* v):
+    """An array of this memory, which it does not own."""
+    cdef cnp.npy_intp strides[AXES]
+    cdef int i
+    for i in range(v.ndim):
+        strides[i] = v.strides[i] * (v.bits // 8)
+    Py_INCREF(dtype)
+    return PyArray_NewFromDescr(
+        cnp.ndarray, dtype, v.ndim, <cnp.npy_intp*>v.shape, strides, v.data,
+        cnp.NPY_ARRAY_WRITEABLE, None)
+
+cdef bint moved_to(PyObject* array, cnp.dtype dtype, const TensorView* v) noexcept:
+    """Have an array that nobody else holds be of this memory; whether it could be."""
+    cdef ArrayFields* fields = <ArrayFields*>array
+    cdef bint other = False
+    cdef int i
+    if Py_REFCNT(array) != 1 or fields.nd != v.ndim or fields.descr != <void*>dtype:
+        return False
+    for i in range(v.ndim):
+        stride = v.strides[i] * (v.bits // 8)
+        other |= fields.dimensions[i] != v.shape[i] or fields.strides[i] != stride
+        fields.dimensions[i], fields.strides[i] = v.shape[i], stride
+    # flags tell of order and alignment
+    other |= ((<size_t>fields.data ^ <size_t>v.data) & (LARGEST_FLOAT - 1)) != 0
+    fields.data = <char*>v.data
+    if other:
+        PyArray_UpdateFlags(<ArrayObject*>array, cnp.NPY_ARRAY_UPDATE_ALL)
+    return True
+
 cdef class Exchange:
     """Plain tensors of a library: those of exactly these types, that need nothing but arithmetic.
 
@@ -63,9 +110,8 @@ cdef class Exchange:
 
     cdef const ExchangeTable* table
     cdef object kind, parameter, is_changed
-    cdef dict dtypes            # by kind and bits
+    cdef object half, single, double_, bfloat16     # dtypes; the last is None until it is known
     cdef int bfloat16_number
-    cdef frozenset numbers      # of the other dtypes
 
     def __cinit__(self, kind, parameter, is_changed):
         """`kind` is the class that has the table."""
@@ -76,49 +122,78 @@ cdef class Exchange:
                 f"{kind.__module__} has version {self.table.version.major} of DLPack's exchange "
                 f"table, expected {EXCHANGE_MAJOR}, with views")
         self.kind, self.parameter, self.is_changed = kind, parameter, is_changed
-        self.dtypes = {
-            TENSOR_OF_FLOATS << 8 | size * 8: cnp.dtype(f"f{size}") for size in (2, 4, 8)}
-        self.numbers = frozenset([(<cnp.dtype>dtype).type_num for dtype in self.dtypes.values()])
-        self.bfloat16_number = -1
+        self.half, self.single, self.double_ = cnp.dtype("f2"), cnp.dtype("f4"), cnp.dtype("f8")
+        self.bfloat16, self.bfloat16_number = None, -1
 
     def know_bfloat16(self, cnp.dtype dtype not None):
         """Take tensors of bfloat16, too, whose arrays are of this dtype."""
-        self.dtypes[TENSOR_OF_BFLOATS << 8 | 16] = dtype
-        self.bfloat16_number = dtype.type_num
+        self.bfloat16, self.bfloat16_number = dtype, dtype.type_num
+
+    cdef object dtype_of(self, const TensorView* v):
+        """The dtype of a tensor's numbers, or None."""
+        if v.kind == TENSOR_OF_BFLOATS and v.bits == 16:
+            return self.bfloat16
+        if v.kind != TENSOR_OF_FLOATS:
+            return None
+        return (self.single if v.bits == 32 else self.double_ if v.bits == 64
+                else self.half if v.bits == 16 else None)
+
+    cdef bint has_number(self, int number) noexcept:
+        """Whether arrays of this type number have tensors."""
+        return (number == cnp.NPY_FLOAT32 or number == cnp.NPY_FLOAT64
+                or number == cnp.NPY_FLOAT16 or number == self.bfloat16_number)
 
     cdef bint is_its(self, object value) noexcept:
         """Whether this is a tensor without code of its own for what is done to it."""
         return type(value) is self.kind or type(value) is self.parameter
 
-    def array(self, tensor):
-        """The array of a plain tensor's floats on the host, or None."""
-        cdef TensorView v
-        cdef cnp.npy_intp strides[AXES]
-        cdef cnp.npy_intp size = 1
-        cdef int i
+    cdef cnp.dtype seen(self, object tensor, TensorView* v):
+        """Where a plain tensor's floats lie on the host, and their dtype; or None."""
         if not self.is_its(tensor):
             return None
         try:
-            self.table.give_view(<void*>tensor, &v)
+            self.table.give_view(<void*>tensor, v)
         except RuntimeError:    # it has no strides, or no memory
             return None
         if v.device_type != TENSOR_ON_CPU or v.ndim > AXES or v.lanes != 1 or v.byte_offset:
             return None
-        dtype = self.dtypes.get(v.kind << 8 | v.bits)
+        if v.ndim and (v.strides == NULL or v.shape == NULL):
+            return None
+        dtype = self.dtype_of(v)
         if dtype is None or self.is_changed(tensor):
             return None
-        for i in range(v.ndim):
-            strides[i] = v.strides[i] * (v.bits // 8)
-            size *= v.shape[i]
-        if v.data == NULL and size:
+        if v.data == NULL and has_elements(v):
             return None
-        Py_INCREF(dtype)
-        array = PyArray_NewFromDescr(
-            cnp.ndarray, <cnp.dtype>dtype, v.ndim, <cnp.npy_intp*>v.shape, strides, v.data,
-            cnp.NPY_ARRAY_WRITEABLE, None)
+        return <cnp.dtype>dtype
+
+    def array(self, tensor):
+        """The array of a plain tensor's floats on the host, or None."""
+        cdef TensorView v
+        dtype = self.seen(tensor, &v)
+        if dtype is None:
+            return None
+        array = array_of_view(dtype, &v)
         Py_INCREF(tensor)
         cnp.PyArray_SetBaseObject(<cnp.ndarray>array, tensor)
         return array
+
+    cdef object lent(self, object tensor, PyObject** kept):
+        """Likewise, in the array of the call before where that is free, as making one takes longer.
+
+        It does not hold the tensor: it is for a call that is over before the tensor goes.
+        """
+        cdef TensorView v
+        dtype = self.seen(tensor, &v)
+        if dtype is None:
+            return None
+        if v.data == NULL:      # such an array owns memory
+            return array_of_view(dtype, &v)
+        if kept[0] == NULL or not moved_to(kept[0], dtype, &v):
+            array = array_of_view(dtype, &v)
+            Py_XDECREF(kept[0])
+            Py_INCREF(array)
+            kept[0] = <PyObject*>array
+        return <object>kept[0]
 
     def tensor(self, array):
         """A tensor of the memory of a new array of floats; None where it has none of those."""
@@ -131,7 +206,7 @@ cdef class Exchange:
             return None
         a = <cnp.ndarray>array
         axes, number, size = cnp.PyArray_NDIM(a), cnp.PyArray_TYPE(a), <int>cnp.PyArray_ITEMSIZE(a)
-        if number != self.bfloat16_number and number not in self.numbers:
+        if not self.has_number(number):
             return None
         managed = <ManagedTensor*>PyMem_RawMalloc(
             sizeof(ManagedTensor) + 2 * axes * sizeof(int64_t))
@@ -162,24 +237,40 @@ cdef class PlainCalls:
     cdef Exchange exchange
     cdef object find_arrays, records, levels, size, tell_written
     cdef tuple questions, running   # the latter as places
-    cdef Py_ssize_t out, moves
+    cdef Py_ssize_t out, moves, arguments
+    cdef PyObject** kept            # of each argument, the array of the last call
 
     def __cinit__(self, Exchange exchange not None, find, *, tuple questions, records, levels, size,
-                 written, Py_ssize_t out, tuple running, Py_ssize_t moves):
+                 written, Py_ssize_t out, tuple running, Py_ssize_t moves, Py_ssize_t arguments):
         """`find` answers calls of arrays, or gives None.
 
         Where one of `questions` is answered with yes, or `levels` are of dual numbers, no call is;
         nor, while it `records`, one of a tensor that requires a gradient. A tuple of type `size` is
         taken as a tuple. `written` is told of tensors that were: those at `out` and, where what is
-        at `moves` is true, at `running`; -1 is nowhere.
+        at `moves` is true, at `running`; -1 is nowhere. Calls have so many `arguments`.
         """
+        cdef Py_ssize_t i
+        self.kept = <PyObject**>PyMem_Malloc(arguments * sizeof(PyObject*))
+        if self.kept == NULL:
+            raise MemoryError("fastnorm could not get memory for the arrays of a call")
+        for i in range(arguments):
+            self.kept[i] = NULL
+        self.arguments = arguments
         self.exchange, self.find_arrays, self.tell_written = exchange, find, written
         self.questions, self.records, self.levels, self.size = questions, records, levels, size
         self.out, self.running, self.moves = out, running, moves
 
+    def __dealloc__(self):
+        cdef Py_ssize_t i
+        for i in range(self.arguments):
+            Py_XDECREF(self.kept[i])
+        PyMem_Free(self.kept)
+
     def find(self, tuple given):
         """The result of a call, all its arguments in their order; None where it has to be seen."""
-        cdef Py_ssize_t i, n = len(given)
+        cdef Py_ssize_t i, n = self.arguments
+        if len(given) != n:
+            raise TypeError(f"find got {len(given)} arguments, expected {n}")
         if not self.exchange.is_its(given[0]):
             return None
         for question in self.questions:
@@ -194,7 +285,7 @@ cdef class PlainCalls:
             if self.exchange.is_its(value):
                 if recording and value.requires_grad:
                     return None
-                value = self.exchange.array(value)
+                value = self.exchange.lent(value, &self.kept[i])
                 if value is None:
                     return None
             elif type(value) is self.size:

@@ -1,6 +1,6 @@
 """The functions of fastnorm for tensors, differentiable; and the norms of a model replaced by them.
 
-``import fastnorm.torch as fnt`` asks for PyTorch 2.13 or later. CPU tensors are computed by
+``import fastnorm.torch as fnt`` asks for PyTorch 2.10 or later. CPU tensors are computed by
 fastnorm's kernels, in place of the memory they are in; what these cannot see (a compiler, a
 transform of torch.func, a subclass, another device) by PyTorch's own operators.
 """

@@ -6,6 +6,7 @@ import ast
 import hashlib
 import inspect
 import textwrap
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -36,6 +37,11 @@ def activation_of(module: Any) -> str | None:
     if type(module) is nn.GELU:
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
     return _ACTIVATIONS.get(type(module))
+
+
+def _norm(function: Any, followed: dict[str, Any]) -> Any:
+    """A norm, or a norm and what follows it, which takes what `_followed` does."""
+    return partial(_followed, function) if followed else function
 
 
 def _followed(
@@ -99,8 +105,7 @@ class _BatchNorm(Replaced):
         self._check_input_dim(input)
         # statistics that are not tracked stay as they are in training
         moved = self.track_running_stats or not self.training
-        return _followed(
-            functions.batch_norm,
+        y: Tensor = _norm(functions.batch_norm, joined)(
             input,
             self.running_mean if moved else None,
             self.running_var if moved else None,
@@ -111,6 +116,7 @@ class _BatchNorm(Replaced):
             self.eps,
             **joined,
         )
+        return y
 
 
 class _SyncBatchNorm(Replaced):
@@ -193,33 +199,27 @@ class _LayerNorm(Replaced):
     joins = True
 
     def forward(self: Any, input: Tensor, **joined: Any) -> Tensor:
-        return _followed(
-            functions.layer_norm,
-            input,
-            self.normalized_shape,
-            self.weight,
-            self.bias,
-            self.eps,
-            **joined,
-        )
+        norm = _norm(functions.layer_norm, joined)
+        y: Tensor = norm(input, self.normalized_shape, self.weight, self.bias, self.eps, **joined)
+        return y
 
 
 class _GroupNorm(Replaced):
     joins = True
 
     def forward(self: Any, input: Tensor, **joined: Any) -> Tensor:
-        return _followed(
-            functions.group_norm, input, self.num_groups, self.weight, self.bias, self.eps, **joined
-        )
+        norm = _norm(functions.group_norm, joined)
+        y: Tensor = norm(input, self.num_groups, self.weight, self.bias, self.eps, **joined)
+        return y
 
 
 class _RMSNorm(Replaced):
     joins = True
 
     def forward(self: Any, x: Tensor, **joined: Any) -> Tensor:
-        return _followed(
-            functions.rms_norm, x, self.normalized_shape, self.weight, self.eps, **joined
-        )
+        norm = _norm(functions.rms_norm, joined)
+        y: Tensor = norm(x, self.normalized_shape, self.weight, self.eps, **joined)
+        return y
 
 
 class _OfInput(Replaced):

@@ -18,6 +18,7 @@ from fastnorm.arguments import (
     channel_axis_of,
     check_ndim,
     fits,
+    groups_of,
     layer_axes,
     reduced_axes,
     whole_numbers,
@@ -270,7 +271,8 @@ class _View(NamedTuple):
         return y.reshape(x.movedim(self.axis, 1).shape).movedim(1, self.axis)
 
 
-def _view(name: str, named: Named, x: Tensor) -> _View:
+def view_of(name: str, named: Named, x: Tensor) -> _View:
+    """x as a norm sees it."""
     if name not in BY_CHANNEL:
         axes = layer_axes(x, named["normalized_shape"], named["axis"], name)
         kept = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
@@ -278,7 +280,7 @@ def _view(name: str, named: Named, x: Tensor) -> _View:
     axis = channel_axis_of(x, named["channel_axis"], name, samples=name != "batch_norm")
     samples, channels = x.shape[0], x.shape[axis]
     if name == "group_norm":
-        groups = named["num_groups"]
+        groups = groups_of(named["num_groups"], channels)
         moved = x.movedim(axis, 1)
         seen = moved.reshape(samples, groups, channels // groups, *moved.shape[2:])
         kept = (samples, groups, *[1] * (x.ndim - 1))
@@ -288,7 +290,8 @@ def _view(name: str, named: Named, x: Tensor) -> _View:
     else:
         axes = tuple(a for a in range(1, x.ndim) if a != axis)
     kept = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
-    return _View(x, axes, kept, (channels,) if 0 in axes else (samples, channels), axis)
+    handed_out = (channels,) if name == "batch_norm" else (samples, channels)
+    return _View(x, axes, kept, handed_out, axis)
 
 
 def norm(name: str, named: Named, given: Any = None, *, moves: bool = False) -> tuple[Tensor, ...]:
@@ -297,7 +300,7 @@ def norm(name: str, named: Named, given: Any = None, *, moves: bool = False) -> 
     `given` are the statistics that take the place of those of x. With `moves`, running ones move.
     """
     x, eps = named["x"], named["eps"]
-    view = _view(name, named, x)
+    view = view_of(name, named, x)
     seen, axes, kept, handed_out, axis = view
     if eps is None:
         eps = machine_epsilon(x)
@@ -316,7 +319,7 @@ def norm(name: str, named: Named, given: Any = None, *, moves: bool = False) -> 
     else:
         mask = named.get("where")
         if mask is not None:
-            mask = _view(name, named, mask.broadcast_to(x.shape)).seen
+            mask = view_of(name, named, mask.broadcast_to(x.shape)).seen
         centre = None if name == "rms_norm" else _mean(seen, axes, mask)
         centred = seen if centre is None else seen - centre
         variance = _mean(centred.square(), axes, mask)

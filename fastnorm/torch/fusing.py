@@ -250,7 +250,7 @@ def _join_activation(norm: fx.Node, module: nn.Module) -> None:
     if act is None or not act.args or act.args[0] is not norm:
         return
     name = _activation_of(act, module)
-    if name is not None and all(not _writes(node, module) for node in _between(norm, act)):
+    if name is not None:
         norm.kwargs = {**norm.kwargs, "activation": name}
         _take_place(norm, act)
 

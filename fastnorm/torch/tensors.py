@@ -128,5 +128,6 @@ def finder(function: Any, running: tuple[str, ...]) -> Callable[[tuple[Any, ...]
         out=at.get("out", -1),
         running=tuple(at[name] for name in running if name in at),
         moves=at.get("training", at.get("use_input_stats", -1)),
+        arguments=len(names),
     ).find
     return found

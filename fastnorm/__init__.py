@@ -1,6 +1,9 @@
 """fastnorm: batch, layer, instance, group and RMS normalization for NumPy, fast and right."""
 
-from fastnorm import backward, elementwise, functional, nn, related, threadpools
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from fastnorm import backward, elementwise, functional, related, threadpools
 from fastnorm.backends import backend, get_backend, set_backend
 from fastnorm.backward import *
 from fastnorm.config import VERSION, explain, show_config
@@ -9,6 +12,11 @@ from fastnorm.functional import *
 from fastnorm.moments import Moments, moments, standardize
 from fastnorm.related import *
 from fastnorm.runtime import get_num_threads, set_num_threads, threads, trim_memory
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from fastnorm import nn
 
 __version__ = VERSION
 
@@ -34,6 +42,12 @@ __all__ += functional.__all__
 __all__ += related.__all__
 
 threadpools.connect()
+
+
+def __getattr__(name: str) -> "ModuleType":
+    if name == "nn":  # imported by whoever uses it
+        return import_module("fastnorm.nn")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

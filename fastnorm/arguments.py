@@ -353,6 +353,12 @@ def _is_packed(shape: Sequence[int], steps: Sequence[int], itemsize: int) -> boo
     return True
 
 
+def packed(p: Array) -> Array:
+    """A parameter, or where it has gaps or lies backwards a copy in the order of memory."""
+    forwards = min(p.strides, default=0) >= 0
+    return p if forwards and _is_packed(p.shape, p.strides, p.itemsize) else p.copy("K")
+
+
 def ordered(shape: tuple[int, ...], dtype: Any, steps: Sequence[int]) -> Array:
     """An array whose axes lie in memory in the order of these steps."""
     order = sorted(range(len(shape)), key=lambda i: -abs(steps[i]))
@@ -768,7 +774,7 @@ def _divisors(n: int, asked: int) -> list[int]:
 def groups_of(num_groups: int, channels: int) -> int:
     """Return num_groups; refuse one that does not divide the channels."""
     groups = num_groups if type(num_groups) is int else whole(num_groups, "num_groups")
-    if groups < 1 or channels % groups:
+    if not 1 <= groups <= max(channels, 1) or channels % groups:
         raise ValueError(
             f"num_groups={shown(num_groups)} does not divide the {channels} channels; use "
             + (f"one of {', '.join(map(str, _divisors(channels, groups)))}" if channels else "1")

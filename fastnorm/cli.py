@@ -647,6 +647,7 @@ def _placement(arguments: argparse.Namespace) -> int:
     if arguments.plot and lacks("demo", "matplotlib"):
         return 2
     from fastnorm import placement
+    from fastnorm._bench import machine
 
     parts = [arguments.part] if arguments.part else placement.PARTS
     depths = arguments.depths or placement.DEPTHS
@@ -661,7 +662,7 @@ def _placement(arguments: argparse.Namespace) -> int:
             warn(f"cannot write the picture: {error}")
             return 2
     if arguments.json:
-        say_json(results)
+        say_json({"machine": machine.facts()} | results)
     else:
         say(placement.to_text(results), sys.stdout)
     return 0

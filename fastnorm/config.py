@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fastnorm import _core, backends
+from fastnorm import _core, backends, processor
 from fastnorm import machine as machines
 from fastnorm.arguments import did_you_mean, shown
 from fastnorm.runtime import get_num_threads
@@ -64,6 +64,7 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     config: dict[str, Any] = {
         "versions": versions,
         "cpu": {
+            "name": processor.name(),
             "machine": platform.machine(),
             "instruction set found": _core.level_found or "unknown",
             "instruction set used": _core.level_used or "none: no compiled kernels",

@@ -28,6 +28,7 @@ from fastnorm.arguments import (
     lies_plainly,
     mask_of,
     ordered,
+    packed,
     same_shape,
     writes_apart,
     writes_apart_anywhere,
@@ -318,7 +319,10 @@ class Gradients(Request[R]):
                 weight = plus(weight, self.weight_offset)
             # the kernels convert a larger one on the way
             small = weight.size <= array.size // SMALL or isinstance(array, ArrayView)
-            kind = computing_type(array.dtype) if small else weight.dtype.type
+            kind = computing_type(array.dtype)
+            if not small and weight.dtype.type is not kind:
+                # as a converted one lies: how large the batch is decides no bit
+                weight, kind = packed(weight), weight.dtype.type
             weight = laid_as(weight, kind, array)
             placed = place(weight)
         along: Sequence[int] = range(-len(shape), 0)

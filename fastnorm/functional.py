@@ -81,7 +81,7 @@ def batch_norm(
     where: ArrayLike | None = None, residual: ArrayLike | None = None,
     activation: Activation = None, out: Array | None = None, return_stats: bool,
 ) -> Array | WithStats: ...  # fmt: skip
-@public()
+@public(meaning={"where": "uncached"})  # how many it leaves is asked each time
 def batch_norm(
     x: ArrayLike,
     running_mean: ArrayLike | None = None,
@@ -205,7 +205,8 @@ def _by_running(norm: Norm[Any], means: Array, variances: Array, axis: int) -> N
         )
     # In the order of memory: where the channels are neighbours all rows at once, for which the
     # scales are computed once; otherwise, or with weights of its own, every sample by itself.
-    together = array.strides[axis] == array.itemsize or array.ndim == 2
+    side_by_side = array.strides[axis] == array.itemsize and array.shape[axis] > 1
+    together = side_by_side or array.ndim == 2
     together &= all(p is None or p.shape[0] == 1 for p in (norm.weight, norm.bias))
     norm.axes = (0, *range(2, array.ndim)) if together else tuple(range(2, array.ndim))
     return norm

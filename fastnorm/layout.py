@@ -8,6 +8,7 @@ memory, and names what is left: a kept pair (a, b), a reduced pair (p, s) and co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -47,6 +48,23 @@ class Layout:
         return other is not None and (self.columns, self.dims[2:], self.neighbours) == (
             other.columns, other.dims[2:], other.neighbours,
         )  # fmt: skip
+
+    def goes_through_groups_as(self, other: Layout) -> bool:
+        """Whether both take the elements of a group in one order, and their parameters too."""
+        if self._elements() == 1:
+            return True
+        return (self.columns, self.dims[2:4], self.neighbours, self._along_rows()) == (
+            other.columns, other.dims[2:4], other.neighbours, other._along_rows(),
+        )  # fmt: skip
+
+    def _elements(self) -> int:
+        """Of a group."""
+        return math.prod(self.dims[2:4]) * self.neighbours
+
+    def _along_rows(self) -> list[bool]:
+        """Along which rows parameters differ."""
+        own = [name for name in self.strides if name in _ONE_FOR_ALL]
+        return [step != 0 for name in own for step in self.strides[name][2:4]]
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -91,16 +109,10 @@ def describe(
         for name, own, strides, size in operands
     }
     axes: list[_Axis] = []
-    before = reduced.index(True) if True in reduced else 0
     for i in sorted(range(len(shape)), key=lambda i: -steps["x"][i]):
         strides = {name: own[i] for name, own in steps.items()}
         if shape[i] == 1:
-            longer = [(step, n) for step, n in zip(steps["x"], shape) if n > 1]
-            if copied or i >= before or not longer:
-                continue
-            # samples that lie between one another are columns: then this is one of them
-            between = steps["x"][i] == 1 and all(step > 1 for step, _ in longer)
-            if not between and steps["x"][i] < max(step * n for step, n in longer):
+            if i or reduced[i] or copied or not _one_of_a_batch(steps["x"], shape):
                 continue
             # its weights are those of others, too
             strides |= dict.fromkeys(_ONE_FOR_ALL & strides.keys(), 0)
@@ -148,6 +160,16 @@ def describe(
         neighbours,
         {name: tuple(axis.strides[name] for axis in five) for name in steps},
     )
+
+
+def _one_of_a_batch(steps: list[int], shape: tuple[int, ...]) -> bool:
+    """Whether there is room for more samples a step of axis 0 apart, behind or between each other.
+
+    Such a step is that of a batch, of which this sample is a slice; others are anything.
+    """
+    longer = [(step, n) for step, n in zip(steps, shape) if n > 1]
+    within = sum((n - 1) * step for step, n in longer if step <= steps[0])
+    return bool(longer) and steps[0] > within
 
 
 def _side_by_side(outer: _Axis, inner: _Axis) -> bool:

@@ -181,7 +181,7 @@ def _merge_parts(
 
 
 def _exponent_of(fields: Array) -> Any:
-    return fields[5].astype(np.int64)
+    return np.asarray(fields[5], np.int64)
 
 
 def mean_of(fields: Array) -> Array:

@@ -287,7 +287,7 @@ empty_like: Callable[[Array], Array] = getattr(_core.kernels, "empty_like", _emp
 def trim_memory() -> int:
     """Give the memory that is kept for results back to the system.
 
-    Results of 16 MB and more come from memory that is kept when they are freed, up to
+    Results of 256 kB and more come from memory that is kept when they are freed, up to
     ``FASTNORM_KEEP_MB``. Arrays in use are not touched, and later results are kept again.
 
     Returns

@@ -264,8 +264,11 @@ def forward_schedule(
     w, v = steps.get("weight", _NONE), steps.get("bias", _NONE)
     first = 2 if columns else 3
     foldable = not (activation_first or any(w[first:4]) or any(v[first:4]))
+    if given and layout.neighbours > 1 and (w[4] or v[4]):
+        foldable = False  # of one sample these columns are a run, along which weights differ
     along = w[3] != 0 and (v[3] != 0 or "bias" not in types)
-    plain = activation is None and not (masked or "residual" in types)
+    alone = activation is None and "residual" not in types
+    plain = alone and not masked
 
     # items, and what decides bits
     if columns:
@@ -285,8 +288,8 @@ def forward_schedule(
         items = a * chunks
         block, split_length = BLOCK, SPLIT_BLOCKS * BLOCK
     splits = max(1, -(-length // split_length))
-    bf16_direct = plain and written and x.name == "bfloat16" and not (columns or summed)
-    bf16_direct = bf16_direct and planes_follow and (foldable or along)
+    bf16_direct = plain and written and x.name == "bfloat16" and not summed
+    bf16_direct = bf16_direct and (foldable if columns else planes_follow and (foldable or along))
     blocking = ForwardBlocking(
         length, width if columns else 0, block, split_length, splits, bf16_direct
     )
@@ -310,9 +313,11 @@ def forward_schedule(
 
     # the path
     path: Path = "items"
-    whole = written and not (columns or given or masked)
+    own = written and not (columns or given)
+    whole = own and not masked
     added = single and types["addend"].name == x.name if summed else False
-    single_rows = whole and plain and not activation_first and p == 1 and length <= BLOCK
+    single_rows = own and alone and not activation_first and p == 1 and length <= BLOCK
+    single_rows = single_rows and (not masked or (single and not summed))
     single_rows = single_rows and (length >= MIN_ROW or a * b < FEW_ROWS)
     single_rows = single_rows and (foldable or (along and w[1] == v[1] == 0))
     if single_rows and (added if summed else single or double or (bf16_direct > non_temporal)):
@@ -423,7 +428,8 @@ def backward_schedule(
         run *= s  # rows that follow one another
     long = machine.always_non_temporal or run * types["dx"].size >= NON_TEMPORAL_MIN_RUN
     full = [types[name].name for name in ("x", "dy", "dx")]
-    on_the_way = all(name == "bfloat16" for name in full) and not layout.columns
+    on_the_way = all(name == "bfloat16" for name in full)
+    on_the_way = on_the_way and not (layout.columns and blocking.inside)
     long = long and (machine.always_non_temporal or not on_the_way)
     past = nbytes > non_temporal_above(machine, layout.columns, backward=True) and long
     half = on_the_way and not past

@@ -7,6 +7,7 @@ serves them all, so its exact result is computed once.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from typing import Any
 
@@ -217,6 +218,81 @@ EXTREMES = [
     (BF16, 1e38),
     (BF16, 1e-38),
 ]
+
+
+@pytest.mark.each_cpu
+@pytest.mark.parametrize("scale", [1e-42, 1e-40, 1e-38, 1e-33])
+def test_a_weight_brings_back_what_is_subnormal(scale: float) -> None:
+    """Of numbers that eps divides, xhat is; a weight of each element comes after."""
+    rng = np.random.default_rng(0)
+    for n, weight in itertools.product((4, 96, 5000), (1.0, 100.0, 1e30)):
+        x = (rng.uniform(0.1, 1, (5, n)) * rng.choice((-1, 1), (5, n)) * scale).astype(F32)
+        w = (rng.uniform(0.1, 1, n) * weight).astype(F32)
+        wide = x.astype(F64)
+        shares = wide / np.sqrt((wide * wide).mean(1, keepdims=True) + 1e-5)
+        centred = wide - wide.mean(1, keepdims=True)
+        centred /= np.sqrt(wide.var(1, keepdims=True) + 1e-5)
+        for lying in (x, np.asfortranarray(x)):
+            for found, exact in (
+                (fn.rms_norm(lying, n, w, 1e-5), shares),
+                (fn.layer_norm(lying, n, w), centred),
+            ):
+                assert ulps(found, exact * w, F32, floor=2.0**-126).max() <= AFFINE
+
+
+@pytest.mark.each_cpu
+@pytest.mark.parametrize("n", [40, 768, 5000])
+@pytest.mark.parametrize(("size", "weight"), [(2e38, 1e-10), (1e-42, 1e30)])
+def test_a_weight_brings_back_what_a_mask_left_out(size: float, weight: float, n: int) -> None:
+    """Of rows: numbers that leave the range, or its digits, by the statistics of others."""
+    rng = np.random.default_rng(n)
+    x = rng.standard_normal((6, n)) * 1e-3
+    chosen = rng.random(x.shape) < 0.6
+    x[~chosen] *= size * 1e3 / 5
+    x, w = x.astype(F32), (rng.uniform(0.1, 1, n) * weight).astype(F32)
+    wide = x.astype(F64)
+    for norm, mean in ((fn.layer_norm, True), (fn.rms_norm, False)):
+        d = wide - wide.mean(1, keepdims=True, where=chosen) * mean
+        var = (d * d).mean(1, keepdims=True, where=chosen)
+        for _ in range(2):
+            found = norm(x, n, w, eps=1e-12, where=chosen)
+            right = ~chosen if size > 1 or not mean else chosen
+            error = ulps(found, d / np.sqrt(var + 1e-12) * w, F32, floor=2.0**-126)
+            assert error[right].max() <= AFFINE
+
+
+@pytest.mark.each_cpu
+@by_layout
+@pytest.mark.parametrize(("scale", "eps", "weight"), [(1e-42, 1e-5, 1e30), (1e-38, 1e10, 1e37)])
+@pytest.mark.parametrize(
+    "of", [(1, 1, 2, 1), (3, 1, 1), (1, 1, 64), (3, 2, 64), (2, 3, 1, 1)], ids=str
+)
+def test_so_does_one_of_other_places(
+    of: tuple[int, ...], scale: float, eps: float, weight: float, layout: str
+) -> None:
+    """Also by statistics that were given, and of numbers that a mask leaves out."""
+    rng = np.random.default_rng(0)
+    x = rng.uniform(0.1, 1, (2, 3, 2, 64)) * rng.choice((-1, 1), (2, 3, 2, 64)) * scale
+    x[..., :2, :3] = 0
+    x = LAYOUTS[layout](x.astype(F32))
+    w = (rng.uniform(0.1, 1, of) * weight).astype(F32)
+    chosen = np.zeros(x.shape, bool)
+    chosen[..., :2, :3] = True
+    zero = np.zeros(3)
+
+    def exact(axes: tuple[int, ...], mean: bool = True, var: bool = True) -> Any:
+        wide = x.astype(F64)
+        d = wide - wide.mean(axes, keepdims=True) * mean
+        return d / np.sqrt((d * d).mean(axes, keepdims=True) * var + eps) * w
+
+    for found, right in (
+        (fn.instance_norm(x, weight=w, eps=eps), exact((2, 3))),
+        (fn.group_norm(x, 1, w, eps=eps), exact((1, 2, 3))),
+        (fn.batch_norm(x, None, None, w, training=True, eps=eps), exact((0, 2, 3))),
+        (fn.batch_norm(x, zero, zero, w, eps=eps), exact((2, 3), mean=False, var=False)),
+        (fn.instance_norm(x, weight=w, eps=eps, where=chosen), exact((2,), False, False)),
+    ):
+        assert ulps(found, right, F32, floor=2.0**-126).max() <= AFFINE
 
 
 @pytest.mark.each_cpu

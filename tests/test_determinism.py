@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -13,11 +14,13 @@ import pytest
 
 import fastnorm as fn
 from fastnorm import _core, execution, runtime
+from fastnorm.backends import compiled
 from fastnorm.operations import OPERATIONS, Operation
 
 from .helpers import (
     BACKENDS,
     BF16,
+    DTYPES,
     F16,
     F32,
     F64,
@@ -111,6 +114,151 @@ def test_a_sample_where_an_axis_between_is_reduced(name: str, axis: Any, dtype: 
             assert_same_bits(back, dx[i : i + 1])
 
 
+@pytest.mark.parametrize("order", list(itertools.permutations(range(5))), ids=str)
+def test_a_sample_in_every_order_of_axes(order: tuple[int, ...]) -> None:
+    """Whether it can be walked as it lies, or is copied, is so for the batch and for one of it."""
+    shape = (3, 2, 4, 1, 3)
+    rng = np.random.default_rng(sum(order[:3]))
+    lying = (2, *(shape[axis] for axis in order))
+    dtype = F32 if order[0] else F64  # in which samples must not be neighbours
+    x, dy = rng.standard_normal(lying).astype(dtype).transpose(0, *1 + np.argsort(order))
+    for axis in itertools.chain(*(itertools.combinations((1, 2, 3, 4), n) for n in (1, 2, 3))):
+        own = tuple(shape[a] for a in axis)
+        if set(own) == {1}:
+            continue
+        w = rng.standard_normal(own).astype(F32)
+        for p in ({"axis": axis}, {"axis": axis, "weight": w}):
+            y, mean, rstd = fn.layer_norm(x, **p, return_stats=True)
+            # statistics whose step along an axis of length 1 is none
+            steps = [0 if n == 1 else s for n, s in zip(rstd.shape, rstd.strides)]
+            odd = np.lib.stride_tricks.as_strided(rstd, rstd.shape, steps)
+            for stats in ((mean, rstd), (mean, odd)):
+                dx, *_ = fn.layer_norm_backward(dy, x, *stats, **p)
+                for i in (0, 2):
+                    s = slice(i, i + 1)
+                    assert_same_bits(fn.layer_norm(x[s], **p), y[s])
+                    alone, *_ = fn.layer_norm_backward(dy[s], x[s], *(v[s] for v in stats), **p)
+                    assert_same_bits(alone, dx[s])
+
+
+def lying(rng: Any, shape: tuple[int, ...], order: Sequence[int], gap: int = -1) -> Any:
+    """float32 numbers with the axes in this order in memory, one axis with a gap behind it."""
+    whole = rng.standard_normal([shape[axis] + (axis == gap) for axis in order]).astype(F32)
+    return whole.transpose(np.argsort(order))[tuple(slice(0, n) for n in shape)]
+
+
+C = (0, 1, 2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "order", "gap", "own", "axis"),
+    [
+        ((3, 4, 2, 4, 3), (4, 0, 2, 1, 3), -1, (3, 1, 2, 4, 1), (1, 3)),
+        ((3, 4, 3, 4, 4), C, 2, (3, 4, 1, 1, 4), (2, 4)),
+        ((3, 3, 4, 4, 2), C, 3, (3, 3, 1, 4, 1), (2, 4)),
+        ((2, 3, 3, 2, 2), (4, 2, 3, 0, 1), -1, (2, 3, 3, 1, 2), (1, 3)),
+        ((2, 3, 4, 2, 4), C, 2, (2, 3, 4, 1, 1), (3, 4)),
+    ],
+    ids=str,
+)
+@on_kernels
+def test_a_sample_with_parameters_of_its_own(
+    name: str, shape: Any, order: Any, gap: int, own: Any, axis: Any
+) -> None:
+    """Alone its walk goes by its own strides, in the batch by those of all parameters."""
+    rng = np.random.default_rng(3)
+    x, dy = (lying(rng, shape, order, gap) for _ in range(2))
+    residual = lying(rng, shape, order[::-1])
+    w, b = (1 + rng.standard_normal((2, *own)) / 4).astype(F32)
+    stats: dict[str, Any] = {"axis": axis, "return_stats": True}
+
+    def at(s: slice) -> dict[str, Any]:
+        return {"axis": axis, "weight": w[s]}
+
+    calls: list[Callable[[slice], Any]] = [
+        lambda s: fn.layer_norm(x[s], weight=w[s], bias=b[s], **stats),
+        lambda s: fn.rms_norm(x[s], weight=w[s], activation="relu", **stats),
+    ]
+    if axis == (3, 4):
+        calls.append(lambda s: fn.add_layer_norm(x[s], residual[s], shape[3:], w[s], b[s]))
+    with fn.backend(name):
+        layer, rms = (of(slice(None))[1:] for of in calls[:2])
+        calls += [
+            lambda s: fn.layer_norm_backward(dy[s], x[s], *(v[s] for v in layer), **at(s)),
+            lambda s: fn.rms_norm_backward(dy[s], x[s], *(v[s] for v in rms), **at(s)),
+        ]
+        for of in calls:
+            whole = first(of(slice(None)))
+            for i in range(len(x)):
+                assert_same_bits(first(of(slice(i, i + 1))), whole[i : i + 1])
+
+
+@pytest.mark.parametrize("size", [1.0, 1e30, 1e37])
+@on_kernels
+def test_a_sample_by_given_statistics_with_large_weights(name: str, size: float) -> None:
+    """In Fortran's order channels are runs in a batch, and columns alone."""
+    rng = np.random.default_rng(6)
+    x = np.asfortranarray(rng.standard_normal((2, 64)).astype(F32))
+    w = ((1 + rng.standard_normal(64) / 4) * size).astype(F32)
+    mean, var = rng.standard_normal(64), rng.random(64) + 0.5
+    with fn.backend(name):
+        whole = fn.batch_norm(x, mean, var, w)
+        for i in (0, 1):
+            assert_same_bits(fn.batch_norm(x[i : i + 1], mean, var, w), whole[i : i + 1])
+
+
+@pytest.mark.parametrize("own", [(65,), (5, 65), (5, 1)], ids=str)
+@pytest.mark.parametrize("batch", [(56,), (7, 8), (300,)], ids=str)
+@on_kernels
+def test_gradients_of_weights_that_rows_share(name: str, batch: Any, own: Any) -> None:
+    """Of float64, in which a sum in another order is seen."""
+    rng = np.random.default_rng(5)
+    x, dy = rng.standard_normal((2, *batch, 5, 65))
+    w = rng.standard_normal(own)
+    with fn.backend(name):
+        _, mean, rstd = fn.layer_norm(x, (5, 65), w, return_stats=True)
+        found = []
+        for threads in (1, 2, 8):
+            with fn.threads(threads):
+                found.append(fn.layer_norm_backward(dy, x, mean, rstd, (5, 65), w))
+    for others in found[1:]:
+        for one, other in zip(found[0], others, strict=True):
+            assert_same_bits(one, other)
+
+
+@pytest.mark.parametrize("shape", [(4096, 1), (64, 32), (4, 8, 6, 5), (9, 5, 24)], ids=str)
+@on_kernels
+def test_ordinary_batches_go_in_one_pass(name: str, shape: Any, monkeypatch: Any) -> None:
+    """With parameters of each sample, too: one after the other they would take far longer."""
+    monkeypatch.setattr(compiled, "_sample", None)
+    x = np.random.default_rng(0).standard_normal(shape).astype(F32)
+    w = np.ones((shape[0], *[1] * (len(shape) - 2), shape[-1]), F32)
+    with fn.backend(name):
+        for own in (w, w[..., :1], np.ones(shape, F32)):
+            y, *stats = fn.layer_norm(x, shape[-1], own, own, return_stats=True)
+            fn.layer_norm_backward(y, x, *stats, shape[-1], own)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 1, 1), (3, 5, 4), (4, 2, 3, 3), (2, 1, 40)], ids=str)
+@on_kernels
+def test_a_sample_by_given_statistics_and_weights_of_positions(name: str, shape: Any) -> None:
+    """Short rows are columns in a batch, and a run alone: there weights are applied apart."""
+    rng = np.random.default_rng(4)
+    ndim = len(shape)
+    with fn.backend(name):
+        for order in itertools.permutations(range(ndim)):
+            x = lying(rng, shape, order)
+            for axis in range(1, ndim):
+                mean, var = rng.standard_normal(shape[axis]), rng.random(shape[axis]) + 0.5
+                for along in itertools.product((False, True), repeat=ndim - 1):
+                    own = (1, *(n if varies else 1 for n, varies in zip(shape[1:], along)))
+                    w = (1 + rng.standard_normal(own) / 4).astype(F32)
+                    whole = fn.batch_norm(x, mean, var, w, w, channel_axis=axis)
+                    for i in (0, len(x) - 1):
+                        one = fn.batch_norm(x[i : i + 1], mean, var, w, w, channel_axis=axis)
+                        assert_same_bits(one, whole[i : i + 1])
+
+
 # Weights of float64, of each sample, and in either order; so large or small that a group of theirs
 # is computed in double.
 WEIGHTS = {
@@ -198,6 +346,8 @@ def test_a_sample_between_others(name: str, order: tuple[int, ...], dtype: Any) 
     w, b = rng.standard_normal((2, c)).astype(F32)
     full = rng.standard_normal((2, c, m)).astype(F32)
     of_sample = rng.standard_normal((n, 1, 1)).astype(F32)
+    of_channel = rng.standard_normal((n, c, 1)).astype(F32)
+    apart = np.ascontiguousarray(r)
     stats: dict[str, Any] = {"return_stats": True}
     forward: list[Callable[[slice], Any]] = [
         lambda s: fn.group_norm(x[s], c, w, b, **stats),
@@ -208,6 +358,9 @@ def test_a_sample_between_others(name: str, order: tuple[int, ...], dtype: Any) 
         lambda s: fn.layer_norm(x[s], (c, m), each[s], residual=r[s]),
         lambda s: fn.rms_norm(x[s], m, full[0, 0], **stats),
         lambda s: fn.batch_norm(x[s], w, b * b, b, w),
+        # which is added first, into an array without the other samples
+        lambda s: fn.add_rms_norm(x[s], apart[s], (c, m), of_channel[s]),
+        lambda s: fn.add_layer_norm(x[s], apart[s], (c, m), of_channel[s], of_sample[s]),
     ]
     with fn.backend(name):
         found = [first(of(slice(None))) for of in forward]
@@ -229,16 +382,81 @@ def test_a_sample_between_others(name: str, order: tuple[int, ...], dtype: Any) 
                 assert_same_bits(first(of(one)), whole[one])
 
 
+@pytest.mark.skipif(_core.kernels is None, reason="no compiled kernels")
+@pytest.mark.parametrize("of", [F16, BF16, F32, F64], ids=named)
+@pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=named)
+def test_a_sample_between_others_is_converted(dtype: Any, of: Any) -> None:
+    """In tiles, whose rows depend on how many columns there are: dy of another dtype, or x."""
+    rng = np.random.default_rng(0)
+    for n, c, m in ((9, 300, 32), (16, 1000, 3), (40, 70, 65)):
+        x, dy = (rng.standard_normal((m, n, c)).transpose(1, 2, 0) for _ in range(2))
+        x, dy = x.astype(dtype), dy.astype(of)
+        _, *stats = fn.layer_norm(x, axis=2, return_stats=True)
+        dx = fn.layer_norm_backward(dy, x, *stats, axis=2)[0]
+        for i in (0, n - 1):
+            one = slice(i, i + 1)
+            own = [s[one] for s in stats]
+            found = fn.layer_norm_backward(dy[one], x[one], *own, axis=2)[0]
+            assert_same_bits(found, dx[one])
+
+
+@on_kernels
+def test_a_sample_of_one_channel_last_by_given_statistics(name: str) -> None:
+    """The stride of an axis of length 1 decides nothing."""
+    rng = np.random.default_rng(0)
+    w, mean, var = rng.standard_normal((1, 1, 17, 1)).astype(F32), np.array([0.3]), np.array([1.7])
+    norms: list[Callable[[Any], Any]] = [
+        lambda x: fn.batch_norm(x, mean, var, w),
+        lambda x: fn.instance_norm(x, mean, var, w, w, use_input_stats=False),
+    ]
+    with fn.backend(name):
+        for width in (3, 64, 256):
+            x = rng.standard_normal((2, 17, width, 1)).astype(F32)
+            for lying in (np.moveaxis(x, 3, 1), x.reshape(2, 1, 17, width)):
+                for norm in norms:
+                    assert_same_bits(norm(lying[:1]), norm(lying)[:1])
+
+
+@on_kernels
+def test_a_sample_of_one_element_out_of_range(name: str) -> None:
+    """One alone is a run, among others it is a column."""
+    x, dy = np.float32([[0.125730217], [-0.132104859]]), np.float32([[1.336284e35], [2.1888102e34]])
+    one = slice(0, 1)
+    with fn.backend(name):
+        for w in (np.float32([0.36159506]), np.float32([[0.36159506], [3.0]]), None):
+            _, *stats = fn.layer_norm(x, 1, return_stats=True)
+            dx = fn.layer_norm_backward(dy, x, *stats, 1, w)[0]
+            own = w if w is None or w.ndim == 1 else w[one]
+            found = fn.layer_norm_backward(dy[one], x[one], *(s[one] for s in stats), 1, own)[0]
+            assert_same_bits(found, dx[one])
+            assert not dx.any()
+            _, rstd = fn.rms_norm(x, 1, return_stats=True)
+            dx = fn.rms_norm_backward(dy, x, rstd, 1, w)[0]
+            assert_same_bits(fn.rms_norm_backward(dy[one], x[one], rstd[one], 1, own)[0], dx[one])
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_sample_with_weights_in_double(name: str) -> None:
     """Which are as many as a sample has numbers, or few beside those of a batch."""
     rng = np.random.default_rng(0)
     x, w = rng.standard_normal((16, 8, 40)).astype(F32), rng.standard_normal(8)
+    between, each = (
+        rng.standard_normal((3, 5, 100, 9, 8)).astype(F32),
+        rng.standard_normal((3, 5, 9)),
+    )
     with fn.backend(name):
         _, mean, rstd = fn.group_norm(x, 1, w, return_stats=True)
         dx = fn.group_norm_backward(x, x, mean, rstd, 1, w)[0]
         one = fn.group_norm_backward(x[:1], x[:1], mean[:1], rstd[:1], 1, w)[0]
-    assert_same_bits(one, dx[:1])
+        assert_same_bits(one, dx[:1])
+        x, axes = np.moveaxis(between, 4, 0), (1, 2, 4)
+        _, mean, rstd = fn.layer_norm(x, axis=axes, return_stats=True)
+        for weight in (each, each[::-1], each[:, ::-1], np.repeat(each, 2, 2)[..., ::2]):
+            dx = fn.layer_norm_backward(x, x, mean, rstd, weight=weight, axis=axes)[0]
+            one = fn.layer_norm_backward(
+                x[:1], x[:1], mean[:1], rstd[:1], weight=weight, axis=axes
+            )[0]
+            assert_same_bits(one, dx[:1])
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16, F32, F64], ids=named)
@@ -665,7 +883,7 @@ def test_only_calls_of_plain_arrays_are_cached() -> None:
 
 
 @by_layout
-@pytest.mark.parametrize("dtype", [F16, F32, F64], ids=named)
+@pytest.mark.parametrize("dtype", DTYPES, ids=named)
 @pytest.mark.parametrize("op", [op for op in OPERATIONS if op.backward], ids=named)
 @on_kernels
 def test_results_written_past_the_caches_have_the_same_bits(
@@ -732,12 +950,15 @@ def test_planes_of_one_group_on_several_threads_have_their_own_weights() -> None
 @pytest.mark.skipif(_core.kernels is None, reason="no compiled kernels")
 def test_statistics_of_bfloat16_do_not_depend_on_the_stores() -> None:
     """A batch beyond the last cache is written past it; its sums are those of a row alone."""
-    x = data((8, 128), BF16, 1.0)
-    usual = fn.layer_norm(x, 128, return_stats=True)
-    with non_temporal():
-        past = fn.layer_norm(x, 128, return_stats=True)
-    for a, b in zip(usual, past):
-        assert_same_bits(a, b)
+    for n in (3, 128, 513, 4096, 4097):
+        x = data((8, n), BF16, 1.0)
+        # weights of 1e37 leave float32's range in the scale
+        for norm, weight in itertools.product((fn.layer_norm, fn.rms_norm), (None, 1.0, 1e37)):
+            usual = norm(x, n, weight, return_stats=True)
+            with non_temporal():
+                past = norm(x, n, weight, return_stats=True)
+            for a, b in zip(usual, past):
+                assert_same_bits(a, b)
 
 
 @pytest.mark.parametrize("bad", [np.inf, np.finfo(np.float64).max, 1e-300])

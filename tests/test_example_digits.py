@@ -294,7 +294,9 @@ def test_table_and_plot(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert digits.main([*SHORT, "--seeds", "1", "--json"]) == 0
-    runs = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)
+    assert found["machine"] == fn.show_config("dicts")
+    runs = found["runs"]
     kinds = [(r["network"], r["norm"], r["batch_size"], r["seed"]) for r in runs]
     assert kinds == [(*kind, size, 0) for kind in KINDS for size in (449, 128)]
     assert all(0 <= r["accuracy"] <= 1 and r["loss"] > 0 for r in runs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -246,6 +247,89 @@ def test_where_over_many_rows(op: Operation, dtype: Any) -> None:
         hot[~chosen] = np.nan
         y, blind = (np.asarray(call(op, v, p, where=mask)) for v in (x, hot))
         assert_same_bits(blind[chosen], y[chosen])
+
+
+@pytest.mark.parametrize("n", [1, 5, 95, 96, 130, 768, 2047, 4096])  # more are merged by place
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_the_chosen_of_a_row_are_normalised_as_if_alone(rows: int, n: int) -> None:
+    """To the bit, whatever is in the others; NumPy adds up in another order."""
+    same = assert_same_bits if fn.get_backend() != "numpy" else partial(assert_close, size=16.0)
+    rng = np.random.default_rng(n)
+    x = rng.standard_normal((rows, n), F32) + 3
+    chosen = rng.random((rows, n)) < rng.uniform(0, 1, (rows, 1))
+    chosen[0] = True
+    chosen[-1] = np.arange(n) < n // 2
+    chosen[rows // 2] = rows == 1  # none
+    w, b = rng.standard_normal((2, n), F32)
+    x[~chosen & (rng.random(x.shape) < 0.01)] = np.nan
+    x[~chosen & (rng.random(x.shape) < 0.01)] = 3e38
+    x[~chosen & (rng.random(x.shape) < 0.01)] = -np.inf
+    for mask in (chosen, np.asfortranarray(chosen), np.repeat(chosen, 2, axis=1)[:, ::2]):
+        with np.errstate(all="ignore"):
+            plain, *stats = fn.layer_norm(x, n, where=mask, return_stats=True)
+            again = [fn.layer_norm(x, n, w, v, where=mask) for v in (None, b) for _ in range(3)]
+            shares = fn.rms_norm(x, n, w, where=mask)
+        for i in range(rows):
+            some = x[i][chosen[i]][np.newaxis]
+            if some.size == 0:
+                assert np.isnan(plain[i]).all()
+                continue
+            alone, *own = fn.layer_norm(some, some.size, return_stats=True)
+            same(plain[i][chosen[i]], alone[0])
+            same(*(np.array([v[k, 0] for v in found]) for k, found in ((i, stats), (0, own))))
+            of = w[chosen[i]], b[chosen[i]]
+            for k, y in enumerate(again):
+                right = fn.layer_norm(some, some.size, of[0], None if k < 3 else of[1])
+                same(y[i][chosen[i]], right[0])
+            right = fn.rms_norm(some, some.size, of[0])
+            same(shares[i][chosen[i]], right[0])
+
+
+@pytest.mark.parametrize("shape", [(6, 40), (6, 1), (1, 40), (1, 1)], ids=str)
+def test_a_mask_that_changes_between_calls(shape: tuple[int, int]) -> None:
+    """What a call before has found holds for its kind, not for its numbers."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((6, 40), F32)
+    mask = np.empty(shape, bool)
+    for _ in range(6):
+        mask[...] = rng.random(shape) < 0.6
+        mask[0, 0] = True
+        with np.errstate(all="ignore"):
+            y = fn.layer_norm(x, 40, where=mask)
+            right = fn.layer_norm(x, 40, where=np.broadcast_to(mask, x.shape).copy())
+        assert_same_bits(y, right)
+        image = x.reshape(2, 3, 40)
+        y = fn.instance_norm(image, where=mask.reshape(2, 3, -1) if shape[0] == 6 else mask)
+        assert y.shape == image.shape
+
+
+def test_a_mask_in_the_memory_of_the_result() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((6, 40), F32)
+    chosen = rng.random(x.shape) < 0.6
+    right = fn.layer_norm(x, 40, where=chosen)
+    for _ in range(3):
+        out = np.zeros((6, 40), F32)
+        mask = out.view(bool)[:, :40]
+        mask[...] = chosen
+        assert fn.layer_norm(x, 40, where=mask, out=out) is out
+        assert_same_bits(out, right)
+
+
+def test_a_mask_that_leaves_too_few_is_refused_each_time() -> None:
+    x = np.arange(24, dtype=F32).reshape(4, 2, 3)
+    for few in (False, True, False, True, True):
+        mask = np.ones(x.shape, bool)
+        mask[:, 1] = not few
+        mask[0, 1, 0] = True
+        if few:
+            with pytest.raises(ValueError, match="expected at least 2"):
+                fn.batch_norm(x, None, None, training=True, where=mask)
+            with pytest.raises(ValueError, match="expected at least 2"):
+                fn.instance_norm(x, np.zeros(2), np.ones(2), where=mask)
+        else:
+            fn.batch_norm(x, None, None, training=True, where=mask)
+            fn.instance_norm(x, np.zeros(2), np.ones(2), where=mask)
 
 
 @by_operation

@@ -106,6 +106,29 @@ print((before - resident()) / x.nbytes)
         assert abs(float(done.stdout) - freed) < 0.2
 
 
+def test_pages_are_fetched_once() -> None:
+    """Results of one, three and twelve megabytes: the C library would fetch those that die anew."""
+    program = """
+import resource
+import numpy as np, fastnorm as fn
+xs = [np.ones((rows, 768), np.float32) for rows in (350, 1024, 4096)]
+def step():
+    for x in xs:
+        y, *stats = fn.layer_norm(x, 768, return_stats=True)
+        dx = fn.layer_norm_backward(x, x, *stats, 768)[0]
+        del y, dx
+for _ in range(3):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 1000  # of 80,000 pages
+
+
 def test_a_bad_limit_is_an_error() -> None:
     environment = {"FASTNORM_KEEP_MB": "much", "PATH": ""}
     done = subprocess.run(

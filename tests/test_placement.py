@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits
 
 import fastnorm as fn
 from fastnorm import cli, placement
+from fastnorm._bench import machine
 
 pytestmark = pytest.mark.slow
 
@@ -221,7 +222,8 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     assert err == ""
     found = json.loads(out)
-    assert tuple(found) == placement.PARTS
+    assert tuple(found) == ("machine", *placement.PARTS)
+    assert found["machine"] == json.loads(json.dumps(machine.facts()))
     for kind in PLACEMENTS:
         assert found["gradient"][kind]["depths"] == [1, 3]
         assert len(found["gradient"][kind]["norms"]) == 2
@@ -250,7 +252,7 @@ def test_one_part(part: str, capsys: pytest.CaptureFixture[str], tmp_path: Path)
     arguments = ["--part", part, "--depths", "2", "--json", "--plot", str(picture)]
     assert cli.main([*SHORT, *arguments]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert list(found) == [part]
+    assert list(found) == ["machine", part]
     if part == "gradient":
         assert found[part]["pre"]["slope"] is None  # of one point
     assert "<svg" in picture.read_text("utf-8")

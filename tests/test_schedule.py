@@ -202,7 +202,10 @@ PLAIN = [
     (layer(4096, 100), F32, "pipelined"),  # too short to go alone
     (layer(3, 100), F32, "rows"),  # but for a few
     (layer(64, BLOCK + 1), F32, "items"),
-    (layer(4096, 768, mask=True), F32, "items"),
+    (layer(4096, 768, mask=True), F32, "rows"),
+    (layer(4096, 768, mask=True), F64, "items"),
+    (layer(4096, 768, mask=True), BF16, "items"),
+    (layer(4096, 768, mask=True, addend=True, total=True), F32, "items"),
     (layer(4096, 768, residual=True), F32, "pipelined"),
     (layer(4096, 768, addend=True, total=True), F32, "rows"),
     (group((8, 256, 32, 32), 32), F32, "items"),

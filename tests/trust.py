@@ -17,7 +17,10 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
+
+from fastnorm import processor
 
 ROOT = Path(__file__).parent.parent
 
@@ -137,6 +140,7 @@ def main() -> int:
     chosen = [a for a in ATTACKS if not words or any(word in a.name for word in words)]
     if not chosen:
         parser.error(f"no attack has {' or '.join(words)} in its name")
+    print(f"{processor.name()}, {date.today().isoformat()}\n")
     width = max((len(a.name) for a in chosen), default=6)
     print(f"{'attack':{width}}  {'inputs':>8}  {'faults':>6}  {'s':>5}", flush=True)
     failed = 0

@@ -50,27 +50,30 @@ FN_APART void T(apply_planes)(const Rows *q, const T(Slopes) *s, const REAL *wr,
     else T(apply_planes_of)(*q, s, wr, F64);
 }
 /* Rows of columns: one, or four, for which what the columns have in common is read once. */
-FN_INLINE void T(apply_rows_at)(const Rows *q, int four, const T(Slopes) *s) {
+FN_INLINE void T(apply_rows_at)(const Rows *q, int four, const T(Slopes) *s, Storage storage) {
     const REAL *hi = s->hi, *r = s->r, *shift = s->shift, *wr = s->wr, *c1 = s->c1, *c2 = s->c2;
     const ptrdiff_t n = q->n, xs = q->x_step, dys = q->dy_step, dxs = q->dx_step;
     const char *x = q->x, *dy = q->dy;
     char *dx = q->dx;
     FN_IVDEP for (ptrdiff_t i = 0; i < n; i++) {
         const T(Slope) v = {hi[i], r[i], shift[i], wr[i], c1[i], c2[i]};
-        T(apply_at)(x, dy, dx, i, v, F64);
+        T(apply_at)(x, dy, dx, i, v, storage);
         if (!four) continue;
-        T(apply_at)(x + xs, dy + dys, dx + dxs, i, v, F64);
-        T(apply_at)(x + 2 * xs, dy + 2 * dys, dx + 2 * dxs, i, v, F64);
-        T(apply_at)(x + 3 * xs, dy + 3 * dys, dx + 3 * dxs, i, v, F64);
+        T(apply_at)(x + xs, dy + dys, dx + dxs, i, v, storage);
+        T(apply_at)(x + 2 * xs, dy + 2 * dys, dx + 2 * dxs, i, v, storage);
+        T(apply_at)(x + 3 * xs, dy + 3 * dys, dx + 3 * dxs, i, v, storage);
     }
 }
-FN_APART void T(apply_rows)(const Rows *rows, const T(Slopes) *s) {
-    Rows q = *rows;
+FN_INLINE void T(apply_rows_of)(Rows q, const T(Slopes) *s, Storage storage) {
     for (; q.count >= 4; q = further(q, 4)) {
-        T(fetch_rows)(&q);
-        T(apply_rows_at)(&q, 1, s);
+        T(fetch_rows)(&q, storage);
+        T(apply_rows_at)(&q, 1, s, storage);
     }
-    for (; q.count > 0; q = further(q, 1)) T(apply_rows_at)(&q, 0, s);
+    for (; q.count > 0; q = further(q, 1)) T(apply_rows_at)(&q, 0, s, storage);
+}
+FN_APART void T(apply_rows)(const Rows *q, const T(Slopes) *s, Storage storage) {
+    if (IS_FLOAT && storage == BF16) T(apply_rows_of)(*q, s, BF16);
+    else T(apply_rows_of)(*q, s, F64);
 }
 
 /* ---- weights of their own -----------------------------------------------------------------------
@@ -199,7 +202,7 @@ static double T(apply_in_double)(T(DoubleSlope) v, REAL x, REAL dy, double weigh
                                  REAL *dx) {
     const double xhat = ((double)x - v.mean) * v.rstd;
     const double from_xhat = training ? xhat * v.second : 0.0;
-    *dx = (REAL)(v.rstd * (double)dy * weight - v.first - from_xhat);
+    *dx = (REAL)(v.rstd * ((double)dy * weight) - v.first - from_xhat);
     return xhat;
 }
 /* The sums of a run once more. */

@@ -62,10 +62,12 @@ static const REAL *T(weights_or_ones)(const Backward *q, const Stretch *t, REAL 
     for (ptrdiff_t i = 0; i < t->n && !w; i++) room[i] = 1;
     return w ? w : room;
 }
-/* Elements (rows) that are taken at once: no more than tiles have room for, if they are needed. */
+/* Elements (rows) that are taken at once: no more than tiles have room for, if they are needed.
+ * They are added 64 (4) at a time, which must not depend on the width: one sample's is another than
+ * a batch's. */
 static ptrdiff_t T(limit)(const Backward *q, ptrdiff_t width, int in_place) {
     if (in_place) return q->span;
-    return q->columns ? most(BLOCK / width, 1) : BLOCK / width / 64 * 64;
+    return q->columns ? most(BLOCK / width / 4 * 4, 1) : BLOCK / width / 64 * 64;
 }
 
 /* ---- statistics ---------------------------------------------------------------------------------
@@ -226,8 +228,9 @@ static void T(sum_span)(const Backward *q, const T(Slopes) *s, Span f, ptrdiff_t
         Rows rows = T(rows_of)(q, &t, direct, tiles, BLOCK);
         const REAL *w = q->inside ? T(weights_along)(q, &t, tiles + 2 * BLOCK) : NULL;
         rows.ahead = width > 1 && q->p > 1 ? q->x.p : PREFETCH_BYTES;
-        if (q->columns) T(add_rows)(&rows, s, w, q->weight.c != 0, first, second);
-        else T(add_planes)(&rows, s, w, direct ? BF16 : F64, lanes);
+        const Storage storage = direct ? BF16 : F64;
+        if (q->columns) T(add_rows)(&rows, s, w, q->weight.c != 0, storage, first, second);
+        else T(add_planes)(&rows, s, w, storage, lanes);
         f.first += q->columns ? t.count : t.n;
     }
     for (ptrdiff_t i = 0; i < width; i++) {
@@ -351,7 +354,7 @@ static void T(apply_past_caches)(const Backward *q, Stretch t, const T(Slopes) *
     for (ptrdiff_t left = t.count; left > 0; left -= m, t.s += m, rows = further(rows, m)) {
         t.count = rows.count = least(left, m);
         rows.dx = (char *)tile;
-        T(apply_rows)(&rows, s);
+        T(apply_rows)(&rows, s, F64);
         T(deliver_dx)(q, &t, rows.dx, NULL);
     }
 }
@@ -381,7 +384,7 @@ static void T(apply_alike)(const Backward *q, const T(Slopes) *s, Span f, REAL *
             of_planes[k] = (REAL)(weight_of(q, t.item, t.p, t.s, k) * s->rstd[k]);
         if (!q->training) T(apply_scale)(q, &t, s, &rows);
         else if (IS_FLOAT && s->any_out_of_range) T(apply_out_of_range)(q, &t, s, &rows);
-        else if (q->columns) T(apply_rows)(&rows, s);
+        else if (q->columns) T(apply_rows)(&rows, s, direct ? BF16 : F64);
         else T(apply_planes)(&rows, s, wr, direct ? BF16 : F64);
         if (!in_place) T(deliver_dx)(q, &t, rows.dx, tiles + BLOCK);
     }

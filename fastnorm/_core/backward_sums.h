@@ -43,9 +43,9 @@ FN_INLINE const REAL *T(elements)(const char *x, ptrdiff_t i, int m, Storage sto
     return room;
 }
 /* Four rows, asked for in advance. */
-FN_INLINE void T(fetch_rows)(const Rows *q) {
+FN_INLINE void T(fetch_rows)(const Rows *q, Storage storage) {
     for (int k = 0; k < 4; k++)
-        for (ptrdiff_t i = 0; i < q->n * (ptrdiff_t)sizeof(REAL); i += 64) {
+        for (ptrdiff_t i = 0; i < q->n * T(size_of)(storage); i += 64) {
             FN_FETCH(q->x + k * q->x_step + i + PREFETCH_BYTES);
             FN_FETCH(q->dy + k * q->dy_step + i + PREFETCH_BYTES);
         }
@@ -138,9 +138,9 @@ typedef struct {
 FN_INLINE Product product_of(float x, float dy, float weight, Slope_f32 v) {
     return (Product){dy * weight, xhat_f32(x, v)};
 }
-FN_INLINE Product product_at(const char *x, const char *dy, ptrdiff_t i, float weight,
-                             Slope_f32 v) {
-    return product_of(((const float *)x)[i], ((const float *)dy)[i], weight, v);
+FN_INLINE Product product_at(const char *x, const char *dy, ptrdiff_t i, float weight, Slope_f32 v,
+                             Storage storage) {
+    return product_of(element_f32(x, i, storage), element_f32(dy, i, storage), weight, v);
 }
 FN_INLINE void add_product(Product t, double *first, double *second) {
     *first += (double)t.g;
@@ -185,7 +185,7 @@ FN_INLINE void add_run_f32(const Rows *q, Slope_f32 v, const float *w,
                          w ? w[i] : 1.0f, v), lanes, second);
 }
 FN_INLINE void add_in_float(const Rows *q, int four, const Slopes_f32 *s,
-                            const float *w, int along, double *FN_RESTRICT a,
+                            const float *w, int along, Storage storage, double *FN_RESTRICT a,
                             double *FN_RESTRICT b) {
     const char *x = q->x, *dy = q->dy;
     const float *hi = s->hi, *r = s->r, *shift = s->shift, w0 = w ? w[0] : 1.0f;
@@ -194,10 +194,11 @@ FN_INLINE void add_in_float(const Rows *q, int four, const Slopes_f32 *s,
         const Slope_f32 v = {hi[i], r[i], shift[i], 0, 0, 0};
         const float u = along ? w[i] : w0;
         if (four)
-            add_products(product_at(x, dy, i, u, v), product_at(x + xs, dy + ds, i, u, v),
-                      product_at(x + 2 * xs, dy + 2 * ds, i, u, v),
-                      product_at(x + 3 * xs, dy + 3 * ds, i, u, v), &a[i], &b[i]);
-        else add_product(product_at(x, dy, i, u, v), &a[i], &b[i]);
+            add_products(product_at(x, dy, i, u, v, storage),
+                         product_at(x + xs, dy + ds, i, u, v, storage),
+                         product_at(x + 2 * xs, dy + 2 * ds, i, u, v, storage),
+                         product_at(x + 3 * xs, dy + 3 * ds, i, u, v, storage), &a[i], &b[i]);
+        else add_product(product_at(x, dy, i, u, v, storage), &a[i], &b[i]);
     }
 }
 #else
@@ -233,24 +234,25 @@ FN_APART void T(add_planes)(const Rows *q, const T(Slopes) *s, const REAL *w, St
         else T(add_planes_of)(*q, s, NULL, 0, F64, lanes);
     }
 }
-FN_INLINE void T(add_rows_of)(Rows q, const T(Slopes) *s, const REAL *w, int along, double *a,
-                              double *b) {
+FN_INLINE void T(add_rows_of)(Rows q, const T(Slopes) *s, const REAL *w, int along,
+                              Storage storage, double *a, double *b) {
 #if IS_FLOAT
     if (!s->any_out_of_range) {
         for (; q.count >= 4; q = further(q, 4)) {
-            fetch_rows_f32(&q);
-            add_in_float(&q, 1, s, w, along, a, b);
+            fetch_rows_f32(&q, storage);
+            add_in_float(&q, 1, s, w, along, storage, a, b);
         }
-        for (; q.count > 0; q = further(q, 1)) add_in_float(&q, 0, s, w, along, a, b);
+        for (; q.count > 0; q = further(q, 1)) add_in_float(&q, 0, s, w, along, storage, a, b);
     }
 #endif
     for (; q.count >= 4; q = further(q, 4)) T(add_in_double)(&q, 1, s, w, along, a, b);
     for (; q.count > 0; q = further(q, 1)) T(add_in_double)(&q, 0, s, w, along, a, b);
 }
-/* The sums of each column of some rows. */
-FN_APART void T(add_rows)(const Rows *q, const T(Slopes) *s, const REAL *w, int along, double *a,
-                        double *b) {
-    if (!w) T(add_rows_of)(*q, s, NULL, 0, a, b);
-    else if (!along) T(add_rows_of)(*q, s, w, 0, a, b);
-    else T(add_rows_of)(*q, s, w, 1, a, b);
+/* The sums of each column of some rows; where there are weights, bfloat16 is converted before. */
+FN_APART void T(add_rows)(const Rows *q, const T(Slopes) *s, const REAL *w, int along,
+                          Storage storage, double *a, double *b) {
+    if (IS_FLOAT && storage == BF16) T(add_rows_of)(*q, s, NULL, 0, BF16, a, b);
+    else if (!w) T(add_rows_of)(*q, s, NULL, 0, F64, a, b);
+    else if (!along) T(add_rows_of)(*q, s, w, 0, F64, a, b);
+    else T(add_rows_of)(*q, s, w, 1, F64, a, b);
 }

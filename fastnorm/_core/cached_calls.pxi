@@ -112,7 +112,7 @@ cdef keep_forward(Forward* q, Ticket ticket, tuple statistics):
     cdef Operand* added = &q.residual if q.total.data == NULL else &q.addend
     if (moved(ticket, PART_X, &q.x) or moved(ticket, PART_OUT, &q.y)
             or moved(ticket, PART_WEIGHT, &q.weight) or moved(ticket, PART_BIAS, &q.bias)
-            or moved(ticket, PART_RESIDUAL, added)):
+            or moved(ticket, PART_RESIDUAL, added) or moved(ticket, PART_WHERE, &q.mask)):
         return
     call = CachedCall()
     call.forward = q[0]
@@ -191,6 +191,7 @@ cdef object forward_result(CachedCall call, Asked* a, int threads):
     aim(&q.y, y)
     aim(&q.weight, weight)
     aim(&q.bias, bias)
+    aim(&q.mask, <object>a.where)
     total = None
     if q.total.data != NULL:
         total = like(x)

@@ -6,7 +6,7 @@ from cpython.object cimport PyObject
 from libc.stdint cimport int64_t
 
 cdef enum:
-    KEY = 192                   # numbers in a key, at most: seven arrays of eight dimensions
+    KEY = 192                   # numbers in a key, at most: eight arrays of eight dimensions
     AXES = 8                    # dimensions of an array that has a key
 
 # What an argument is to a call: an operand or option of its own, or one of the kinds below those.
@@ -16,6 +16,7 @@ cdef enum Part:
     PART_WEIGHT
     PART_BIAS
     PART_RESIDUAL
+    PART_WHERE
     PART_OUT
     PART_MEAN
     PART_RSTD
@@ -39,7 +40,7 @@ cdef dict parts = {
     "running_mean": PART_RUNNING_MEAN, "running_var": PART_RUNNING_VAR, "eps": PART_EPS,
     "momentum": PART_MOMENTUM, "alpha": PART_FACTOR, "activation": PART_ACTIVATION,
     "return_stats": PART_RETURN_STATS, "training": IS_FLAG, "use_input_stats": IS_FLAG,
-    "weight_offset": IS_ZERO, "where": IS_NONE, "uncached": IS_NONE,
+    "weight_offset": IS_ZERO, "where": PART_WHERE, "uncached": IS_NONE,
 }
 
 cdef struct Key:
@@ -54,6 +55,7 @@ cdef struct Asked:
     PyObject* weight
     PyObject* bias
     PyObject* residual
+    PyObject* where
     PyObject* out
     PyObject* mean
     PyObject* rstd
@@ -168,6 +170,21 @@ cdef bint push_running(Key* k, object v) noexcept:
         return False
     return cnp.PyArray_IS_C_CONTIGUOUS(a) and cnp.PyArray_ISWRITEABLE(a)
 
+cdef bint push_where(Key* k, Asked* q) noexcept:
+    """A mask that is repeated along axes at most; running statistics ask how many it leaves."""
+    cdef int i
+    mask, x = <object>q.where, <cnp.ndarray>q.x
+    push(k, -10)
+    if not (<object>q.running_mean is None and <object>q.running_var is None
+            and push_array(k, mask, cnp.NPY_BOOL)
+            and cnp.PyArray_NDIM(<cnp.ndarray>mask) == cnp.PyArray_NDIM(<cnp.ndarray>x)):
+        return False
+    for i in range(cnp.PyArray_NDIM(<cnp.ndarray>x)):
+        n = cnp.PyArray_DIM(<cnp.ndarray>mask, i)
+        if n != 1 and n != cnp.PyArray_DIM(<cnp.ndarray>x, i):
+            return False
+    return True
+
 cdef bint push_activation(Key* k, Asked* q) except -1:
     activation = <object>q.activation
     if type(activation) is str:
@@ -210,6 +227,8 @@ cdef bint push_forward(Key* k, Asked* q) except -1:
     if residual is not None and not (
             push_array(k, residual, -1) and same_dims(<cnp.ndarray>residual, <cnp.ndarray>x)):
         return False
+    if <object>q.where is not None and not push_where(k, q):
+        return False
     if <object>q.activation is not None and not push_activation(k, q):
         return False
     return <object>q.out is None or push_out(k, q)
@@ -217,7 +236,7 @@ cdef bint push_forward(Key* k, Asked* q) except -1:
 cdef bint push_backward(Key* k, Asked* q) except -1:
     cdef int part
     x, dy = <object>q.x, <object>q.dy
-    if not (push_array(k, x, -1) and x is not None):
+    if <object>q.where is not None or not (push_array(k, x, -1) and x is not None):
         return False
     if not (push_array(k, dy, -1) and dy is not None
             and push_weight(k, <object>q.weight, x)):

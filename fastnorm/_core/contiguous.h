@@ -117,9 +117,14 @@ static void T(block_moments)(const Forward *q, const Item *it, ptrdiff_t first, 
                              double *into, Scratch *h) {
     const ptrdiff_t width = it->width;
 #if IS_FLOAT
-    if ((q->x.storage == F32 || q->bf16_direct) && !q->mask.data && !q->total.data && q->centred) {
+    if (q->bf16_direct ||
+        (q->x.storage == F32 && !q->mask.data && !q->total.data && q->centred)) {
         for (ptrdiff_t k = 0; k < width; k++) into[k] = (double)(last - first);
         group_sums(q, it, first, last, 0.0, h->sums, h->lanes);
+        if (!q->centred) {
+            moments_of_squares(width, h->sums + width, into);
+            return;
+        }
         if (!moments_of_sums(width, h->sums, h->sums + width, into, h->recentre) && !q->fields)
             return;
         for (ptrdiff_t k = 0; k < width; k++) {
@@ -164,8 +169,17 @@ FN_INLINE int64_t size_bits_f64(double v) {
     return bits & INT64_MAX;
 }
 #endif
-/* Whether (x - hi) r is beyond what its type holds, though the scale is not: of numbers that the
- * statistics are not of.  A weight may bring the product back. */
+/* (x - hi) r of number i, rounded as the type of x is; `d` is x - hi. */
+FN_INLINE REAL T(product_of)(const T(Loop) *j, ptrdiff_t i, REAL *d) {
+    *d = j->x[i] - (j->columns ? j->hi[i] : j->hi0);
+    return *d * (j->columns ? j->r[i] : j->r0);
+}
+/* Whether so small a product, below 2^-100, may have lost digits: doubles have no more to give. */
+FN_INLINE int T(is_tiny)(REAL d, REAL product) {
+    return IS_FLOAT && (T(size_bits)(product) < T(size_bits)((REAL)7.9e-31)) & (d != 0);
+}
+/* Whether (x - hi) r is beyond what its type holds, or loses digits of it, though the scale is not:
+ * of numbers that the statistics are not of.  A weight may bring the product back. */
 FN_INLINE int T(leaves_range)(const T(Loop) *j) {
     const double largest = IS_FLOAT ? FLT_MAX : DBL_MAX;
     T(Bits) most = 0;
@@ -173,26 +187,33 @@ FN_INLINE int T(leaves_range)(const T(Loop) *j) {
     /* in the type of x first, where rounding may be off by less than the factor of 2; as integers,
      * of which the largest is found in vectors */
     for (ptrdiff_t i = 0; i < j->n; i++) {
-        const REAL v = (j->x[i] - (j->columns ? j->hi[i] : j->hi0)) *
-                       (j->columns ? j->r[i] : j->r0);
+        REAL d;
+        const REAL v = T(product_of)(j, i, &d);
         const T(Bits) size = T(size_bits)(v);
         most = size > most ? size : most;
+        found |= T(is_tiny)(d, v);
     }
-    if (most < T(size_bits)((REAL)(largest / 2))) return 0;
+    if (found || most < T(size_bits)((REAL)(largest / 2))) return found;
     for (ptrdiff_t i = 0; i < j->n; i++) {
         const REAL hi = j->columns ? j->hi[i] : j->hi0, r = j->columns ? j->r[i] : j->r0;
         found |= fabs(((double)j->x[i] - hi) * r) >= largest;
     }
     return found;
 }
-/* What the computing type cannot hold, in double: rare.  `leaving`: so are numbers that are
- * infinite. */
+/* What the computing type cannot hold, in double: rare.  WHERE_IT_LEAVES: numbers that leave the
+ * range, in the same loop as others that do not. */
+#if IS_FLOAT
+enum { IN_RANGE, WHERE_IT_LEAVES, ALL };
+#endif
 static void T(normalize_out_of_range)(const Forward *q, const T(Scales) *s, ptrdiff_t group,
-                                      int leaving, const T(Loop) *j, const REAL *w,
+                                      int which, const T(Loop) *j, const REAL *w,
                                       const REAL *b) {
     for (ptrdiff_t i = 0; i < j->n; i++) {
         const ptrdiff_t k = j->columns ? i : group;
-        if (!s->out_of_range[k] && !(leaving && !isfinite(j->y[i]))) continue;
+        REAL d;
+        const REAL product = T(product_of)(j, i, &d);
+        const int leaves = !isfinite(j->y[i]) || T(is_tiny)(d, product);
+        if (!s->out_of_range[k] && which != ALL && !(which == WHERE_IT_LEAVES && leaves)) continue;
         /* statistics stand once for each column where any is out of range, else once for a group */
         const ptrdiff_t g = IS_FLOAT && j->columns && !s->any_out_of_range ? k / q->neighbours : k;
         const double scale = s->any_out_of_range ? s->scale[g] : 1.0;
@@ -204,11 +225,11 @@ static void T(normalize_out_of_range)(const Forward *q, const T(Scales) *s, ptrd
 }
 /* One run of group k, or one row of columns, of at most a tile's numbers, from x to y: from memory
  * to memory where it can be, through tiles in L1 where a format is converted or y takes
- * non-temporal stores. */
-static void T(normalize_by_tiles)(Forward *q, const T(Scales) *s, ptrdiff_t k, T(Loop) *j,
-                              Scratch *h) {
+ * non-temporal stores.  `which` of them are out of range though their scale is not. */
+static void T(normalize_by_tiles)(Forward *q, const T(Scales) *s, ptrdiff_t k, int which,
+                                  T(Loop) *j, Scratch *h) {
     const Storage x_storage = source_of(q)->storage, e_storage = q->residual.storage;
-    int out = q->columns ? s->any_out_of_range : s->out_of_range[k];
+    int out = which || (q->columns ? s->any_out_of_range : s->out_of_range[k]);
     const int direct = T(native)(q->y.storage) && !q->non_temporal && !out;
     const int loads = !h->ready && !T(native)(x_storage), last = q->activation_first;
     const int residual_loads = j->residual && !T(native)(e_storage);
@@ -224,18 +245,17 @@ static void T(normalize_by_tiles)(Forward *q, const T(Scales) *s, ptrdiff_t k, T
     if (residual_loads) j->residual = (const REAL *)h->third;
     if (!direct) j->y = (REAL *)h->tile;
     if (s->folded || last) j->w = j->b = NULL;
-    const int leaving = h->guarded && j->w && T(leaves_range)(j);
-    if (leaving) {
+    if (!which && h->guarded && j->w && T(leaves_range)(j)) {
         fits(j->n * (ptrdiff_t)sizeof(REAL), h->tile_size, "the tile of what leaves the range");
         j->y = (REAL *)h->tile;
-        out = 1;
+        out = which = WHERE_IT_LEAVES;
     }
     if (out) {
         T(Loop) after = T(once_more)(j->y, j->n);
         after.residual = j->residual, after.activation = j->activation;
         j->residual = NULL, j->activation = IDENTITY;
         T(normalize)(j);
-        T(normalize_out_of_range)(q, s, k, leaving, j, last ? NULL : w, last ? NULL : b);
+        T(normalize_out_of_range)(q, s, k, which, j, last ? NULL : w, last ? NULL : b);
         if (after.residual || after.activation != IDENTITY) T(normalize)(&after);
     } else if (IS_FLOAT && user && FN_HAS_FMA && !j->columns && !j->residual && j->x != j->y &&
                ((!j->w && !j->b) || (j->w && j->w_along && (!j->b || j->b_along)))) {
@@ -276,6 +296,7 @@ static void T(normalize_run)(Forward *q, const Item *it, const T(Scales) *s, ptr
     const REAL *b = (const REAL *)run_of(&q->bias, it, k, r);
     T(Loop) j = T(loop_of)(q, it, s, k, r);
     const int in_range = !s->out_of_range[k];
+    int which = IN_RANGE;
 #if IS_FLOAT
     float scale, shift;
     if (in_range && s->folded) {
@@ -283,6 +304,15 @@ static void T(normalize_run)(Forward *q, const Item *it, const T(Scales) *s, ptr
     } else if (in_range && q->foldable && fold_run(s, k, w, b, &scale, &shift)) {
         j.r0 = scale, j.shift0 = shift;
         w = b = NULL;
+    } else if (in_range && q->foldable) {
+        which = ALL;
+    }
+    if (which == ALL && r.n > BLOCK) { /* as many as a tile has room for */
+        for (Run part = r; part.s < r.s + r.n; part.s += part.n) {
+            part.n = least(r.s + r.n - part.s, BLOCK);
+            normalize_run_f32(q, it, s, k, &part, h);
+        }
+        return;
     }
 #endif
     if (in_range && q->direct && !w && !b) {
@@ -290,7 +320,7 @@ static void T(normalize_run)(Forward *q, const Item *it, const T(Scales) *s, ptr
         return;
     }
     j.w = w, j.b = b, j.w_along = q->weight.s != 0, j.b_along = q->bias.s != 0, j.columns = 0;
-    const int one_step = in_range && !(h->guarded && w);
+    const int one_step = in_range && which == IN_RANGE && !(h->guarded && w);
 #if IS_FLOAT
     if (one_step && q->bf16_direct && !q->non_temporal && !(q->foldable && (w || b))) {
         normalize_bf16(&j);
@@ -307,7 +337,7 @@ static void T(normalize_run)(Forward *q, const Item *it, const T(Scales) *s, ptr
     }
 #endif
     if (one_step && q->direct && !q->activation_first) T(normalize)(&j);
-    else T(normalize_by_tiles)(q, s, k, &j, h);
+    else T(normalize_by_tiles)(q, s, k, which, &j, h);
 }
 /* Whether a run of each group takes non-temporal stores whole, however long it is. */
 FN_INLINE int T(all_non_temporal)(const Forward *q, const Item *it, const T(Scales) *s, Run r) {

@@ -23,11 +23,20 @@ typedef struct {
 /* How a loop is compiled: constants. */
 #if IS_FLOAT
 enum { COLUMNS = 1, AFFINE = 2, W_ALONG = 4, B_ALONG = 8, RESIDUAL = 16, OF_BF16 = 32,
-       NON_TEMPORAL = 64 };
+       NON_TEMPORAL = 64, MASKED = 128 };
 enum { PLANES, RUN, ROWS, NON_TEMPORAL_RUN, NON_TEMPORAL_ROWS };
 /* Bytes of non-temporal stores at a time: of fewer, gcc takes one by one. */
 enum { CHUNK_BYTES = 512 };
 #endif
+
+/* Number i from x on, and where it goes to y. */
+FN_INLINE REAL T(read_at)(const REAL *x, ptrdiff_t i, int how) {
+    return how & OF_BF16 ? (REAL)fn_from_bf16(((const uint16_t *)x)[i]) : x[i];
+}
+FN_INLINE void T(write_at)(REAL *y, ptrdiff_t i, REAL t, int how) {
+    if (how & OF_BF16) ((uint16_t *)y)[i] = fn_made_bf16((float)t);
+    else y[i] = t;
+}
 
 /* n numbers, those `before` the first that begins a cache line in a loop of their own. */
 FN_INLINE void T(normalize_span)(const T(Loop) *j, ptrdiff_t before, ptrdiff_t n, int how,
@@ -39,13 +48,11 @@ FN_INLINE void T(normalize_span)(const T(Loop) *j, ptrdiff_t before, ptrdiff_t n
     REAL *y = j->y;
     for (ptrdiff_t from = 0, to = before ? before : n;; from = to, to = n) {
         FN_IVDEP for (ptrdiff_t i = from; i < to; i++) {
-            const REAL v = how & OF_BF16 ? (REAL)fn_from_bf16(((const uint16_t *)x)[i]) : x[i];
+            const REAL v = T(read_at)(x, i, how);
             REAL t = T(fma)(v - (col ? hi[i] : hi0), col ? r[i] : r0, col ? shift[i] : shift0);
             if (how & AFFINE) t = T(fma)(t, how & W_ALONG ? w[i] : w0, how & B_ALONG ? b[i] : b0);
             if (how & RESIDUAL) t += e[i];
-            t = T(activated)(t, activation);
-            if (how & OF_BF16) ((uint16_t *)y)[i] = fn_made_bf16((float)t);
-            else y[i] = t;
+            T(write_at)(y, i, T(activated)(t, activation), how);
         }
         if (to == n) return;
     }
@@ -68,15 +75,17 @@ FN_INLINE void T(advance)(T(Loop) *j, ptrdiff_t n, int how) {
     if (how & COLUMNS) j->hi += n, j->r += n, j->shift += n;
 }
 FN_INLINE void T(next)(T(Loop) *j, int how) {
-    j->x += j->x_step, j->y += j->y_step;
+    const ptrdiff_t size = how & OF_BF16 ? 2 : sizeof(REAL);
+    j->x = (const REAL *)((const char *)j->x + j->x_step * size);
+    j->y = (REAL *)((char *)j->y + j->y_step * size);
     if (how & RESIDUAL) j->residual += j->residual_step;
 }
 FN_INLINE void T(normalize_at)(const T(Loop) *j, ptrdiff_t row, ptrdiff_t i, const REAL *scale,
                                int how, Activation activation) {
-    REAL t = T(fma)(j->x[row * j->x_step + i] - scale[0], scale[1], scale[2]);
+    REAL t = T(fma)(T(read_at)(j->x, row * j->x_step + i, how) - scale[0], scale[1], scale[2]);
     if (how & AFFINE) t = T(fma)(t, j->w[i], how & B_ALONG ? j->b[i] : 0);
     if (how & RESIDUAL) t += j->residual[row * j->residual_step + i];
-    j->y[row * j->y_step + i] = T(activated)(t, activation);
+    T(write_at)(j->y, row * j->y_step + i, T(activated)(t, activation), how);
 }
 /* Rows of columns, four at a time: what the columns have in common is then read once. */
 FN_INLINE void T(normalize_rows_of)(const T(Loop) *all, int how, Activation activation) {
@@ -197,6 +206,9 @@ static void normalize_non_temporal_run(const Loop_f32 *j) {
 }
 static void normalize_non_temporal_rows(const Loop_f32 *j) {
     normalize_as_f32(j, NON_TEMPORAL_ROWS, 0);
+}
+static void normalize_bf16_rows(const Loop_f32 *j) { /* their weights are in r and shift */
+    normalize_rows_of_f32(j, OF_BF16, IDENTITY);
 }
 static void normalize_bf16(const Loop_f32 *j) {
     if (j->w && j->b) normalize_one_f32(j, OF_BF16 | AFFINE | W_ALONG | B_ALONG, IDENTITY);

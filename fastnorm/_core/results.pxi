@@ -6,15 +6,13 @@ cdef extern from "numpy/arrayobject.h":
 
 cdef extern from "blocks.h" nogil:
     int FN_BLOCKS
+    size_t FN_BLOCKS_FROM       # bytes of a result that comes from kept memory
     size_t fn_trim() noexcept
     void fn_keep_at_most(size_t)
     void fn_watch(size_t, const char*, const char*)
 
 cdef extern from "blocks.h":
     object fn_block_capsule()
-
-cdef enum:
-    BLOCKS_FROM = 1 << 24       # bytes of a result that comes from kept memory
 
 cdef object blocks = fn_block_capsule()
 
@@ -32,12 +30,12 @@ def watch_memory(size_t limit, bytes used, bytes stat):
 
 cdef object like(object array):
     """An array for the result: the shape, type and memory order of another."""
-    if FN_BLOCKS and cnp.PyArray_NBYTES(<cnp.ndarray>array) >= BLOCKS_FROM:
+    if FN_BLOCKS and cnp.PyArray_NBYTES(<cnp.ndarray>array) >= FN_BLOCKS_FROM:
         before = PyDataMem_SetHandler(blocks)
         try:
             return PyArray_NewLikeArray(<cnp.ndarray>array, cnp.NPY_KEEPORDER, NULL, 0)
         except MemoryError:
-            pass                # not as a whole number of huge pages, that is
+            pass                # not as whole pages, that is
         finally:
             PyDataMem_SetHandler(before)
     try:

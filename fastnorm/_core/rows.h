@@ -36,14 +36,14 @@ FN_INLINE const void *row_of(const Forward *q, const Item *it, ptrdiff_t i, Scra
     float *total = (float *)run_of(&q->total, it, 0, r), *t = total;
     if (q->non_temporal) {
         fits(2 * r.n * (ptrdiff_t)sizeof(float), h->tile_size, "the tile of two sums");
-        t = (float *)h->third + (i & 1) * r.n;
+        t = (float *)h->tile + (i & 1) * r.n;
     }
     add_residual_f32((const float *)x, (const float *)run_of(&q->addend, it, 0, r), t, r.n);
     if (t != total) fn_stream((char *)total, (const char *)t, (size_t)r.n * sizeof(float));
     return t;
 }
 /* Up to `rows` rows from an item on; returns how many are done: the next one has a scale that a
- * float cannot hold.  `how` and `centred` are constants. */
+ * float cannot hold, or no number that a mask has chosen.  `how` and `centred` are constants. */
 FN_INLINE ptrdiff_t rows_f32_of(const Forward *q, const Item *first, ptrdiff_t rows, Scratch *h,
                                 const Loop_f32 *weights, int how, int centred) {
     const ptrdiff_t n = q->length;
@@ -52,7 +52,8 @@ FN_INLINE ptrdiff_t rows_f32_of(const Forward *q, const Item *first, ptrdiff_t r
     float hi, r, shift;
     uint8_t out;
     Loop_f32 j = *weights;
-    const void *x, *before = NULL;
+    const void *x, *of, *before = NULL; /* `of` these are the sums */
+    ptrdiff_t count = n;
     Item it = *first, last = it;
     const Scales_f32 s = {&mean, &low, &rstd, NULL, &hi, &r, &shift, &out, 0, 0};
     j.n = n;
@@ -61,29 +62,34 @@ FN_INLINE ptrdiff_t rows_f32_of(const Forward *q, const Item *first, ptrdiff_t r
     j.ahead = late ? 0 : q->x.b;
     for (ptrdiff_t i = 0; i < rows; i++, last = it, it.b++, before = x) {
         double sums[2] = {0, 0};
-        x = row_of(q, &it, i, h);
-        if (!centred) sums[1] = bf16 ? squares_bf16(x, n) : squares_f32(x, n);
-        else if (bf16) sums_bf16(x, n, &sums[0], &sums[1]);
-        else sums_f32(x, n, &sums[0], &sums[1]);
+        of = x = row_of(q, &it, i, h);
+        if (how & MASKED) of = block_of_f32(q, &it, 0, 0, n, h, &count);
+        if (!centred) sums[1] = bf16 ? squares_bf16(of, n) : squares_f32(of, count);
+        else if (bf16) sums_bf16(of, n, &sums[0], &sums[1]);
+        else sums_f32(of, count, &sums[0], &sums[1]);
         if (late && i) normalize_row_f32(q, &j, before, &last, how);
-        m[COUNT] = (double)n;
+        if (how & MASKED && count == 0) return i;
+        m[COUNT] = (double)count;
         if (!centred) {
             moments_of_squares(1, &sums[1], m);
         } else if (moments_of_sum(sums[0], sums[1], 0.0, m, 1) && isfinite(m[MEAN])) {
             const double pivot = (float)m[MEAN];
-            if (bf16) sums_about_bf16(x, n, pivot, &sums[0], &sums[1]);
-            else sums_about_f32(x, n, pivot, &sums[0], &sums[1]);
+            if (bf16) sums_about_bf16(of, n, pivot, &sums[0], &sums[1]);
+            else sums_about_f32(of, count, pivot, &sums[0], &sums[1]);
             moments_of_sum(sums[0], sums[1], pivot, m, 1);
         }
-        const double var = m[M2] / (double)n;
+        const double var = m[M2] / (double)count;
         mean = m[MEAN], low = m[MEAN_LOW];
         rstd = q->scaling == NORM ? norm_scale(m[M2], q->eps) : rstd_of(var, q->eps);
         put_statistics(q, &it, mean, var, rstd);
         const int along = how & W_ALONG;
-        if (spread(&s, 0, 1, along || !j.w ? NULL : (const float *)at(&q->weight, it.a, it.b), 0,
+        const int lost = along && q->scaling == RSTD && loses_digits(var, rstd);
+        if (spread(&s, 0, 1, lost,
+                   along || !j.w ? NULL : (const float *)at(&q->weight, it.a, it.b), 0,
                    along || !j.b ? NULL : (const float *)at(&q->bias, it.a, it.b), 0))
             return i;
-        j.hi0 = hi, j.r0 = r, j.shift0 = shift;
+        j.x = (const float *)x, j.hi0 = hi, j.r0 = r, j.shift0 = shift;
+        if (how & MASKED && along && count < n && leaves_range_f32(&j)) return i;
         if (!late) normalize_row_f32(q, &j, x, &it, how);
     }
     if (late && rows) normalize_row_f32(q, &j, before, &last, how);
@@ -94,16 +100,25 @@ FN_INLINE ptrdiff_t rows_f32_like(const Forward *q, const Item *first, ptrdiff_t
     return q->centred ? rows_f32_of(q, first, rows, h, j, how, 1)
                       : rows_f32_of(q, first, rows, h, j, how, 0);
 }
+enum { WEIGHTED = AFFINE | W_ALONG, WITH_BIAS = WEIGHTED | B_ALONG };
+/* With a mask: apart, as in a function that becomes too large gcc inlines no more callees. */
+FN_APART ptrdiff_t masked_rows_f32(const Forward *q, const Item *first, ptrdiff_t rows, Scratch *h,
+                                   const Loop_f32 *j) {
+    if (!j->w || !j->w_along) return rows_f32_like(q, first, rows, h, j, MASKED);
+    if (!j->b) return rows_f32_like(q, first, rows, h, j, MASKED | WEIGHTED);
+    return rows_f32_like(q, first, rows, h, j, MASKED | WITH_BIAS);
+}
 static ptrdiff_t rows_f32(const Forward *q, const Item *first, ptrdiff_t rows, Scratch *h,
                           const Loop_f32 *j) {
-    enum { W = AFFINE | W_ALONG, WB = W | B_ALONG };
-    switch ((j->w && j->w_along ? j->b ? WB : W : 0) | (q->bf16_direct ? OF_BF16 : 0)) {
+    if (q->mask.data) return masked_rows_f32(q, first, rows, h, j);
+    const int weights = !j->w || !j->w_along ? 0 : j->b ? WITH_BIAS : WEIGHTED;
+    switch (weights | (q->bf16_direct ? OF_BF16 : 0)) {
     case 0: return rows_f32_like(q, first, rows, h, j, 0);
-    case W: return rows_f32_like(q, first, rows, h, j, W);
-    case WB: return rows_f32_like(q, first, rows, h, j, WB);
+    case WEIGHTED: return rows_f32_like(q, first, rows, h, j, WEIGHTED);
+    case WITH_BIAS: return rows_f32_like(q, first, rows, h, j, WITH_BIAS);
     case OF_BF16: return rows_f32_like(q, first, rows, h, j, OF_BF16);
-    case OF_BF16 | W: return rows_f32_like(q, first, rows, h, j, OF_BF16 | W);
-    default: return rows_f32_like(q, first, rows, h, j, OF_BF16 | WB);
+    case OF_BF16 | WEIGHTED: return rows_f32_like(q, first, rows, h, j, OF_BF16 | WEIGHTED);
+    default: return rows_f32_like(q, first, rows, h, j, OF_BF16 | WITH_BIAS);
     }
 }
 #else
@@ -170,8 +185,8 @@ static void T(walk_rows)(Forward *q, ptrdiff_t first, ptrdiff_t last, Scratch *h
                       .w_along = q->weight.s != 0, .b_along = q->bias.s != 0};
         if (!q->foldable && n >= 8) {
             fits(r.n * (ptrdiff_t)sizeof(REAL) + LINE, h->tile_size, "the tile of a row's weights");
-            j.w = T(lined_up)(j.w, at(&q->y, a, b), r.n, h->tile);
-            j.b = T(lined_up)(j.b, at(&q->y, a, b), r.n, h->extra);
+            j.w = T(lined_up)(j.w, at(&q->y, a, b), r.n, h->extra);
+            j.b = T(lined_up)(j.b, at(&q->y, a, b), r.n, h->third);
         }
         i += T(rows)(q, &it, n, h, &j);
         /* what its type cannot hold */

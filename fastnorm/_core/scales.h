@@ -28,17 +28,22 @@ FN_INLINE T(Scales) T(table_at)(char *table, ptrdiff_t width, ptrdiff_t b) {
 }
 
 #if IS_FLOAT
+/* Whether a float holds too few digits of xhat for a weight that is not folded: eps is so much more
+ * than the variance. */
+FN_INLINE int loses_digits(double var, double rstd) {
+    return (var > 0) & (var * rstd * rstd < 0x1p-200);
+}
 /* hi, r and shift of k neighbouring columns; weights, one a column, are folded into r and shift.
- * What leaves the range of a float, beyond 2^100 either way, or its precision, is out of range;
- * returns whether any does. */
-FN_INLINE int spread(const Scales_f32 *s, ptrdiff_t g, ptrdiff_t k, const float *w,
+ * What leaves the range of a float, beyond 2^100 either way, or its precision, or is `lost`, is out
+ * of range; returns whether any does. */
+FN_INLINE int spread(const Scales_f32 *s, ptrdiff_t g, ptrdiff_t k, int lost, const float *w,
                      ptrdiff_t w_step, const float *b, ptrdiff_t b_step) {
     const double mean = s->mean[g], rstd = s->rstd[g], size = fabs(rstd);
     const float hi = (float)mean;
     const double lo = (mean - (double)hi) + s->low[g];
     /* of no elements, or with a NaN, all is not a number, in whatever type */
-    const int fits = ((size > 7.9e-31) & (size < 1.3e30) & (fabs(mean) < 1.3e30)) | (size == 0) |
-                     (size != size);
+    const int fits = ((size > 7.9e-31) & (size < 1.3e30) & (fabs(mean) < 1.3e30) & !lost) |
+                     (size == 0) | (size != size);
     int any = 0;
     for (ptrdiff_t i = 0, j = g * k; i < k; i++, j++) {
         const double weight = w ? (double)w[j * w_step] : 1.0, rw = rstd * weight;
@@ -99,8 +104,12 @@ static void finalize_f32(const Forward *q, const Item *it, const double *m, Scal
         b = (const float *)first_of(q, &q->bias, it, it->c, it->width, &b_step);
     }
     const Scales_f32 into = *s; /* a copy: bytes written through it are none of its pointers */
+    const int apart = q->weight.data && !q->foldable && !q->given && q->scaling == RSTD;
     int any = 0;
-    for (ptrdiff_t g = 0; g < n; g++) any |= spread(&into, g, k, w, w_step, b, b_step);
+    for (ptrdiff_t g = 0; g < n; g++) {
+        const int lost = apart && loses_digits(own_var[g], into.rstd[g]);
+        any |= spread(&into, g, k, lost, w, w_step, b, b_step);
+    }
     s->any_out_of_range = any;
     if (s->any_out_of_range)
         for (ptrdiff_t j = n * k - 1; j >= 0; j--) {

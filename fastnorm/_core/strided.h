@@ -67,6 +67,13 @@ static void sum_columns(const Forward *q, const Item *it, ptrdiff_t first, ptrdi
                         const double *pivot, double *sums, Scratch *h) {
     const ptrdiff_t width = it->width;
     memset(sums, 0, 2 * (size_t)width * sizeof(double));
+    while (first < last && q->bf16_direct) { /* as many rows at a time as through a tile */
+        Run r = run_at(q, first, last);
+        r.n = least(r.n, q->block);
+        const char *x = rows_of(&q->x, it, r);
+        column_sums_bf16(x, q->x.s, r.n, width, pivot, sums, sums + width);
+        first += r.n;
+    }
     while (first < last) {
         const Rows_f32 rows = rows_at_f32(q, it, first, last, pivot, h);
         if (rows.x)
@@ -206,7 +213,8 @@ static void T(strided_output)(Forward *q, const Item *it, const T(Scales) *s, pt
     /* non-temporal stores line by line */
     const int lines = IS_FLOAT && at_once && q->direct_non_temporal &&
                       ((uintptr_t)y | (uintptr_t)(q->y.p | q->y.s | row)) % 64 == 0;
-    const int in_place = at_once && (q->direct || lines);
+    const int bf16 = at_once && q->bf16_direct && !q->non_temporal;
+    const int in_place = at_once && (q->direct || lines || bf16);
     T(Loop) j = {.hi = s->hi, .r = s->r, .shift = s->shift, .n = it->width, .count = 1,
                   .columns = 1, .activation = q->activation, .ahead = PREFETCH_BYTES,
                   .w_along = w->c != 0, .b_along = b->c != 0};
@@ -223,10 +231,13 @@ static void T(strided_output)(Forward *q, const Item *it, const T(Scales) *s, pt
         j.b = IS_FLOAT && at_once ? NULL : (const REAL *)rows_of(b, it, r);
         if (!at_once) {
             T(Loop) one = j; /* its steps are taken apart there */
-            T(normalize_by_tiles)(q, s, 0, &one, h);
+            T(normalize_by_tiles)(q, s, 0, IN_RANGE, &one, h);
 #if IS_FLOAT
         } else if (lines) {
             normalize_non_temporal_rows(&j);
+        } else if (bf16) {
+            j.x_step = source->s / 2, j.y_step = q->y.s / 2;
+            normalize_bf16_rows(&j);
 #endif
         } else if (in_place) {
             T(normalize_rows)(&j);

@@ -231,23 +231,25 @@ FN_INLINE void sums_of(const void *x, int bf16, ptrdiff_t n, double pivot, doubl
 }
 
 /* ---- columns ----
- * Rows of n floats, `step` numbers apart: for each column the sum of x, or of x less its pivot, and
- * of the square, eight rows at a time. */
-FN_INLINE fn_wide wide_column(const float *x, const double *pivot, ptrdiff_t c) {
-    const fn_wide v = fn_wide_float(x + c);
+ * Rows of n floats, or of bfloat16, `step` bytes apart: for each column the sum of x, or of x less
+ * its pivot, and of the square, eight rows at a time. */
+FN_INLINE fn_wide wide_column(const char *x, int bf16, const double *pivot, ptrdiff_t c) {
+    const fn_wide v = bf16 ? fn_wide_bf16((const uint16_t *)x + c)
+                           : fn_wide_float((const float *)x + c);
     return pivot ? fn_wide_sub(v, fn_wide_load(pivot + c)) : v;
 }
-FN_INLINE double column(const float *x, const double *pivot, ptrdiff_t c) {
-    return pivot ? (double)x[c] - pivot[c] : (double)x[c];
+FN_INLINE double column(const char *x, int bf16, const double *pivot, ptrdiff_t c) {
+    const double v = bf16 ? fn_from_bf16(((const uint16_t *)x)[c]) : ((const float *)x)[c];
+    return pivot ? v - pivot[c] : v;
 }
-FN_INLINE void add_columns(const float *FN_RESTRICT x, ptrdiff_t step, ptrdiff_t rows, ptrdiff_t n,
-                        const double *FN_RESTRICT pivot, double *FN_RESTRICT a,
-                        double *FN_RESTRICT b) {
+FN_INLINE void add_columns(const char *FN_RESTRICT x, int bf16, ptrdiff_t step, ptrdiff_t rows,
+                           ptrdiff_t n, const double *FN_RESTRICT pivot, double *FN_RESTRICT a,
+                           double *FN_RESTRICT b) {
     const ptrdiff_t whole = n - n % FN_WIDE;
     for (; rows >= 8; rows -= 8, x += 8 * step) {
         for (ptrdiff_t c = 0; c < whole; c += FN_WIDE) {
             fn_wide d[8], sum, even, odd;
-            for (int k = 0; k < 8; k++) d[k] = wide_column(x + k * step, pivot, c);
+            for (int k = 0; k < 8; k++) d[k] = wide_column(x + k * step, bf16, pivot, c);
             even = fn_wide_mul(d[0], d[0]), odd = fn_wide_mul(d[1], d[1]);
             for (int k = 2; k < 8; k += 2) {
                 even = fn_wide_mac(d[k], d[k], even);
@@ -260,7 +262,7 @@ FN_INLINE void add_columns(const float *FN_RESTRICT x, ptrdiff_t step, ptrdiff_t
         }
         for (ptrdiff_t c = whole; c < n; c++) {
             double d[8], even, odd;
-            for (int k = 0; k < 8; k++) d[k] = column(x + k * step, pivot, c);
+            for (int k = 0; k < 8; k++) d[k] = column(x + k * step, bf16, pivot, c);
             even = d[0] * d[0], odd = d[1] * d[1];
             for (int k = 2; k < 8; k += 2) {
                 even = fn_mac64(d[k], d[k], even);
@@ -272,15 +274,21 @@ FN_INLINE void add_columns(const float *FN_RESTRICT x, ptrdiff_t step, ptrdiff_t
     }
     for (; rows > 0; rows--, x += step)
         for (ptrdiff_t c = 0; c < n; c++) {
-            const double d = column(x, pivot, c);
+            const double d = column(x, bf16, pivot, c);
             a[c] += d;
             b[c] = fn_mac64(d, d, b[c]);
         }
 }
 static inline void column_sums(const float *x, ptrdiff_t step, ptrdiff_t rows, ptrdiff_t n,
                                const double *pivot, double *a, double *b) {
-    if (pivot) add_columns(x, step, rows, n, pivot, a, b);
-    else add_columns(x, step, rows, n, NULL, a, b);
+    const ptrdiff_t bytes = step * (ptrdiff_t)sizeof(float);
+    if (pivot) add_columns((const char *)x, 0, bytes, rows, n, pivot, a, b);
+    else add_columns((const char *)x, 0, bytes, rows, n, NULL, a, b);
+}
+static inline void column_sums_bf16(const char *x, ptrdiff_t step, ptrdiff_t rows, ptrdiff_t n,
+                                    const double *pivot, double *a, double *b) {
+    if (pivot) add_columns(x, 1, step, rows, n, pivot, a, b);
+    else add_columns(x, 1, step, rows, n, NULL, a, b);
 }
 
 #endif

@@ -62,6 +62,7 @@ class Files:
         self.passed: Counter[str] = Counter()  # suffixes of images and tables that are not read
         self._bad = bad
         self._seen: set[str] = set()  # real paths
+        self._real: dict[Path, str] = {}  # and whose they are
         self._met = 0  # what could be read or is bad, though it may have been seen before
         for path in paths:
             self._take(path)
@@ -98,10 +99,16 @@ class Files:
         self._bad(str(path), reason)
 
     def _new(self, path: Path) -> bool:
-        real = os.path.realpath(path)
+        # `realpath` asks for every folder of a path: for those a thousand deep it takes a minute
+        inside = self._real.get(path.parent) if path.name not in ("", "..") else None
+        if inside is None or path.is_symlink():
+            real = os.path.realpath(path)
+        else:
+            real = str(Path(inside) / path.name)
         if real in self._seen:
             return False
         self._seen.add(real)
+        self._real[path] = real
         return True
 
     def _add(self, path: Path, kind: str) -> None:

@@ -147,6 +147,13 @@ def apply_affine(x, y, n, scale, affine, kinds):
 
 
 @inner
+def is_tiny(x, hi, r, kind):
+    """Whether (x - hi) r, below 2^-100, may have lost digits: doubles have no more to give."""
+    d = real(x - hi, kind)
+    return not is_double(kind) and d != 0.0 and abs(real(d * r, kind)) < np.float32(7.9e-31)
+
+
+@inner
 def apply_far(x, y, n, s, apart, affine, kinds):
     """`apply_affine` of numbers that the statistics are not of.
 
@@ -166,7 +173,7 @@ def apply_far(x, y, n, s, apart, affine, kinds):
         w = read_real(weight, i * wv, kind)
         b = read_real(bias, i * bv, kind) if bias != 0 else real(0.0, kind)
         t = scalar.apply(v, hi, r, shift)
-        if math.isfinite(t):
+        if math.isfinite(t) and not is_tiny(v, hi, r, kind):
             store(y, i, scalar.fma(t, w, b), to)
         else:
             far = ((np.float64(v) - mean) - rest) * (rstd * np.float64(w)) + np.float64(b)
@@ -202,15 +209,17 @@ def apply_scale(x, y, n, s, apart, affine, foldable_far, kinds):
     weight, bias, _, _ = affine
     foldable, far = foldable_far
     kind, to = kinds
+    out_of_range = read(s, 4 * apart, np.float64) != 0.0
     if foldable and not is_double(kind):
         hi, r, shift, holds = scale_of_run(s, apart, weight, bias, kind)
         if holds:
             apply_plain(x, y, n, hi, r, shift, kind, to)
             return
+        out_of_range = True
     mean = read(s, 0, np.float64)
     rest = read(s, apart, np.float64)
     rstd = read(s, 2 * apart, np.float64)
-    if read(s, 4 * apart, np.float64) != 0.0:
+    if out_of_range:
         unit = read(s, 3 * apart, np.float64)
         apply_out_of_range(x, y, n, (mean, rest, rstd, unit), affine, kinds)
         return

@@ -313,7 +313,7 @@ def apply_out_of_range(x, dy, dx, n, terms, weight, along, kinds):
     for i in range(n):
         xhat = (np.float64(load(x, i, kind)) - mean) * rstd
         w = np.float64(read_real(weight, i * along, kind)) if weight != 0 else 1.0
-        v = rstd * np.float64(load(dy, i, stored)) * w - first - xhat * second
+        v = rstd * (np.float64(load(dy, i, stored)) * w) - first - xhat * second
         store(dx, i, real(v, kind), kind)
 
 
@@ -605,10 +605,12 @@ def rows(record, memory, turn, turns, task, kind, stored):
                     write(gw, j, 0.0)
                     write(gb, j, 0.0)
                 first = plane - owner * q.p if q.along_p else 0
-                for p in range(first, first + 1 if q.along_p else q.p):
-                    apply_sharers(
-                        q, (owner, np.int64(0), q.sharers), p, t, n, (gw, gb), tile, kinds
-                    )
+                begin = np.int64(0)
+                while begin < q.sharers:  # in the order in which one thread adds them up
+                    end = min(begin + q.together, q.sharers)
+                    for p in range(first, first + 1 if q.along_p else q.p):
+                        apply_sharers(q, (owner, begin, end), p, t, n, (gw, gb), tile, kinds)
+                    begin = end
                 mend_cells(q, (owner, np.int64(0), q.sharers), cell, n, (gw, gb), tile, kinds)
         turn = take(record)
     if q.non_temporal:
@@ -797,10 +799,16 @@ def apply_columns(q, place, segment, into, room, kinds):
                 if read(into + 88 * width, j, np.float64) != 0.0:
                     d = np.float64(load(x, j, kind)) - read(into, j, np.float64)
                     xhat = d * read(into, width + j, np.float64)
-                    g = np.float64(load(dy, j, stored)) * read(into + 40 * width, j, np.float64)
-                    v = g - read(into + 48 * width, j, np.float64)
-                    if q.training:
+                    g = np.float64(load(dy, j, stored))
+                    if q.training:  # as `apply_out_of_range`: of one element nothing is left
+                        if q.weight.data != 0:
+                            w = read_real(at(q.weight, a, b) + (c + j) * q.weight.c, 0, kind)
+                            g *= np.float64(w)
+                        v = read(into, width + j, np.float64) * g
+                        v -= read(into + 48 * width, j, np.float64)
                         v -= xhat * read(into + 56 * width, j, np.float64)
+                    else:
+                        v = g * read(into + 40 * width, j, np.float64)
                     write(tile, j, real(v, kind))
         deliver(tile, spare, dx, width, q.non_temporal != 0, kind)
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from fastnorm._numba import scalar
-from fastnorm._numba.apply import activate, add, affine, apply_out_of_range, deliver
+from fastnorm._numba.apply import activate, add, affine, apply_out_of_range, deliver, is_tiny
 from fastnorm._numba.blocking import FIELDS, at, chosen
 from fastnorm._numba.lanes import apply_lines
 from fastnorm._numba.memory import (
@@ -496,8 +496,13 @@ def apply_columns(q, place, split, scale, along, any_out_of_range, room, kinds):
             v = 0 if q.activation_first else bias
             for j in range(width):
                 s = scale + 8 * (j // k)
+                hi, r = read_real(along, j, kind), read_real(along + 8 * width, j, kind)
                 if (any_out_of_range and read(along + 24 * width, j, np.float64) != 0.0) or (
-                    far and not math.isfinite(read_real(target, j, kind))
+                    far
+                    and (
+                        not math.isfinite(read_real(target, j, kind))
+                        or is_tiny(load(x, j, kind), hi, r, kind)
+                    )
                 ):
                     apply_out_of_range(
                         x + j * source.c,

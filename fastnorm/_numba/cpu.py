@@ -235,7 +235,7 @@ def _plan(layout: Layout, schedule: ForwardSchedule, dtypes: Dtypes, asked: _Ask
     foldable = schedule.foldable
     # rows one by one: of float16, too, which is converted a row at a time
     alone = schedule.single_rows and not (non_temporal and size == 2)
-    alone &= "total" not in types or kind is np.float32
+    alone &= "mask" not in types and ("total" not in types or kind is np.float32)
     kept = 0
     if alone:
         width, chunks, items = 1, b, a * b

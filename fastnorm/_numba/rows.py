@@ -13,7 +13,7 @@ from fastnorm._numba.lanes import apply_lines
 from fastnorm._numba.memory import inner, is_double, load, read_real, real, size_of, store, write
 from fastnorm._numba.moments import double_moments, fetch_ahead, squares, sums, sums_about
 from fastnorm._numba.runs import apply_runs
-from fastnorm._numba.scales import finalize, rstd_of
+from fastnorm._numba.scales import finalize, loses_digits, rstd_of
 from fastnorm.schedule import APPLY_ELEMENTS, NON_TEMPORAL_TILE, SHORT_ROW
 
 
@@ -163,6 +163,7 @@ def rows(q, first, last, room, kinds):
             c = np.float64(read_real(v, 0, kind)) if q.foldable and v != 0 else 0.0
             held = scalar.holds(rstd) and scalar.holds(rw)
             held = held and (rstd == 0.0 or abs(mean) < scalar.MOST)
+            held = held and not loses_digits(q, var, rstd)
         if not held:
             # what its type cannot hold
             before = np.int64(0)

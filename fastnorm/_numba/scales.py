@@ -89,6 +89,16 @@ def rstd_of(count, m2, m2_rest, eps, unit, kind):
 
 
 @inner
+def loses_digits(q, var, rstd):
+    """Whether a float32 holds too few digits of xhat for a weight that is not in its scale.
+
+    So it is where eps is that much more than the variance.
+    """
+    apart = q.weight.data != 0 and q.foldable == 0 and q.given == 0 and q.scaling == RSTD
+    return apart and var > 0.0 and var * rstd * rstd < 2.0**-200
+
+
+@inner
 def finalize(q, a, b, c, n, of, scale, kind):
     """From the moments of n groups to what their output needs; the statistics are written out.
 
@@ -146,6 +156,7 @@ def finalize(q, a, b, c, n, of, scale, kind):
         out_of_range = unit != 1.0
         if not is_double(kind):
             out_of_range = not scalar.holds(rstd) or (rstd != 0.0 and abs(mean) >= scalar.MOST)
+            out_of_range = out_of_range or loses_digits(q, var, rstd)
         write(scale, g, mean)
         write(scale, n + g, rest)
         write(scale, 2 * n + g, rstd)
@@ -164,3 +175,5 @@ def finalize(q, a, b, c, n, of, scale, kind):
                 write(scale, 5 * n + g, 1.0)
                 write(scale, 6 * n + g, rstd * w)
                 write(scale, 7 * n + g, v - lo * (rstd * w))
+            else:  # as it is for columns
+                write(scale, 4 * n + g, 1.0)

@@ -11,7 +11,7 @@ from fastnorm import machine
 from fastnorm._reference import IN_KERNELS
 from fastnorm.arguments import computing_type, ordered
 from fastnorm.backends.base import sum_to
-from fastnorm.layout import ascending, layout_of
+from fastnorm.layout import Layout, ascending, layout_of
 from fastnorm.problem import OPERANDS, Array, BackwardProblem, Problem
 from fastnorm.runtime import kernel_threads
 from fastnorm.schedule import backward_schedule, forward_schedule
@@ -40,6 +40,11 @@ def forward(p: Problem, kernels: Any) -> None:
     if layout is None and not (p.mask is None and p.residual is None):
         operands, p.ticket = _read_like_x(operands), None
         layout = layout_of(operands, p.reduced)
+    differ = any(a is not None and len(a) > 1 for a in (p.weight, p.bias))
+    if differ and _walks_otherwise_alone(p, operands, layout):
+        for i in range(len(p.x)):
+            forward(_sample(p, i), kernels)
+        return None
     if p.total is not None and p.addend is not None and (layout is None or layout.columns):
         # the kernels add on the way only along runs
         with np.errstate(all="ignore"):
@@ -47,16 +52,8 @@ def forward(p: Problem, kernels: Any) -> None:
                 computing_type(p.x.dtype)
             )
             p.total[...] = total
-        p.x, p.addend, p.total, p.ticket = p.total, None, None, None
+        p.x, p.addend, p.total, p.ticket = _kept_among_others(p.x, p.total), None, None, None
         return forward(p, kernels)
-    if (
-        layout is None
-        and any(a is not None and len(a) > 1 for a in (p.weight, p.bias))
-        and _goes_alone(p, operands)
-    ):
-        for i in range(len(p.x)):
-            forward(_sample(p, i), kernels)
-        return None
     y_back = None
     if layout is None:
         # an order of axes that the kernels cannot walk: kept axes first, then reduced, in copies
@@ -114,6 +111,16 @@ def _lying_as(x: Array, dtype: Any) -> Array:
     return y
 
 
+def _kept_among_others(x: Array, total: Array) -> Array:
+    """`total`, or of one sample that lies between others a copy that lies so: it has their walk."""
+    long = [abs(stride) for stride, n in zip(x.strides, x.shape) if n > 1]
+    if len(x) != 1 or abs(x.strides[0]) >= max(long, default=0):
+        return total
+    one: Array = np.empty_like(x, total.dtype, shape=(2, *x.shape[1:]))[:1]
+    one[...] = total
+    return one
+
+
 def _for_each(p: Array, shape: tuple[int, ...], reduced: tuple[bool, ...]) -> Array:
     """A parameter with a number for each group, or for each element where it differs within one.
 
@@ -124,10 +131,19 @@ def _for_each(p: Array, shape: tuple[int, ...], reduced: tuple[bool, ...]) -> Ar
     return np.ascontiguousarray(np.broadcast_to(p, wanted))
 
 
-def _goes_alone(p: Problem | BackwardProblem, operands: dict[str, Any]) -> bool:
-    """Whether the kernels can walk a sample alone, whose bits those of a batch are then, too."""
-    one = {name: array[:1] for name, array in operands.items()}
-    return len(p.x) > 1 and not p.reduced[0] and layout_of(one, p.reduced) is not None
+def _walks_otherwise_alone(
+    p: Problem | BackwardProblem, operands: dict[str, Any], layout: Layout | None
+) -> bool:
+    """Whether a sample with parameters of its own alone has another walk, of other bits.
+
+    Then each goes alone in a batch, too.
+    """
+    if len(p.x) == 1 or p.reduced[0]:
+        return False
+    one = layout_of({name: array[:1] for name, array in operands.items()}, p.reduced)
+    if layout is None or one is None:
+        return layout is not one
+    return not layout.goes_through_groups_as(one)
 
 
 def _sample(p: P, i: int) -> P:
@@ -179,7 +195,7 @@ def backward(p: BackwardProblem, kernels: Any, copied: bool = False) -> None:
         if dy.strides != p.dy.strides:  # or it would come here again
             dy[...] = p.dy
             return backward(replace(p, dy=dy, ticket=None), kernels)
-    if layout is None and len(p.dweight) > 1 and _goes_alone(p, operands):
+    if len(p.dweight) > 1 and _walks_otherwise_alone(p, operands, layout):
         for i in range(len(p.x)):
             backward(_sample(p, i), kernels)
         return None

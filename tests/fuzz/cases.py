@@ -76,7 +76,7 @@ STRANGERS = (
 )  # fmt: skip
 STRANGERS = tuple(name for name in STRANGERS if name not in FLOATS)
 
-PLACES = ("x", "x", "x", "weight", "bias", "residual", "dy", "running_mean")
+PLACES = ("x", "x", "x", "weight", "bias", "residual", "dy", "dy", "running_mean")
 
 BAD = (
     "nan", "inf", "-inf", "max", "-max", "1e31", "-3e38", "1e38", "1e-38", "1e-33", "1e300",
@@ -231,9 +231,10 @@ def draw(
     if op.label.startswith(("layer_norm (n", "rms_norm", "add_")):
         case["trailing"] = often(choose, 1, [2, 3], 4)
     kinds = ["shared", "shared", None]
-    kinds += ["per sample", "full"] if "per_sample" in op.features else []
+    kinds += ["per sample", "full", "some axes"] if "per_sample" in op.features else []
     for name in ("weight", "bias"):
         case[name] = choose(kinds)
+        case[f"{name} axes"] = some(choose, 1, 3, range(5))
         case[f"{name} layout"] = layout(choose)
         case[f"{name} dtype"] = often(choose, None, dtypes, 3)
     if op.name in ("batch_norm", "instance_norm"):
@@ -242,7 +243,9 @@ def draw(
     if op.name == "rms_norm":
         case["weight_offset"] = often(choose, 0.0, [1.0], 4)
     if "where" in op.features:
-        case["where"] = often(choose, None, ["full", "last axis", "nothing", "everything"], 4)
+        masks = ["full", "last axis", "some axes", "nothing", "everything"]
+        case["where"] = often(choose, None, masks, 4)
+        case["where axes"] = some(choose, 1, 3, range(5))
         case["where layout"] = layout(choose)
     if "residual" in op.features or op.outputs > 1:
         case["residual"] = choose([None, *dtypes, "x"])
@@ -261,14 +264,14 @@ def draw(
         case["ddof"] = choose([0, 1])
     if op.backward:
         case["backward"] = one_in(choose, 2)
-        case["dy dtype"] = often(choose, None, dtypes, 3)
+        case["dy dtype"] = often(choose, None, dtypes, 2)
         case["dy scale"] = often(choose, 1.0, [1e38, 1e38, 1e30, 1e-30, 1e-38, 0.0], 3)
-        case["dy layout"] = layout(choose)
+        case["dy layout"] = case["layout"] if one_in(choose, 2) else layout(choose)
         case["statistics layout"] = layout(choose)
     if op.elementwise_backward:
         case["backward"] = one_in(choose, 2)
         case["dy dtype"] = often(choose, None, dtypes, 3)
-        case["dy layout"] = layout(choose)
+        case["dy layout"] = case["layout"] if one_in(choose, 2) else layout(choose)
     if one_in(choose, 2):
         _make_plain(choose, case, op)
     return case
@@ -293,7 +296,7 @@ def _make_plain(choose: Choose, case: Case, op: Operation) -> None:
     plain |= {f"{n} dtype": often(choose, None, FLOATS, 8) for n in ("weight", "bias", "dy")}
     case |= {name: value for name, value in plain.items() if name in case}
     if "per_sample" in op.features:
-        case["weight"] = choose(["full", "per sample", "shared"])
+        case["weight"] = choose(["full", "per sample", "some axes", "shared"])
 
 
 def cases(**options: Any) -> Any:

@@ -1,13 +1,14 @@
 """A stack of transformer blocks, and PyTorch's: a forward pass, and a process up to its first.
 
-    python -m benchmarks.transformer
+    python -m benchmarks.transformer           # a minute; prints a table and keeps it in results/
+    python -m benchmarks.transformer --short   # a look, which keeps nothing
 
 Six layers of 512 numbers and 8 heads, float32, a batch of 8 sequences of 128, inference. Both have
 the same weights and the same number of threads (FASTNORM_NUM_THREADS); their answers are compared
 first. PyTorch runs under `torch.inference_mode`, where its encoder has a path of its own.
 
 NumPy's products are those of its OpenBLAS, which takes the variables OPENBLAS_CORETYPE and
-OPENBLAS_L2_SIZE instead of what the processor is: unset both. What it runs with is printed.
+OPENBLAS_L2_SIZE instead of what the processor is: unset both. What it runs with is kept, too.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from typing import Any
 import numpy as np
 
 import fastnorm as fn
-from fastnorm._bench import machine
 from fastnorm._bench.timing import Contender, compete, turns
+
+from . import kept
 
 TURN = 0.5  # seconds: some calls
 LAYERS, WIDTH, HEADS, SHAPE = 6, 512, 8, (8, 128, 512)
@@ -62,7 +64,7 @@ def pair(torch: Any, norm_first: bool) -> tuple[Any, Any]:
     return ours, theirs
 
 
-def forward(torch: Any, placement: str) -> dict[str, float]:
+def forward(torch: Any, placement: str, seconds: float) -> dict[str, float]:
     """Seconds of a forward pass, by library."""
     x = np.random.default_rng(0).standard_normal(SHAPE, np.float32)
     tensor = torch.from_numpy(x)
@@ -74,11 +76,11 @@ def forward(torch: Any, placement: str) -> dict[str, float]:
         "fastnorm": Contender(lambda: ours(x)),
         "torch": Contender(lambda: theirs(tensor), torch.inference_mode),
     }
-    compete(contenders, seconds=TURN)
+    compete(contenders, seconds=seconds)
     return {name: c.seconds for name, c in contenders.items()}
 
 
-def first(rounds: int = 15) -> dict[str, float]:
+def first(rounds: int) -> dict[str, float]:
     """Seconds of a process that imports the library, makes an encoder and runs it once."""
     times: dict[str, list[float]] = {name: [] for name in FIRST}
     environment = os.environ | {"OMP_NUM_THREADS": str(fn.get_num_threads())}
@@ -93,28 +95,43 @@ def first(rounds: int = 15) -> dict[str, float]:
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
-def main() -> None:
-    """Print both tables."""
-    import torch
-    from threadpoolctl import threadpool_info, threadpool_limits
+def products() -> str:
+    """What NumPy's BLAS runs as, inside the limits of a `threadpool_limits`."""
+    from threadpoolctl import threadpool_info
 
+    (found, *_) = [p for p in threadpool_info() if p["user_api"] == "blas"]
+    kind = found.get("architecture", found["internal_api"])
+    return f"{found['internal_api']} for {kind}, threads: {found['num_threads']}"
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each row: milliseconds of both, and how many times as long PyTorch takes."""
+    lines = ["| | fastnorm | PyTorch | PyTorch over fastnorm |", "| --- | --- | --- | --- |"]
+    for row in rows:
+        ours, theirs = (row["times"][library] * 1e3 for library in ("fastnorm", "torch"))
+        lines.append(f"| {row['what']} | {ours:.0f} ms | {theirs:.0f} ms | {theirs / ours:.2f} |")
+    return lines
+
+
+def main() -> None:
+    """Print and keep the table."""
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    given = kept.parser("transformer", __doc__).parse_args()
+    seconds, rounds = (TURN / 10, 1) if given.short else (TURN, 15)
     threads = fn.get_num_threads()
     torch.set_num_threads(threads)
-    print(f"{machine.processor()}, threads: {threads}")
+    facts = kept.about()
+    rows: list[dict[str, Any]] = []
     with threadpool_limits(threads, "blas"):
-        for pool in threadpool_info():
-            if pool["internal_api"] == "openblas":
-                print(f"NumPy's BLAS: {pool['architecture']}, threads: {pool['num_threads']}")
-        print(f"\n{'':30} {'fastnorm':>9} {'torch':>9}   torch / fastnorm")
+        facts["versions"]["BLAS"] = products()
         for placement in ("pre", "post"):
-            show(f"forward, {placement}", forward(torch, placement))
-    show("import and first forward, pre", first())
-
-
-def show(name: str, times: dict[str, float]) -> None:
-    """Print a row."""
-    ours, theirs = (times[library] * 1e3 for library in ("fastnorm", "torch"))
-    print(f"{name:30} {ours:6.0f} ms {theirs:6.0f} ms   {theirs / ours:.2f}", flush=True)
+            what = f"a forward pass, {placement.capitalize()}-LN"
+            rows.append({"what": what, "times": forward(torch, placement, seconds)})
+    what = "a process that imports the library, makes the encoder and runs it once"
+    rows.append({"what": what, "times": first(rounds)})
+    kept.keep("transformer", facts, rows, table(rows), given)
 
 
 if __name__ == "__main__":

@@ -391,7 +391,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\r\x1b[K", end="", file=sys.stderr)
 
     if given.json:
-        print(json.dumps([asdict(r) for r in runs], indent=1))
+        found = {"machine": fn.show_config("dicts"), "runs": [asdict(r) for r in runs]}
+        print(json.dumps(found, indent=1))
     else:
         print(f"mean and standard deviation over seeds: {given.seeds}, epochs: {given.epochs}\n")
         print(f"test accuracy, %\n{table(runs, lambda r: 100 * r.accuracy, 1)}\n")

@@ -39,8 +39,8 @@ swapped = fn.instance_norm(x, weight=np.sqrt(var[::-1]), bias=mean[::-1])
 
 new_mean, new_var = fn.moments(swapped, axis=(2, 3))
 assert np.allclose(new_mean, mean[::-1], atol=1e-5)
-# eps is 1e-5, and the least variance 0.017
-assert np.allclose(new_var, var[::-1], rtol=1e-3)
+# eps, 1e-5, takes its share of each variance
+assert np.allclose(new_var, var[::-1], rtol=1.1e-5 / var.min())
 
 # %%
 # Above, the photographs: in the middle with the statistics of neither, on the

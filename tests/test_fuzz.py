@@ -61,6 +61,7 @@ SETTINGS = {
     "backend", "explain", "get_backend", "get_num_threads", "nn", "set_backend", "set_num_threads",
     "show_config", "threads", "trim_memory",
 }  # fmt: skip
+WEIGHTS = {"shared", "per sample", "some axes", "full"}
 LAYOUTS = {
     "F", "last", "swapped", "front", "step", "pad", "flip", "odd", "extra", "misaligned", "swap",
     "repeated", "windows", "locked",
@@ -90,6 +91,9 @@ def kinds_of(case: Case) -> Iterator[tuple[str, object]]:
     if "stranger" in case:
         yield "stranger", case["stranger"][0]
     yield from ((name, case.get(name)) for name in ("residual", "return_stats", "known"))
+    if case["weight scale"] != 1.0:
+        of = case.get("weight"), "some" if case["weight scale here and there"] else "all"
+        yield "weight out of range", of
 
 
 def test_every_kind_of_call_is_drawn() -> None:
@@ -101,8 +105,8 @@ def test_every_kind_of_call_is_drawn() -> None:
         "layout": {*LAYOUTS, "odd, on an axis of length 1"},
         "dtype": {*FLOATS, *INTEGERS},
         "where": {"full", "last axis", "some axes", "nothing", "everything"},
-        "weight": {"shared", "per sample", "some axes", "full", None},
-        "bias": {"shared", "per sample", "some axes", "full", None},
+        "weight": {*WEIGHTS, None},
+        "bias": {*WEIGHTS, None},
         "activation": {"relu", "silu", "gelu", "gelu_tanh", "function"},
         "out": {*TARGETS, "own", None},
         "running": {None, "float32", "float64"},
@@ -116,6 +120,7 @@ def test_every_kind_of_call_is_drawn() -> None:
         "residual": {*FLOATS, "x", None},
         "return_stats": {True},
         "known": {True, False},
+        "weight out of range": {(of, n) for of in WEIGHTS for n in ("some", "all")},
     }
     missing = {(name, kind) for name, some in wanted.items() for kind in some} - drawn.keys()
     assert not missing

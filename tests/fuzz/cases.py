@@ -240,6 +240,7 @@ def draw(
     if op.name in ("batch_norm", "instance_norm"):
         case["running"] = choose([None, "float32", "float64"])
     case["weight scale"] = often(choose, 1.0, [1e-32, 1e-39, 1e30, 1e37, 0.0], 6)
+    case["weight scale here and there"] = one_in(choose, 2)  # others keep theirs
     if op.name == "rms_norm":
         case["weight_offset"] = often(choose, 0.0, [1.0], 4)
     if "where" in op.features:

@@ -237,7 +237,10 @@ class Call:
             place_ = (shapes | {"full": shape if full else own})[kind]
             dtype = dtype_of(case.get(f"{name} dtype") or self.floats.name)
             scale = case["weight scale"] if name == "weight" else 1.0
-            values = ((name == "weight") + self.rng.standard_normal(place_) / 4) * scale
+            values = (name == "weight") + self.rng.standard_normal(place_) / 4
+            if scale != 1.0 and case.get("weight scale here and there"):
+                scale = np.where(self.rng.random(place_) < 0.5, scale, 1.0)
+            values = values * scale
             with np.errstate(all="ignore"):
                 self.put(name, values.astype(dtype), case.get(f"{name} layout"))
         if "running_mean" in p:

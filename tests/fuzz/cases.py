@@ -288,7 +288,7 @@ def _make_plain(choose: Choose, case: Case, op: Operation) -> None:
         "values": "normal",
         "bad": [],
         "bad elsewhere": [],
-        "where": None,
+        "where": often(choose, None, ["full", "last axis", "some axes"], 4),
         "past": often(choose, [], [[1], [0, 1]], 4),
         "out": often(choose, None, ["own", "x", "residual"], 3),
         "residual": choose([None, "x", same]),

@@ -55,6 +55,7 @@ cdef extern from "kernels.h" nogil:
     void forward_threads(Forward*, int) noexcept
     int run_planned_forward "run_forward"(Forward*) noexcept
     void backward_threads(Backward*, int) noexcept
+    bint lend_threads(Py_ssize_t, Py_ssize_t) noexcept
     int run_planned_backward "run_backward"(Backward*) noexcept
     void aim_at(Operand*, char*, Py_ssize_t) noexcept
     void load_f32(const char*, Storage, Py_ssize_t, float*) noexcept
@@ -323,6 +324,13 @@ def run_backward(layout, schedule, x, dy, dx, *, mean, rstd, weight, dweight, db
     if ticket is not None:
         keep_backward(&q, ticket, own)
     return True
+
+def borrow_threads(Py_ssize_t run, Py_ssize_t count):
+    """Run on another library's threads while they are awake, by its RunOnThreads and CountThreads.
+
+    Whether that is possible here.
+    """
+    return lend_threads(run, count)
 
 # ---- what these kernels are ----------------------------------------------------------------------
 

@@ -169,7 +169,7 @@ static void *fn_block_new(void *context, size_t n) {
         int best = -1;
         for (int i = 0; i < FN_KEPT; i++)
             if (fn_kept[i].start && fn_kept[i].size >= size && fn_kept[i].size <= size + size / 4)
-                if (best < 0 || fn_kept[i].size < fn_kept[best].size) best = i;
+                if (best < 0 || fn_kept[i].since > fn_kept[best].since) best = i;
         if (best >= 0) {
             start = fn_kept[best].start;
             size = fn_kept[best].size;

@@ -8,7 +8,11 @@
  * may still hold; then it takes from the shares of the others.
  *
  * One call has the helpers at a time. Another one, of another Python thread or from within a turn,
- * runs alone. A forked child begins without helpers, and starts its own. */
+ * runs alone. A forked child begins without helpers, and starts its own.
+ *
+ * Another library may lend its threads. After each piece of work they look for the next one for
+ * some milliseconds, and meanwhile they keep helpers off the processors: a job that comes then runs
+ * on them. While they sleep it does not, as whoever runs something on them waits for each. */
 #ifndef FASTNORM_POOL_H
 #define FASTNORM_POOL_H
 
@@ -49,6 +53,19 @@ typedef struct {
 typedef struct {
     _Alignas(64) _Atomic uint32_t asleep;
 } Bed;
+
+/* How another library runs `part` of all numbers from `begin` to `end` on its threads, in pieces of
+ * `grain`; and how many threads it would take. Both give 0, or failed. */
+typedef int32_t (*RunOnThreads)(int64_t begin, int64_t end, int64_t grain,
+                                void (*part)(int64_t first, int64_t end, void *work), void *work);
+typedef int32_t (*CountThreads)(uint32_t *count);
+
+static struct {
+    RunOnThreads run;   /* NULL: no threads are lent */
+    CountThreads count; /* NULL: whatever a call asks for */
+    int seen;           /* whether `clock` is the processor time of one of them */
+    clockid_t clock;
+} lent;
 
 static struct {
     atomic_flag taken;     /* by the call that has the helpers */
@@ -193,6 +210,33 @@ static void *help(void *number) {
     return NULL;
 }
 
+/* ---- threads that are lent ---- */
+
+/* The turns of some of a job's threads, on one that is lent and keeps its own rounding. */
+static void take_parts(int64_t first, int64_t end, void *job) {
+    uint32_t ran = 0;
+    fenv_t own;
+    fegetenv(&own);
+    for (int64_t k = first; k < end; k++) ran += take_turns((int)k, *(const uint64_t *)job);
+    fesetenv(&own);
+#if FN_FUTEX
+    if (first == 1) lent.seen = !pthread_getcpuclockid(pthread_self(), &lent.clock);
+#endif
+    atomic_fetch_add(&pool.done, ran);
+}
+/* Whether they look for work, or do some: then the processor time of one goes on. The first job
+ * runs on them to find out which they are. */
+static int lent_are_awake(void) {
+    struct timespec t, later;
+    if (!lent.run) return 0;
+    if (!lent.seen) return 1;
+    if (clock_gettime(lent.clock, &t) || clock_gettime(lent.clock, &later)) {
+        lent.seen = 0; /* it has ended */
+        return 1;
+    }
+    return t.tv_nsec != later.tv_nsec;
+}
+
 /* ---- helpers ---- */
 
 /* Have that many, or as many as the system allows; they take no signals. */
@@ -213,9 +257,11 @@ static void start_helpers(int count) {
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     pthread_attr_destroy(&attributes);
 }
-/* A forked child has no helpers, and what its parent was at is none of its business. */
+/* A forked child has no helpers, its own or lent, and what its parent was at is none of its
+ * business. */
 static void forget_helpers(void) {
     pool.helpers = 0;
+    lent.run = NULL;
     renew_sleep();
     for (int k = 0; k < POOL_THREADS; k++) {
         atomic_store(&pool.beds[k].asleep, 0);
@@ -237,8 +283,15 @@ static int run_shared(ptrdiff_t turns, int threads, Sharing how, Turn run, void 
         atomic_flag_clear(&pool.taken);
         return 0;
     }
-    threads = (int)least(turns, least(threads, POOL_THREADS));
-    start_helpers(threads - 1);
+    uint32_t most = POOL_THREADS;
+    if (lent.count && lent.count(&most)) most = 1;
+    threads = (int)least(turns, least(threads, least(most, POOL_THREADS)));
+    if (threads < 2) {
+        atomic_flag_clear(&pool.taken);
+        return 0;
+    }
+    const int borrows = lent_are_awake();
+    if (!borrows) start_helpers(threads - 1);
     pool.run = run;
     pool.work = work;
     pool.turns = turns;
@@ -252,9 +305,11 @@ static int run_shared(ptrdiff_t turns, int threads, Sharing how, Turn run, void 
         const ptrdiff_t n = turns * (k + 1) / threads - turns * k / threads;
         atomic_store(&pool.shares[k].word, job << TURN_BITS | (uint64_t)n);
     }
-    atomic_store(&pool.job, job);
+    /* helpers are not told of a job whose threads others are */
+    if (!borrows) atomic_store(&pool.job, job);
+    if (borrows) lent.run(0, threads, 1, take_parts, (void *)&job);
     /* a sleeper comes too late for a small job, unless another one follows at once */
-    if (!how.small || began - pool.ended < HELPER_SPINS) wake_followers(0, job);
+    else if (!how.small || began - pool.ended < HELPER_SPINS) wake_followers(0, job);
     const uint32_t ran = take_turns(0, job), all = (uint32_t)turns;
     uint32_t done = atomic_fetch_add(&pool.done, ran) + ran;
     if (done != all) {

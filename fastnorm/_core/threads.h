@@ -22,6 +22,19 @@ typedef struct {
 #define FN_THREADS 0
 #endif
 
+/* From now on another library lends threads, by the addresses of its RunOnThreads and CountThreads
+ * (pool.h). 0 where the processor time of a thread does not tell whether it is awake. */
+static inline int lend_threads(ptrdiff_t run, ptrdiff_t count) {
+#if !defined(_WIN32) && FN_FUTEX
+    lent.count = (CountThreads)count;
+    lent.run = (RunOnThreads)run;
+    return 1;
+#else
+    (void)run, (void)count;
+    return 0;
+#endif
+}
+
 /* Each turn once, by up to `threads` threads. */
 static inline void share_out(ptrdiff_t turns, int threads, Sharing how, Turn run, void *work) {
 #if !defined(_WIN32)

@@ -35,6 +35,7 @@ from fastnorm.torch.functions import (
     fields_of as fields_of,
 )
 from fastnorm.torch.modules import Entry, Report, replace, report, restore
+from fastnorm.torch.threads import borrow as _borrow
 
 # Functions and models; `fields_of` is for `Moments.update` alone.
 __all__ = [
@@ -68,3 +69,5 @@ __all__ = [
     "weight_norm",
     "weight_standardize",
 ]
+
+_borrow()

@@ -189,6 +189,48 @@ class Buffer(Written):
         return self.act(self.norm(x)) + self.count
 
 
+def padded(x: Any, conv: Any) -> Any:
+    """What is seen of a tensor's shape is of this call alone."""
+    return F.pad(x, [conv.kernel_size[0] - 1, 0]) if x.shape[-1] % 2 else x * 2
+
+
+def doubled(x: Any) -> Any:
+    return x.mul_(2.0)
+
+
+class Helped(Written):
+    def forward(self, x: Any) -> Any:
+        x = padded(x, self.conv)
+        y = self.act(self.norm(x)) + self.norm(x)
+        return doubled(y) - padded(y, conv=self.conv)
+
+
+class HelpedByChange(Written):
+    def forward(self, x: Any) -> Any:
+        y = self.norm(x)
+        doubled(x)
+        return y + x
+
+
+class HelpedBetween(Written):
+    def forward(self, x: Any) -> Any:
+        return self.act(padded(self.norm(x), self.conv))
+
+
+class Six(Written):
+    def forward(self, x: Any) -> Any:
+        return F.relu6(self.norm(x * 5) + self.conv(x)) + F.relu6(self.norm(x) * 5)
+
+
+class Block(nn.Sequential):
+    """As models have for a convolution, a norm and an activation."""
+
+
+class OwnOrder(nn.Sequential):
+    def __iter__(self) -> Any:
+        return iter([self[2], self[1], self[0]])
+
+
 class Other(Written):
     def forward(self, x: Any) -> Any:
         return self.helped(x)
@@ -213,6 +255,9 @@ JOINED: dict[str, Callable[[], Any]] = {
     "wider": Wider,
     "in place, broadcast": lambda: InPlace(),
     "deep": plain(lambda: nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()), Residual),
+    "six": Six,
+    "six in a block": lambda: Block(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU6(True)),
+    "helped": Helped,
 }
 LEFT: dict[str, Callable[[], Any]] = {
     "twice": Twice, "changed": Changed, "into": Into, "with itself": OwnSum, "training": Training,
@@ -222,6 +267,8 @@ LEFT: dict[str, Callable[[], Any]] = {
     "part of a sum": PartOfSum, "in training": InTraining,
     "sequence": plain(lambda: nn.BatchNorm2d(4), nn.Dropout, nn.ReLU),
     "unknown": plain(lambda: nn.BatchNorm2d(4), nn.Hardswish),
+    "own order": lambda: OwnOrder(nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)),
+    "helped by a change": HelpedByChange, "helped between": HelpedBetween,
 }  # fmt: skip
 
 
@@ -240,7 +287,7 @@ def test_nothing_changes(name: str) -> None:
     for training in (True, False):
         model.train(training)
         ours.train(training)
-        for needs in (True, False) if name != "changed" else (False,):  # or its gradient is lost
+        for needs in (True, False) if "change" not in name else (False,):  # or its gradient is lost
             with torch.set_grad_enabled(needs):
                 x = torch.randn(3, 4, 5, 5, dtype=torch.float64)
                 a, b = (x.clone().requires_grad_(needs) for _ in range(2))

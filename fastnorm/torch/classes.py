@@ -12,15 +12,15 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from fastnorm.torch import functions
+from fastnorm.torch import formulas, functions
 from fastnorm.torch.distributed import synchronised
-from fastnorm.torch.formulas import activated
 
 # --- What may follow a norm in its own pass -------------------------------------------------------
 
-_ACTIVATIONS: dict[type, str] = {nn.ReLU: "relu", nn.SiLU: "silu"}
+_ACTIVATIONS: dict[type, str] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu"}
 
 
 def is_watched(module: Any) -> bool:
@@ -54,11 +54,14 @@ def _followed(
 ) -> Tensor:
     """A norm, the sum with a residual, and an activation; in one pass where the sum is plain."""
     y: Tensor
+    if activation == "relu6":  # the kernels have none: in place, as nobody else has seen y
+        y = _followed(function, x, *options, residual=residual, in_place=in_place)
+        return F.relu6(y, inplace=True)
     if residual is None or (residual.shape == x.shape and residual.dtype is x.dtype):
         y = function(x, *options, residual=residual, activation=activation)
         return y
     y = function(x, *options)
-    return activated(y.add_(residual) if in_place else y + residual, activation)
+    return formulas.activated(y.add_(residual) if in_place else y + residual, activation)
 
 
 # --- What takes the place of a forward ------------------------------------------------------------
@@ -267,6 +270,8 @@ class _OfTimm(Replaced):
             return self._normalized(x, None)
         alone = type(self.drop) is nn.Identity and not is_watched(self.drop)
         activation = activation_of(self.act) if alone else None
+        if activation not in formulas.ACTIVATIONS:
+            activation = None
         y = self._normalized(x, activation)
         return y if activation else self.act(self.drop(y))
 

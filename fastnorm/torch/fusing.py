@@ -13,7 +13,7 @@ import linecache
 import operator
 import textwrap
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -97,6 +97,17 @@ def _globals_of(module: nn.Module) -> dict[str, Any]:
     return found
 
 
+def _helpers(module: nn.Module) -> dict[str, FunctionType]:
+    """The functions that a forward calls by name: whatever they do, each call is one step."""
+    forward = type(module).forward
+    found = {name: _globals_of(module).get(name) for name in forward.__code__.co_names}
+    return {
+        name: function
+        for name, function in found.items()
+        if isinstance(function, FunctionType) and function.__qualname__.isidentifier()
+    }
+
+
 def _is_fixed(test: ast.expr, own: str) -> bool:
     """Whether a condition asks only what a module has."""
     fixed = (
@@ -112,12 +123,14 @@ def _is_fixed(test: ast.expr, own: str) -> bool:
 
 
 def _is_plain_call(function: ast.expr, own: str, module: nn.Module) -> bool:
-    """Whether what is called is a module, a function of PyTorch's, or a method of a tensor."""
+    """Whether what is called is a module, a function, or a method of a tensor."""
     path, root = _path(function)
     if isinstance(root, ast.Call):
         return True  # a method of what that gave
-    if not path or not isinstance(root, ast.Name):
+    if not isinstance(root, ast.Name):
         return False
+    if not path:
+        return root.id in _helpers(module)
     found: Any = module if root.id == own else _globals_of(module).get(root.id)
     if found is None:
         return len(path) == 1  # a method of a local tensor
@@ -152,7 +165,23 @@ for _name, _function in _IN_PLACE.items():
 
 
 class _Tracer(fx.Tracer):
-    """Every module is one call."""
+    """Every module is one call, and so is every function that a forward calls by name."""
+
+    def trace_forward(self, module: nn.Module) -> fx.Graph:
+        kind, forward = type(module), type(module).forward
+        helpers = {name: self._step(function) for name, function in _helpers(module).items()}
+        if not helpers:
+            return self.trace(module)
+        names = forward.__globals__ | helpers
+        seen = FunctionType(forward.__code__, names, "forward", None, forward.__closure__)
+        object.__setattr__(module, "__class__", type(kind.__name__, (kind,), {"forward": seen}))
+        try:
+            return self.trace(module)
+        finally:
+            object.__setattr__(module, "__class__", kind)
+
+    def _step(self, function: FunctionType) -> Callable[..., Any]:
+        return lambda *given, **named: self.create_proxy("call_function", function, given, named)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -164,6 +193,8 @@ class _Tracer(fx.Tracer):
         if isinstance(a, torch.Tensor) and not any(a is own for own in self.root.parameters()):
             # made while it was traced, perhaps at random; `joined` leaves such a forward as it is
             raise ValueError("a tensor that is no parameter would become a constant")
+        if isinstance(a, nn.Module):
+            return self.create_node("get_attr", self.path_of_module(a), (), {})
         return super().create_arg(a)
 
 
@@ -171,6 +202,7 @@ _SUMS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add)
 _METHODS = {"relu": "relu", "relu_": "relu"}
 _FUNCTIONS: dict[Any, str] = {
     F.relu: "relu", torch.relu: "relu", F.relu_: "relu", torch.relu_: "relu", F.silu: "silu",
+    F.relu6: "relu6",
 }  # fmt: skip
 
 
@@ -197,6 +229,8 @@ def _writes(node: fx.Node, module: nn.Module) -> bool:
             getattr(one, "inplace", False) or not type(one).__module__.startswith("torch.nn.")
             for one in inside
         )
+    if isinstance(node.target, FunctionType) and not node.target.__module__.startswith("torch"):
+        return True
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "_")
     return (
         name.endswith("_") or bool(node.kwargs.get("inplace")) or node.target in _IN_PLACE.values()
@@ -279,13 +313,21 @@ def _made(function: Any, given: tuple[Any, ...]) -> Any:
     return function(*given)
 
 
+def _is_sequential(kind: type[nn.Module]) -> bool:
+    """Whether the forward is PyTorch's that calls one module after the other."""
+    own = nn.Sequential
+    return issubclass(kind, own) and all(
+        getattr(kind, name) is getattr(own, name) for name in ("forward", "__iter__")
+    )
+
+
 def joined(module: nn.Module) -> type | None:
     """A class for this module whose forward has its norms joined with what follows; or None."""
     kind = type(module)
-    if isinstance(module, Replaced) or not (kind is nn.Sequential or is_fixed_sequence(module)):
+    if isinstance(module, Replaced) or not (_is_sequential(kind) or is_fixed_sequence(module)):
         return None
     try:
-        graph = _Tracer().trace(module)
+        graph = _Tracer().trace_forward(module)
     except Exception:  # whatever a forward does that is not seen
         return None
     norms = list(_norms(graph, module))

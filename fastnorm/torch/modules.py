@@ -73,7 +73,8 @@ def replace(model: nn.Module, fuse: bool = False) -> nn.Module:
         Whether to join norms with what follows them, too, in the forward of the modules that call
         them: an activation (ReLU, ReLU6, SiLU, GELU), the sum with a residual, or both, where
         torch.fx proves that nothing else is asked of the norm. Without gradients they are one pass
-        over memory (ReLU6: another one, in place). What is joined is called no more: add hooks before, or :func:`restore` first.
+        over memory (ReLU6: another one, in place). What is joined is called no more: add hooks
+        before, or :func:`restore` first.
 
     Returns
     -------

@@ -84,9 +84,7 @@ for n in range(300):
     printed(program)
 
 
-def test_helpers_that_are_awake_leave_a_job_to_threads_that_are_lent() -> None:
-    """Both would be the same thread of the job, and use the same scratch memory."""
-    program = """
+LENT = """
 import ctypes
 import numpy as np
 from fastnorm import _core
@@ -98,7 +96,7 @@ RUN = ctypes.CFUNCTYPE(
 
 @RUN
 def lent(begin, end, grain, part, work):
-    part(1, end, work)  # the caller is the second thread, and then the first
+    part(1, end, work)  # the caller is all threads but the first, and then that
     part(begin, 1, work)
     return 0
 
@@ -106,14 +104,33 @@ address = ctypes.cast(lent, ctypes.c_void_p).value
 half = np.random.default_rng(0).standard_normal((256, 1536)).astype(np.float16)
 with fn.threads(1):
     wanted = fn.layer_norm(half, 1536).tobytes()
-for _ in range(1000):
-    _core.kernels.borrow_threads(0, 0)
-    fn.layer_norm(half, 1536)  # its helper looks for work for some microseconds more
-    _core.kernels.borrow_threads(address, 0)
-    found = fn.layer_norm(half, 1536)
-    assert found.tobytes() == wanted
+
+def result(borrowed, threads):
+    _core.kernels.borrow_threads(address if borrowed else 0, 0)
+    with fn.threads(threads):
+        return fn.layer_norm(half, 1536)
 """
-    printed(program)
+
+
+def test_helpers_that_are_awake_leave_a_job_to_threads_that_are_lent() -> None:
+    """Both would be the same thread of the job, and use the same scratch memory."""
+    program = """
+for _ in range(1000):
+    result(False, 2)  # its helper looks for work for some microseconds more
+    assert result(True, 2).tobytes() == wanted
+"""
+    printed(LENT + program)
+
+
+def test_a_job_after_one_on_lent_threads_has_its_own_threads_alone() -> None:
+    """A helper with a number beyond them would use scratch memory that is not there."""
+    program = """
+for _ in range(1000):
+    result(False, 8)
+    result(True, 8)
+    assert result(False, 2).tobytes() == wanted
+"""
+    printed(LENT + program)
 
 
 def test_the_lesser_number_of_threads_holds() -> None:

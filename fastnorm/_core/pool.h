@@ -72,7 +72,8 @@ static struct {
     int helpers;           /* that have been started */
     int64_t ended;         /* when the last job did, in ns */
     int64_t alone_until;   /* small jobs: another program has a helper's processor */
-    _Atomic uint64_t job;  /* its number */
+    uint64_t jobs;         /* how many there were, and the number of the last one */
+    _Atomic uint64_t job;  /* the number of the last one that helpers take part in */
     /* what the job is: as long as one of its turns has not ended, nobody changes it */
     Turn run;
     void *work;
@@ -300,16 +301,18 @@ static int run_shared(ptrdiff_t turns, int threads, Sharing how, Turn run, void 
     fegetenv(&pool.rounding);
     atomic_store(&pool.processor, processor_here());
     atomic_store(&pool.done, 0);
-    const uint64_t job = atomic_load(&pool.job) + 1;
+    const uint64_t job = ++pool.jobs;
     for (int k = 0; k < threads; k++) {
         const ptrdiff_t n = turns * (k + 1) / threads - turns * k / threads;
         atomic_store(&pool.shares[k].word, job << TURN_BITS | (uint64_t)n);
     }
-    /* helpers are not told of a job whose threads others are */
-    if (!borrows) atomic_store(&pool.job, job);
-    if (borrows) lent.run(0, threads, 1, take_parts, (void *)&job);
-    /* a sleeper comes too late for a small job, unless another one follows at once */
-    else if (!how.small || began - pool.ended < HELPER_SPINS) wake_followers(0, job);
+    if (borrows) {
+        lent.run(0, threads, 1, take_parts, (void *)&job);
+    } else {
+        atomic_store(&pool.job, job);
+        /* a sleeper comes too late for a small job, unless another one follows at once */
+        if (!how.small || began - pool.ended < HELPER_SPINS) wake_followers(0, job);
+    }
     const uint32_t ran = take_turns(0, job), all = (uint32_t)turns;
     uint32_t done = atomic_fetch_add(&pool.done, ran) + ran;
     if (done != all) {

@@ -217,6 +217,115 @@ class HelpedBetween(Written):
         return self.act(padded(self.norm(x), self.conv))
 
 
+class OtherOrder(Written):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Any) -> Any:
+        y = self.norm(x)
+        return y + self.norm(self.conv(x) * 3)
+
+
+class ChangeInto(Written):
+    def forward(self, x: Any) -> Any:
+        y = self.norm(x)
+        torch.mul(x, 2.0, out=x)
+        return y + x
+
+
+class HookedChange(Written):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv.register_forward_pre_hook(lambda _, given: (given[0].mul_(3.0),))
+
+    def forward(self, x: Any) -> Any:
+        y = self.norm(x)
+        return y + self.conv(x)
+
+
+class Drawn(Written):
+    def forward(self, x: Any) -> Any:
+        return self.act(self.norm(x)) * torch.rand(1).item()
+
+
+class GradMode(Written):
+    def forward(self, x: Any) -> Any:
+        return self.act(self.norm(x)) * torch.is_grad_enabled()
+
+
+class Computed(Written):
+    @property
+    def active(self) -> bool:
+        return self.training
+
+    def forward(self, x: Any) -> Any:
+        if self.active:
+            x = x * 2.0
+        return self.act(self.norm(x))
+
+
+class Wrapped(Written):
+    @torch.no_grad()
+    def forward(self, x: Any) -> Any:
+        return self.act(self.norm(x))
+
+
+class WrappedLater(Written):
+    def forward(self, x: Any) -> Any:
+        return self.act(self.norm(x))
+
+
+WrappedLater.forward = torch.no_grad()(WrappedLater.forward)  # type: ignore[method-assign]
+
+
+def enclosed() -> Any:
+    journal: list[Any] = []
+
+    class Enclosed(Written):
+        def forward(self, x: Any) -> Any:
+            journal.append(x)
+            return self.act(self.norm(x))
+
+    return Enclosed()
+
+
+class OfClass(Written):
+    def forward(self, x: Any) -> Any:
+        return self.act(self.norm(x)) * Settings.scale
+
+
+class Settings:
+    scale = 2.0
+
+
+LATER: Any = None
+
+
+class SetLater(Written):
+    def forward(self, x: Any) -> Any:
+        return self.act(halves(self.norm(x), LATER))
+
+
+def halves(x: Any, _: Any = None) -> Any:
+    return map(torch.neg, (x, x))
+
+
+class Iterated(Written):
+    def forward(self, x: Any) -> Any:
+        a, b = halves(self.conv(x))
+        return self.act(self.norm(a)) + b
+
+
+def number_of(x: Any) -> Any:
+    return float(x.dim())
+
+
+class AddsNumber(Written):
+    def forward(self, x: Any) -> Any:
+        return self.act(self.norm(x) + number_of(x)) * self.act(self.norm(x) + x.dim())
+
+
 class Six(Written):
     def forward(self, x: Any) -> Any:
         return F.relu6(self.norm(x * 5) + self.conv(x)) + F.relu6(self.norm(x) * 5)
@@ -258,6 +367,8 @@ JOINED: dict[str, Callable[[], Any]] = {
     "six": Six,
     "six in a block": lambda: Block(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU6(True)),
     "helped": Helped,
+    "sum with a number": AddsNumber,
+    "other order": OtherOrder,  # the second of its calls, which stays behind the first
 }
 LEFT: dict[str, Callable[[], Any]] = {
     "twice": Twice, "changed": Changed, "into": Into, "with itself": OwnSum, "training": Training,
@@ -269,6 +380,10 @@ LEFT: dict[str, Callable[[], Any]] = {
     "unknown": plain(lambda: nn.BatchNorm2d(4), nn.Hardswish),
     "own order": lambda: OwnOrder(nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)),
     "helped by a change": HelpedByChange, "helped between": HelpedBetween,
+    "change with out=": ChangeInto, "change by a hook": HookedChange,
+    "drawn": Drawn, "grad mode": GradMode, "computed": Computed, "wrapped": Wrapped,
+    "wrapped later": WrappedLater, "enclosed": enclosed, "of a class": OfClass,
+    "iterated": Iterated,
 }  # fmt: skip
 
 
@@ -296,7 +411,8 @@ def test_nothing_changes(name: str) -> None:
                 torch.manual_seed(1)
                 expected = model(b)
                 torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-                if not needs:
+                if not found.requires_grad:
+                    assert not expected.requires_grad
                     continue
                 dy = torch.randn_like(found)
                 for y, module in ((found, ours), (expected, model)):
@@ -324,6 +440,22 @@ def test_what_is_written_to_is_written_to() -> None:
     assert model(a).dtype is torch.float32
     with torch.no_grad():
         assert fnt.replace(Wider(), fuse=True)(a).dtype is torch.float64
+
+
+def test_a_sum_with_nothing_fails_as_it_did() -> None:
+    class Sum(Written):
+        def forward(self, x: Any, other: Any) -> Any:
+            return self.act(self.norm(x) + other)
+
+    model, x = fnt.replace(Sum(), fuse=True), torch.randn(2, 4, 5, 5)
+    assert joined(model)
+    torch.testing.assert_close(model(x, 0.5), Sum.forward(model, x, 0.5))
+    with pytest.raises(TypeError, match="NoneType"):
+        model(x, None)
+
+
+def test_what_a_global_may_become_is_not_taken() -> None:
+    assert not joined(fnt.replace(SetLater(), fuse=True))
 
 
 def test_what_is_joined_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,10 @@ def activation_of(module: Any) -> str | None:
     return _ACTIVATIONS.get(type(module))
 
 
+# In the place of a residual: there is no sum. None would be one that fails.
+_NO_SUM = object()
+
+
 def _norm(function: Any, followed: dict[str, Any]) -> Any:
     """A norm, or a norm and what follows it, which takes what `_followed` does."""
     return partial(_followed, function) if followed else function
@@ -48,7 +52,7 @@ def _followed(
     function: Any,
     x: Tensor,
     *options: Any,
-    residual: Tensor | None = None,
+    residual: Any = _NO_SUM,
     in_place: bool = False,
     activation: Any = None,
 ) -> Tensor:
@@ -57,7 +61,11 @@ def _followed(
     if activation == "relu6":  # the kernels have none: in place, as nobody else has seen y
         y = _followed(function, x, *options, residual=residual, in_place=in_place)
         return F.relu6(y, inplace=True)
-    if residual is None or (residual.shape == x.shape and residual.dtype is x.dtype):
+    if residual is _NO_SUM:
+        y = function(x, *options, activation=activation)
+        return y
+    plain = isinstance(residual, Tensor) and isinstance(x, Tensor)
+    if plain and residual.shape == x.shape and residual.dtype is x.dtype:
         y = function(x, *options, residual=residual, activation=activation)
         return y
     y = function(x, *options)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from fastnorm.torch.classes import Replaced, activation_of, is_watched
 
@@ -33,8 +34,14 @@ _EXPRESSIONS = (
 
 def is_fixed_sequence(module: nn.Module) -> bool:
     """Whether a forward does the same for every input, of required tensors alone."""
+    forward = type(module).forward
+    # what wraps it is not in the source, and variables of a function around it may change
+    if not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__"):
+        return False
+    if set(forward.__code__.co_freevars) - {"__class__"}:
+        return False
     try:
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(type(module).forward))).body
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(forward))).body
     except (OSError, SyntaxError, TypeError, ValueError):  # there is no source
         return False
     if not isinstance(tree, ast.FunctionDef) or tree.decorator_list:
@@ -48,7 +55,7 @@ def is_fixed_sequence(module: nn.Module) -> bool:
 
 def _is_plain_statement(statement: ast.stmt, own: str, module: nn.Module) -> bool:
     if isinstance(statement, ast.If):
-        if not _is_fixed(statement.test, own):
+        if not _is_fixed(statement.test, own, module):
             return False
         asked = compile(ast.Expression(statement.test), "<condition>", "eval")
         taken = statement.body if eval(asked, {own: module}) else statement.orelse
@@ -66,10 +73,13 @@ def _is_plain_expression(node: ast.AST, own: str, module: nn.Module) -> bool:
     if not isinstance(node, _EXPRESSIONS):
         return False
     if isinstance(node, ast.Call):
-        return _is_plain_call(node.func, own, module)
+        return _is_plain_call(node, own, module)
     if isinstance(node, ast.Name):
-        found = _globals_of(module).get(node.id)
-        return found is None or isinstance(found, ModuleType) or callable(found)
+        return (
+            node.id in _locals(module)
+            or node.id in _helpers(module)
+            or _is_pytorch(_globals_of(module).get(node.id))
+        )
     if not isinstance(node, ast.Attribute):
         return True
     path, root = _path(node)
@@ -108,8 +118,18 @@ def _helpers(module: nn.Module) -> dict[str, FunctionType]:
     }
 
 
-def _is_fixed(test: ast.expr, own: str) -> bool:
-    """Whether a condition asks only what a module has."""
+def _locals(module: nn.Module) -> tuple[str, ...]:
+    found: tuple[str, ...] = type(module).forward.__code__.co_varnames
+    return found
+
+
+def _is_pytorch(found: Any) -> bool:
+    """Whether it is a module of PyTorch, whose functions and constants stay as they are."""
+    return isinstance(found, ModuleType) and found.__name__.partition(".")[0] == "torch"
+
+
+def _is_fixed(test: ast.expr, own: str, module: nn.Module) -> bool:
+    """Whether a condition asks only what a module has, and nothing that is computed."""
     fixed = (
         ast.Attribute, ast.Name, ast.Compare, ast.BoolOp, ast.UnaryOp, ast.Constant, ast.Is,
         ast.IsNot, ast.boolop, ast.Not, ast.expr_context,
@@ -117,23 +137,42 @@ def _is_fixed(test: ast.expr, own: str) -> bool:
     return all(
         isinstance(node, fixed)
         and not (isinstance(node, ast.Name) and node.id != own)
-        and not (isinstance(node, ast.Attribute) and node.attr == "training")
+        and not (isinstance(node, ast.Attribute) and _may_turn(node, module))
         for node in ast.walk(test)
     )
 
 
-def _is_plain_call(function: ast.expr, own: str, module: nn.Module) -> bool:
+def _may_turn(attribute: ast.Attribute, module: nn.Module) -> bool:
+    """Whether an attribute is the mode, or has code that may ask for it."""
+    path, _ = _path(attribute)
+    if "training" in path:
+        return True
+    found: Any = module
+    for name in path:
+        if hasattr(inspect.getattr_static(type(found), name, None), "__get__"):
+            return True
+        found = getattr(found, name, None)
+    return False
+
+
+# Of functions that tell how things stand when they are called: a grad mode, a dtype, a seed.
+_ASKS = ("is_", "get_", "current_", "initial_", "default_")
+
+
+def _is_plain_call(call: ast.Call, own: str, module: nn.Module) -> bool:
     """Whether what is called is a module, a function, or a method of a tensor."""
-    path, root = _path(function)
+    path, root = _path(call.func)
     if isinstance(root, ast.Call):
         return True  # a method of what that gave
     if not isinstance(root, ast.Name):
         return False
     if not path:
         return root.id in _helpers(module)
-    found: Any = module if root.id == own else _globals_of(module).get(root.id)
-    if found is None:
+    if root.id != own and root.id in _locals(module):
         return len(path) == 1  # a method of a local tensor
+    found: Any = module if root.id == own else _globals_of(module).get(root.id)
+    if found is None or (root.id != own and path[-1].startswith(_ASKS)):
+        return False
     for name in path:
         if isinstance(found, nn.Parameter):
             return True
@@ -164,6 +203,15 @@ for _name, _function in _IN_PLACE.items():
     setattr(_Proxy, _name, _in_place(_function))
 
 
+class _NothingUnseen(TorchFunctionMode):
+    """Refuses to compute while a forward is traced: the result would become a constant."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not any(issubclass(kind, fx.Proxy) for kind in types):
+            raise ValueError(f"{func} is called of nothing that is traced")
+        return func(*args, **(kwargs or {}))
+
+
 class _Tracer(fx.Tracer):
     """Every module is one call, and so is every function that a forward calls by name."""
 
@@ -171,12 +219,14 @@ class _Tracer(fx.Tracer):
         kind, forward = type(module), type(module).forward
         helpers = {name: self._step(function) for name, function in _helpers(module).items()}
         if not helpers:
-            return self.trace(module)
+            with _NothingUnseen():
+                return self.trace(module)
         names = forward.__globals__ | helpers
         seen = FunctionType(forward.__code__, names, "forward", None, forward.__closure__)
         object.__setattr__(module, "__class__", type(kind.__name__, (kind,), {"forward": seen}))
         try:
-            return self.trace(module)
+            with _NothingUnseen():
+                return self.trace(module)
         finally:
             object.__setattr__(module, "__class__", kind)
 
@@ -221,20 +271,38 @@ def _activation_of(node: fx.Node, module: nn.Module) -> str | None:
     return _FUNCTIONS.get(node.target)
 
 
+def _is_somebodys(node: fx.Node) -> bool:
+    """Whether a node calls a function that is not PyTorch's."""
+    function = node.target
+    return isinstance(function, FunctionType) and not function.__module__.startswith("torch.")
+
+
 def _writes(node: fx.Node, module: nn.Module) -> bool:
     """Whether a node may change a tensor that it is given."""
     if node.op == "call_module":
         inside = module.get_submodule(str(node.target)).modules()
         return any(
-            getattr(one, "inplace", False) or not type(one).__module__.startswith("torch.nn.")
+            getattr(one, "inplace", False)
+            or not type(one).__module__.startswith("torch.nn.")
+            or is_watched(one)
             for one in inside
         )
-    if isinstance(node.target, FunctionType) and not node.target.__module__.startswith("torch"):
+    if _is_somebodys(node):
         return True
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "_")
     return (
-        name.endswith("_") or bool(node.kwargs.get("inplace")) or node.target in _IN_PLACE.values()
+        name.endswith("_")
+        or bool(node.kwargs.get("inplace"))
+        or "out" in node.kwargs
+        or node.target in _IN_PLACE.values()
     )
+
+
+def _calls(node: fx.Node, norm: nn.Module, module: nn.Module) -> bool:
+    """Whether a node calls this norm, too: running statistics move in the order of its calls."""
+    if node.op != "call_module":
+        return False
+    return any(one is norm for one in module.get_submodule(str(node.target)).modules())
 
 
 def _norms(graph: fx.Graph, module: nn.Module) -> Iterator[fx.Node]:
@@ -271,7 +339,10 @@ def _join_sum(norm: fx.Node, module: nn.Module) -> None:
     if in_place and first is not norm:
         return  # the other is what is changed
     (x,) = norm.args
-    if not isinstance(x, fx.Node) or any(_writes(node, module) for node in _between(norm, total)):
+    if not isinstance(x, fx.Node):
+        return
+    itself = module.get_submodule(str(norm.target))
+    if any(_writes(n, module) or _calls(n, itself, module) for n in _between(norm, total)):
         return
     total.prepend(norm)  # behind all that the sum waits for
     norm.kwargs = {"residual": other, "in_place": in_place}
@@ -313,6 +384,11 @@ def _made(function: Any, given: tuple[Any, ...]) -> Any:
     return function(*given)
 
 
+def _is_taken_apart(node: fx.Node) -> bool:
+    """Whether parts are taken of what a function of somebody's gives: it may be an iterator."""
+    return _is_somebodys(node) and any(user.target is operator.getitem for user in node.users)
+
+
 def _is_sequential(kind: type[nn.Module]) -> bool:
     """Whether the forward is PyTorch's that calls one module after the other."""
     own = nn.Sequential
@@ -329,6 +405,8 @@ def joined(module: nn.Module) -> type | None:
     try:
         graph = _Tracer().trace_forward(module)
     except Exception:  # whatever a forward does that is not seen
+        return None
+    if any(_is_taken_apart(node) for node in graph.nodes):
         return None
     norms = list(_norms(graph, module))
     for norm in norms:

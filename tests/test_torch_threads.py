@@ -46,22 +46,6 @@ def printed(program: str) -> list[str]:
     return ended.stdout.split()
 
 
-def test_threads_that_are_awake_take_the_turns_and_those_that_sleep_do_not() -> None:
-    """Helpers of our own are started for the first call that finds PyTorch's threads asleep."""
-    program = """
-operator()
-there = threads()
-for _ in range(20):
-    operator(), norm()
-print(threads() - there)
-time.sleep(0.5)
-norm()
-print(threads() - there)
-"""
-    # another program may take a thread's processor just when it is asked whether it is awake
-    assert any(printed(program) == ["0", "1"] for _ in range(5))
-
-
 def test_the_bits_are_those_of_one_thread_whoever_takes_the_turns() -> None:
     """Helpers of our own that are still awake leave such a call to PyTorch's threads."""
     program = """
@@ -94,9 +78,15 @@ RUN = ctypes.CFUNCTYPE(
     ctypes.c_int32, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, PART, ctypes.c_void_p
 )
 
+borrowed, sleeper = [], None
+
 @RUN
 def lent(begin, end, grain, part, work):
-    part(1, end, work)  # the caller is all threads but the first, and then that
+    borrowed.append(end)
+    if sleeper:
+        sleeper.submit(part, 1, end, work).result()
+    else:
+        part(1, end, work)  # the caller is all threads but the first, and then that
     part(begin, 1, work)
     return 0
 
@@ -105,11 +95,38 @@ half = np.random.default_rng(0).standard_normal((256, 1536)).astype(np.float16)
 with fn.threads(1):
     wanted = fn.layer_norm(half, 1536).tobytes()
 
-def result(borrowed, threads):
-    _core.kernels.borrow_threads(address if borrowed else 0, 0)
-    with fn.threads(threads):
+def result(borrows, count):
+    _core.kernels.borrow_threads(address if borrows else 0, 0)
+    with fn.threads(count):
         return fn.layer_norm(half, 1536)
 """
+
+
+def test_threads_that_are_awake_take_the_turns() -> None:
+    """Here it is the caller, whose processor time goes on whatever else the machine is at."""
+    program = """
+there = threads()
+for n in range(1, 6):
+    assert result(True, 2).tobytes() == wanted
+    assert len(borrowed) == n
+print(threads() - there)
+"""
+    assert printed(LENT + program) == ["0"]
+
+
+def test_threads_that_sleep_are_not_waited_for() -> None:
+    """A first job finds out which they are; then helpers of our own take part."""
+    program = """
+from concurrent.futures import ThreadPoolExecutor
+sleeper = ThreadPoolExecutor(1)
+result(True, 2)
+time.sleep(0.5)  # until it waits for more
+there = threads()
+for _ in range(5):
+    assert result(True, 2).tobytes() == wanted
+print(len(borrowed), threads() - there)
+"""
+    assert printed(LENT + program) == ["1", "1"]
 
 
 def test_helpers_that_are_awake_leave_a_job_to_threads_that_are_lent() -> None:

@@ -73,7 +73,7 @@ def _is_plain_expression(node: ast.AST, own: str, module: nn.Module) -> bool:
     if not isinstance(node, _EXPRESSIONS):
         return False
     if isinstance(node, ast.Call):
-        return _is_plain_call(node, own, module)
+        return _is_plain_call(node.func, own, module)
     if isinstance(node, ast.Name):
         return (
             node.id in _locals(module)
@@ -159,9 +159,9 @@ def _may_turn(attribute: ast.Attribute, module: nn.Module) -> bool:
 _ASKS = ("is_", "get_", "current_", "initial_", "default_")
 
 
-def _is_plain_call(call: ast.Call, own: str, module: nn.Module) -> bool:
+def _is_plain_call(function: ast.expr, own: str, module: nn.Module) -> bool:
     """Whether what is called is a module, a function, or a method of a tensor."""
-    path, root = _path(call.func)
+    path, root = _path(function)
     if isinstance(root, ast.Call):
         return True  # a method of what that gave
     if not isinstance(root, ast.Name):
@@ -218,9 +218,6 @@ class _Tracer(fx.Tracer):
     def trace_forward(self, module: nn.Module) -> fx.Graph:
         kind, forward = type(module), type(module).forward
         helpers = {name: self._step(function) for name, function in _helpers(module).items()}
-        if not helpers:
-            with _NothingUnseen():
-                return self.trace(module)
         names = forward.__globals__ | helpers
         seen = FunctionType(forward.__code__, names, "forward", None, forward.__closure__)
         object.__setattr__(module, "__class__", type(kind.__name__, (kind,), {"forward": seen}))
@@ -271,8 +268,8 @@ def _activation_of(node: fx.Node, module: nn.Module) -> str | None:
     return _FUNCTIONS.get(node.target)
 
 
-def _is_somebodys(node: fx.Node) -> bool:
-    """Whether a node calls a function that is not PyTorch's."""
+def _calls_helper(node: fx.Node) -> bool:
+    """Whether a node calls a function by name that is not PyTorch's."""
     function = node.target
     return isinstance(function, FunctionType) and not function.__module__.startswith("torch.")
 
@@ -287,7 +284,7 @@ def _writes(node: fx.Node, module: nn.Module) -> bool:
             or is_watched(one)
             for one in inside
         )
-    if _is_somebodys(node):
+    if _calls_helper(node):
         return True
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "_")
     return (
@@ -385,8 +382,8 @@ def _made(function: Any, given: tuple[Any, ...]) -> Any:
 
 
 def _is_taken_apart(node: fx.Node) -> bool:
-    """Whether parts are taken of what a function of somebody's gives: it may be an iterator."""
-    return _is_somebodys(node) and any(user.target is operator.getitem for user in node.users)
+    """Whether parts are taken of what a helper gives: it may be an iterator."""
+    return _calls_helper(node) and any(user.target is operator.getitem for user in node.users)
 
 
 def _is_sequential(kind: type[nn.Module]) -> bool:

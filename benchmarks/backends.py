@@ -1,8 +1,7 @@
 """The Numba backend and Cython's: `python -m benchmarks.backends [words of a case]`.
 
-Kernels against kernels: both carry out the same described passes, so that what is compared is not
-the door, which only compiled kernels can have in C. Then a user's activation fused into the norm
-and the two calls it stands for, and the cost of a process's first call.
+Public functions against themselves, on one backend and on the other. Then a user's activation fused
+into the norm and the two calls it stands for, and the cost of a process's first call.
 """
 
 from __future__ import annotations
@@ -15,14 +14,12 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import numba
 import numpy as np
 
 import fastnorm as fn
-from fastnorm import backends
 from fastnorm._bench.cases import Case, Data, arguments, data, gradient_arguments
 from fastnorm._bench.timing import ROUNDS, Contender, compete
 
@@ -31,43 +28,19 @@ from .cases import CASES
 BACKENDS = ("cython", "numba")
 
 
-def passes(case: Case, arrays: Data, name: str) -> Callable[[], None]:
-    """What one backend does of a call: its described passes, carried out again."""
-    kept: list[tuple[Callable[[Any], None], Any]] = []
-    backend = backends.at_hand[name]
-
-    def keep(run: Callable[[Any], None], p: Any) -> None:
-        p.key = None
-        kept.append((run, p))
-        run(p)
-
-    recorder = SimpleNamespace(
-        forward=partial(keep, backend.forward), backward=partial(keep, backend.backward)
-    )
-    before = backends.at_hand["numpy"]
-    backends.at_hand["numpy"] = recorder  # type: ignore[assignment]
-    try:
-        with fn.backend("numpy"):
-            if case.backward:
-                function, given, options = gradient_arguments(case, arrays)
-                kept.clear()
-                getattr(fn, function)(*given, **options)
-            else:
-                getattr(fn, case.operation.name)(arrays.x, **arguments(case, arrays))
-    finally:
-        backends.at_hand["numpy"] = before
-
-    def again() -> None:
-        for run, p in kept:
-            run(p)
-
-    return again
+def caller(case: Case, arrays: Data) -> Callable[[], Any]:
+    """A call of the public function of a case."""
+    if case.backward:
+        function, given, options = gradient_arguments(case, arrays)
+        return partial(getattr(fn, function), *given, **options)
+    return partial(getattr(fn, case.operation.name), arrays.x, **arguments(case, arrays))
 
 
 def compare(contenders: dict[str, Contender], rounds: int = ROUNDS) -> float:
     """The second's speed over the first's."""
     for contender in contenders.values():
-        contender.call()
+        with contender.around():
+            contender.call()
     compete(contenders, rounds)
     first, second = contenders.values()
     return first.seconds / second.seconds
@@ -81,7 +54,8 @@ def kernels(words: list[str]) -> None:
         if not all(word in str(case) for word in words):
             continue
         arrays = data(case)
-        contenders = {name: Contender(passes(case, arrays, name)) for name in BACKENDS}
+        call = caller(case, arrays)
+        contenders = {name: Contender(call, partial(fn.backend, name)) for name in BACKENDS}
         ratios.append(compare(contenders))
         slow, fast = (contenders[name].seconds * 1e6 for name in BACKENDS)
         print(f"| {case!s:58} | {slow:10.1f} | {fast:9.1f} | {ratios[-1]:18.2f} |", flush=True)

@@ -25,7 +25,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
-from fastnorm import _core
+from fastnorm import _core, repeated
 from fastnorm._numba.gpu.libraries import handles
 from fastnorm.arguments import (
     check_ddof,
@@ -37,6 +37,7 @@ from fastnorm.arguments import (
     whole,
 )
 from fastnorm.execution import Request
+from fastnorm.runtime import chosen_backend
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -142,7 +143,7 @@ def make(find, describe):
 class _Function:
     """What a wrapper knows of its public function."""
 
-    __slots__ = ("adapters", "at", "body", "cached", "checks", "names", "public", "x")
+    __slots__ = ("adapters", "at", "body", "cached", "checks", "names", "public", "repeats", "x")
 
     def __init__(
         self,
@@ -166,9 +167,15 @@ class _Function:
         self.public: Callable[..., Any] = body
         self.adapters = True
         self.cached: Any = None
+        self.repeats = False
 
     def describe(self, call: tuple[Any, ...]) -> Any:
         """Answer a call that the kernels have not, its arguments in the order of `names`."""
+        repeat = None
+        if self.repeats and chosen_backend() == "numba":
+            answer, repeat = repeated.find(self, call)
+            if answer is not None:
+                return answer(call)
         quick = QUICK.get(type(call[self.at]))
         if quick is not None and self.adapters:
             found = quick[self.body.__name__](call)
@@ -184,7 +191,12 @@ class _Function:
         if adapter is not None:
             return self.sent(adapter, named)
         request: Request[Any] = self.body(**named)
-        return request.answer(ticket)
+        running = getattr(request, "running", None)
+        if repeat is None or (running is not None and running.moves):
+            return request.answer(ticket)
+        y = request.answer(repeat)
+        repeat.keep(y)
+        return y
 
     def sent(self, adapter: ModuleType, named: dict[str, Any]) -> Any:
         """Have an adapter answer a call."""
@@ -217,6 +229,7 @@ def public(
         function.adapters = adapters
         if adapters and devices:
             ON_DEVICES.add(body.__name__)
+        function.repeats = cached
         if cached and _core.kernels is not None:
             means = tuple((meaning or {}).get(name, name) for name in names)
             function.cached = _core.kernels.CachedCalls(means)

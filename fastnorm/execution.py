@@ -144,6 +144,11 @@ class Running(NamedTuple):
     counts: Array
     momentum: float
 
+    @property
+    def moves(self) -> bool:
+        """Whether there are any."""
+        return self.mean is not None or self.var is not None
+
 
 @dataclass(slots=True, eq=False, repr=False)
 class Norm(Request[R]):

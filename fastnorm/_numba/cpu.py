@@ -6,9 +6,9 @@ Kernels are compiled on first use, for the kind of number at hand, and kept on d
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeAlias
 
 import numba
@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 from fastnorm import _core, runtime
 from fastnorm._numba import activations, backward, blocking, forward
 from fastnorm._numba.blocking import ADDRESSES, APPLY, FINALIZE, MOMENTS, PASS, WHOLE
-from fastnorm._numba.extents import size_of_room, spans_of, watched
+from fastnorm._numba.extents import CHECKED, size_of_room, spans_of, watched
 from fastnorm._numba.memory import COUNTERS, SOURCES, alone, compiling, together
 from fastnorm.layout import Layout
 from fastnorm.problem import OPERANDS
+from fastnorm.repeated import Answer, Repeat, is_like
+from fastnorm.runtime import empty_like, kernel_threads
 from fastnorm.schedule import (
     BACKWARD_CHUNK,
     BACKWARD_SHARED_RUNS,
@@ -357,7 +359,53 @@ def run_pass(
         record[_AT["items"]] = plan.items
     with watched(record, table, *arrays.values()):
         _carry_out(plan, record, threads, given=given, written=y is not None)
+    if isinstance(ticket, Repeat) and not (given or callable(activation)):
+        ticket.answer = partial(_repeated, plan, arrays, ticket)
     return bool(record[_AT["raised"]])
+
+
+def _repeated(
+    plan: _Plan, arrays: Mapping[str, Array | None], repeat: Repeat, results: Sequence[Array]
+) -> Answer | None:
+    """How to answer calls like that of a pass with nothing but its plan; None: not so simply."""
+    made = [name for name in ("y", "total") if arrays[name] is not None]
+    places = repeat.places({name: arrays[name] for name in OPERANDS if name not in made})
+    schedule = plan.schedule
+    if CHECKED or places is None or len(made) != len(results) or schedule.blocking.splits > 1:
+        return None
+    if any(not is_like(result, repeat.call[places["x"]]) for result in results):
+        return None
+    template = plan.template.copy()
+    if not plan.non_temporal:
+        template[_AT["plain"]], template[_AT["direct"]] = not plan.followed, not plan.half
+    at = {name: _DATA.start + _DATA.step * i for i, name in enumerate(ADDRESSES)}
+    of_x, given = places["x"], [(at[name], place) for name, place in places.items()]
+    into, statistics = [at[name] for name in made], slice(at["mean"], at["rstd"] + 1, _DATA.step)
+    groups = 0 if (rstd := arrays["rstd"]) is None else rstd.size
+    kernel, items, room = plan.kernel, plan.items, plan.room
+    size, serial = size_of_room(room) + 63, schedule.threads(2) == 1
+
+    def answer(call: tuple[Any, ...]) -> Any:
+        x = call[of_x]
+        results = [empty_like(x) for _ in into]
+        unread = np.empty(groups)  # statistics, that nobody asks for
+        record = template.copy()
+        for place, i in given:
+            record[place] = _address(call[i])
+        for place, result in zip(into, results):
+            record[place] = _address(result)
+        record[statistics] = _address(unread)
+        if serial:
+            memory = np.empty(size, np.uint8)
+            start = _address(memory)
+            alone(kernel, _address(record), start + -start % 64, WHOLE)
+        else:
+            threads = schedule.threads(kernel_threads())
+            static = schedule.sharing(threads) == "static"
+            _share(kernel, _address(record), items, threads, WHOLE, room, static)
+        return results[0] if len(results) == 1 else tuple(results)
+
+    return answer
 
 
 def _carry_out(
@@ -596,7 +644,47 @@ def run_backward(
                 gradient[...] = total.reshape(gradient.shape)
             else:
                 _in_five(gradient, layout.strides["dweight"], dims)[...] = total
+    if isinstance(ticket, Repeat) and plan.flat and not CHECKED:
+        given = dict(zip(backward.OPERANDS, operands))
+        ticket.answer = partial(_repeated_backward, plan, layout, given, training, ticket)
     return True
+
+
+def _repeated_backward(
+    plan: _BackPlan,
+    layout: Layout,
+    arrays: Mapping[str, Array | None],
+    training: bool,
+    repeat: Repeat,
+    results: Sequence[Array],
+) -> Answer | None:
+    """How to answer calls like that of a backward pass with nothing but its plan."""
+    places = repeat.places({name: array for name, array in arrays.items() if name != "dx"})
+    if places is None or not is_like(results[0], repeat.call[places["x"]]):
+        return None
+    if not all(gradient.flags.c_contiguous for gradient in results[1:]):
+        return None
+    at = {name: _BACK_DATA.start + _BACK_DATA.step * i for i, name in enumerate(backward.OPERANDS)}
+    of_x, given = places["x"], [(at[name], place) for name, place in places.items()]
+    gradients = [(gradient.shape, gradient.dtype) for gradient in results[1:]]
+    groups = layout.dims[0] * layout.dims[1]
+
+    def answer(call: tuple[Any, ...]) -> Any:
+        dx = empty_like(call[of_x])
+        sums, terms = np.empty(plan.sums), np.empty(plan.terms)
+        collected = np.empty((plan.items, plan.parts, 2, plan.cells))
+        record = plan.template.copy()
+        for place, i in given:
+            record[place] = _address(call[i])
+        record[at["dx"]] = _address(dx)
+        record[_BACK_OWN] = _address(sums), _address(terms), _address(collected)
+        _carry_back(plan, record, kernel_threads(), groups, training)
+        with np.errstate(all="ignore"):
+            totals = _totals(plan, layout, sums, collected)
+            found = [t.reshape(shape).astype(kind) for t, (shape, kind) in zip(totals, gradients)]
+        return dx, *found
+
+    return answer
 
 
 def _carry_back(plan: _BackPlan, record: Array, threads: int, groups: int, training: bool) -> None:

@@ -1,0 +1,123 @@
+"""Calls like one before: Numba's kernels answer them without a description.
+
+A call is known by the shapes, strides and dtypes of its arrays and by the values of its options.
+What was found for it, an answer to calls of its kind, takes the place of all that stands between a
+public function and its kernel. Importing this imports no Numba.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastnorm import machine
+
+Answer = Callable[[tuple[Any, ...]], Any]
+Array = NDArray[Any]
+
+_MOST = 4096
+_answers: dict[tuple[Any, ...], Answer] = {}
+_here = machine.here
+_OPTIONS = (float, int, bool, str, tuple, type(None))
+
+
+class Repeat:
+    """A call that is being described; a kernel may leave how to answer others like it.
+
+    `answer` is given the results of this one, new arrays, which those of others are like. It
+    returns None where there is no such way.
+    """
+
+    __slots__ = ("answer", "call", "key")
+
+    def __init__(self, key: tuple[Any, ...], call: tuple[Any, ...]) -> None:
+        self.key, self.call = key, call
+        self.answer: Callable[[Sequence[Array]], Answer | None] | None = None
+
+    def places(self, arrays: Mapping[str, Array | None]) -> dict[str, int] | None:
+        """Which arguments these are, or show whole; None where one is none, or several may be."""
+        given = [(i, own) for i, own in enumerate(self.call) if type(own) is np.ndarray]
+        lie = {i: own.__array_interface__["data"] for i, own in given}
+        found = {}
+        for name, array in arrays.items():
+            if array is None:
+                continue
+            at = array.__array_interface__["data"]
+            same = [
+                i for i, v in given if (lie[i], v.dtype, v.size) == (at, array.dtype, array.size)
+            ]
+            if len(same) != 1:
+                return None
+            found[name] = same[0]
+        return found
+
+    def keep(self, result: Any) -> None:
+        """Keep the answer for calls like this one, which gave new arrays alone."""
+        results = result if type(result) is tuple else (result,)
+        new = all(type(r) is np.ndarray and not any(r is v for v in self.call) for r in results)
+        answer = self.answer(results) if self.answer is not None and new else None
+        if answer is not None:
+            if len(_answers) >= _MOST:
+                _answers.clear()
+            _answers[self.key] = answer
+
+
+def is_like(result: Any, x: Any) -> bool:
+    """Whether a result lies in memory as `np.empty_like` of x does, which lies there plainly."""
+    return bool(
+        (result.shape, result.strides, result.dtype) == (x.shape, x.strides, x.dtype)
+        and np.empty_like(x).strides == x.strides
+    )
+
+
+# By the types of a call's arguments: which are arrays, and a function that returns the others.
+_kinds: dict[tuple[type, ...], tuple[tuple[int, ...], Callable[[Any], Any]] | None] = {}
+
+
+def _kind_of(types: tuple[type, ...]) -> tuple[tuple[int, ...], Callable[[Any], Any]] | None:
+    arrays = tuple(i for i, kind in enumerate(types) if kind is np.ndarray)
+    others = [i for i, kind in enumerate(types) if kind is not np.ndarray]
+    known = all(types[i] in _OPTIONS for i in others) and len(others) > 0
+    found = (arrays, itemgetter(*others)) if known else None
+    if len(_kinds) < _MOST:
+        _kinds[types] = found
+    return found
+
+
+def key_of(function: Any, call: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """By what a call is known; None: it is described each time."""
+    types = tuple(map(type, call))
+    kind = _kinds[types] if types in _kinds else _kind_of(types)
+    if kind is None:
+        return None
+    arrays, others = kind
+    key = [function, types, others(call)]
+    if tuple in types:
+        key += [tuple(map(type, value)) for value in call if type(value) is tuple]
+    for i in arrays:
+        array = call[i]
+        key += array.shape, array.strides, array.dtype, array.flags.aligned
+    return tuple(key)
+
+
+def find(function: Any, call: tuple[Any, ...]) -> tuple[Answer | None, Repeat | None]:
+    """How to answer a call, or a note to leave that on."""
+    global _here
+    key = key_of(function, call)
+    if key is None:
+        return None, None
+    if _here is not machine.here:  # schedules are others now
+        _here = machine.here
+        _answers.clear()
+    try:
+        answer = _answers.get(key)
+    except TypeError:  # a tuple of what cannot be a key
+        return None, None
+    if answer is not None:
+        return answer, None
+    native = all(value.dtype.isnative for value in call if type(value) is np.ndarray)
+    return None, Repeat(key, call) if native else None

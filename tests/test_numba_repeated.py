@@ -1,0 +1,272 @@
+"""Calls like one before, which Numba's kernels answer without a description."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+
+import fastnorm as fn
+from fastnorm import machine, repeated
+from fastnorm.operations import OPERATIONS, Operation
+
+from .helpers import (
+    DTYPES,
+    F32,
+    F64,
+    Array,
+    assert_same_bits,
+    call,
+    channels_last,
+    data,
+    named,
+    run_python,
+)
+
+LAYOUTS: dict[str, Callable[[Array], Array]] = {
+    "channels-first": np.ascontiguousarray,
+    "channels-last": channels_last,
+    "gaps": lambda x: np.repeat(x, 2, 0)[::2],
+    "backwards": lambda x: np.ascontiguousarray(x[::-1])[::-1],
+}
+
+
+@pytest.fixture(autouse=True)
+def _with_numba() -> Any:
+    repeated._answers.clear()
+    with fn.backend("numba"):
+        yield
+    repeated._answers.clear()
+
+
+def described(f: Callable[[], Any]) -> tuple[Array, ...]:
+    """The results of a call that is described."""
+    repeated._answers.clear()
+    return together(f())
+
+
+def together(result: Any) -> tuple[Array, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def kept() -> int:
+    return len(repeated._answers)
+
+
+CASES = [(F32, layout) for layout in LAYOUTS] + [(d, "channels-first") for d in DTYPES if d != F32]
+
+
+@pytest.mark.parametrize(("dtype", "layout"), CASES, ids=named)
+@pytest.mark.parametrize("op", OPERATIONS, ids=named)
+def test_the_same_bits_as_a_described_call(op: Operation, dtype: Any, layout: str) -> None:
+    """Of other numbers, in new arrays, forward and backward."""
+    kind = F64 if dtype == F64 else F32
+    for shape in ((3, 8, 5, 7), (2, 8, 33, 41)):
+        ours, right = [], []
+        for seed in range(3):
+            x, dy = (LAYOUTS[layout](data(shape, dtype, 3.0, seed=seed + k)) for k in (0, 9))
+            p = op.parameters(shape, kind, np.random.default_rng(seed))
+            stats: Any = ()
+            if op.backward:
+                with fn.backend("numpy"):
+                    without = {k: v for k, v in p.items() if k not in ("weight", "bias")}
+                    _, *stats = call(op, x, without, return_stats=True)
+
+            def run(x: Any = x, dy: Any = dy, p: Any = p, stats: Any = stats) -> tuple[Array, ...]:
+                results = together(call(op, x, p))
+                if op.backward:
+                    keywords = {k: p[k] for k in op.backward_keywords if k in p}
+                    results += together(getattr(fn, str(op.backward))(dy, x, *stats, **keywords))
+                return results
+
+            ours += [run(), run()]
+            right += [described(run)] * 2
+        for own, other in zip(ours, right, strict=True):
+            for a, b in zip(own, other, strict=True):
+                assert_same_bits(a, b)
+                assert (a.strides, a.dtype) == (b.strides, b.dtype)
+
+
+def test_such_calls_are_kept_and_results_are_new() -> None:
+    x, e, dy = (data((6, 64), F32, 1.0, seed=s) for s in range(3))
+    w, b = data((2, 64), F32, 1.0, seed=3)
+    z, each = data((3, 4, 5, 7), F32, 1.0), data((4,), F32, 1.0)
+    mean, rstd = fn.layer_norm(x, 64, return_stats=True)[1:]
+    calls: list[Callable[[], Any]] = [
+        lambda: fn.layer_norm(x, 64, w, b),
+        lambda: fn.rms_norm(x, 64, w),
+        lambda: fn.add_rms_norm(x, e, 64, w),
+        lambda: fn.group_norm(x, 4, activation="silu"),
+        lambda: fn.instance_norm(z),
+        lambda: fn.batch_norm(z, None, None, each, training=True),
+        lambda: fn.layer_norm_backward(dy, x, mean, rstd, 64, w),
+        lambda: fn.rms_norm_backward(dy, x, rstd, 64, w),
+    ]
+    for i, f in enumerate(calls):
+        first = together(f())
+        assert kept() == i + 1, i
+        before = [a.copy() for a in first]
+        second = together(f())
+        for a, c, own in zip(first, second, before, strict=True):
+            assert not np.shares_memory(a, c)
+            assert_same_bits(a, own)
+            assert_same_bits(c, own)
+            a[...] = 7
+            assert_same_bits(c, own)
+
+
+def test_whatever_differs_is_another_call() -> None:
+    x = data((6, 64), F32, 1.0)
+    w, b = data((2, 64), F32, 1.0, seed=1)
+    fn.layer_norm(x, 64, w, b)
+    others: list[Callable[[], Any]] = [
+        lambda: fn.layer_norm(x, 64, w, b, eps=1e-3),
+        lambda: fn.layer_norm(x, 64, w),
+        lambda: fn.layer_norm(x, 64, bias=w),
+        lambda: fn.layer_norm(x, 64, w, w),
+        lambda: fn.layer_norm(x, (64,), w, b),
+        lambda: fn.layer_norm(x, axis=0),
+        lambda: fn.layer_norm(x, axis=1),
+        lambda: fn.layer_norm(x[::2], 64, w, b),
+        lambda: fn.layer_norm(x[:3], 64, w, b),
+        lambda: fn.layer_norm(x.T.copy().T, 64, w, b),
+        lambda: fn.layer_norm(x.astype(F64), 64, w, b),
+        lambda: fn.layer_norm(x.astype(">f4"), 64, w, b),
+        lambda: fn.layer_norm(x, 64, w.astype(F64), b),
+        lambda: fn.layer_norm(x, 64, w, b, activation="relu"),
+        lambda: fn.layer_norm(x, 64, w, b, where=x > 0),
+        lambda: fn.layer_norm(x, 64, w, b, residual=x),
+        lambda: fn.layer_norm(x, 64, w, b, return_stats=True),
+        lambda: fn.layer_norm(x.tolist(), 64, w, b),
+        lambda: fn.rms_norm(x, 64, w),
+        lambda: fn.add_layer_norm(x, x, 64, w, b),
+    ]
+    right = [described(f) for f in others]
+    fn.layer_norm(x, 64, w, b)
+    for f, results in zip(others, right, strict=True):
+        for _ in range(3):
+            for own, other in zip(together(f()), results, strict=True):
+                assert_same_bits(own, other)
+                assert (own.dtype, own.strides) == (other.dtype, other.strides)
+
+
+def test_calls_that_are_nearly_the_same() -> None:
+    """One array in two places and then two; functions with arguments of the same types."""
+    x, e, dy = (data((6, 64), F32, 1.0, seed=s) for s in range(3))
+    w, b = data((2, 64), F32, 1.0, seed=3)
+    z, each = data((3, 4, 5, 7), F32, 1.0), data((4,), F32, 1.0)
+    mean, rstd = fn.layer_norm(x, 64, return_stats=True)[1:]
+    pairs: list[tuple[Callable[[], Any], Callable[[], Any]]] = [
+        (lambda: fn.add_rms_norm(x, x, 64), lambda: fn.add_rms_norm(x, e, 64)),
+        (lambda: fn.layer_norm(x, 64, w, w), lambda: fn.layer_norm(x, 64, w, b)),
+        (lambda: fn.group_norm(x, 4, residual=x), lambda: fn.group_norm(x, 4, residual=e)),
+        (
+            lambda: fn.layer_norm_backward(x, x, mean, rstd, 64),
+            lambda: fn.layer_norm_backward(dy, x, mean, rstd, 64),
+        ),
+        (
+            lambda: fn.layer_norm_backward(dy, x, rstd, rstd, 64),
+            lambda: fn.layer_norm_backward(dy, x, mean, rstd, 64),
+        ),
+        (
+            lambda: fn.batch_norm(z, None, None, each, training=True),
+            lambda: fn.instance_norm(z, None, None, each),
+        ),
+    ]
+    for pair in pairs:
+        right = {f: described(f) for f in pair}
+        for one, two in (pair, pair[::-1]):
+            repeated._answers.clear()
+            for f in (one, one, two, two, one):
+                for own, other in zip(together(f()), right[f], strict=True):
+                    assert_same_bits(own, other)
+
+
+def test_what_is_written_or_refused_is_never_kept() -> None:
+    x = data((6, 64), F32, 1.0)
+    out = np.empty_like(x)
+    right = fn.layer_norm(x, 64)
+    count = kept()
+    for _ in range(2):
+        assert fn.layer_norm(x, 64, out=out) is out
+        assert_same_bits(out, right)
+        running = np.zeros(64, F32), np.ones(64, F32)
+        for _ in range(2):
+            before = running[0].copy()
+            fn.batch_norm(x, *running, training=True)
+            assert not (running[0] == before).any()
+        with pytest.raises(ValueError, match="eps"):
+            fn.layer_norm(x, 64, eps=-1.0)
+        with pytest.raises(ValueError, match="normalized_shape"):
+            fn.layer_norm(x, 63)
+        with pytest.raises(TypeError):
+            fn.layer_norm(x, 64, np.array(["a"] * 64))
+
+        @numba.njit
+        def half(v: Any) -> Any:
+            return v / 2
+
+        assert_same_bits(fn.layer_norm(x, 64, activation=half), right / 2)
+    assert kept() == count
+
+
+def test_arrays_that_are_not_aligned() -> None:
+    x = data((6, 64), F32, 1.0)
+    right = fn.layer_norm(x, 64)
+    odd = np.frombuffer(b"\0" + x.tobytes(), np.uint8)[1:].view(F32).reshape(x.shape)
+    assert not odd.flags.aligned
+    for _ in range(3):
+        assert_same_bits(fn.layer_norm(odd, 64), right)
+
+
+def test_another_machine_has_other_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = data((6, 64), F32, 1.0)
+    right = fn.layer_norm(x, 64)
+    assert kept() == 1
+    before = list(repeated._answers.values())
+    monkeypatch.setattr(machine, "here", machine.MODELS["laptop"])
+    assert_same_bits(fn.layer_norm(x, 64), right)
+    assert kept() == 1
+    assert list(repeated._answers.values()) != before
+    fn.rms_norm(x, 64)
+    assert kept() == 2
+
+
+def test_threads_and_the_backend_are_those_of_the_call() -> None:
+    x = data((4096, 96), F32, 1.0)
+    with fn.threads(1):
+        right = fn.layer_norm(x, 96)
+    for n in (2, 1, 2):
+        with fn.threads(n):
+            assert_same_bits(fn.layer_norm(x, 96), right)
+    with fn.backend("numpy"):
+        other = fn.layer_norm(x, 96)
+    assert abs(other - right).max() < 1e-5
+    assert kept() == 1
+
+
+def test_one_long_call_is_shared_out_as_before() -> None:
+    """A few large groups, which all threads split."""
+    x = data((1, 2, 400, 401), F32, 3.0)
+    right = described(lambda: fn.instance_norm(x))
+    for n in (1, 2):
+        with fn.threads(n):
+            assert_same_bits(fn.instance_norm(x), right[0])
+
+
+def test_many_kinds_of_calls() -> None:
+    """No more are kept than there is room for."""
+    x = np.ones((2, 8), F32)
+    for i in range(repeated._MOST + 2):
+        repeated._answers[(i,)] = lambda call: None
+    fn.layer_norm(x, 8)
+    assert kept() == 1
+
+
+def test_importing_fastnorm_imports_no_numba() -> None:
+    code = "import sys, fastnorm as fn; assert 'numba' not in sys.modules"
+    run = run_python("-c", code)
+    assert run.returncode == 0, run.stderr

@@ -359,7 +359,7 @@ def run_pass(
         record[_AT["items"]] = plan.items
     with watched(record, table, *arrays.values()):
         _carry_out(plan, record, threads, given=given, written=y is not None)
-    if isinstance(ticket, Repeat) and not (given or callable(activation)):
+    if isinstance(ticket, Repeat) and not given:
         ticket.answer = partial(_repeated, plan, arrays, ticket)
     return bool(record[_AT["raised"]])
 

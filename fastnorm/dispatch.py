@@ -143,7 +143,18 @@ def make(find, describe):
 class _Function:
     """What a wrapper knows of its public function."""
 
-    __slots__ = ("adapters", "at", "body", "cached", "checks", "names", "public", "repeats", "x")
+    __slots__ = (
+        "adapters",
+        "at",
+        "body",
+        "cached",
+        "checks",
+        "names",
+        "public",
+        "repeats",
+        "uncached",
+        "x",
+    )
 
     def __init__(
         self,
@@ -168,11 +179,16 @@ class _Function:
         self.adapters = True
         self.cached: Any = None
         self.repeats = False
+        self.uncached = [i for i, name in enumerate(names) if meaning.get(name) == "uncached"]
 
     def describe(self, call: tuple[Any, ...]) -> Any:
         """Answer a call that the kernels have not, its arguments in the order of `names`."""
         repeat = None
-        if self.repeats and chosen_backend() == "numba":
+        if (
+            self.repeats
+            and chosen_backend() == "numba"
+            and all(call[i] is None for i in self.uncached)
+        ):
             answer, repeat = repeated.find(self, call)
             if answer is not None:
                 return answer(call)

@@ -41,15 +41,14 @@ class Repeat:
     def places(self, arrays: Mapping[str, Array | None]) -> dict[str, int] | None:
         """Which arguments these are, or show whole; None where one is none, or several may be."""
         given = [(i, own) for i, own in enumerate(self.call) if type(own) is np.ndarray]
-        lie = {i: own.__array_interface__["data"] for i, own in given}
+        lie = {i: own.__array_interface__["data"][0] for i, own in given}
         found = {}
         for name, array in arrays.items():
             if array is None:
                 continue
-            at = array.__array_interface__["data"]
-            same = [
-                i for i, v in given if (lie[i], v.dtype, v.size) == (at, array.dtype, array.size)
-            ]
+            at = array.__array_interface__["data"][0]
+            seen = at, array.itemsize, array.size
+            same = [i for i, own in given if (lie[i], own.itemsize, own.size) == seen]
             if len(same) != 1:
                 return None
             found[name] = same[0]

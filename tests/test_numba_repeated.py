@@ -100,6 +100,7 @@ def test_such_calls_are_kept_and_results_are_new() -> None:
         lambda: fn.rms_norm(x, 64, w),
         lambda: fn.add_rms_norm(x, e, 64, w),
         lambda: fn.group_norm(x, 4, activation="silu"),
+        lambda: fn.layer_norm(x, 64, where=x > 0),
         lambda: fn.instance_norm(z),
         lambda: fn.batch_norm(z, None, None, each, training=True),
         lambda: fn.layer_norm_backward(dy, x, mean, rstd, 64, w),
@@ -213,6 +214,19 @@ def test_what_is_written_or_refused_is_never_kept() -> None:
 
         assert_same_bits(fn.layer_norm(x, 64, activation=half), right / 2)
     assert kept() == count
+
+
+def test_what_a_mask_leaves_is_asked_each_time() -> None:
+    """Batch norm refuses a channel of one value: which mask that is, its shape does not tell."""
+    z = data((3, 4, 5, 7), F32, 1.0)
+    mask = np.ones(z.shape, bool)
+    for _ in range(3):
+        fn.batch_norm(z, None, None, training=True, where=mask)
+    mask[:, 1] = False
+    mask[0, 1, 0, 0] = True
+    for _ in range(2):
+        with pytest.raises(ValueError, match="one value"):
+            fn.batch_norm(z, None, None, training=True, where=mask)
 
 
 def test_arrays_that_are_not_aligned() -> None:

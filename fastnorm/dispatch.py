@@ -183,6 +183,11 @@ class _Function:
 
     def describe(self, call: tuple[Any, ...]) -> Any:
         """Answer a call that the kernels have not, its arguments in the order of `names`."""
+        quick = QUICK.get(type(call[self.at]))
+        if quick is not None and self.adapters:
+            found = quick[self.body.__name__](call)
+            if found is not None:
+                return found
         repeat = None
         if (
             self.repeats
@@ -192,11 +197,6 @@ class _Function:
             answer, repeat = repeated.find(self, call)
             if answer is not None:
                 return answer(call)
-        quick = QUICK.get(type(call[self.at]))
-        if quick is not None and self.adapters:
-            found = quick[self.body.__name__](call)
-            if found is not None:
-                return found
         ticket = None if self.cached is None else self.cached.ticket(call)
         named = dict(zip(self.names, call))
         for name, check, may_be_none in self.checks:

@@ -32,10 +32,10 @@ class Repeat:
     returns None where there is no such way.
     """
 
-    __slots__ = ("answer", "call", "key")
+    __slots__ = ("answer", "call", "key", "names")
 
-    def __init__(self, key: tuple[Any, ...], call: tuple[Any, ...]) -> None:
-        self.key, self.call = key, call
+    def __init__(self, key: tuple[Any, ...], call: tuple[Any, ...], names: tuple[str, ...]) -> None:
+        self.key, self.call, self.names = key, call, names
         self.answer: Callable[[Sequence[Array]], Answer | None] | None = None
 
     def places(self, arrays: Mapping[str, Array | None]) -> dict[str, int] | None:
@@ -53,6 +53,12 @@ class Repeat:
                 return None
             found[name] = same[0]
         return found
+
+    def named(self, *names: str) -> list[int] | None:
+        """Where these arguments are; None where one of them is no array."""
+        found = [self.names.index(name) for name in names if name in self.names]
+        arrays = all(type(self.call[i]) is np.ndarray for i in found)
+        return found if arrays and len(found) == len(names) else None
 
     def keep(self, result: Any) -> None:
         """Keep the answer for calls like this one, which gave new arrays alone."""
@@ -117,4 +123,4 @@ def find(function: Any, call: tuple[Any, ...]) -> tuple[Answer | None, Repeat | 
     if answer is not None:
         return answer, None
     native = all(value.dtype.isnative for value in call if type(value) is np.ndarray)
-    return None, Repeat(key, call) if native else None
+    return None, Repeat(key, call, function.names) if native else None

@@ -103,6 +103,8 @@ def test_such_calls_are_kept_and_results_are_new() -> None:
         lambda: fn.layer_norm(x, 64, where=x > 0),
         lambda: fn.instance_norm(z),
         lambda: fn.batch_norm(z, None, None, each, training=True),
+        lambda: fn.batch_norm(z, each + 1, each**2, each),
+        lambda: fn.batch_norm(x, w.astype(F64), b**2),
         lambda: fn.layer_norm_backward(dy, x, mean, rstd, 64, w),
         lambda: fn.rms_norm_backward(dy, x, rstd, 64, w),
     ]

@@ -348,24 +348,32 @@ def run_pass(
         # from x to y, through no tile
         record[_AT["plain"]] = not plan.followed
         record[_AT["direct"]] = not plan.half and at["residual"] != at["y"]
-    where = _address(record)
-    table = None
-    if plan.schedule.tabulated:
-        chunks = int(record[_AT["chunks"]])
-        table = np.empty(chunks * blocking.SCALE * plan.width)
-        record[_AT["scales"]], record[_AT["items"]] = _address(table), chunks
-        with watched(record, table, *arrays.values()):
-            _share(plan.kernel, where, chunks, 1, FINALIZE, plan.room)
-        record[_AT["items"]] = plan.items
+    with watched(record, *arrays.values()):
+        table = _tabulated(plan, record) if plan.schedule.tabulated else None
     with watched(record, table, *arrays.values()):
         _carry_out(plan, record, threads, given=given, written=y is not None)
-    if isinstance(ticket, Repeat) and not given:
-        ticket.answer = partial(_repeated, plan, arrays, ticket)
+    if isinstance(ticket, Repeat):
+        ticket.answer = partial(_repeated, plan, arrays, ticket, given)
     return bool(record[_AT["raised"]])
 
 
+def _tabulated(plan: _Plan, record: Array) -> Array:
+    """The scales that all samples share, made once; the record tells of them."""
+    chunks = int(record[_AT["chunks"]])
+    table = np.empty(chunks * blocking.SCALE * plan.width)
+    record[_AT["scales"]], record[_AT["items"]] = _address(table), chunks
+    with watched(table):
+        _share(plan.kernel, _address(record), chunks, 1, FINALIZE, plan.room)
+    record[_AT["items"]] = plan.items
+    return table
+
+
 def _repeated(
-    plan: _Plan, arrays: Mapping[str, Array | None], repeat: Repeat, results: Sequence[Array]
+    plan: _Plan,
+    arrays: Mapping[str, Array | None],
+    repeat: Repeat,
+    by_running: bool,
+    results: Sequence[Array],
 ) -> Answer | None:
     """How to answer calls like that of a pass with nothing but its plan; None: not so simply."""
     made = [name for name in ("y", "total") if arrays[name] is not None]
@@ -375,13 +383,16 @@ def _repeated(
         return None
     if any(not is_like(result, repeat.call[places["x"]]) for result in results):
         return None
+    running = repeat.named("running_mean", "running_var") if by_running else ()
+    groups = 0 if (rstd := arrays["rstd"]) is None else rstd.size
+    if running is None or any(repeat.call[i].size != groups for i in running):
+        return None  # statistics are given that are no arguments
     template = plan.template.copy()
     if not plan.non_temporal:
         template[_AT["plain"]], template[_AT["direct"]] = not plan.followed, not plan.half
     at = {name: _DATA.start + _DATA.step * i for i, name in enumerate(ADDRESSES)}
     of_x, given = places["x"], [(at[name], place) for name, place in places.items()]
     into, statistics = [at[name] for name in made], slice(at["mean"], at["rstd"] + 1, _DATA.step)
-    groups = 0 if (rstd := arrays["rstd"]) is None else rstd.size
     kernel, items, room = plan.kernel, plan.items, plan.room
     size, serial = size_of_room(room) + 63, schedule.threads(2) == 1
 
@@ -389,12 +400,19 @@ def _repeated(
         x = call[of_x]
         results = [empty_like(x) for _ in into]
         unread = np.empty(groups)  # statistics, that nobody asks for
+        alive = [unread]
         record = template.copy()
         for place, i in given:
             record[place] = _address(call[i])
         for place, result in zip(into, results):
             record[place] = _address(result)
         record[statistics] = _address(unread)
+        if running:
+            with np.errstate(all="ignore"):  # of a signaling NaN
+                alive += [call[i].astype(np.float64, order="C") for i in running]
+            record[at["mean"]], record[at["var"]] = _address(alive[1]), _address(alive[2])
+            if schedule.tabulated:
+                alive.append(_tabulated(plan, record))
         if serial:
             memory = np.empty(size, np.uint8)
             start = _address(memory)

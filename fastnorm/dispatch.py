@@ -210,9 +210,9 @@ class _Function:
         running = getattr(request, "running", None)
         if repeat is None or (running is not None and running.moves):
             return request.answer(ticket)
-        y = request.answer(repeat)
-        repeat.keep(y)
-        return y
+        result = request.answer(repeat)
+        repeat.keep(result)
+        return result
 
     def sent(self, adapter: ModuleType, named: dict[str, Any]) -> Any:
         """Have an adapter answer a call."""

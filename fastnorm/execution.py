@@ -146,7 +146,7 @@ class Running(NamedTuple):
 
     @property
     def moves(self) -> bool:
-        """Whether there are any."""
+        """Whether there are any, which then move with the call."""
         return self.mean is not None or self.var is not None
 
 

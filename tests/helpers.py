@@ -71,6 +71,11 @@ def named(value: Any) -> str:
     return value.label if isinstance(value, Operation) else str(value)
 
 
+def together(result: Any) -> tuple[Any, ...]:
+    """The results of a call, of which there may be one."""
+    return result if isinstance(result, tuple) else (result,)
+
+
 # --- Errors ---------------------------------------------------------------------------------------
 
 

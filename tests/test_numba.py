@@ -40,6 +40,7 @@ from .helpers import (
     named,
     non_temporal,
     run_python,
+    together,
     ulps,
     without,
 )
@@ -51,10 +52,6 @@ with_cython = pytest.mark.skipif(not COMPILED, reason="no compiled kernels to co
 
 
 # --- The same numbers as Cython's -----------------------------------------------------------------
-
-
-def together(result: Any) -> tuple[Any, ...]:
-    return result if isinstance(result, tuple) else (result,)
 
 
 @with_cython

@@ -24,6 +24,7 @@ from .helpers import (
     data,
     named,
     run_python,
+    together,
 )
 
 LAYOUTS: dict[str, Callable[[Array], Array]] = {
@@ -46,10 +47,6 @@ def described(f: Callable[[], Any]) -> tuple[Array, ...]:
     """The results of a call that is described."""
     repeated._answers.clear()
     return together(f())
-
-
-def together(result: Any) -> tuple[Array, ...]:
-    return result if isinstance(result, tuple) else (result,)
 
 
 def kept() -> int:

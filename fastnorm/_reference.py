@@ -227,10 +227,11 @@ def _normal_halves(z: Array) -> tuple[Array, Array]:
 
 
 # What a caller may name, and what takes the place of a norm. The kernels number all of them in this
-# order, from 1 on (FN_ACTIVATIONS in _core/activations.h); Numba and the GPU compile `relu32` and
-# `relu64` of _numba/scalar.py, and so on.
+# order, from 1 on (FN_ACTIVATIONS in _core/activations.h); Numba and the GPU compile `relu_32` and
+# `relu_64` of _numba/scalar.py, and so on.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": lambda y: np.maximum(y, 0),
+    "relu6": lambda y: np.clip(y, 0, 6),
     "silu": lambda y: y / (1 + np.exp(-y)),
     "gelu": lambda y: y * _normal_cdf(y),
     "gelu_tanh": _gelu_tanh,

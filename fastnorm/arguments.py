@@ -24,7 +24,7 @@ from fastnorm.arrays import ArrayView, broadcast_to, is_writable, may_share_memo
 
 Array: TypeAlias = NDArray[Any]
 Axes: TypeAlias = int | Sequence[int]
-Named: TypeAlias = Literal["relu", "silu", "gelu", "gelu_tanh"]
+Named: TypeAlias = Literal["relu", "relu6", "silu", "gelu", "gelu_tanh"]
 Activation: TypeAlias = Named | Callable[[Any], Any] | None
 
 ACTIVATIONS: tuple[Named, ...] = get_args(Named)

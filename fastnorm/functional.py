@@ -813,8 +813,9 @@ where
     residual
         The shape of `x`: added after the affine step and before the activation.
     activation
-        ``"relu"``, ``"silu"``, ``"gelu"`` (of the error function), ``"gelu_tanh"``, None, or a
-        function of one number compiled with ``numba.njit``, which becomes part of the pass.
+        ``"relu"``, ``"relu6"`` (min(max(y, 0), 6)), ``"silu"``, ``"gelu"`` (of the error
+        function), ``"gelu_tanh"``, None, or a function of one number compiled with
+        ``numba.njit``, which becomes part of the pass.
     out
         The array to write into, of the shape and dtype of `x`; may be `x` itself.
     return_stats

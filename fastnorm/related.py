@@ -424,7 +424,8 @@ def activate(
     x
         Any shape of at least 1 dimension.
     activation
-        ``"relu"``, ``"silu"``, ``"gelu"`` (of the error function), ``"gelu_tanh"`` or None.
+        ``"relu"``, ``"relu6"``, ``"silu"``, ``"gelu"`` (of the error function),
+        ``"gelu_tanh"`` or None.
     bias
         (D,), the last axis of `x`.
     out

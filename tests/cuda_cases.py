@@ -27,6 +27,7 @@ from fastnorm import dispatch
 from fastnorm._numba.gpu import adapter, blocking
 from fastnorm._numba.gpu.libraries import Library, handles
 from fastnorm._numba.gpu.package import SIMULATED, cuda
+from fastnorm.arguments import ACTIVATIONS
 from fastnorm.arrays import Device
 from fastnorm.operations import OPERATIONS, Operation
 
@@ -432,7 +433,7 @@ def test_nothing_is_written_beyond_the_end(dtype: Any) -> None:
         assert (memory.copy_to_host()[13:] == 7).all()
 
 
-@pytest.mark.parametrize("activation", ["relu", "silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", SINGLE_AND_DOUBLE, ids=named)
 def test_activations(activation: str, dtype: Any) -> None:
     """Relative precision also in the far tails, as `test_activations_alone` has it."""

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import fastnorm as fn
 from fastnorm import _reference as reference
+from fastnorm.arguments import ACTIVATIONS
 from fastnorm.layout import layout_of
 from fastnorm.operations import OPERATIONS, Operation
 
@@ -36,7 +37,6 @@ from .helpers import (
 )
 
 SHAPE = (3, 8, 5, 6)
-ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh")
 
 pytestmark = pytest.mark.usefixtures("backend")
 by_operation = pytest.mark.parametrize("op", OPERATIONS, ids=named)

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 
 import fastnorm as fn
 from fastnorm import schedule
+from fastnorm.arguments import ACTIVATIONS
 
 from . import test_backward  # noqa: F401  has @given, which may not be met first within another
 from .fuzz.__main__ import run
@@ -107,7 +108,7 @@ def test_every_kind_of_call_is_drawn() -> None:
         "where": {"full", "last axis", "some axes", "nothing", "everything"},
         "weight": {*WEIGHTS, None},
         "bias": {*WEIGHTS, None},
-        "activation": {"relu", "silu", "gelu", "gelu_tanh", "function"},
+        "activation": {*ACTIVATIONS, "function"},
         "out": {*TARGETS, "own", None},
         "running": {None, "float32", "float64"},
         "bad": set(BAD),

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 import fastnorm as fn
+from fastnorm.arguments import ACTIVATIONS
 
 torch = pytest.importorskip("torch")
 functional = torch.nn.functional
@@ -217,6 +218,7 @@ CALLS = {
     "nn.functional.cross_entropy": cross_entropy,
     "softmax": softmax,
     "nn.functional.relu": activation("relu"),
+    "nn.functional.relu6": activation("relu6"),
     "nn.functional.silu": activation("silu"),
     "nn.functional.gelu": activation("gelu"),
     "nn.functional.linear": linear,
@@ -445,7 +447,7 @@ def test_attention_and_activations() -> None:
         for mine, tensor in zip(own, tensors):
             assert_close(mine, tensor.grad, CLOSE)
     x = np.concatenate([rng.standard_normal(50) * 5, [0.0, -0.0, 1e-30, -1e-30, 700, -700]])
-    for name in ("relu", "silu", "gelu", "gelu_tanh"):
+    for name in ACTIVATIONS:
         tensor = torch.from_numpy(x).requires_grad_()
         options = {"approximate": "tanh"} if name == "gelu_tanh" else {}
         right = getattr(functional, name.removesuffix("_tanh"))(tensor, **options)

@@ -242,11 +242,11 @@ def test_activations_stand_in_one_table() -> None:
     names = _reference.IN_KERNELS
     assert tuple(_reference.ACTIVATIONS) == arguments.ACTIVATIONS
     header = (PACKAGE / "_core/activations.h").read_text(encoding="utf-8")
-    (line,) = re.findall(r"define FN_ACTIVATIONS\(X\) X\(IDENTITY\) (.*)", header)
+    (line,) = re.findall(r"define FN_ACTIVATIONS\(X\) \\\n +X\(IDENTITY\) (.*)", header)
     assert re.findall(r"X\((\w+)\)", line) == [name.upper() for name in names]
     for name in names:
-        assert all(callable(getattr(scalar, f"{name}{bits}")) for bits in (32, 64))
-        assert f"fn_{name}32(" in header
+        assert all(callable(getattr(scalar, f"{name}_{bits}")) for bits in (32, 64))
+        assert f"fn_{name}_32(" in header
     if COMPILED:
         kernels: Any = _core.kernels
         with pytest.raises(SystemError, match="activations"):

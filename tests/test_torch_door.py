@@ -68,6 +68,7 @@ def features_of(op: Operation, dtype: Any = F64) -> Iterator[Parameters]:
     residual = rng.standard_normal(SHAPE).astype(dtype)
     yield {"residual": residual, "activation": "gelu"}
     yield {"residual": residual, "activation": "relu"}
+    yield {"residual": 3 * residual, "activation": "relu6"}
     if "where" in op.features:
         chosen = rng.random(SHAPE) < 0.7
         chosen[:, :2] = chosen[:, :, :2] = True  # every statistic has two

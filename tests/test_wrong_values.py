@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 import fastnorm as fn
 from fastnorm import cli
+from fastnorm.arguments import ACTIVATIONS
 
 from .helpers import F32, assert_same_bits, data
 from .test_arguments import NOT_ARRAYS, NOT_FINITE, NOT_INTEGERS, NOT_NUMBERS, RIGHT, X, signature
@@ -75,7 +76,6 @@ def not_of(*choices: str) -> st.SearchStrategy[Any]:
     )
 
 
-ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh")
 no_dtype = st.sampled_from(["flaot32", 5, "i4", "c8", object, 1.5, [], X, "float8_e5m2", "M8[s]"])
 
 # By the argument's name; those of arrays are in test_arguments.py, with what fits them.

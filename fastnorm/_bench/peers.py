@@ -214,6 +214,10 @@ def _onnx_type(case: Case) -> int:
     return int(np_dtype_to_tensor_dtype(dtype_of(case.dtype)))
 
 
+# The operators of an activation; those of gelu are one. silu is y * sigmoid(y).
+_STEPS = {"relu": ["Relu"], "relu6": ["Relu", "Min"], "silu": ["Sigmoid", "Mul"], None: []}
+
+
 def _nodes(case: Case, data: Data) -> tuple[list[Any], list[str]]:
     """The model's nodes and outputs, for an input x and a residual."""
     from onnx.helper import make_node
@@ -242,13 +246,13 @@ def _nodes(case: Case, data: Data) -> tuple[list[Any], list[str]]:
         add = make_node("Add", ["x", "residual"], ["total"])
         return [add, make_node(kind, ["total", *inputs], ["y"], **options)], ["y", "total"]
     steps = ["Add"] if case.residual else []
-    steps += {"relu": ["Relu"], "silu": ["Sigmoid", "Mul"], None: []}.get(case.activation, ["Gelu"])
+    steps += _STEPS.get(case.activation, ["Gelu"])
     if not steps:
         return [make_node(kind, ["x", *inputs], outputs, **options)], outputs
     nodes = [make_node(kind, ["x", *inputs], ["t", *outputs[1:]], **options)]
     before = seen = "t"
     for i, step in enumerate(steps):
-        second = {"Add": ["residual"], "Mul": [before]}.get(step, [])  # silu: y * sigmoid(y)
+        second = {"Add": ["residual"], "Mul": [before], "Min": ["six"]}.get(step, [])
         result = "y" if step == steps[-1] else f"t{i}"
         more = {"approximate": GELU[str(case.activation)]} if step == "Gelu" else {}
         nodes.append(make_node(step, [seen, *second], [result], **more))
@@ -274,6 +278,8 @@ def onnxruntime(case: Case, data: Data) -> Peer:
     kind = _onnx_type(case)
     feeds = {"x": data.x} | ({} if data.residual is None else {"residual": data.residual})
     stored = {k: v for k, v in data.parameters.items() if isinstance(v, np.ndarray)}
+    if case.activation == "relu6":
+        stored["six"] = np.array(6, data.x.dtype)
     graph = helper.make_graph(
         nodes,
         "norm",
@@ -358,6 +364,8 @@ class Formula:
         xp = self.xp
         if self.case.activation == "relu":
             return xp.maximum(y, 0)
+        if self.case.activation == "relu6":
+            return xp.clip(y, 0, 6)
         if self.case.activation == "silu":
             return y / (1 + xp.exp(-y))
         if self.case.activation == "gelu_tanh":

@@ -55,7 +55,7 @@ FN_INLINE float fn_one_and_exp32(float x) {
     return fn_fma32(p, fn_float(((uint32_t)k << 23) + 0x3f800000u), 1.0f);
 }
 
-FN_INLINE float fn_silu32(float x) { return x / fn_one_and_exp32(-x); }
+FN_INLINE float fn_silu_32(float x) { return x / fn_one_and_exp32(-x); }
 
 /* g of erfc(t) = e^(-t^2) g/(1 + 2t), a polynomial of (t - 2)/(t + 2); 0.34 * 2^-24 up to t = 10.6,
  * where e^(-t^2) leaves float32. */
@@ -75,7 +75,7 @@ FN_INLINE float fn_erfc_factor32(float t) {
 
 /* x Phi(x), Phi(x) = erfc(-x/sqrt(2))/2.  The tail keeps its relative precision: 1 + erf(x/sqrt(2))
  * would cancel there. */
-FN_INLINE float fn_gelu32(float x) {
+FN_INLINE float fn_gelu_32(float x) {
     float a = fn_within32(fn_float(fn_bits(x) & 0x7fffffffu), 0x41700000); /* 15 */
     float t = a * 0.70710678f;
     float g = fn_erfc_factor32(t);
@@ -87,13 +87,13 @@ FN_INLINE float fn_gelu32(float x) {
 }
 
 /* x (1 + tanh(u))/2 = x / (1 + e^(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3) */
-FN_INLINE float fn_gelu_tanh32(float x) {
+FN_INLINE float fn_gelu_tanh_32(float x) {
     float u2 = x * fn_fma32(x * x, 0.0713548163f, 1.59576912f);
     return x / fn_one_and_exp32(-u2);
 }
 
 /* Below 0.625 an odd polynomial, 0.012 * 2^-24; above, (1 - e)/(1 + e) with e = e^(-2|x|). */
-FN_INLINE float fn_tanh32(float x) {
+FN_INLINE float fn_tanh_32(float x) {
     float a = x < 0.0f ? -x : x;
     float z = x * x;
     float p = 2.27260613e-3f;
@@ -110,7 +110,7 @@ FN_INLINE float fn_tanh32(float x) {
 }
 
 /* Below 0.875 an odd polynomial, 0.15 * 2^-24; above, 1 - erfc(|x|), which is 1 from 4 on. */
-FN_INLINE float fn_erf32(float x) {
+FN_INLINE float fn_erf_32(float x) {
     float a = x < 0.0f ? -x : x;
     float z = x * x;
     float p = 8.67543131e-5f;
@@ -127,10 +127,13 @@ FN_INLINE float fn_erf32(float x) {
     return a >= 0.875f ? large : small; /* not a number stays so */
 }
 
-FN_INLINE float fn_relu32(float x) { return x < 0.0f ? 0.0f : x; } /* keeps NaN */
+/* both keep NaN */
+FN_INLINE float fn_relu_32(float x) { return x < 0.0f ? 0.0f : x; }
+FN_INLINE float fn_relu6_32(float x) { return x > 6.0f ? 6.0f : fn_relu_32(x); }
 
 /* All of them, in the order of IN_KERNELS in _reference.py: X of each. */
-#define FN_ACTIVATIONS(X) X(IDENTITY) X(RELU) X(SILU) X(GELU) X(GELU_TANH) X(TANH) X(ERF)
+#define FN_ACTIVATIONS(X) \
+    X(IDENTITY) X(RELU) X(RELU6) X(SILU) X(GELU) X(GELU_TANH) X(TANH) X(ERF)
 
 #define FN_NAME(NAME) NAME,
 typedef enum { FN_ACTIVATIONS(FN_NAME) ACTIVATION_COUNT } Activation;
@@ -138,18 +141,20 @@ typedef enum { FN_ACTIVATIONS(FN_NAME) ACTIVATION_COUNT } Activation;
 
 FN_INLINE float activated_f32(float t, Activation activation) {
     switch (activation) {
-    case RELU: return fn_relu32(t);
-    case SILU: return fn_silu32(t);
-    case GELU: return fn_gelu32(t);
-    case GELU_TANH: return fn_gelu_tanh32(t);
-    case TANH: return fn_tanh32(t);
-    case ERF: return fn_erf32(t);
+    case RELU: return fn_relu_32(t);
+    case RELU6: return fn_relu6_32(t);
+    case SILU: return fn_silu_32(t);
+    case GELU: return fn_gelu_32(t);
+    case GELU_TANH: return fn_gelu_tanh_32(t);
+    case TANH: return fn_tanh_32(t);
+    case ERF: return fn_erf_32(t);
     default: return t;
     }
 }
 FN_INLINE double activated_f64(double t, Activation activation) {
     switch (activation) {
     case RELU: return t < 0.0 ? 0.0 : t;
+    case RELU6: return t < 0.0 ? 0.0 : t > 6.0 ? 6.0 : t;
     case SILU: return t / (1.0 + exp(-t));
     case GELU: return t * 0.5 * erfc(t * -0.70710678118654752440);
     case GELU_TANH: return t / (1.0 + exp(-1.5957691216057307 * fma(0.044715 * t, t * t, t)));

@@ -18,7 +18,7 @@ from fastnorm._numba.memory import SOURCES, STRICT, compiling, read_real, real, 
 
 # For float32 and for float64; the first is of number 1, and 0 is none.
 _OURS = tuple(
-    (getattr(scalar, f"{name}32"), getattr(scalar, f"{name}64")) for name in _reference.IN_KERNELS
+    (getattr(scalar, f"{name}_32"), getattr(scalar, f"{name}_64")) for name in _reference.IN_KERNELS
 )
 
 # In place where `scale` is 0, else of x by that scale, which lies apart from y: (x, y, n, scale,

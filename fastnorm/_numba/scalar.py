@@ -216,10 +216,18 @@ def relu(x: Any) -> Any:
     return np.float32(0.0) if x < 0.0 else x
 
 
-relu32 = relu64 = relu
+relu_32 = relu_64 = relu
 
 
-def silu32(x: Any) -> Any:
+def relu6(x: Any) -> Any:
+    """min(max(x, 0), 6); keeps NaN."""
+    return np.float32(6.0) if x > 6.0 else relu(x)
+
+
+relu6_32 = relu6_64 = relu6
+
+
+def silu_32(x: Any) -> Any:
     """x / (1 + e^-x) of a float32."""
     return np.float32(x / _one_and_exp32(np.float32(-x)))
 
@@ -239,7 +247,7 @@ def _erfc_factor32(t: Any) -> Any:
     return fma(g, q, np.float32(1.27697837))
 
 
-def gelu32(x: Any) -> Any:
+def gelu_32(x: Any) -> Any:
     """x Phi(x) of a float32, Phi(x) = erfc(-x/sqrt(2))/2: the tail keeps its relative precision."""
     a = abs(x)
     a = np.float32(15.0) if a > np.float32(15.0) else a
@@ -254,13 +262,13 @@ def gelu32(x: Any) -> Any:
     return np.float32(x * (tail if x < np.float32(0.0) else np.float32(np.float32(1.0) - tail)))
 
 
-def gelu_tanh32(x: Any) -> Any:
+def gelu_tanh_32(x: Any) -> Any:
     """x (1 + tanh(u))/2 = x / (1 + e^(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3), of a float32."""
     u2 = np.float32(x * fma(np.float32(x * x), np.float32(0.0713548163), np.float32(1.59576912)))
     return np.float32(x / _one_and_exp32(np.float32(-u2)))
 
 
-def tanh32(x: Any) -> Any:
+def tanh_32(x: Any) -> Any:
     """Hyperbolic tangent of a float32: an odd polynomial, from 0.625 on by e^(-2|x|)."""
     a = abs(x)
     z = np.float32(x * x)
@@ -277,7 +285,7 @@ def tanh32(x: Any) -> Any:
     return large if a >= np.float32(0.625) else small  # not a number stays so
 
 
-def erf32(x: Any) -> Any:
+def erf_32(x: Any) -> Any:
     """Error function of a float32: an odd polynomial, from 0.875 on 1 - erfc(|x|)."""
     a = abs(x)
     z = np.float32(x * x)
@@ -301,26 +309,26 @@ def _one_and_exp64(x: Any) -> Any:
     return 1.0 + (math.exp(x) if x < 709.0 else (x if x != x else math.inf))
 
 
-def silu64(x: Any) -> Any:
+def silu_64(x: Any) -> Any:
     """x / (1 + e^-x) of a float64."""
     return x / _one_and_exp64(-x)
 
 
-def gelu64(x: Any) -> Any:
+def gelu_64(x: Any) -> Any:
     """x Phi(x) of a float64."""
     return x * 0.5 * math.erfc(x * -0.70710678118654752440)
 
 
-def gelu_tanh64(x: Any) -> Any:
+def gelu_tanh_64(x: Any) -> Any:
     """x / (1 + e^(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3), of a float64."""
     return x / _one_and_exp64(-1.5957691216057307 * fma(0.044715 * x, x * x, x))
 
 
-def tanh64(x: Any) -> Any:
+def tanh_64(x: Any) -> Any:
     """Hyperbolic tangent of a float64."""
     return math.tanh(x)
 
 
-def erf64(x: Any) -> Any:
+def erf_64(x: Any) -> Any:
     """Error function of a float64."""
     return math.erf(x)

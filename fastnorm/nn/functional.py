@@ -425,7 +425,7 @@ def activation_backward(dy: ArrayLike, x: ArrayLike, y: ArrayLike, activation: N
     x, y
         What went in and what came out.
     activation
-        ``"relu"``, ``"silu"``, ``"gelu"`` or ``"gelu_tanh"``.
+        ``"relu"``, ``"relu6"``, ``"silu"``, ``"gelu"`` or ``"gelu_tanh"``.
 
     Returns
     -------
@@ -453,6 +453,8 @@ def activation_backward(dy: ArrayLike, x: ArrayLike, y: ArrayLike, activation: N
     gradient, before, after = _alike("activation_backward", dy=dy, x=x, y=y)
     if activation == "relu":
         return np.where(before > 0, gradient, 0)
+    if activation == "relu6":
+        return np.where((before > 0) & (before < 6), gradient, 0)
     slope: Array = after / before
     slope[before == 0] = 0.5
     if activation == "gelu":

@@ -427,7 +427,7 @@ class TransformerBlock(_Transformer):
     norm
         ``"layer"`` or ``"rms"``.
     activation
-        g: ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``.
+        g: ``"relu"``, ``"relu6"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``.
     causal
         Whether a position sees only itself and those before it.
     eps

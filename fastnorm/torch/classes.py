@@ -12,7 +12,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from fastnorm.torch import formulas, functions
@@ -58,9 +57,6 @@ def _followed(
 ) -> Tensor:
     """A norm, the sum with a residual, and an activation; in one pass where the sum is plain."""
     y: Tensor
-    if activation == "relu6":  # the kernels have none: in place, as nobody else has seen y
-        y = _followed(function, x, *options, residual=residual, in_place=in_place)
-        return F.relu6(y, inplace=True)
     if residual is _NO_SUM:
         y = function(x, *options, activation=activation)
         return y
@@ -278,8 +274,6 @@ class _OfTimm(Replaced):
             return self._normalized(x, None)
         alone = type(self.drop) is nn.Identity and not is_watched(self.drop)
         activation = activation_of(self.act) if alone else None
-        if activation not in formulas.ACTIVATIONS:
-            activation = None
         y = self._normalized(x, activation)
         return y if activation else self.act(self.drop(y))
 

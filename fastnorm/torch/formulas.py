@@ -28,6 +28,7 @@ from fastnorm.torch.operands import BY_CHANNEL, Named, check, floats, with_tenso
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
+    "relu6": F.relu6,
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),

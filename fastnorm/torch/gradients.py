@@ -36,6 +36,13 @@ RUNNING = ("running_mean", "running_var")
 # What is added to the result, and what gradients do not depend on either.
 ADDED = ("bias", "residual")
 
+# The gradients of activations that the result tells the slope of: the kernels' pass includes them,
+# and nothing else is kept. Of others autograd keeps what the norm gives.
+_CLIPPED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "relu": lambda dy, y: torch.ops.aten.threshold_backward(dy, y, 0),
+    "relu6": lambda dy, y: torch.ops.aten.hardtanh_backward(dy, y, 0, 6),
+}
+
 _BACKWARD = {
     name.removesuffix("_backward"): getattr(module, name)
     for module in (fastnorm.backward, fastnorm.elementwise)
@@ -72,19 +79,18 @@ def recorded(function: Callable[..., Any], named: Named) -> Any:
         return recorded(norm, {"x": total, "axis": None} | rest), total
     activation = named.get("activation")
     if activation is not None:
-        # of what the norm gives, as autograd keeps it: before a ReLU nothing is kept
         formulas.activated(named["x"].new_empty(0), activation)  # is it one of PyTorch's?
-        named["activation"] = None
+        if activation in _CLIPPED:
+            activation = None  # the kernels' own
+        else:
+            named["activation"] = None
     check_flag(named.get("return_stats", False), "return_stats")
     if name == "rms_norm" and named["eps"] is None:
         named["eps"] = formulas.machine_epsilon(named["x"])
     names = [k for k, v in named.items() if isinstance(v, Tensor) and k in operands.OPERANDS]
     options = {key: value for key, value in named.items() if key not in names}
     y, *stats = _Recorded.apply(function, options, names, *[named[key] for key in names])
-    if activation == "relu":
-        y = torch.relu_(y)
-    elif activation is not None:
-        y = formulas.activated(y, activation)
+    y = formulas.activated(y, activation)
     return (y, *stats) if named.get("return_stats") else y
 
 
@@ -112,7 +118,8 @@ class _Recorded(torch.autograd.Function):
         ctx.mark_non_differentiable(*stats)
         ctx.set_materialize_grads(False)
         kept = [t for key, t in zip(names, tensors) if key not in ADDED]
-        ctx.save_for_backward(*kept, *stats)
+        ctx.clipped = options.get("activation")
+        ctx.save_for_backward(*kept, *stats, *([y] if ctx.clipped else []))
         ctx.like = {key: (t.shape, t.dtype) for key, t in zip(names, tensors)}
         ctx.function, ctx.options, ctx.names = name, options, names
         return y, *stats
@@ -126,7 +133,11 @@ class _Recorded(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: a checkpoint computes them when they are asked for
         named = ctx.options | dict(zip(kept, saved))
         named |= {key: None for key in ADDED if key in ctx.names}
-        call = _Call(ctx.function, named, saved[len(kept) :], ctx.like)
+        stats = saved[len(kept) :]
+        if ctx.clipped:
+            *stats, y = stats
+            named["activation"], dy = None, _CLIPPED[ctx.clipped](dy, y)
+        call = _Call(ctx.function, named, stats, ctx.like)
         found = call.gradients(dy, wanted, differentiable=torch.is_grad_enabled())
         return None, None, None, *[found.get(key) for key in ctx.names]
 

@@ -8,6 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from fastnorm.arguments import ACTIVATIONS
 from fastnorm.operations import CHANNEL_FEATURES, OPERATIONS, SHARED, Operation
 
 Case = dict[str, Any]
@@ -252,7 +253,7 @@ def draw(
         case["residual"] = choose([None, *dtypes, "x"])
         case["residual layout"] = layout(choose)
     if "activation" in op.features:
-        choice = ["relu", "silu", "gelu", "gelu_tanh", *(["function"] if functions else [])]
+        choice = [*ACTIVATIONS, *(["function"] if functions else [])]
         case["activation"] = often(choose, None, choice, 2)
     if "out" in op.features:
         case["out"] = choose([None, "own"])

@@ -25,7 +25,7 @@ def activation_of(activation: Any, real: Any) -> Any:
     if callable(activation):
         function = scalar_function(activation)
     else:
-        function = getattr(arithmetic, f"{activation}{32 if real is np.float32 else 64}")
+        function = getattr(arithmetic, f"{activation}_{32 if real is np.float32 else 64}")
     return device(lambda x: real(function(x)))
 
 

@@ -119,14 +119,16 @@ def step():
         del y, dx
 for _ in range(3):
     step()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
+found = []
+for _ in range(11):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(sorted(found)[5])  # the system may take some pages away when others want memory
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 1000  # of 80,000 pages
+    assert int(done.stdout) < 100  # 1,000 and more where nothing is kept
 
 
 def test_a_bad_limit_is_an_error() -> None:

@@ -198,19 +198,22 @@ static void T(read_statistics)(const Backward *q, Item it, T(Range) weights, T(S
     s->item = it;
     s->any_out_of_range = 0;
     if (own) T(range_in_lanes)(q, it, s->c1, s->c2, tile);
-    for (ptrdiff_t i = 0; i < it.width; i++) {
+    for (ptrdiff_t i = 0; i < it.width; i += q->neighbours) {
         const double mean = statistic(q, &q->mean, it, i), rstd = statistic(q, &q->rstd, it, i);
         const T(Slope) v = T(slope_of)(mean, rstd);
-        if (own) weights = (T(Range)){s->c1[i], s->c2[i]};
-        s->mean[i] = mean;
-        s->rstd[i] = rstd;
-        s->first[i] = s->second[i] = 0.0;
-        s->hi[i] = v.hi;
-        s->r[i] = v.r;
-        s->shift[i] = v.shift;
-        s->out_of_range[i] =
-            !T(holds)(mean, rstd) || !T(holds_weights)(weights.lowest, weights.greatest, rstd);
-        s->any_out_of_range |= s->out_of_range[i];
+        const int held = T(holds)(mean, rstd);
+        for (ptrdiff_t j = i; j < i + q->neighbours; j++) {
+            if (own) weights = (T(Range)){s->c1[j], s->c2[j]};
+            s->mean[j] = mean;
+            s->rstd[j] = rstd;
+            s->first[j] = s->second[j] = 0.0;
+            s->hi[j] = v.hi;
+            s->r[j] = v.r;
+            s->shift[j] = v.shift;
+            s->out_of_range[j] =
+                !held || !T(holds_weights)(weights.lowest, weights.greatest, rstd);
+            s->any_out_of_range |= s->out_of_range[j];
+        }
     }
 }
 
@@ -271,13 +274,14 @@ static void T(sum_segment)(const Backward *q, const T(Slopes) *s, ptrdiff_t k, d
 static void T(add_segment)(const Backward *q, T(Slopes) *s, ptrdiff_t k, const double *sums,
                            double *cells) {
     const ptrdiff_t plane = q->plane_segments ? k / q->plane_segments : 0, n = s->item.width;
+    const int each = group_step(q, &q->weight) != 0; /* has a weight of its own */
+    double v = 1.0;
     for (ptrdiff_t i = 0; i < n; i++) {
-        double v = 1.0;
         if (!q->inside) {
             const ptrdiff_t cell = plane * q->cell_p + i * q->cell_c;
             cells[cell] += sums[n + i];
             cells[q->cells + cell] += sums[i];
-            v = weight_of(q, s->item, plane, 0, i);
+            if (each || i == 0) v = weight_of(q, s->item, plane, 0, i);
         }
         s->first[i] += v * sums[i];
         s->second[i] += v * sums[n + i];
@@ -293,24 +297,29 @@ static void T(finish_sums)(const Backward *q, T(Slopes) *s) {
             first += s->first[j];
             second += s->second[j];
         }
+        first = q->centred ? s->rstd[i] * (first / count) : 0.0;
+        second = s->rstd[i] * (second / count);
+        const int held = T(holds_sums)(first, second, count);
         for (ptrdiff_t j = i; j < i + m; j++) {
-            s->first[j] = q->centred ? s->rstd[i] * (first / count) : 0.0;
-            s->second[j] = s->rstd[i] * (second / count);
-            s->c1[j] = (REAL)s->first[j];
-            s->c2[j] = (REAL)s->second[j];
-            s->out_of_range[j] |= !T(holds_sums)(s->first[j], s->second[j], count);
+            s->first[j] = first;
+            s->second[j] = second;
+            s->c1[j] = (REAL)first;
+            s->c2[j] = (REAL)second;
+            s->out_of_range[j] |= !held;
         }
     }
-    for (ptrdiff_t i = 0; i < s->item.width; i++) {
-        for (ptrdiff_t p = q->weight.p ? q->p : 1; p-- > 0 && !q->inside;) {
-            const double weight = fabs(weight_of(q, s->item, p, 0, i));
-            const double wr = weight_of(q, s->item, p, 0, i) * s->rstd[i];
+    const int each = group_step(q, &q->weight) != 0; /* has a weight of its own */
+    for (ptrdiff_t p = q->weight.p ? q->p : 1; p-- > 0 && !q->inside;) {
+        double weight = 1.0;
+        for (ptrdiff_t i = 0; i < s->item.width; i++) {
+            if (each || i == 0) weight = weight_of(q, s->item, p, 0, i);
+            const double wr = weight * s->rstd[i], size = fabs(weight);
             s->wr[i] = (REAL)wr;
             if (!q->training) s->second[i] = wr; /* for `apply_scale` */
-            s->out_of_range[i] |= weight != 0 && !T(holds_weights)(weight, weight, s->rstd[i]);
+            s->out_of_range[i] |= size != 0 && !T(holds_weights)(size, size, s->rstd[i]);
         }
-        s->any_out_of_range |= s->out_of_range[i];
     }
+    for (ptrdiff_t i = 0; i < s->item.width; i++) s->any_out_of_range |= s->out_of_range[i];
 }
 
 /* ---- dx where the weight does not differ inside -------------------------------------------------

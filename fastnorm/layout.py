@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 from fastnorm.arrays import flip
-from fastnorm.schedule import BACKWARD_MIN_RUN, MIN_RUN
+from fastnorm.schedule import MIN_RUN
 
 # An operand's name, shape, strides in bytes, and bytes of an element.
 Operand = tuple[str, tuple[int, ...], tuple[int, ...], int]
@@ -136,19 +136,10 @@ def describe(
         return None
 
     columns, neighbours = not inner.reduced, 1
-    planes = sum(axis.reduced for axis in axes)
-    if inner.reduced and planes and inner.size < MIN_RUN:
-        follow = axes[-1].reduced
-        beside = not follow and _side_by_side(axes[-1], inner)
-        # runs have room for one axis of planes, rows of columns for two
-        if beside or planes > 1:
-            columns = True
-        elif not follow and operands[0][3] < 8:
-            columns = inner.size < BACKWARD_MIN_RUN or "dy" not in steps
-        if columns:
-            # channels-last: a group's channels are neighbours, its positions are rows
-            neighbours = inner.size
-        if beside:
+    if inner.reduced and inner.size < MIN_RUN and any(axis.reduced for axis in axes):
+        # channels-last: a group's channels are neighbours, its positions are rows
+        columns, neighbours = True, inner.size
+        if not axes[-1].reduced and _side_by_side(axes[-1], inner):
             outer = axes.pop()
             together = inner.strides | {"stats": outer.strides["stats"]}
             inner = _Axis(outer.size * inner.size, False, together)

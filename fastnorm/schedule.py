@@ -48,12 +48,9 @@ ROW_TILE_ELEMENTS = 16384
 MIN_BLOCK_ROWS = 16
 SPLIT_ROWS = 1024
 
-# neighbours in memory that share a statistic, while more of its elements lie elsewhere: fewer are
-# too short to walk along, and are taken as columns and merged. 32 lanes are filled twice.
-# Where the columns of several statistics make no row, each short row costs as much as a run:
-# any run of planes that follow one another is one, and any of doubles, and backward of so many
+# neighbours in memory that share a statistic: fewer are too short to walk along, and are taken as
+# columns and merged. 32 lanes are filled twice
 MIN_RUN = 64
-BACKWARD_MIN_RUN = 16
 
 # backward: groups of runs shorter than these bytes are taken side by side, at most so many;
 # elements of a run, and rows, that are summed at a time (sums of rows cost at most 2 % of x);

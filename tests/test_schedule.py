@@ -18,9 +18,7 @@ from fastnorm.machine import MODELS, Machine
 from fastnorm.runtime import on_machine
 from fastnorm.schedule import (
     BACKWARD_FEW_TASKS,
-    BACKWARD_MIN_RUN,
     BLOCK,
-    MIN_RUN,
     NON_TEMPORAL_MIN_RUN,
     SPLIT_BLOCKS,
     backward_schedule,
@@ -231,61 +229,6 @@ def test_short_planes_of_doubles_that_lie_apart_are_copied_together() -> None:
         t: forward_schedule(layout, dtypes(layout, t), MODELS["zen5"]).path for t in (F32, F64)
     }
     assert found == {F32: "pipelined" if layout.dims[2] == 1 else "items", F64: "gathered"}
-
-
-def batch(size: int, *, channels_last: bool = False, weight: str = "-w-", **more: bool) -> Layout:
-    return walk((8, 64, size), "rkr", channels_last=channels_last, weight=weight, **more)
-
-
-BACK = {"y": False, "dy": True, "dx": True}
-
-
-@pytest.mark.parametrize(
-    ("layout", "columns", "neighbours"),
-    [
-        # a group's planes follow one another
-        (group((8, 64, 1, 2), 8), False, 1),
-        (group((8, 64, 7, 7), 8, **BACK), False, 1),
-        # those of other channels lie between a channel's
-        (batch(MIN_RUN - 1), True, MIN_RUN - 1),
-        (batch(MIN_RUN), False, 1),
-        (batch(BACKWARD_MIN_RUN - 1, **BACK), True, BACKWARD_MIN_RUN - 1),
-        (batch(BACKWARD_MIN_RUN, **BACK), False, 1),
-        # all channels are one row
-        (batch(49, weight=""), True, 49),
-        (batch(49, weight="", **BACK), True, 49),
-        (batch(49, channels_last=True), True, 1),
-    ],
-)
-def test_short_planes(layout: Layout, columns: bool, neighbours: int) -> None:
-    """Which are walked along, and which are columns."""
-    assert (layout.columns, layout.neighbours) == (columns, neighbours)
-
-
-def test_short_planes_of_doubles_are_walked_along() -> None:
-    strides = {"x": (64 * 49, 49, 1), "y": (64 * 49, 49, 1), "weight": (0, 1, 0)}
-    strides |= {"stats": (0, 1, 0)}
-    found = {}
-    for size in (4, 8):
-        operands = [
-            (name, (8, 64, 49), tuple(size * step for step in own), size)
-            for name, own in strides.items()
-        ]
-        layout = describe(tuple(operands), (True, False, True))
-        assert layout is not None
-        found[size] = layout.columns
-    assert found == {4: True, 8: False}
-
-
-def test_two_axes_of_short_planes_are_columns() -> None:
-    """Runs have room for one."""
-    x = (4000, 1000, 200, 1)
-    layout = laid_out(
-        (2, 3, 4, 49), (False, True, True, True), {"x": x, "y": x, "stats": (1, 0, 0, 0)}
-    )
-    assert layout is not None
-    assert layout.columns
-    assert layout.dims == (1, 2, 3, 4, 49)
 
 
 @pytest.mark.parametrize(

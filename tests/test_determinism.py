@@ -994,3 +994,22 @@ def test_gradients_of_weights_beside_groups_out_of_range(
     for gradients in found[1:]:
         for a, b in zip(gradients, found[0], strict=True):
             assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("shape", [(2, 64, 3, 3), (2, 64, 7, 7), (8, 960, 4, 4), (2, 64, 8, 8)])
+@pytest.mark.parametrize("dtype", [F32, F64], ids=named)
+def test_short_planes_between_which_samples_lie(dtype: Any, shape: tuple[int, ...]) -> None:
+    """A group's planes apart: whatever else lies in another order, the sums are taken in one."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(shape).astype(dtype).swapaxes(0, 1).copy().swapaxes(0, 1)
+    bias = rng.standard_normal(shape[:2]).astype(dtype)
+    out = np.empty(shape, dtype)
+    assert_same_bits(fn.group_norm(x, 32, bias=bias, out=out), fn.group_norm(x, 32, bias=bias))
+    one = rng.standard_normal((1, *shape[1:])).astype(dtype)
+    every = np.broadcast_to(one, shape)
+    y = fn.group_norm(x, 32, residual=every)
+    assert_same_bits(y[:1], fn.group_norm(x[:1], 32, residual=one))
+    _, *stats = fn.group_norm(x, 32, return_stats=True)
+    dx = fn.group_norm_backward(every, x, *stats, 32)[0]
+    alone = fn.group_norm_backward(one, x[:1], *[s[:1] for s in stats], 32)[0]
+    assert_same_bits(dx[:1], alone)

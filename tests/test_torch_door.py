@@ -388,6 +388,38 @@ def test_batch_norm_gradients_survive_later_steps() -> None:
         assert (g - 1 / np.sqrt(1 + 1e-5)).abs().max() < 1e-12
 
 
+def test_gradients_to_be_differentiated_have_the_epsilon_of_x() -> None:
+    """That of float32 where eps is None, though they are computed in float64."""
+    x, dy = torch.full((2, 8), 1e-4).requires_grad_(), torch.arange(16.0).reshape(2, 8)
+    rstd = np.full((2, 1), (1e-8 + np.finfo(F32).eps) ** -0.5)
+    exact = fn.rms_norm_backward(array(dy).astype(F64), array(x).astype(F64), rstd, 8)[0]
+    for again in (False, True):
+        (dx,) = torch.autograd.grad(fnt.rms_norm(x, 8), x, dy, create_graph=again)
+        np.testing.assert_allclose(array(dx), exact, rtol=1e-5)
+
+
+def test_a_mode_sees_the_operators_of_a_gradient() -> None:
+    """One entered before backward only: the kernels would pass it by."""
+    seen = []
+
+    class Mode(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    for norm in (lambda x: fnt.layer_norm(x, 8), lambda x: fnt.batch_norm(x, training=True)):
+        x, dy = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8)
+        right = torch.autograd.grad(norm(x), x, dy)[0]
+        y = norm(x)
+        seen.clear()
+        with Mode():
+            (dx,) = torch.autograd.grad(y, x, dy)
+        assert len(seen) > 5
+        torch.testing.assert_close(dx, right)
+
+
 # --- What surrounds a call ------------------------------------------------------------------------
 
 

@@ -235,19 +235,21 @@ cdef class PlainCalls:
     """The calls of one function whose tensors are plain, of a kind that was described before."""
 
     cdef Exchange exchange
-    cdef object find_arrays, records, levels, size, tell_written
+    cdef object find_arrays, record, records, levels, size, tell_written
     cdef tuple questions, running   # the latter as places
     cdef Py_ssize_t out, moves, arguments
     cdef PyObject** kept            # of each argument, the array of the last call
 
-    def __cinit__(self, Exchange exchange not None, find, *, tuple questions, records, levels, size,
-                 written, Py_ssize_t out, tuple running, Py_ssize_t moves, Py_ssize_t arguments):
+    def __cinit__(self, Exchange exchange not None, find, record, *, tuple questions, records,
+                 levels, size, written, Py_ssize_t out, tuple running, Py_ssize_t moves,
+                 Py_ssize_t arguments):
         """`find` answers calls of arrays, or gives None.
 
-        Where one of `questions` is answered with yes, or `levels` are of dual numbers, no call is;
-        nor, while it `records`, one of a tensor that requires a gradient. A tuple of type `size` is
-        taken as a tuple. `written` is told of tensors that were: those at `out` and, where what is
-        at `moves` is true, at `running`; -1 is nowhere. Calls have so many `arguments`.
+        Where one of `questions` is answered with yes, or `levels` are of dual numbers, no call is.
+        While it `records`, `record`, if any, answers one of a tensor that requires a gradient. A
+        tuple of type `size` is taken as a tuple. `written` is told of tensors that were: those at
+        `out` and, where what is at `moves` is true, at `running`; -1 is nowhere. Calls have so many
+        `arguments`.
         """
         cdef Py_ssize_t i
         self.kept = <PyObject**>PyMem_Malloc(arguments * sizeof(PyObject*))
@@ -256,7 +258,8 @@ cdef class PlainCalls:
         for i in range(arguments):
             self.kept[i] = NULL
         self.arguments = arguments
-        self.exchange, self.find_arrays, self.tell_written = exchange, find, written
+        self.exchange, self.tell_written = exchange, written
+        self.find_arrays, self.record = find, record
         self.questions, self.records, self.levels, self.size = questions, records, levels, size
         self.out, self.running, self.moves = out, running, moves
 
@@ -269,6 +272,7 @@ cdef class PlainCalls:
     def find(self, tuple given):
         """The result of a call, all its arguments in their order; None where it has to be seen."""
         cdef Py_ssize_t i, n = self.arguments
+        cdef bint recording, recorded
         if len(given) != n:
             raise TypeError(f"find got {len(given)} arguments, expected {n}")
         if not self.exchange.is_its(given[0]):
@@ -278,13 +282,12 @@ cdef class PlainCalls:
                 return None
         if self.levels._current_level >= 0:
             return None
-        recording = self.records()
+        recording, recorded = bool(self.records()), False
         call = PyTuple_New(n)
         for i in range(n):
             value = given[i]
             if self.exchange.is_its(value):
-                if recording and value.requires_grad:
-                    return None
+                recorded = recorded or (recording and value.requires_grad)
                 value = self.exchange.lent(value, &self.kept[i])
                 if value is None:
                     return None
@@ -292,6 +295,9 @@ cdef class PlainCalls:
                 value = tuple(value)
             Py_INCREF(value)
             PyTuple_SET_ITEM(call, i, value)
+        if recorded:
+            call = None     # its arrays are free for the calls behind this one
+            return None if self.record is None else self.record(given)
         found = self.find_arrays(call)
         if found is None:
             return None

@@ -21,11 +21,9 @@ from fastnorm.torch.tensors import (
     PLAIN,
     argument_names,
     compiling,
-    finder,
     is_plain,
     tensor_of,
     transformed,
-    written,
 )
 
 # What has gradients; the others are of the numbers alone.
@@ -33,17 +31,17 @@ _DIFFERENTIABLE = frozenset(op.name for op in OPERATIONS)
 
 # Plain tensors that need no gradient go to the cache of fastnorm's function at once.
 _SOURCE = """\
-def make(find, describe, function, compiling):
+def make(find, describe, kernels, compiling):
     def {name}({signature}):
         found = None if compiling() else find(({given},))
-        return describe(function, dict({named})) if found is None else found
+        return describe(kernels, dict({named})) if found is None else found
     return {name}
 """
 
 
-def _describe(function: Callable[..., Any], named: dict[str, Any]) -> Any:
+def _describe(kernels: gradients.Kernels, named: dict[str, Any]) -> Any:
     """Answer any call: by the kernels, recorded or not, or by PyTorch."""
-    name = function.__name__
+    name = kernels.name
     # a torch.Size is a tuple for the cache of calls only as such
     named = {
         key: tuple(value) if type(value) is torch.Size else value for key, value in named.items()
@@ -55,9 +53,10 @@ def _describe(function: Callable[..., Any], named: dict[str, Any]) -> Any:
             f"{name} of fastnorm.torch got {shown(first)}, expected a torch.Tensor; write "
             f"fastnorm.{name} for arrays, or torch.as_tensor(...)"
         )
-    _check_running(named)
     seen = transformed()
-    if seen or not all(map(is_plain, tensors)):
+    plain = not seen and all(map(is_plain, tensors))
+    gradients.check_moved(named, plain)
+    if not plain:
         if first.is_cpu and not seen:
             for key, value in named.items():
                 if isinstance(value, Tensor) and not value.is_cpu:
@@ -73,43 +72,12 @@ def _describe(function: Callable[..., Any], named: dict[str, Any]) -> Any:
             key: read(value, key) if isinstance(value, Tensor) else value
             for key, value in named.items()
         }
-        return tensor_of(function(**arrays))
-    for key in ("out", *gradients.RUNNING):
-        if isinstance(named.get(key), Tensor) and (key == "out" or formulas.of_x(named)):
-            _check_written(named[key], key)
+        return tensor_of(kernels.function(**arrays))
+    if isinstance(named.get("out"), Tensor):
+        gradients.check_written(named["out"], "out")
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return gradients.recorded(function, named)
-    out = named.get("out")
-    result = tensor_of(function(**gradients.arrays_of(named)))
-    if formulas.of_x(named):
-        written(*[named.get(key) for key in gradients.RUNNING])
-    if out is None:
-        return result
-    written(out)
-    return (out, *result[1:]) if isinstance(result, tuple) else out
-
-
-def _check_running(named: dict[str, Any]) -> None:
-    """Refuse running statistics whose gradient would be lost."""
-    for key in gradients.RUNNING:
-        value = named.get(key)
-        if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{key} requires a gradient, expected one that does not: none is computed of it; "
-                f"write {key}.detach()"
-            )
-
-
-def _check_written(tensor: Tensor, name: str) -> None:
-    """Refuse memory that cannot hold what would be written."""
-    wrong = "negates" if tensor.is_neg() else ""
-    if any(step == 0 and n > 1 for step, n in zip(tensor.stride(), tensor.shape)):
-        wrong = "repeats its elements"
-    if wrong:
-        raise ValueError(
-            f"{name} is a view that {wrong}, expected plain memory to write to; write "
-            f"{name}.clone(memory_format=torch.contiguous_format)"
-        )
+        return gradients.recorded(kernels, named)
+    return kernels(tuple(named.values()))
 
 
 def _of_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -127,10 +95,10 @@ def _of_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)  # for tracebacks
     made: dict[str, Any] = {}
     exec(compile(source, file, "exec"), made)
-    find = finder(function, gradients.RUNNING)
-    of_tensors: Callable[..., Any] = made["make"](find, _describe, function, compiling)
+    kernels = gradients.Kernels(function)
+    of_tensors: Callable[..., Any] = made["make"](kernels.find, _describe, kernels, compiling)
     for kind in PLAIN:
-        QUICK.setdefault(kind, {})[name] = find  # of fastnorm.layer_norm(tensor), too
+        QUICK.setdefault(kind, {})[name] = kernels.find  # of fastnorm.layer_norm(tensor), too
     for attribute in ("__defaults__", "__kwdefaults__"):
         setattr(of_tensors, attribute, getattr(function, attribute))
     of_tensors.__qualname__ = name

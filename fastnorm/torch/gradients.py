@@ -7,19 +7,20 @@ those of the formula in PyTorch's operators (formulas.py), in float64.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import fastnorm.backward
-import fastnorm.elementwise
 from fastnorm.arguments import check_flag, same_shape
 from fastnorm.operations import OPERATIONS
 from fastnorm.torch import formulas, operands
 from fastnorm.torch.tensors import (
+    PLAIN,
     argument_names,
     array_of,
+    finder,
     is_batched,
     tensor_of,
     transformed,
@@ -36,6 +37,9 @@ RUNNING = ("running_mean", "running_var")
 # What is added to the result, and what gradients do not depend on either.
 ADDED = ("bias", "residual")
 
+# What is an array to the kernels; anything else is an option.
+_ARRAYS = operands.OPERANDS | {*RUNNING, "dy", "mean", "rstd"}
+
 # The gradients of activations that the result tells the slope of: the kernels' pass includes them,
 # and nothing else is kept. Of others autograd keeps what the norm gives.
 _CLIPPED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -43,26 +47,99 @@ _CLIPPED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "relu6": lambda dy, y: torch.ops.aten.hardtanh_backward(dy, y, 0, 6),
 }
 
-_BACKWARD = {
-    name.removesuffix("_backward"): getattr(module, name)
-    for module in (fastnorm.backward, fastnorm.elementwise)
-    for name in module.__all__
-    if name.endswith("_backward")
-}
-_TAKEN = {name: frozenset(argument_names(f)) for name, f in _BACKWARD.items()}
+
+class Kernels:
+    """A function of arrays, called with tensors: of plain ones its cache is asked at once."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.name = function, function.__name__
+        self.names = argument_names(function)
+        parameters = signature(function).parameters.values()
+        self.defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        self.operands = [key for key in self.names if key in operands.OPERANDS]
+        self.moves = [key for key in RUNNING if key in self.names]
+        self.has_statistics = self.name in formulas.NORMS
+        self.find = finder(function, RUNNING, self._record if self.name in _TABLE else None)
+        KERNELS[self.name] = self
+
+    def __call__(self, call: tuple[Any, ...]) -> Any:
+        """The result, without gradients."""
+        found = self.find(call)
+        if found is not None:
+            return found
+        named = dict(zip(self.names, call))
+        found = tensor_of(self.function(**{key: _read(v, key) for key, v in named.items()}))
+        if self.moves and formulas.of_x(named):
+            written(*[named[key] for key in self.moves])
+        out = named.get("out")
+        if out is None:
+            return found
+        written(out)
+        return (out, *found[1:]) if isinstance(found, tuple) else out
+
+    def _record(self, call: tuple[Any, ...]) -> Any:
+        """The result of a call of plain tensors, one of which requires a gradient."""
+        named = dict(zip(self.names, call))
+        if self.moves:
+            check_moved(named)
+        if self.has_statistics and self._is_simple(named):
+            return _apply(self, named, *[named[key] for key in self.operands])
+        return recorded(self, named)
+
+    def _is_simple(self, named: Named) -> bool:
+        """Whether there is nothing to convert, refuse or do besides the norm itself."""
+        activation = named["activation"]
+        return (
+            (activation is None or (type(activation) is str and activation in _CLIPPED))
+            and named["out"] is None
+            and type(named["return_stats"]) is bool
+            and {type(named[key]) for key in self.operands} <= _TENSORS
+        )
 
 
-def arrays_of(named: Named) -> Named:
-    """A call's tensors as arrays; one in an option's place stays, for the checks to refuse."""
-    return {
-        key: array_of(value, key) if key in operands.OPERANDS or key in RUNNING else value
-        for key, value in named.items()
-    }
+# All of them, by name.
+KERNELS: dict[str, Kernels] = {}
+
+_TENSORS = PLAIN | {type(None)}
 
 
-def recorded(function: Callable[..., Any], named: Named) -> Any:
+def _read(value: Any, key: str) -> Any:
+    """A tensor as an array; one in an option's place stays, for the checks to refuse."""
+    return array_of(value, key) if key in _ARRAYS else value
+
+
+def check_moved(named: Named, plain: bool = True) -> None:
+    """Refuse running statistics whose gradient would be lost, or that cannot be written to."""
+    for key in RUNNING:
+        value = named.get(key)
+        if not isinstance(value, Tensor):
+            continue
+        if value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{key} requires a gradient, expected one that does not: none is computed of it; "
+                f"write {key}.detach()"
+            )
+        if plain and formulas.of_x(named):
+            check_written(value, key)
+
+
+def check_written(tensor: Tensor, name: str) -> None:
+    """Refuse memory that cannot hold what would be written."""
+    wrong = "negates" if tensor.is_neg() else ""
+    if 0 in tensor.stride() and any(
+        step == 0 and n > 1 for step, n in zip(tensor.stride(), tensor.shape)
+    ):
+        wrong = "repeats its elements"
+    if wrong:
+        raise ValueError(
+            f"{name} is a view that {wrong}, expected plain memory to write to; write "
+            f"{name}.clone(memory_format=torch.contiguous_format)"
+        )
+
+
+def recorded(kernels: Kernels, named: Named) -> Any:
     """Answer a call with the kernels, differentiable by every tensor that requires a gradient."""
-    name = function.__name__
+    name = kernels.name
     if named.get("out") is not None:
         raise ValueError(
             f"{name} got out= and a tensor that requires a gradient, expected one of the two; "
@@ -74,9 +151,9 @@ def recorded(function: Callable[..., Any], named: Named) -> Any:
         same_shape(array_of(named["residual"], "residual"), "residual", array_of(named["x"], "x"))
         x = operands.floats(named["x"], "x")
         total = (x + named["residual"]).to(x.dtype)
-        norm = getattr(fastnorm.functional, name.removeprefix("add_"))
-        rest = {key: value for key, value in named.items() if key not in ("x", "residual")}
-        return recorded(norm, {"x": total, "axis": None} | rest), total
+        norm = KERNELS[name.removeprefix("add_")]
+        named = norm.defaults | named | {"x": total, "residual": None}
+        return recorded(norm, {key: named[key] for key in norm.names}), total
     activation = named.get("activation")
     if activation is not None:
         formulas.activated(named["x"].new_empty(0), activation)  # is it one of PyTorch's?
@@ -84,62 +161,55 @@ def recorded(function: Callable[..., Any], named: Named) -> Any:
             activation = None  # the kernels' own
         else:
             named["activation"] = None
-    check_flag(named.get("return_stats", False), "return_stats")
-    if name == "rms_norm" and named["eps"] is None:
-        named["eps"] = formulas.machine_epsilon(named["x"])
-    names = [k for k, v in named.items() if isinstance(v, Tensor) and k in operands.OPERANDS]
-    options = {key: value for key, value in named.items() if key not in names}
-    y, *stats = _Recorded.apply(function, options, names, *[named[key] for key in names])
-    y = formulas.activated(y, activation)
-    return (y, *stats) if named.get("return_stats") else y
+    returned = check_flag(named.get("return_stats", False), "return_stats")
+    found = _Recorded.apply(kernels, named, *[named[key] for key in kernels.operands])
+    if not returned:
+        return formulas.activated(found, activation)
+    y, *stats = found
+    return formulas.activated(y, activation), *stats
 
 
 class _Recorded(torch.autograd.Function):
-    """(function, options, names of the tensors, tensors) -> y and its statistics, if there are."""
+    """(kernels, a call, its operands) -> y, and its statistics if they are asked for."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        function: Callable[..., Any],
-        options: Named,
-        names: Sequence[str],
-        *tensors: Tensor,
-    ) -> tuple[Tensor, ...]:
-        name = function.__name__
-        named = options | dict(zip(names, tensors))
-        arrays = arrays_of(named)
-        if name in formulas.NORMS:
-            arrays["return_stats"] = True
-            y, *stats = tensor_of(function(**arrays))
+    def forward(ctx: Any, kernels: Kernels, call: Named, *given: Any) -> Any:
+        named = call | dict(zip(kernels.operands, given))
+        if kernels.has_statistics:
+            y, *stats = kernels((*list(named.values())[:-1], True))  # return_stats is the last
         else:
-            y, stats = tensor_of(function(**arrays)), []
-        if formulas.of_x(named):
-            written(*[named.get(key) for key in RUNNING])
-        ctx.mark_non_differentiable(*stats)
+            y, stats = kernels(tuple(named.values())), []
+        kept = {key: t for key, t in zip(kernels.operands, given) if isinstance(t, Tensor)}
         ctx.set_materialize_grads(False)
-        kept = [t for key, t in zip(names, tensors) if key not in ADDED]
-        ctx.clipped = options.get("activation")
-        ctx.save_for_backward(*kept, *stats, *([y] if ctx.clipped else []))
-        ctx.like = {key: (t.shape, t.dtype) for key, t in zip(names, tensors)}
-        ctx.function, ctx.options, ctx.names = name, options, names
+        ctx.kernels, ctx.options = kernels, named | dict.fromkeys(kept)
+        added = {key: kept.pop(key) for key in ADDED if key in kept}
+        ctx.like = {key: (t.shape, t.dtype) for key, t in added.items()}
+        ctx.kept, ctx.clipped = list(kept), named.get("activation")
+        ctx.save_for_backward(*kept.values(), *stats, *([y] if ctx.clipped else []))
+        if not (stats and named["return_stats"]):
+            return y
+        ctx.mark_non_differentiable(*stats)
         return y, *stats
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        names = ctx.kernels.operands
         if dy is None:
-            return (None,) * (3 + len(ctx.names))
-        wanted = [key for key, w in zip(ctx.names, ctx.needs_input_grad[3:]) if w]
-        kept = [key for key in ctx.names if key not in ADDED]
+            return (None,) * (2 + len(names))
+        wanted = [key for key, w in zip(names, ctx.needs_input_grad[2:]) if w]
         saved = ctx.saved_tensors  # once: a checkpoint computes them when they are asked for
-        named = ctx.options | dict(zip(kept, saved))
-        named |= {key: None for key in ADDED if key in ctx.names}
-        stats = saved[len(kept) :]
+        named = ctx.options | dict(zip(ctx.kept, saved))
+        stats = saved[len(ctx.kept) :]
         if ctx.clipped:
             *stats, y = stats
             named["activation"], dy = None, _CLIPPED[ctx.clipped](dy, y)
-        call = _Call(ctx.function, named, stats, ctx.like)
+        call = _Call(ctx.kernels.name, named, stats, ctx.like)
         found = call.gradients(dy, wanted, differentiable=torch.is_grad_enabled())
-        return None, None, None, *[found.get(key) for key in ctx.names]
+        return None, None, *[found[key] if key in wanted else None for key in names]
+
+
+# Without what PyTorch's own does for tensors that outlived a transform: plain ones are none.
+_apply: Callable[..., Any] = super(torch.autograd.Function, _Recorded).apply
 
 
 class _Call:
@@ -150,13 +220,12 @@ class _Call:
 
     def gradients(self, dy: Tensor, wanted: Sequence[str], *, differentiable: bool) -> Named:
         """By name, and perhaps of others; `differentiable` ones if they are to be recorded."""
-        op, found = _TABLE[self.name], {}
+        found: Named | None = {}
         others = [key for key in wanted if key not in ADDED]
-        hidden = transformed() or is_batched(dy)
-        if others and (differentiable or hidden or not (op.stats or op.gradients)):
+        if others:
+            found = None if differentiable or is_batched(dy) else self._of_kernels(dy)
+        if found is None:
             found = self._of_formula(dy, others, differentiable)
-        elif others:
-            found = self._of_kernels(dy)
         if "residual" in wanted:
             found["residual"] = dy.to(self.like["residual"][1])
         if "bias" in wanted:
@@ -166,25 +235,33 @@ class _Call:
                 found["bias"] = self._of_bias(dy, differentiable)
         return found
 
-    def _of_kernels(self, dy: Tensor) -> Named:
+    def _of_kernels(self, dy: Tensor) -> Named | None:
+        """All of them; None without such a kernel, or where PyTorch has to see each operator."""
         name, named, stats = self.name, self.named, self.stats
         if name == "instance_norm" and not named["use_input_stats"]:
             name, named = "batch_norm", named | {"training": False}
             # every sample has those; without samples nothing is computed of them
             stats = [s[0] if len(s) else s.new_zeros(s.shape[1]) for s in stats]
-        op = _TABLE[name]
-        function = _BACKWARD[name]
-        takes = _TAKEN[name]
-        arrays = {key: array_of(value, key) for key, value in named.items() if key in takes}
-        arrays |= {key: array_of(value, key) for key, value in zip(op.stats, stats)}
+        kernels = KERNELS.get(f"{name}_backward")
+        if kernels is None:
+            return None
         if 0 in dy.stride():  # as of a sum: every call would make a copy and be described anew
             dy = dy.clone(memory_format=torch.contiguous_format)
-        found = tensor_of(function(dy=array_of(dy, "dy"), **arrays))
+        op = _TABLE[name]
+        named = named | dict(zip(op.stats, stats), dy=dy)
+        call = tuple([named[key] for key in kernels.names])
+        found = kernels.find(call)
+        if found is None:
+            if transformed():
+                return None
+            found = kernels(call)
         names = op.gradients or ("dx", "dweight", "dbias")
-        return {key.removeprefix("d"): value for key, value in zip(names, found)}
+        return {key[1:]: value for key, value in zip(names, found)}
 
     def _of_formula(self, dy: Tensor, wanted: Sequence[str], differentiable: bool) -> Named:
         name, named = self.name, self.named
+        if name == "rms_norm" and named["eps"] is None:
+            named = named | {"eps": formulas.machine_epsilon(named["x"])}
         with torch.enable_grad():
             # views: that operands share memory, or are one tensor, does not count here
             leaves = {

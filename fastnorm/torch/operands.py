@@ -25,13 +25,14 @@ OPERANDS = frozenset(
 
 def with_tensors(named: Named) -> Named:
     """A call whose weights and other operands are tensors, where they came as numbers or arrays."""
-    return named | {
+    others = {
         key: _tensor(value, key)
         for key, value in named.items()
-        if key in OPERANDS and value is not None and not isinstance(value, Tensor)
+        if value is not None and key in OPERANDS and not isinstance(value, Tensor)
         # a number is none in a formula, and an `out` that is no tensor is refused
         if key != "out" and not (key in ("alpha", "shift") and isinstance(value, int | float))
     }
+    return named | others if others else named
 
 
 def _tensor(value: Any, key: str) -> Tensor:

@@ -111,8 +111,15 @@ _module = _core.exchange()
 _exchange = _table(_module)
 
 
-def finder(function: Any, running: tuple[str, ...]) -> Callable[[tuple[Any, ...]], Any]:
-    """What answers calls of a function of arrays that have nothing but plain tensors, or None."""
+def finder(
+    function: Any,
+    running: tuple[str, ...],
+    record: Callable[[tuple[Any, ...]], Any] | None = None,
+) -> Callable[[tuple[Any, ...]], Any]:
+    """What answers calls of a function of arrays that have nothing but plain tensors, or None.
+
+    `record` answers those of which one requires a gradient, if any.
+    """
     names = argument_names(function)
     if _module is None or _exchange is None or function.find is None:
         return lambda call: None
@@ -120,6 +127,7 @@ def finder(function: Any, running: tuple[str, ...]) -> Callable[[tuple[Any, ...]
     found: Callable[[tuple[Any, ...]], Any] = _module.PlainCalls(
         _exchange,
         function.find,
+        record,
         questions=_QUESTIONS,
         records=torch.is_grad_enabled,
         levels=forward_ad,

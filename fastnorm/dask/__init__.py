@@ -44,7 +44,7 @@ from fastnorm.dask.chunks import (
     scales_by,
 )
 from fastnorm.dask.gradients import channel_gradients, row_gradients
-from fastnorm.moments import Scales, mean_of, normalised_by, scales_of, var_of
+from fastnorm.fields import Scales, mean_of, normalised_by, scales_of, var_of
 from fastnorm.moments import moments as moments_of_arrays
 from fastnorm.moments import standardize as standardize_arrays
 

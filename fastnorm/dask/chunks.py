@@ -15,8 +15,8 @@ from dask.base import tokenize
 from dask.graph_manipulation import bind
 
 from fastnorm import arguments
-from fastnorm.moments import FIELDS, Scales, merge, scales_of
-from fastnorm.moments import fields_of as fields_of_chunk
+from fastnorm.fields import FIELDS, Scales, merge, scales_of
+from fastnorm.fields import fields_of as fields_of_chunk
 
 # Chunks that share a statistic, at most, that are kept in memory from the first to the second use.
 KEPT = 16

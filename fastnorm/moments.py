@@ -362,10 +362,7 @@ class Moments:
             raise TypeError(
                 f"comm is {shown(comm)}, expected a communicator of mpi4py; write MPI.COMM_WORLD"
             )
-        total = Moments(self._axis)
-        for part in comm.allgather(self):
-            total.merge(part)
-        return total
+        return sum(comm.allgather(self), Moments(self._axis))
 
     # --- Results out ------------------------------------------------------------------------------
 

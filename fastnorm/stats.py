@@ -7,9 +7,7 @@ files: the result does not depend on how many workers there were. `_files` finds
 
 from __future__ import annotations
 
-import functools
 import itertools
-import operator
 import signal
 import warnings
 from collections import deque
@@ -56,8 +54,7 @@ class Found:
     @property
     def total(self) -> fn.Moments:
         """Of all groups."""
-        every = list(self.moments.values())
-        return functools.reduce(operator.add, every) if every else fn.Moments()
+        return sum(self.moments.values(), fn.Moments())
 
     def take(self, other: Found) -> None:
         """Take in what has been found in other parts."""

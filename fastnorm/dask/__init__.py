@@ -154,17 +154,14 @@ def _statistics_of(found: Any, shape: tuple[int, ...]) -> Any:
 
 def _check_running(mean: Any, var: Any, channels: int, *, updated: bool) -> None:
     for name, value in (("running_mean", mean), ("running_var", var)):
-        if value is None:
-            continue
-        if updated and not isinstance(value, da.Array):
+        if updated and value is not None and not isinstance(value, da.Array):
             raise TypeError(
                 f"{name} is a {type(value).__name__}, and x a Dask array: a lazy call cannot "
                 f"update it; write da.from_array({name}), which is updated lazily, or "
                 "return_stats=True and update it from the computed statistics"
             )
-        like = np.empty(value.shape, value.dtype) if isinstance(value, da.Array) else value
-        first, second = (like, None) if name == "running_mean" else (None, like)
-        arguments.check_running(first, second, channels, written=False)
+    mean, var = (np.empty(s.shape, s.dtype) if isinstance(s, da.Array) else s for s in (mean, var))
+    arguments.check_running(mean, var, channels, written=False)
 
 
 def _update(

@@ -154,10 +154,7 @@ def _ignore_interrupts() -> None:
 def executor(workers: int, scheduler: str | None) -> Iterator[Executor | None]:
     """What runs tasks: a Dask cluster, processes, or (None) this process.
 
-    Raises
-    ------
-    CannotUse
-        If there is no scheduler at that address.
+    Raise CannotUse if there is no scheduler at that address.
     """
     if scheduler is not None:
         from distributed import Client
@@ -232,13 +229,8 @@ def files_of(
 ) -> tuple[Files, list[tuple[str, str]]]:
     """Find the files; return them, and what is named like one and cannot be read, and why.
 
-    Raises
-    ------
-    CannotUse
-        For paths that are of no use; see `Files`.
-    CannotRead
-        For a folder that cannot be listed, a pipe or a device that is named like an image, and so
-        on, unless `skip_bad`.
+    Raise CannotUse for paths that are of no use (see `Files`); and unless `skip_bad` CannotRead for
+    a folder that cannot be listed, a pipe or a device that is named like an image, and so on.
     """
     bad: list[tuple[str, str]] = []
     return Files(paths, _noting(bad, skip_bad)), bad
@@ -271,12 +263,8 @@ def collect(
 
     `begin` is told how many parts there are and what they are, `advance` how many are done more.
 
-    Raises
-    ------
-    CannotUse
-        For options that do not fit what is there, or a cluster that does not answer.
-    CannotRead
-        For a file that cannot be read, unless `skip_bad`.
+    Raise CannotUse for options that do not fit what is there, or a cluster that does not answer;
+    and unless `skip_bad` CannotRead for a file that cannot be read.
     """
     found, begun = Found(), False
     bad = _noting(found.bad, skip_bad)

@@ -26,7 +26,7 @@ RATIOS = {"zlib": 1032, "gzip": 1032, "lzf": 88}
 
 @dataclass
 class Packing:
-    """How the chunks of a Zarr array are packed: what is undone first."""
+    """How the chunks of an array are packed: what is undone first."""
 
     unpacked: int  # bytes that a chunk unpacks to
     name: str = ""  # none: they are not packed

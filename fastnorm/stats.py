@@ -7,9 +7,7 @@ files: the result does not depend on how many workers there were. `_files` finds
 
 from __future__ import annotations
 
-import functools
 import itertools
-import operator
 import signal
 import warnings
 from collections import deque
@@ -56,8 +54,7 @@ class Found:
     @property
     def total(self) -> fn.Moments:
         """Of all groups."""
-        every = list(self.moments.values())
-        return functools.reduce(operator.add, every) if every else fn.Moments()
+        return sum(self.moments.values(), fn.Moments())
 
     def take(self, other: Found) -> None:
         """Take in what has been found in other parts."""
@@ -90,9 +87,7 @@ def work(task: Sequence[Part], options: Options) -> Found:
 def _found_in(part: Part, options: Options) -> Found:
     found = Found(parts=1)
     for block in blocks_of(part, options):
-        if not options.number_kind:
-            options = _like(part, block, options)
-        _check_like(part, block, options)
+        options = _alike(part, block, options)
         left_out = block.left_out(options)
         where = None if left_out is None else ~left_out
         array = as_numbers(block.numbers(), part.key or "this")
@@ -116,26 +111,19 @@ def _axes(part: Part, block: Block, options: Options) -> tuple[int, ...]:
     return axes_of(block.array.ndim, block.array.shape, replace(options, axis=axis), part.path)
 
 
-def _kept(part: Part, block: Block, options: Options) -> tuple[int, ...]:
-    axes = _axes(part, block, options)
+def _alike(part: Part, block: Block, options: Options) -> Options:
+    """Return options that hold all that follows to what the first block is.
+
+    Refuse numbers that do not belong with those of that.
+    """
+    axes, image = _axes(part, block, options), part.kind == "image"
     kept = tuple(n for axis, n in enumerate(block.array.shape) if axis not in axes)
     check_statistics(kept)
-    return kept
-
-
-def _like(part: Part, block: Block, options: Options) -> Options:
-    """Return options that hold all that follows to what this block is."""
-    return replace(
-        options, shape=_kept(part, block, options), number_kind=block.number_kind, first=part.path
-    )
-
-
-def _check_like(part: Part, block: Block, options: Options) -> None:
-    """Refuse numbers that do not belong with those of the first file."""
-    kept, image = _kept(part, block, options), part.kind == "image"
     ours, theirs = block.number_kind, options.number_kind
+    if not theirs:
+        return replace(options, shape=kept, number_kind=ours, first=part.path)
     if (kept, ours) == (options.shape, theirs):
-        return
+        return options
     first = options.first if options.first != part.path else "another page of it"
     can = options.mode is None and {ours.split()[0], theirs.split()[0]} == {"uint8"}
     advice = "write --mode RGB to convert them all" if image and can else "give them separately"
@@ -166,10 +154,7 @@ def _ignore_interrupts() -> None:
 def executor(workers: int, scheduler: str | None) -> Iterator[Executor | None]:
     """What runs tasks: a Dask cluster, processes, or (None) this process.
 
-    Raises
-    ------
-    CannotUse
-        If there is no scheduler at that address.
+    Raise CannotUse if there is no scheduler at that address.
     """
     if scheduler is not None:
         from distributed import Client
@@ -244,22 +229,22 @@ def files_of(
 ) -> tuple[Files, list[tuple[str, str]]]:
     """Find the files; return them, and what is named like one and cannot be read, and why.
 
-    Raises
-    ------
-    CannotUse
-        For paths that are of no use; see `Files`.
-    CannotRead
-        For a folder that cannot be listed, a pipe or a device that is named like an image, and so
-        on, unless `skip_bad`.
+    Raise CannotUse for paths that are of no use (see `Files`); and unless `skip_bad` CannotRead for
+    a folder that cannot be listed, a pipe or a device that is named like an image, and so on.
     """
     bad: list[tuple[str, str]] = []
+    return Files(paths, _noting(bad, skip_bad)), bad
+
+
+def _noting(bad: list[tuple[str, str]], skip_bad: bool) -> Callable[[str, str], None]:
+    """Return what is told of a file that cannot be read, and notes it or raises."""
 
     def note(path: str, reason: str) -> None:
         if not skip_bad:
             raise CannotRead(path, reason)
         bad.append((path, reason))
 
-    return Files(paths, note), bad
+    return note
 
 
 def collect(
@@ -278,20 +263,11 @@ def collect(
 
     `begin` is told how many parts there are and what they are, `advance` how many are done more.
 
-    Raises
-    ------
-    CannotUse
-        For options that do not fit what is there, or a cluster that does not answer.
-    CannotRead
-        For a file that cannot be read, unless `skip_bad`.
+    Raise CannotUse for options that do not fit what is there, or a cluster that does not answer;
+    and unless `skip_bad` CannotRead for a file that cannot be read.
     """
     found, begun = Found(), False
-
-    def bad(path: str, reason: str) -> None:
-        if not skip_bad:
-            raise CannotRead(path, reason)
-        found.bad.append((path, reason))
-
+    bad = _noting(found.bad, skip_bad)
     images = {kind == "image" for _, kind in files}
     if key and False not in images:
         raise CannotUse("--key names an array in a file of several, and these are images")
@@ -346,7 +322,7 @@ def _with_first(sources: Sequence[Source], options: Options) -> Options:
         for part in itertools.islice(source.parts(), 1):
             try:
                 block = next(blocks_of(part, options))
-                return _like(part, block, options)
+                return _alike(part, block, options)
             except Exception:  # said when it is read as a whole
                 continue
     return options

@@ -399,6 +399,8 @@ def test_errors_come_at_once() -> None:
         ),
         (lambda: fn.layer_norm(x, 5, out=np.empty(3)), TypeError, "lazy"),
         (lambda: fn.layer_norm(x, 5, eps=-1), ValueError, "eps"),
+        (lambda: fn.layer_norm(x, 5, da.ones(5, dtype=complex)), TypeError, "weight has dtype"),
+        (lambda: fn.layer_norm(x, 5, residual=x.astype(complex)), TypeError, "residual has dtype"),
         (lambda: fn.layer_norm(x, 5, activation="tahn"), ValueError, "activation"),
         (lambda: fn.layer_norm(x, 5, where=np.ones(4)), TypeError, "where has dtype"),
         (lambda: fn.instance_norm(x, residual=np.ones(3)), ValueError, "residual has shape"),

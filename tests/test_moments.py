@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import fastnorm as fn
 from fastnorm import backends, dispatch
-from fastnorm.moments import fields_of, merge
+from fastnorm.fields import fields_of, merge
 
 from .helpers import (
     BACKENDS,

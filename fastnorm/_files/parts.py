@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -20,6 +21,8 @@ Array: TypeAlias = NDArray[Any]
 BLOCK = 8 << 20
 # What is read at once where they cannot: a chunk of a file, a row, an image for --axis.
 MOST = 1 << 30
+# What a chunk takes, at least: to find it, and to say where it is.
+CHUNK = 1 << 13
 # An array of so many bytes of which so small a share is stored is taken for a mistake or a trap:
 # reading it would take long, and find nothing but the fill value.
 GIANT, SHARE = 1 << 36, 1000
@@ -66,6 +69,48 @@ def indices(cuts: tuple[tuple[int, int], ...]) -> Iterator[tuple[slice, ...]]:
     """Return the blocks of an array, of each of whose axes the length and the step are given."""
     pieces = [[slice(i, min(i + step, n)) for i in range(0, n, step)] for n, step in cuts]
     return itertools.product(*pieces)
+
+
+@dataclass
+class Stored:
+    """An array in a file: what is known of it before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    chunks: tuple[int, ...] | None = None
+    attributes: dict[str, Any] | None = None
+
+    def cost(self, block: Iterable[int]) -> int:
+        """How many bytes a block of this shape takes, in whole chunks, the smallest ones too."""
+        block = tuple(block)
+        if self.chunks is None:
+            return math.prod(block) * self.dtype.itemsize
+        count = math.prod(-(-n // step) for n, step in zip(block, self.chunks))
+        return count * max(math.prod(self.chunks) * self.dtype.itemsize, CHUNK)
+
+
+class ArrayFile(ABC):
+    """A file of arrays."""
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """What its arrays are called."""
+
+    @abstractmethod
+    def describe(self, key: str) -> Stored:
+        """Shape, dtype and what else is to be known of an array before it is read."""
+
+    @abstractmethod
+    def stored(self, key: str) -> int:
+        """How many bytes of the array there are."""
+
+    @abstractmethod
+    def read(self, key: str, index: tuple[slice, ...], axes: tuple[int, ...]) -> Iterator[Array]:
+        """Numbers of an array in pieces, of which none is large; `axes` are those reduced."""
+
+    def linked(self) -> str:
+        """What to say of arrays that are in other files; nothing where there can be none."""
+        return ""
 
 
 @dataclass(frozen=True)

@@ -14,20 +14,21 @@ from fastnorm._files.names import escaped
 
 def summary(moments: Any, scale: float) -> dict[str, Any]:
     """Return count, mean, var and std of each channel, of numbers divided by `scale`."""
-    mean, var, std = map(np.asarray, _scaled(moments, scale))
+    mean, var, std = _scaled(moments, scale)
     return {"count": np.asarray(moments.count), "mean": mean, "var": var, "std": std}
 
 
 def _scaled(moments: Any, scale: float) -> tuple[Any, Any, Any]:
-    """Mean, variance and standard deviation of numbers divided by `scale`."""
+    """Mean, variance and standard deviation, as arrays, of numbers divided by `scale`."""
     with np.errstate(all="ignore"):
-        return moments.mean / scale, moments.var() / scale / scale, moments.std() / scale
+        mean, var, std = moments.mean / scale, moments.var() / scale / scale, moments.std() / scale
+    return np.asarray(mean), np.asarray(var), np.asarray(std)
 
 
 def not_finite_channels(moments: Any, scale: float) -> list[str]:
     """Say of each channel whose mean and variance are not finite numbers what is wrong."""
-    mean, var, _ = _scaled(moments, scale)
-    counts, means = np.asarray(moments.count), np.asarray(mean)
+    means, var, _ = _scaled(moments, scale)
+    counts = np.asarray(moments.count)
     wrong = ~(np.isfinite(means) & np.isfinite(var))
     lines = []
     for place in map(tuple, np.argwhere(wrong)):
@@ -61,7 +62,7 @@ def table(groups: Mapping[str, Any], total: Any, scale: float) -> Iterator[str]:
     def lines() -> Iterator[tuple[str, ...]]:
         yield ("folder", "channel", "count", "mean", "std")[first:]
         for name, moments in named:
-            mean, _, std = map(np.asarray, _scaled(moments, scale))
+            mean, _, std = _scaled(moments, scale)
             counts = np.asarray(moments.count)
             for place in np.ndindex(mean.shape):
                 numbers = f"{counts[place]:,}", f"{mean[place]:.9g}", f"{std[place]:.9g}"

@@ -128,6 +128,12 @@ def _size(page: Any) -> int:
     return int(bits) // 8
 
 
+def _extent(page: Any) -> tuple[tuple[int, int, int], int]:
+    """Return the shape of a page's numbers, and how many bytes they have."""
+    shape = (page.imagelength * page.imagedepth, page.imagewidth, page.samplesperpixel)
+    return shape, math.prod(shape) * page.dtype.itemsize
+
+
 def _is_plain(page: Any) -> bool:
     """Whether the page is read here, by strips and tiles."""
     return (
@@ -305,8 +311,7 @@ def _gathered(tiles: Iterator[Tile]) -> Iterator[Array]:
 
 def _whole(tiles: Iterator[Tile], page: Any) -> Iterator[Array]:
     """Put an image together: its rows or columns have statistics of their own."""
-    shape = (page.imagelength * page.imagedepth, page.imagewidth, page.samplesperpixel)
-    size = math.prod(shape) * page.dtype.itemsize
+    shape, size = _extent(page)
     if size > MOST:
         raise ValueError(
             f"with this --axis it is held as a whole, {size:,} bytes, more than {MOST:,}"
@@ -325,13 +330,13 @@ def _whole(tiles: Iterator[Tile], page: Any) -> Iterator[Array]:
 
 
 def _otherwise(path: str, page: Any, number: int, options: Options) -> Array:
-    size = page.parent.filehandle.size
-    if any(o + n > size for o, n in zip(page.dataoffsets, page.databytecounts)):
+    end = page.parent.filehandle.size
+    if any(o + n > end for o, n in zip(page.dataoffsets, page.databytecounts)):
         raise ValueError("it is cut short")
-    shape = (page.imagelength * page.imagedepth, page.imagewidth, page.samplesperpixel)
-    if math.prod(shape) * page.dtype.itemsize > 8 * options.max_pixels:
+    shape, size = _extent(page)
+    if size > 8 * options.max_pixels:
         raise ValueError(
-            f"it has {math.prod(shape) * page.dtype.itemsize:,} bytes, packed so that they are "
+            f"it has {size:,} bytes, packed so that they are "
             f"held as a whole, more than 8 for each of {options.max_pixels:,} pixels; --max-pixels"
         )
     if page.compression in (*NONE, PACKBITS) or find_spec("imagecodecs") is not None:

@@ -11,14 +11,42 @@ import lzma
 import struct
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from fastnorm._files.parts import MOST
 
+# What may come with a chunk besides its numbers: checksums, what a packing adds.
+SLACK = 1 << 16
 # What is counted at once.
 PIECE = 1 << 20
 # The most that a byte can become, where there is such a bound.
 RATIOS = {"zlib": 1032, "gzip": 1032, "lzf": 88}
+
+
+@dataclass
+class Packing:
+    """How the chunks of an array are packed: what is undone first."""
+
+    unpacked: int  # bytes that a chunk unpacks to
+    name: str = ""  # none: they are not packed
+    behind: int = 0  # bytes of checksums behind a chunk
+
+    @property
+    def largest(self) -> int:
+        """The most bytes that a chunk can be packed to by what finds nothing to leave out."""
+        return self.unpacked + self.unpacked // 64 + SLACK
+
+    def check_size(self, size: int) -> None:
+        """Refuse a chunk that is packed to more bytes than it can be."""
+        if size > self.largest:
+            raise ValueError(f"a chunk of it is packed to {size:,} bytes, more than its numbers")
+
+    def check(self, data: bytes) -> None:
+        """Refuse a chunk that would unpack to more than its numbers."""
+        self.check_size(len(data))
+        if self.name:
+            check_unpacks(data[: len(data) - self.behind], self.name, self.unpacked + SLACK)
 
 
 def check_unpacks(data: bytes, packing: str, most: int) -> None:

@@ -41,20 +41,11 @@ def kind_of(path: Path, is_folder: bool) -> str | None:
 
 
 class Files:
-    """Every file to be read and its kind, and what was passed over.
+    """Every file to be read and its kind, and what was passed over, in these files and folders.
 
-    Parameters
-    ----------
-    paths
-        Files and folders.
-    bad
-        Called with what is named like a file to be read and cannot be, and why.
-
-    Raises
-    ------
-    CannotUse
-        For a path that is empty, does not exist or is neither file nor folder, a file of an unknown
-        kind, or a folder without any known.
+    `bad` is called with what is named like a file to be read and cannot be, and why. Raise
+    CannotUse for a path that is empty, does not exist or is neither file nor folder, a file of an
+    unknown kind, or a folder without any known.
     """
 
     def __init__(self, paths: Sequence[str | Path], bad: Bad) -> None:

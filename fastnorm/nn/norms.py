@@ -29,7 +29,8 @@ from fastnorm.arguments import (
     whole_numbers,
 )
 from fastnorm.execution import Running, update_running
-from fastnorm.moments import FIELDS, Moments, Scales, fields_of, normalised_by, scales_of
+from fastnorm.fields import FIELDS, Scales, fields_of, normalised_by, scales_of
+from fastnorm.moments import Moments
 from fastnorm.nn.module import Module, check_room, parameter_type
 
 Saved = tuple[Any, ...]

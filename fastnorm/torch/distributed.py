@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastnorm.backward import batch_norm_backward
+from fastnorm.fields import fields_of, mean_of, merge, var_of
 from fastnorm.functional import batch_norm
-from fastnorm.moments import fields_of, mean_of, merge, var_of
 from fastnorm.torch.tensors import array_of, tensor_of
 
 

@@ -2,7 +2,9 @@
 
 Each function has the name, the argument order and the defaults of the public one, without ``out``,
 and a keyword-only ``dtype``: the precision it computes in and answers in (tests pass
-``np.longdouble``). Rounding to the dtype of ``x`` is the caller's.
+``np.longdouble``). Rounding to the dtype of ``x`` is the caller's. Lists and numbers are taken for
+arrays. What a function hands on as it is stands in ``**options``: `_channel_norm`, `layer_norm` and
+`normalize` say what that may be.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 Array: TypeAlias = NDArray[Any]
 Axis: TypeAlias = int | tuple[int, ...] | None
 Shape: TypeAlias = int | tuple[int, ...] | None
+Maybe: TypeAlias = Array | None
+Gradients: TypeAlias = tuple[Array, Array, Array]
 Activation: TypeAlias = str | Callable[[float], float] | None
 
 # NaN and infinity are ordinary data here, and a group of nothing has the mean 0/0: no warnings.
@@ -43,14 +47,18 @@ def _sum(values: Array, axis: Axis) -> Array:
     return total
 
 
-def _count(shape: tuple[int, ...], axis: Axis, where: ArrayLike | None) -> Array:
+def _inside(shape: tuple[int, ...], where: Maybe) -> Array:
+    """Which elements enter the statistics."""
+    return np.broadcast_to(True if where is None else np.asarray(where, bool), shape)
+
+
+def _count(shape: tuple[int, ...], axis: Axis, where: Maybe) -> Array:
     """How many elements enter each group's statistics."""
-    inside = np.broadcast_to(True if where is None else np.asarray(where, bool), shape)
-    return _sum(inside.astype(np.int64), axis)
+    return _sum(_inside(shape, where).astype(np.int64), axis)
 
 
 def _statistics(
-    x: Array, axis: Axis, where: ArrayLike | None, *, centred: bool = True, total: bool = False
+    x: Array, axis: Axis, where: Maybe, *, centred: bool = True, total: bool = False
 ) -> tuple[Array, Array, Array, Array]:
     """(hi, lo, var, std) of each group; hi + lo is the mean, to more digits than one number holds.
 
@@ -58,8 +66,7 @@ def _statistics(
     averaging them, so std is the Euclidean norm.
     """
     axes = _axes(axis, x.ndim)
-    inside = np.broadcast_to(True if where is None else np.asarray(where, bool), x.shape)
-    count = _count(x.shape, axes, where)
+    inside, count = _inside(x.shape, where), _count(x.shape, axes, where)
 
     def average(values: Array) -> Array:
         return _sum(np.where(inside, values, 0), axes) / count
@@ -94,7 +101,7 @@ def _statistics(
 
 @quiet
 def moments(
-    x: ArrayLike, axis: Axis, *, where: ArrayLike | None = None, dtype: DTypeLike = np.float64
+    x: Array, axis: Axis, *, where: Maybe = None, dtype: DTypeLike = np.float64
 ) -> tuple[Array, Array]:
     """Mean and biased variance of each group, the reduced axes kept as 1."""
     mean, _, var, _ = _statistics(np.asarray(x).astype(dtype), axis, where)
@@ -102,59 +109,59 @@ def moments(
 
 
 @quiet
-def norm(
-    x: ArrayLike, axis: Axis, *, where: ArrayLike | None = None, dtype: DTypeLike = np.float64
-) -> Array:
+def norm(x: Array, axis: Axis, *, where: Maybe = None, dtype: DTypeLike = np.float64) -> Array:
     """Euclidean norm of each group, the reduced axes kept as 1."""
     return _statistics(np.asarray(x).astype(dtype), axis, where, centred=False, total=True)[3]
 
 
 @quiet
 def normalize(
-    x: ArrayLike,
+    x: Array,
     axis: Axis,
-    weight: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
+    weight: Maybe = None,
+    bias: Maybe = None,
     eps: float = 1e-5,
     *,
     centred: bool = True,
-    where: ArrayLike | None = None,
-    residual: ArrayLike | None = None,
+    where: Maybe = None,
+    residual: Maybe = None,
     activation: Activation = None,
-    mean: ArrayLike | None = None,
-    var: ArrayLike | None = None,
+    given: tuple[ArrayLike, ArrayLike] | None = None,
     scale: str = "rstd",
     dtype: DTypeLike = np.float64,
-    return_rstd: bool = False,
-) -> tuple[Array, ...]:
-    """activation((x - mean) * rstd * weight + bias + residual) -> (y, mean, var), or with rstd too.
+) -> tuple[Array, Array, Array, Array]:
+    """activation((x - mean) * rstd * weight + bias + residual) -> (y, mean, var, rstd).
 
-    Statistics are taken over `axis` and kept as 1; `mean` and `var` given are used instead of them.
+    Statistics are taken over `axis` and kept as 1, or are the mean and variance that are `given`.
     `centred=False` leaves the mean at 0 (RMS). `scale="l2"` divides by max(norm, eps) instead, and
     var is then the sum of squares. A group with var + eps = 0 has rstd 0, so its y is exactly bias.
-    Ask for rstd rather than computing it from var: var leaves the range before its root does.
+    Take rstd rather than computing it from var: var leaves the range before its root does.
     Only x - mean itself has to be in range.
     """
     x = np.asarray(x).astype(dtype)
-    if mean is not None and var is not None:
-        hi, var_ = np.asarray(mean).astype(dtype), np.asarray(var).astype(dtype)
-        lo, std = np.zeros_like(hi), np.sqrt(var_)
+    if given is not None:
+        hi, var = (np.asarray(statistic).astype(dtype) for statistic in given)
+        lo, std = np.zeros_like(hi), np.sqrt(var)
     else:
         l2 = scale == "l2"
-        hi, lo, var_, std = _statistics(x, axis, where, centred=centred and not l2, total=l2)
+        hi, lo, var, std = _statistics(x, axis, where, centred=centred and not l2, total=l2)
 
     eps_ = x.dtype.type(eps)
     divisor = np.maximum(std, eps_) if scale == "l2" else np.hypot(std, np.sqrt(eps_))
     divisor = np.where(divisor == 0, np.inf, divisor)
     y = ((x - hi) - lo) / divisor  # in two steps: see hi and lo in _statistics
+    y = _affine(y, dtype, weight, bias, residual)
+    return activate(y, activation), hi, var, 1 / divisor
+
+
+def _affine(y: Array, dtype: DTypeLike, weight: Maybe, *terms: Maybe) -> Array:
+    """Y * weight + bias + residual, with what there is of them."""
     if weight is not None:
         y = y * np.asarray(weight).astype(dtype)
-    if bias is not None:
-        y = y + np.asarray(bias).astype(dtype)
-    if residual is not None:
-        y = y + np.asarray(residual).astype(dtype)
-    y = activate(y, activation)
-    return (y, hi, var_, 1 / divisor) if return_rstd else (y, hi, var_)
+    for term in terms:
+        if term is not None:
+            y = y + np.asarray(term).astype(dtype)
+    return y
 
 
 @quiet
@@ -237,21 +244,25 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_tanh": _gelu_tanh,
 }
 SQUASHES: dict[str, Callable[[Array], Array]] = {"tanh": np.tanh, "erf": _erf}
+_SLOPES: dict[str, Callable[[Array], Array]] = {
+    "tanh": lambda u: 1 / np.cosh(u) ** 2,
+    "erf": lambda u: 2 / np.sqrt(_pi(u.dtype)) * np.exp(-u * u),
+}
 IN_KERNELS = (*ACTIVATIONS, *SQUASHES)
 
 
 @quiet
 def normalize_backward(
-    dy: ArrayLike,
-    x: ArrayLike,
+    dy: Array,
+    x: Array,
     axis: Axis,
     mean: ArrayLike,
-    rstd: ArrayLike,
-    weight: ArrayLike | None = None,
+    rstd: Array,
+    weight: Maybe = None,
     *,
     centred: bool = True,
     training: bool = True,
-    where: ArrayLike | None = None,
+    where: Maybe = None,
     dtype: DTypeLike = np.float64,
 ) -> tuple[Array, Array, Array]:
     """(dx, dy * xhat, dy); the last two, summed over what weight and bias broadcast, are theirs.
@@ -262,8 +273,7 @@ def normalize_backward(
     normalised, so the sums are of all of them; only those `where` the statistics came from moved
     these: the averages divide by their number, and the brackets are theirs alone.
     """
-    x, dy = np.asarray(x).astype(dtype), np.asarray(dy).astype(dtype)
-    mean, rstd = np.asarray(mean).astype(dtype), np.asarray(rstd).astype(dtype)
+    dy, x, mean, rstd = (np.asarray(array).astype(dtype) for array in (dy, x, mean, rstd))
     xhat = (x - mean) * rstd
     g = dy if weight is None else dy * np.asarray(weight).astype(dtype)
     dx = g
@@ -299,7 +309,7 @@ def _layer_places(shape: tuple[int, ...], x: Array, axes: tuple[int, ...]) -> tu
     return tuple(range(x.ndim - len(shape), x.ndim))
 
 
-def _place(parameter: ArrayLike, places: tuple[int, ...], ndim: int) -> Array:
+def _place(parameter: Array, places: tuple[int, ...], ndim: int) -> Array:
     """The parameter as an array that broadcasts against x."""
     values = np.asarray(parameter)
     shape = [1] * ndim
@@ -319,7 +329,7 @@ def _collect(values: Array, places: tuple[int, ...], shape: tuple[int, ...]) -> 
 # --- Channel norms: x as (N, G, C/G, *positions) --------------------------------------------------
 
 
-def _split(array: ArrayLike, x: Array, groups: int, channel_axis: int) -> Array:
+def _split(array: Array, x: Array, groups: int, channel_axis: int) -> Array:
     """`array`, broadcast to x, as (N, G, C/G, *positions)."""
     moved = np.moveaxis(np.broadcast_to(np.asarray(array), x.shape), channel_axis, 1)
     n, c, *positions = moved.shape
@@ -337,55 +347,52 @@ def _split_axes(ndim: int, batch: bool) -> tuple[int, ...]:
 
 
 def _channel_norm(
-    x: ArrayLike,
+    x: Array,
     groups: int | None,
-    weight: ArrayLike | None,
-    bias: ArrayLike | None,
+    weight: Maybe,
+    bias: Maybe,
     eps: float,
-    channel_axis: int,
     *,
+    channel_axis: int = 1,
     batch: bool = False,
-    running: tuple[Array | None, Array | None] = (None, None),
+    running: tuple[Maybe, Maybe] = (None, None),
     use_input_stats: bool = True,
     momentum: float = 0.1,
-    where: ArrayLike | None = None,
-    residual: ArrayLike | None = None,
+    where: Maybe = None,
+    residual: Maybe = None,
     return_stats: bool = False,
-    **shared: Any,
+    **options: Any,
 ) -> Any:
     x = np.asarray(x)
     groups = x.shape[channel_axis] if groups is None else groups
     xs = _split(x, x, groups, channel_axis)
 
-    def split(array: ArrayLike | None) -> Array | None:
+    def split(array: Maybe) -> Maybe:
         return None if array is None else _split(array, x, groups, channel_axis)
 
-    def split_parameter(p: ArrayLike | None) -> Array | None:
-        if p is None:
-            return None
-        return split(_place(p, _channel_places(np.shape(p), x, channel_axis), x.ndim))
+    def placed(p: Maybe) -> Maybe:
+        return (
+            None if p is None else _place(p, _channel_places(np.shape(p), x, channel_axis), x.ndim)
+        )
 
-    mean = var = None
     if not use_input_stats:
         if running[0] is None or running[1] is None:
             raise ValueError("statistics that are not the input's: running_mean and running_var")
-        mean, var = (np.asarray(r).reshape(1, groups, *[1] * (xs.ndim - 2)) for r in running)
+        place = (1, groups, *[1] * (xs.ndim - 2))
+        options["given"] = tuple(np.asarray(r).reshape(place) for r in running)
     axes = _split_axes(xs.ndim, batch)
     where = split(where)
-    y, mean, var, rstd = normalize(
+    y, *statistics = normalize(
         xs,
         axes,
-        split_parameter(weight),
-        split_parameter(bias),
+        split(placed(weight)),
+        split(placed(bias)),
         eps,
         where=where,
         residual=split(residual),
-        mean=mean,
-        var=var,
-        return_rstd=True,
-        **shared,
+        **options,
     )
-    mean, var, rstd = (s.reshape(s.shape[:2]) for s in (mean, var, rstd))
+    mean, var, rstd = (s.reshape(s.shape[:2]) for s in statistics)
     if use_input_stats:
         count = _count(xs.shape, axes, where).reshape(mean.shape)
         _update(running[0], mean, count, momentum)
@@ -396,7 +403,7 @@ def _channel_norm(
     return (y, *stats) if return_stats else y
 
 
-def _update(running: Array | None, batch: Array, count: Array, momentum: float) -> None:
+def _update(running: Maybe, batch: Array, count: Array, momentum: float) -> None:
     """Move `running` to the samples' average statistic; what counted nothing changes nothing."""
     if running is None:
         return
@@ -406,27 +413,27 @@ def _update(running: Array | None, batch: Array, count: Array, momentum: float) 
 
 
 def _channel_norm_backward(
-    dy: ArrayLike,
-    x: ArrayLike,
-    mean: ArrayLike,
-    rstd: ArrayLike,
+    dy: Array,
+    x: Array,
+    mean: Array,
+    rstd: Array,
     groups: int | None,
-    weight: ArrayLike | None,
-    channel_axis: int,
+    weight: Maybe,
     *,
+    channel_axis: int = 1,
     batch: bool = False,
-    where: ArrayLike | None = None,
+    where: Maybe = None,
     **options: Any,
-) -> tuple[Array, Array, Array]:
+) -> Gradients:
     x = np.asarray(x)
     channels = x.shape[channel_axis]
     groups = channels if groups is None else groups
     weight = np.ones(channels) if weight is None else np.asarray(weight)
     places = _channel_places(weight.shape, x, channel_axis)
-    xs = _split(x, x, groups, channel_axis)
+    dys, xs, weights = (
+        _split(array, x, groups, channel_axis) for array in (dy, x, _place(weight, places, x.ndim))
+    )
     shape = (1 if batch else len(xs), groups) + (1,) * (xs.ndim - 2)
-    dys = _split(dy, x, groups, channel_axis)
-    weights = _split(_place(weight, places, x.ndim), x, groups, channel_axis)
     mean, rstd = np.reshape(mean, shape), np.reshape(rstd, shape)
     axes = _split_axes(xs.ndim, batch)
     if where is not None:
@@ -438,107 +445,81 @@ def _channel_norm_backward(
 
 @quiet
 def batch_norm(
-    x: ArrayLike,
-    running_mean: Array | None = None,
-    running_var: Array | None = None,
-    weight: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
+    x: Array,
+    running_mean: Maybe = None,
+    running_var: Maybe = None,
+    weight: Maybe = None,
+    bias: Maybe = None,
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-    *,
-    channel_axis: int = 1,
-    **shared: Any,
+    **options: Any,
 ) -> Any:
     """Each channel over samples and positions; if not training, by the running statistics."""
-    shared.update(batch=True, running=(running_mean, running_var), momentum=momentum)
-    return _channel_norm(
-        x, None, weight, bias, eps, channel_axis, use_input_stats=training, **shared
-    )
+    options |= {"running": (running_mean, running_var), "momentum": momentum}
+    options |= {"batch": True, "use_input_stats": training}
+    return _channel_norm(x, None, weight, bias, eps, **options)
 
 
 @quiet
 def batch_norm_backward(
-    dy: ArrayLike,
-    x: ArrayLike,
-    mean: ArrayLike,
-    rstd: ArrayLike,
-    weight: ArrayLike | None = None,
-    *,
-    training: bool = True,
-    channel_axis: int = 1,
-    **options: Any,
-) -> tuple[Array, Array, Array]:
+    dy: Array, x: Array, mean: Array, rstd: Array, weight: Maybe = None, **options: Any
+) -> Gradients:
     """dx, dweight, dbias."""
-    options.update(batch=True, training=training)
-    return _channel_norm_backward(dy, x, mean, rstd, None, weight, channel_axis, **options)
+    return _channel_norm_backward(dy, x, mean, rstd, None, weight, batch=True, **options)
 
 
 @quiet
 def instance_norm(
-    x: ArrayLike,
-    running_mean: Array | None = None,
-    running_var: Array | None = None,
-    weight: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
+    x: Array,
+    running_mean: Maybe = None,
+    running_var: Maybe = None,
+    weight: Maybe = None,
+    bias: Maybe = None,
     use_input_stats: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
-    *,
-    channel_axis: int = 1,
-    **shared: Any,
+    **options: Any,
 ) -> Any:
     """Each channel of each sample over its positions."""
-    shared.update(running=(running_mean, running_var), momentum=momentum)
-    return _channel_norm(
-        x, None, weight, bias, eps, channel_axis, use_input_stats=use_input_stats, **shared
-    )
+    options |= {"running": (running_mean, running_var), "momentum": momentum}
+    options |= {"use_input_stats": use_input_stats}
+    return _channel_norm(x, None, weight, bias, eps, **options)
 
 
 @quiet
 def instance_norm_backward(
-    dy: ArrayLike,
-    x: ArrayLike,
-    mean: ArrayLike,
-    rstd: ArrayLike,
-    weight: ArrayLike | None = None,
-    *,
-    channel_axis: int = 1,
-    **options: Any,
-) -> tuple[Array, Array, Array]:
+    dy: Array, x: Array, mean: Array, rstd: Array, weight: Maybe = None, **options: Any
+) -> Gradients:
     """dx, dweight, dbias."""
-    return _channel_norm_backward(dy, x, mean, rstd, None, weight, channel_axis, **options)
+    return _channel_norm_backward(dy, x, mean, rstd, None, weight, **options)
 
 
 @quiet
 def group_norm(
-    x: ArrayLike,
+    x: Array,
     num_groups: int,
-    weight: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
+    weight: Maybe = None,
+    bias: Maybe = None,
     eps: float = 1e-5,
-    *,
-    channel_axis: int = 1,
-    **shared: Any,
+    **options: Any,
 ) -> Any:
     """Each group of neighbouring channels of each sample, over its channels and positions."""
-    return _channel_norm(x, num_groups, weight, bias, eps, channel_axis, **shared)
+    return _channel_norm(x, num_groups, weight, bias, eps, **options)
 
 
 @quiet
 def group_norm_backward(
-    dy: ArrayLike,
-    x: ArrayLike,
-    mean: ArrayLike,
-    rstd: ArrayLike,
+    dy: Array,
+    x: Array,
+    mean: Array,
+    rstd: Array,
     num_groups: int,
-    weight: ArrayLike | None = None,
-    *,
-    channel_axis: int = 1,
+    weight: Maybe = None,
     **options: Any,
-) -> tuple[Array, Array, Array]:
+) -> Gradients:
     """dx, dweight, dbias."""
-    return _channel_norm_backward(dy, x, mean, rstd, num_groups, weight, channel_axis, **options)
+    return _channel_norm_backward(dy, x, mean, rstd, num_groups, weight, **options)
 
 
 # --- Layer and RMS norm ---------------------------------------------------------------------------
@@ -552,90 +533,62 @@ def _layer_axes(x: Array, normalized_shape: Shape, axis: Axis) -> tuple[int, ...
     raise ValueError("give exactly one of normalized_shape and axis")
 
 
-def _layer_weight(
-    weight: ArrayLike | None, x: Array, axes: tuple[int, ...], offset: float, dtype: DTypeLike
-) -> Array | None:
-    if weight is None:
+def _layer_parameter(
+    p: Maybe, x: Array, axes: tuple[int, ...], dtype: DTypeLike, offset: float = 0.0
+) -> Maybe:
+    """A weight or bias as it broadcasts against x, with an offset added."""
+    if p is None:
         return None
-    placed = _place(weight, _layer_places(np.shape(weight), x, axes), x.ndim)
+    placed = _place(p, _layer_places(np.shape(p), x, axes), x.ndim)
     shifted: Array = placed.astype(dtype) + offset
     return shifted
 
 
-def _layer_norm(
-    x: ArrayLike,
-    normalized_shape: Shape,
-    weight: ArrayLike | None,
-    bias: ArrayLike | None,
-    eps: float,
-    axis: Axis,
-    *,
-    weight_offset: float = 0.0,
-    return_stats: bool = False,
-    dtype: DTypeLike = np.float64,
-    **shared: Any,
-) -> Any:
-    x = np.asarray(x)
-    axes = _layer_axes(x, normalized_shape, axis)
-    weight = _layer_weight(weight, x, axes, weight_offset, dtype)
-    bias = _layer_weight(bias, x, axes, 0.0, dtype)
-    y, mean, _, rstd = normalize(
-        x, axes, weight, bias, eps, return_rstd=True, dtype=dtype, **shared
-    )
-    return (y, mean, rstd) if return_stats else y
-
-
-def _layer_norm_backward(
-    dy: ArrayLike,
-    x: ArrayLike,
-    mean: ArrayLike,
-    rstd: ArrayLike,
-    normalized_shape: Shape,
-    weight: ArrayLike | None,
-    axis: Axis,
-    *,
-    weight_offset: float = 0.0,
-    dtype: DTypeLike = np.float64,
-    **options: Any,
-) -> tuple[Array, Array, Array]:
-    x = np.asarray(x)
-    axes = _layer_axes(x, normalized_shape, axis)
-    shape = tuple(x.shape[a] for a in axes) if weight is None else np.shape(weight)
-    weight = _layer_weight(weight, x, axes, weight_offset, dtype)
-    dx, dy_xhat, dy = normalize_backward(dy, x, axes, mean, rstd, weight, dtype=dtype, **options)
-    places = _layer_places(shape, x, axes)
-    return dx, _collect(dy_xhat, places, shape), _collect(dy, places, shape)
-
-
 @quiet
 def layer_norm(
-    x: ArrayLike,
+    x: Array,
     normalized_shape: Shape = None,
-    weight: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
+    weight: Maybe = None,
+    bias: Maybe = None,
     eps: float = 1e-5,
     *,
     axis: Axis = None,
-    **shared: Any,
+    weight_offset: float = 0.0,
+    return_stats: bool = False,
+    dtype: DTypeLike = np.float64,
+    **options: Any,
 ) -> Any:
     """Over the trailing axes of `normalized_shape`, or over `axis`."""
-    return _layer_norm(x, normalized_shape, weight, bias, eps, axis, **shared)
+    x = np.asarray(x)
+    axes = _layer_axes(x, normalized_shape, axis)
+    weight = _layer_parameter(weight, x, axes, dtype, weight_offset)
+    bias = _layer_parameter(bias, x, axes, dtype)
+    y, mean, _, rstd = normalize(x, axes, weight, bias, eps, dtype=dtype, **options)
+    return (y, mean, rstd) if return_stats else y
 
 
 @quiet
 def layer_norm_backward(
-    dy: ArrayLike,
-    x: ArrayLike,
-    mean: ArrayLike,
-    rstd: ArrayLike,
+    dy: Array,
+    x: Array,
+    mean: Array,
+    rstd: Array,
     normalized_shape: Shape = None,
-    weight: ArrayLike | None = None,
+    weight: Maybe = None,
     *,
     axis: Axis = None,
+    weight_offset: float = 0.0,
+    dtype: DTypeLike = np.float64,
     **options: Any,
-) -> tuple[Array, Array, Array]:
+) -> Gradients:
     """dx, dweight, dbias."""
-    return _layer_norm_backward(dy, x, mean, rstd, normalized_shape, weight, axis, **options)
+    x = np.asarray(x)
+    axes = _layer_axes(x, normalized_shape, axis)
+    shape = tuple(x.shape[a] for a in axes) if weight is None else np.shape(weight)
+    weight = _layer_parameter(weight, x, axes, dtype, weight_offset)
+    dx, dy_xhat, dy = normalize_backward(dy, x, axes, mean, rstd, weight, dtype=dtype, **options)
+    places = _layer_places(shape, x, axes)
+    return dx, _collect(dy_xhat, places, shape), _collect(dy, places, shape)
 
 
 def _machine_epsilon(dtype: np.dtype[Any]) -> float:
@@ -646,45 +599,37 @@ def _machine_epsilon(dtype: np.dtype[Any]) -> float:
 
 @quiet
 def rms_norm(
-    x: ArrayLike,
+    x: Array,
     normalized_shape: Shape = None,
-    weight: ArrayLike | None = None,
+    weight: Maybe = None,
     eps: float | None = None,
     *,
-    axis: Axis = None,
-    weight_offset: float = 0.0,
     return_stats: bool = False,
-    **shared: Any,
+    **options: Any,
 ) -> Any:
     """Over the axes of layer_norm: x / sqrt(average of x^2 + eps) * (weight + weight_offset)."""
     eps = _machine_epsilon(np.asarray(x).dtype) if eps is None else eps
-    shared.update(centred=False, return_stats=True)
-    shared |= {"weight_offset": weight_offset}
-    y, _, rstd = _layer_norm(x, normalized_shape, weight, None, eps, axis, **shared)
+    options |= {"centred": False, "return_stats": True}
+    y, _, rstd = layer_norm(x, normalized_shape, weight, None, eps, **options)
     return (y, rstd) if return_stats else y
 
 
 @quiet
 def rms_norm_backward(
-    dy: ArrayLike,
-    x: ArrayLike,
-    rstd: ArrayLike,
+    dy: Array,
+    x: Array,
+    rstd: Array,
     normalized_shape: Shape = None,
-    weight: ArrayLike | None = None,
-    *,
-    axis: Axis = None,
-    weight_offset: float = 0.0,
+    weight: Maybe = None,
     **options: Any,
 ) -> tuple[Array, Array]:
     """dx, dweight."""
     options["centred"] = False
-    dx, dweight, _ = _layer_norm_backward(
-        dy, x, 0, rstd, normalized_shape, weight, axis, weight_offset=weight_offset, **options
-    )
-    return dx, dweight
+    mean = np.zeros_like(rstd)
+    return layer_norm_backward(dy, x, mean, rstd, normalized_shape, weight, **options)[:2]
 
 
-def _add(x: ArrayLike, residual: ArrayLike) -> Array:
+def _add(x: Array, residual: Array) -> Array:
     """Add in x's dtype, rounding once: float64 is wide enough for all narrower types."""
     x, residual = np.asarray(x), np.asarray(residual)
     wide = np.result_type(x, residual, np.float64)
@@ -695,11 +640,11 @@ def _add(x: ArrayLike, residual: ArrayLike) -> Array:
 
 @quiet
 def add_layer_norm(
-    x: ArrayLike,
-    residual: ArrayLike,
+    x: Array,
+    residual: Array,
     normalized_shape: Shape,
-    weight: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
+    weight: Maybe = None,
+    bias: Maybe = None,
     eps: float = 1e-5,
     *,
     dtype: DTypeLike = np.float64,
@@ -711,10 +656,10 @@ def add_layer_norm(
 
 @quiet
 def add_rms_norm(
-    x: ArrayLike,
-    residual: ArrayLike,
+    x: Array,
+    residual: Array,
     normalized_shape: Shape,
-    weight: ArrayLike | None = None,
+    weight: Maybe = None,
     eps: float | None = None,
     *,
     dtype: DTypeLike = np.float64,
@@ -728,28 +673,27 @@ def add_rms_norm(
 
 
 def l2_normalize(
-    x: ArrayLike, axis: Axis = -1, *, eps: float = 1e-12, dtype: DTypeLike = np.float64
+    x: Array, axis: Axis = -1, *, eps: float = 1e-12, dtype: DTypeLike = np.float64
 ) -> Array:
     """Unit vectors: x / max(||x||, eps)."""
     return normalize(x, axis, eps=eps, scale="l2", dtype=dtype)[0]
 
 
 def standardize(
-    x: ArrayLike,
+    x: Array,
     axis: Axis = None,
     *,
     eps: float = 0.0,
-    where: ArrayLike | None = None,
+    where: Maybe = None,
     dtype: DTypeLike = np.float64,
 ) -> Array:
     """Z-scores: (x - mean) / sqrt(var + eps)."""
-    axes = tuple(range(np.ndim(x))) if axis is None else axis
-    return normalize(x, axes, eps=eps, where=where, dtype=dtype)[0]
+    return normalize(x, axis, eps=eps, where=where, dtype=dtype)[0]
 
 
 @quiet
 def local_response_norm(
-    x: ArrayLike,
+    x: Array,
     size: int,
     alpha: float = 1e-4,
     beta: float = 0.75,
@@ -765,9 +709,7 @@ def local_response_norm(
     return np.moveaxis(x / (k + alpha * windows / size) ** beta, 0, channel_axis)
 
 
-def weight_norm(
-    v: ArrayLike, g: ArrayLike, *, axis: Axis = 0, dtype: DTypeLike = np.float64
-) -> Array:
+def weight_norm(v: Array, g: Array, *, axis: Axis = 0, dtype: DTypeLike = np.float64) -> Array:
     """Length g, direction v: g * v / ||v||, the norm over all axes but `axis`; 0 where v is."""
     v, g = np.asarray(v), np.asarray(g)
     kept = () if axis is None else _axes(axis, v.ndim)
@@ -777,16 +719,16 @@ def weight_norm(
     return normalize(v, normed, g, eps=0.0, scale="l2", dtype=dtype)[0]
 
 
-def weight_standardize(w: ArrayLike, *, eps: float = 1e-5, dtype: DTypeLike = np.float64) -> Array:
+def weight_standardize(w: Array, *, eps: float = 1e-5, dtype: DTypeLike = np.float64) -> Array:
     """(w - mean) / sqrt(var + eps) of each output channel (axis 0)."""
     return normalize(w, tuple(range(1, np.ndim(w))), eps=eps, dtype=dtype)[0]
 
 
 @quiet
 def global_response_norm(
-    x: ArrayLike,
-    weight: ArrayLike,
-    bias: ArrayLike,
+    x: Array,
+    weight: Array,
+    bias: Array,
     *,
     eps: float = 1e-6,
     channel_axis: int = 1,
@@ -807,102 +749,75 @@ def global_response_norm(
     return y
 
 
-@quiet
 def dynamic_tanh(
-    x: ArrayLike,
-    alpha: ArrayLike,
-    weight: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    *,
-    dtype: DTypeLike = np.float64,
+    x: Array, alpha: Array, weight: Maybe = None, bias: Maybe = None, **options: Any
 ) -> Array:
     """No statistics: weight * tanh(alpha * x) + bias."""
-    return _squashed("tanh", x, alpha, 0, weight, bias, dtype)
+    return _squashed("tanh", x, alpha, 0, weight, bias, **options)
 
 
 def dynamic_tanh_backward(
-    dy: ArrayLike,
-    x: ArrayLike,
-    alpha: ArrayLike,
-    weight: ArrayLike | None = None,
-    *,
-    dtype: DTypeLike = np.float64,
+    dy: Array, x: Array, alpha: Array, weight: Maybe = None, **options: Any
 ) -> tuple[Array, ...]:
     """(dx, dalpha, dweight, dbias)."""
-    dx, dalpha, _, *affine = _squashed_back(
-        "tanh", lambda u: 1 / np.cosh(u) ** 2, dy, x, alpha, 0, weight, dtype=dtype
-    )
+    dx, dalpha, _, *affine = _squashed_backward("tanh", dy, x, alpha, 0, weight, **options)
     return (dx, dalpha, *affine)
 
 
-@quiet
 def derf(
-    x: ArrayLike,
-    alpha: ArrayLike,
+    x: Array,
+    alpha: Array,
     shift: ArrayLike = 0.0,
-    weight: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    *,
-    dtype: DTypeLike = np.float64,
+    weight: Maybe = None,
+    bias: Maybe = None,
+    **options: Any,
 ) -> Array:
     """No statistics: weight * erf(alpha * x + shift) + bias."""
-    return _squashed("erf", x, alpha, shift, weight, bias, dtype)
+    return _squashed("erf", x, alpha, shift, weight, bias, **options)
 
 
 def derf_backward(
-    dy: ArrayLike,
-    x: ArrayLike,
-    alpha: ArrayLike,
+    dy: Array,
+    x: Array,
+    alpha: Array,
     shift: ArrayLike = 0.0,
-    weight: ArrayLike | None = None,
-    *,
-    dtype: DTypeLike = np.float64,
+    weight: Maybe = None,
+    **options: Any,
 ) -> tuple[Array, ...]:
     """(dx, dalpha, dshift, dweight, dbias)."""
-
-    def slope(u: Array) -> Array:
-        found: Array = 2 / np.sqrt(_pi(u.dtype)) * np.exp(-u * u)
-        return found
-
-    return _squashed_back("erf", slope, dy, x, alpha, shift, weight, dtype=dtype)
-
-
-def _squashed(
-    f: str,
-    x: ArrayLike,
-    alpha: ArrayLike,
-    shift: ArrayLike,
-    weight: ArrayLike | None,
-    bias: ArrayLike | None,
-    dtype: DTypeLike,
-) -> Array:
-    """weight * f(alpha * x + shift) + bias."""
-    x, alpha, shift = (np.asarray(p).astype(dtype) for p in (x, alpha, shift))
-    y: Array = SQUASHES[f](alpha * x + shift)
-    if weight is not None:
-        y = y * np.asarray(weight).astype(dtype)
-    if bias is not None:
-        y = y + np.asarray(bias).astype(dtype)
-    return y
+    return _squashed_backward("erf", dy, x, alpha, shift, weight, **options)
 
 
 @quiet
-def _squashed_back(
+def _squashed(
     f: str,
-    slope: Callable[[Array], Array],
-    dy: ArrayLike,
-    x: ArrayLike,
-    alpha: ArrayLike,
+    x: Array,
+    alpha: Array,
     shift: ArrayLike,
-    weight: ArrayLike | None,
-    *,
-    dtype: DTypeLike,
+    weight: Maybe,
+    bias: Maybe,
+    dtype: DTypeLike = np.float64,
+) -> Array:
+    """weight * f(alpha * x + shift) + bias."""
+    x, alpha, shift = (np.asarray(p).astype(dtype) for p in (x, alpha, shift))
+    return _affine(SQUASHES[f](alpha * x + shift), dtype, weight, bias)
+
+
+@quiet
+def _squashed_backward(
+    f: str,
+    dy: Array,
+    x: Array,
+    alpha: Array,
+    shift: ArrayLike,
+    weight: Maybe,
+    dtype: DTypeLike = np.float64,
 ) -> tuple[Array, ...]:
     """(dx, dalpha, dshift, dweight, dbias)."""
     weight = np.ones(np.shape(x)[-1:]) if weight is None else weight
     dy, x, alpha, shift, w = (np.asarray(p).astype(dtype) for p in (dy, x, alpha, shift, weight))
     u = alpha * x + shift
-    du = dy * w * slope(u)
+    du = dy * w * _SLOPES[f](u)
     placed = (1,) * (x.ndim - w.ndim) + w.shape
     kept = tuple(a for a, n in enumerate(placed) if n == 1)
     dweight, dbias = (_sum(v, kept).reshape(w.shape) for v in (dy * SQUASHES[f](u), dy))

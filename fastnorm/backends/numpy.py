@@ -28,10 +28,10 @@ def forward(p: Problem) -> None:
             computing = computing_type(x.dtype)
             p.total[...] = x.astype(computing) + p.addend.astype(computing)
             x = p.total
-        statistics: dict[str, Any] = {"mean": p.mean, "var": p.var} if p.given else {}
+        given: Any = (p.mean, p.var) if p.given else None
         if p.scaling is Scaling.FACTOR:
             x = (x.astype(wider) - p.mean) * p.var
-            statistics = {"mean": 0.0, "var": 1.0}
+            given = 0.0, 1.0
         affine = (p.weight, p.bias)
         y, mean, var, rstd = _reference.normalize(
             x,
@@ -42,9 +42,8 @@ def forward(p: Problem) -> None:
             where=p.mask,
             residual=p.residual,
             scale="l2" if p.scaling is Scaling.NORM else "rstd",
-            return_rstd=True,
+            given=given,
             dtype=wider,
-            **statistics,
         )
         if p.y is not None:
             if callable(p.activation):

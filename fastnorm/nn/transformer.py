@@ -33,9 +33,9 @@ from fastnorm.arguments import (
     read,
     shown,
 )
+from fastnorm.nn.bases import count_of
 from fastnorm.nn.functional import activation_backward, attention, attention_backward, linear
 from fastnorm.nn.module import Module, check_room, parameter_type
-from fastnorm.nn.norms import count_of
 from fastnorm.related import activate
 from fastnorm.runtime import get_num_threads, serial
 

@@ -61,19 +61,8 @@ def of_model(
 ) -> tuple[list[Case], dict[str, Any]]:
     """The different calls of a PyTorch model's norms, and what is known of the model.
 
-    Parameters
-    ----------
-    name, given, training
-        As for `fastnorm._bench.models.norms_of`.
-    layout
-        Of the norms with channels on axis 1.
-    options
-        As for `fastnorm.calls.case_of`.
-
-    Raises
-    ------
-    CannotUse
-        If there is no such model here, or it cannot be run.
+    The layout is that of norms with channels on axis 1. `norms_of` says what the model is asked
+    for, and `case_of` what the other options are.
     """
     from fastnorm._bench.models import norms_of
 
@@ -136,27 +125,9 @@ def run(
 ) -> dict[str, Any]:
     """Time each case, its peers and a copy, with each number of threads.
 
-    Parameters
-    ----------
-    cases
-        From `fastnorm.calls.case_of`.
-    threads
-        Numbers of threads.
-    names
-        Of the peers, from `PEERS`.
-    load
-        How many processes are kept busy meanwhile.
-    seconds
-        Of each turn, at least.
-    rounds
-        In which each contender has a turn.
-    report
-        Called `steps` times, with what is begun.
-
-    Returns
-    -------
-    dict
-        Ready for JSON: ``machine``, ``method`` and ``rows``.
+    Of the peers those of these `names`, while `load` processes are kept busy; each contender for so
+    many `rounds` of so many `seconds` at least. `report` is called `steps` times, with what is
+    begun. The result is ready for JSON: ``machine``, ``method`` and ``rows``.
     """
     about = machine.facts() | {"busy": machine.busy(0.1)}
     del about["threads"]  # each row has its own
@@ -189,7 +160,7 @@ def _compared(
     peers.set_torch_threads(threads)
     with fn.threads(threads), ThreadPoolExecutor(threads) as pool:
         threads = fn.get_num_threads()
-        what = f"{case}, {_of_threads(threads)}"
+        what = f"{case}, {text.threads(threads)}"
         report(f"{what}: are the results equal?")
         arrays = data(case)
         own = peers.PEERS["fastnorm"](case, arrays)
@@ -234,16 +205,12 @@ def _notes(contenders: dict[str, Contender], threads: int) -> list[str]:
     cores = machines.here.cores
     notes = []
     if threads > cores:
-        notes.append(f"{_of_threads(threads)} share {cores} cores")
+        notes.append(f"{text.threads(threads)} share {cores} cores")
     if "numpy" in contenders and threads > 1:
         notes.append("numpy uses one thread, whatever is asked for")
     if "jax" in contenders and threads != cores:
         notes.append(f"jax uses all {cores} cores: that cannot be changed while it runs")
     return notes
-
-
-def _of_threads(n: int) -> str:
-    return f"{n} thread{'s' if n > 1 else ''}"
 
 
 # --- What was found -------------------------------------------------------------------------------
@@ -285,14 +252,9 @@ def _table(each: Row) -> str:
                 "" if off is None else f"{off:.1e}",
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    aligned = [
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))])
-        for line in lines
-    ]
     count = f", {each['count']} times in the model" if each.get("count", 1) > 1 else ""
-    told = [f"{each['case']}, {_of_threads(each['threads'])}{count}"]
-    told += [line.rstrip() for line in aligned]
+    told = [f"{each['case']}, {text.threads(each['threads'])}{count}"]
+    told += [line.rstrip() for line in text.aligned(lines, "<>")]
     for name, reason in each["absent"].items():
         told.append(f"  {name}: {'DIFFERENT, ' if name in each['different'] else ''}{reason}")
     told += [f"  {note}" for note in each["notes"]]
@@ -307,7 +269,7 @@ def _model(model: dict[str, Any]) -> str:
         seconds = total["seconds"]
         own = seconds["fastnorm"]
         parts = [f"{name} {text.seconds(t)} ({text.times(t / own)})" for name, t in seconds.items()]
-        told.append(f"  {_of_threads(total['threads'])}: {', '.join(parts)}")
+        told.append(f"  {text.threads(total['threads'])}: {', '.join(parts)}")
     if model["left out"]:
         left = ", ".join(f"{count} {name}" for name, count in model["left out"].items())
         told.append(f"  left out, as fastnorm has no such function: {left}")
@@ -328,7 +290,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         colours = ["C0" if name == "fastnorm" else "0.6" for name in names]
         bars = axis.barh(names, times, color=colours)
         axis.bar_label(bars, [text.seconds(taken) for taken in times], padding=3)
-        axis.set_title(f"{each['case']}, {_of_threads(each['threads'])}", loc="left", fontsize=10)
+        axis.set_title(f"{each['case']}, {text.threads(each['threads'])}", loc="left", fontsize=10)
         axis.set_xlim(0, 1.2 * max(times))
         axis.xaxis.set_major_formatter(lambda taken, _: text.seconds(taken) if taken else "0")
         axis.spines[["top", "right"]].set_visible(False)

@@ -65,7 +65,7 @@ WORDS: dict[str, dict[str, Any]] = {
 
 
 def name_of(flag: str) -> str:
-    """The argument of :func:`case_of` that an option is."""
+    """The argument of `case_of` that an option is."""
     return flag[2:].replace("-", "_")
 
 
@@ -78,19 +78,10 @@ def split(call: str) -> list[str]:
 
 
 def read(call: str, words: Sequence[str]) -> tuple[str, tuple[int, ...], dict[str, Any]]:
-    """The function of a call, the shape, and the other arguments of :func:`case_of`.
+    """The function of a call, the shape, and the other arguments of `case_of`.
 
-    Parameters
-    ----------
-    call
-        As it was written, for messages.
-    words
-        Its words.
-
-    Raises
-    ------
-    CannotUse
-        If it has no function, no shape, or a word that says nothing here.
+    The call is as it was written, for messages. `CannotUse` says that it has no function, no shape,
+    or a word that says nothing here.
     """
     expected = 'expected a function and a shape, as in "layer_norm 4096x768"'
     if not words:
@@ -170,10 +161,8 @@ def case_of(
 ) -> Case:
     """What is timed of a function on a shape.
 
-    Raises
-    ------
-    CannotUse
-        If the function does not take that, or PyTorch and fastnorm refuse the shape.
+    `CannotUse` says that the function does not take that, or that PyTorch and fastnorm refuse the
+    shape.
     """
     which = {"batch_norm": f"batch_norm ({'training' if training else 'inference'})"}
     which["layer_norm"] = f"layer_norm ({'axis' if axis == 1 else 'normalized_shape'})"
@@ -229,12 +218,6 @@ def case_of(
 
 
 def case_of_text(call: str) -> Case:
-    """What a text such as "group_norm 8x256x32x32 channels-last" says.
-
-    Raises
-    ------
-    CannotUse
-        If it says nothing here.
-    """
+    """What a text such as "group_norm 8x256x32x32 channels-last" says."""
     name, shape, options = read(call, split(call))
     return case_of(name, shape, **options)

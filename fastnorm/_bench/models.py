@@ -45,21 +45,11 @@ class Found:
 def norms_of(name: str, given: Shape | None = None, *, training: bool = False) -> Found:
     """Run a model, and keep what its norms are called with.
 
-    Parameters
-    ----------
-    name
-        Of a classifier in torchvision ("resnet50"), or of a kind of model in transformers ("bert"),
-        which then has its default configuration.
-    given
-        The shape of the input: images, or numbers of sequences and tokens; None is one image of
-        224 x 224 pixels or what the model is made for, or one sequence of 128 tokens.
-    training
-        Whether batch norms take the statistics of the batch.
-
-    Raises
-    ------
-    ValueError
-        If there is no such model, or it cannot be run in this way.
+    It is a classifier of torchvision ("resnet50"), or a kind of model of transformers ("bert") with
+    its default configuration. The input is images, or numbers of sequences and tokens; where
+    nothing is `given` one image of 224 x 224 pixels, or of what the model is made for, or one
+    sequence of 128 tokens. In training batch norms take the statistics of the batch. A ValueError
+    says that there is no such model, or that it cannot be run in this way.
     """
     if find_spec("torch") is None:
         raise ValueError("PyTorch is not installed: pip install torch")

@@ -9,282 +9,34 @@ arrays. What a function hands on as it is stands in ``**options``: `_channel_nor
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike
 
-Array: TypeAlias = NDArray[Any]
-Axis: TypeAlias = int | tuple[int, ...] | None
+from fastnorm import _formulas
+from fastnorm._formulas import (
+    SLOPES,
+    SQUASHES,
+    Array,
+    Axis,
+    Maybe,
+    affine,
+    axes_of,
+    count_of,
+    norm,
+    normalize,
+    normalize_backward,
+    quiet,
+    sum_over,
+)
+
+# Nothing here needs them: they are for who compares with them.
+ACTIVATIONS, IN_KERNELS = _formulas.ACTIVATIONS, _formulas.IN_KERNELS
+activate, moments = _formulas.activate, _formulas.moments
+
 Shape: TypeAlias = int | tuple[int, ...] | None
-Maybe: TypeAlias = Array | None
 Gradients: TypeAlias = tuple[Array, Array, Array]
-Activation: TypeAlias = str | Callable[[float], float] | None
-
-# NaN and infinity are ordinary data here, and a group of nothing has the mean 0/0: no warnings.
-quiet = np.errstate(all="ignore")
-
-
-# --- Building blocks ------------------------------------------------------------------------------
-
-
-def _axes(axis: Axis, ndim: int) -> tuple[int, ...]:
-    if axis is None:
-        return tuple(range(ndim))
-    return tuple(a % ndim for a in (axis if isinstance(axis, tuple) else (axis,)))
-
-
-def _sum(values: Array, axis: Axis) -> Array:
-    """Sum over `axis`, kept as 1. Copied, as NumPy adds pairwise only along contiguous memory."""
-    axes = tuple(sorted(_axes(axis, values.ndim)))
-    kept = tuple(a for a in range(values.ndim) if a not in axes)
-    shape = tuple(1 if a in axes else size for a, size in enumerate(values.shape))
-    summed = math.prod(values.shape[a] for a in axes)
-    rows = values.transpose(kept + axes).reshape(math.prod(shape), summed)
-    total: Array = np.ascontiguousarray(rows).sum(axis=1).reshape(shape)
-    return total
-
-
-def _inside(shape: tuple[int, ...], where: Maybe) -> Array:
-    """Which elements enter the statistics."""
-    return np.broadcast_to(True if where is None else np.asarray(where, bool), shape)
-
-
-def _count(shape: tuple[int, ...], axis: Axis, where: Maybe) -> Array:
-    """How many elements enter each group's statistics."""
-    return _sum(_inside(shape, where).astype(np.int64), axis)
-
-
-def _statistics(
-    x: Array, axis: Axis, where: Maybe, *, centred: bool = True, total: bool = False
-) -> tuple[Array, Array, Array, Array]:
-    """(hi, lo, var, std) of each group; hi + lo is the mean, to more digits than one number holds.
-
-    `centred=False` measures from 0 instead of from the mean; `total` adds the squares up instead of
-    averaging them, so std is the Euclidean norm.
-    """
-    axes = _axes(axis, x.ndim)
-    inside, count = _inside(x.shape, where), _count(x.shape, axes, where)
-
-    def average(values: Array) -> Array:
-        return _sum(np.where(inside, values, 0), axes) / count
-
-    # A power of two per group brings max|x| into [1/2, 1): exact, and its square is in range.
-    biggest = np.max(abs(x), axis=axes, keepdims=True, where=inside, initial=0)
-    finite = np.isfinite(biggest)
-    exponent = np.frexp(np.where(finite, biggest, 0))[1]
-    x = np.ldexp(x, -exponent)
-
-    hi = lo = np.zeros_like(biggest)
-    if centred:
-        # Around the first mean the numbers are as small as the spread, and so is their rounding.
-        # In a constant group they are a few units in the last place, which add up exactly: hi is
-        # the constant itself, lo and the variance are 0.
-        first = average(x)
-        rest = np.where(finite, average(x - first), 0)
-        hi = first + rest
-        lo = np.where(finite, (first - hi) + rest, 0)
-
-    # Centred in two steps: what the mean is still off by, squared, is below any rounding.
-    squares = ((x - hi) - lo) ** 2
-    var = _sum(np.where(inside, squares, 0), axes) if total else average(squares)
-    std = np.sqrt(var)
-    return (
-        np.ldexp(hi, exponent),
-        np.ldexp(lo, exponent),
-        np.ldexp(var, 2 * exponent),
-        np.ldexp(std, exponent),
-    )
-
-
-@quiet
-def moments(
-    x: Array, axis: Axis, *, where: Maybe = None, dtype: DTypeLike = np.float64
-) -> tuple[Array, Array]:
-    """Mean and biased variance of each group, the reduced axes kept as 1."""
-    mean, _, var, _ = _statistics(np.asarray(x).astype(dtype), axis, where)
-    return mean, var
-
-
-@quiet
-def norm(x: Array, axis: Axis, *, where: Maybe = None, dtype: DTypeLike = np.float64) -> Array:
-    """Euclidean norm of each group, the reduced axes kept as 1."""
-    return _statistics(np.asarray(x).astype(dtype), axis, where, centred=False, total=True)[3]
-
-
-@quiet
-def normalize(
-    x: Array,
-    axis: Axis,
-    weight: Maybe = None,
-    bias: Maybe = None,
-    eps: float = 1e-5,
-    *,
-    centred: bool = True,
-    where: Maybe = None,
-    residual: Maybe = None,
-    activation: Activation = None,
-    given: tuple[ArrayLike, ArrayLike] | None = None,
-    scale: str = "rstd",
-    dtype: DTypeLike = np.float64,
-) -> tuple[Array, Array, Array, Array]:
-    """activation((x - mean) * rstd * weight + bias + residual) -> (y, mean, var, rstd).
-
-    Statistics are taken over `axis` and kept as 1, or are the mean and variance that are `given`.
-    `centred=False` leaves the mean at 0 (RMS). `scale="l2"` divides by max(norm, eps) instead, and
-    var is then the sum of squares. A group with var + eps = 0 has rstd 0, so its y is exactly bias.
-    Take rstd rather than computing it from var: var leaves the range before its root does.
-    Only x - mean itself has to be in range.
-    """
-    x = np.asarray(x).astype(dtype)
-    if given is not None:
-        hi, var = (np.asarray(statistic).astype(dtype) for statistic in given)
-        lo, std = np.zeros_like(hi), np.sqrt(var)
-    else:
-        l2 = scale == "l2"
-        hi, lo, var, std = _statistics(x, axis, where, centred=centred and not l2, total=l2)
-
-    eps_ = x.dtype.type(eps)
-    divisor = np.maximum(std, eps_) if scale == "l2" else np.hypot(std, np.sqrt(eps_))
-    divisor = np.where(divisor == 0, np.inf, divisor)
-    y = ((x - hi) - lo) / divisor  # in two steps: see hi and lo in _statistics
-    y = _affine(y, dtype, weight, bias, residual)
-    return activate(y, activation), hi, var, 1 / divisor
-
-
-def _affine(y: Array, dtype: DTypeLike, weight: Maybe, *terms: Maybe) -> Array:
-    """Y * weight + bias + residual, with what there is of them."""
-    if weight is not None:
-        y = y * np.asarray(weight).astype(dtype)
-    for term in terms:
-        if term is not None:
-            y = y + np.asarray(term).astype(dtype)
-    return y
-
-
-@quiet
-def activate(y: Array, name: Activation) -> Array:
-    """The activation called `name`, or any function of one float, applied to each element."""
-    if name is None:
-        return y
-    if callable(name):  # float64: what a function compiled by numba can take
-        called = np.vectorize(name, otypes=[np.float64])(y.astype(np.float64))
-        z: Array = called.astype(y.dtype)
-        return z
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation {name!r} is not one of {', '.join(map(repr, ACTIVATIONS))}")
-    return ACTIVATIONS[name](y)
-
-
-def _gelu_tanh(y: Array) -> Array:
-    # (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)), which cancels nothing
-    u = np.sqrt(2 / _pi(y.dtype)) * (y + y.dtype.type("0.044715") * y**3)
-    z: Array = y / (1 + np.exp(-2 * u))
-    return z
-
-
-def _pi(dtype: np.dtype[Any]) -> Any:
-    return dtype.type("3.14159265358979323846264338327950288")
-
-
-def _normal_cdf(y: Array) -> Array:
-    """P(Z < y) of the standard normal distribution, relatively accurate in the lower tail too."""
-    cdf: Array
-    if y.dtype == np.float64:
-        cdf = np.vectorize(math.erfc, otypes=[np.float64])(-y * math.sqrt(0.5)) / 2
-        return cdf
-    _, tail = _normal_halves(abs(y))
-    cdf = np.where(y < 0, tail, 1 - tail)
-    return cdf
-
-
-def _erf(y: Array) -> Array:
-    erf: Array
-    if y.dtype == np.float64:
-        erf = np.vectorize(math.erf, otypes=[np.float64])(y)
-        return erf
-    within, _ = _normal_halves(abs(y) * np.sqrt(y.dtype.type(2)))
-    erf = np.copysign(2 * within, y)
-    return erf
-
-
-def _normal_halves(z: Array) -> tuple[Array, Array]:
-    """P(0 < Z < z) and P(Z > z), both relatively accurate."""
-    z = np.minimum(z, 200)  # the density underflows long before 200
-    # exp(-z^2/2) amplifies the rounding of z^2, so z is split into a part whose square is exact.
-    coarse = np.round(z * 16) / 16
-    density = np.exp(-(coarse**2) / 2) * np.exp(-(z - coarse) * (z + coarse) / 2)
-    density /= np.sqrt(2 * _pi(z.dtype))
-    # Below 2: 1/2 - density * (z + z^3/3 + z^5/(3*5) + ...). At z = 2, 60 terms reach 1e-40.
-    small = np.minimum(z, 2)
-    term = series = small
-    for k in range(1, 60):
-        term = term * small**2 / (2 * k + 1)
-        series = series + term
-    # From 2 on: Laplace's continued fraction, density / (z + 1/(z + 2/(z + 3/...))).
-    large = np.maximum(z, 2)
-    fraction = large
-    for k in range(200, 0, -1):
-        fraction = large + k / fraction
-    within, beyond = density * series, density / fraction
-    central = z < 2
-    return np.where(central, within, 0.5 - beyond), np.where(central, 0.5 - within, beyond)
-
-
-# What a caller may name, and what takes the place of a norm. The kernels number all of them in this
-# order, from 1 on (FN_ACTIVATIONS in _core/activations.h); Numba and the GPU compile `relu_32` and
-# `relu_64` of _numba/scalar.py, and so on.
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "relu": lambda y: np.maximum(y, 0),
-    "relu6": lambda y: np.clip(y, 0, 6),
-    "silu": lambda y: y / (1 + np.exp(-y)),
-    "gelu": lambda y: y * _normal_cdf(y),
-    "gelu_tanh": _gelu_tanh,
-}
-SQUASHES: dict[str, Callable[[Array], Array]] = {"tanh": np.tanh, "erf": _erf}
-_SLOPES: dict[str, Callable[[Array], Array]] = {
-    "tanh": lambda u: 1 / np.cosh(u) ** 2,
-    "erf": lambda u: 2 / np.sqrt(_pi(u.dtype)) * np.exp(-u * u),
-}
-IN_KERNELS = (*ACTIVATIONS, *SQUASHES)
-
-
-@quiet
-def normalize_backward(
-    dy: Array,
-    x: Array,
-    axis: Axis,
-    mean: ArrayLike,
-    rstd: Array,
-    weight: Maybe = None,
-    *,
-    centred: bool = True,
-    training: bool = True,
-    where: Maybe = None,
-    dtype: DTypeLike = np.float64,
-) -> tuple[Array, Array, Array]:
-    """(dx, dy * xhat, dy); the last two, summed over what weight and bias broadcast, are theirs.
-
-    With g = dy * weight: dx = rstd * (g - [average of g] - [xhat * average of g * xhat]). The first
-    bracket is the way through the mean (not if `centred=False`), the second the way through the
-    variance; neither where the statistics were given (`training=False`). Every element was
-    normalised, so the sums are of all of them; only those `where` the statistics came from moved
-    these: the averages divide by their number, and the brackets are theirs alone.
-    """
-    dy, x, mean, rstd = (np.asarray(array).astype(dtype) for array in (dy, x, mean, rstd))
-    xhat = (x - mean) * rstd
-    g = dy if weight is None else dy * np.asarray(weight).astype(dtype)
-    dx = g
-    if training:
-        count = _count(x.shape, axis, where)
-        if centred:
-            dx = dx - _sum(g, axis) / count
-        dx = dx - xhat * (_sum(g * xhat, axis) / count)
-    if where is not None:
-        dx = np.where(where, dx, g)
-    return dx * rstd, dy * xhat, dy
 
 
 # --- Where weight and bias lie --------------------------------------------------------------------
@@ -323,7 +75,7 @@ def _collect(values: Array, places: tuple[int, ...], shape: tuple[int, ...]) -> 
     sizes = dict(zip(places, shape, strict=True))
     broadcast = tuple(a for a in range(values.ndim) if sizes.get(a, 1) == 1)
     others = tuple(a for a in range(values.ndim) if a not in places)
-    return _sum(values, broadcast).transpose(places + others).reshape(shape)
+    return sum_over(values, broadcast).transpose(places + others).reshape(shape)
 
 
 # --- Channel norms: x as (N, G, C/G, *positions) --------------------------------------------------
@@ -394,7 +146,7 @@ def _channel_norm(
     )
     mean, var, rstd = (s.reshape(s.shape[:2]) for s in statistics)
     if use_input_stats:
-        count = _count(xs.shape, axes, where).reshape(mean.shape)
+        count = count_of(xs.shape, axes, where).reshape(mean.shape)
         _update(running[0], mean, count, momentum)
         _update(running[1], var * count / (count - 1), count, momentum)
     y = _unsplit(y, x, channel_axis)
@@ -527,7 +279,7 @@ def group_norm_backward(
 
 def _layer_axes(x: Array, normalized_shape: Shape, axis: Axis) -> tuple[int, ...]:
     if normalized_shape is None and axis is not None:
-        return _axes(axis, x.ndim)
+        return axes_of(axis, x.ndim)
     if normalized_shape is not None and axis is None:
         return tuple(range(x.ndim - np.size(normalized_shape), x.ndim))
     raise ValueError("give exactly one of normalized_shape and axis")
@@ -712,7 +464,7 @@ def local_response_norm(
 def weight_norm(v: Array, g: Array, *, axis: Axis = 0, dtype: DTypeLike = np.float64) -> Array:
     """Length g, direction v: g * v / ||v||, the norm over all axes but `axis`; 0 where v is."""
     v, g = np.asarray(v), np.asarray(g)
-    kept = () if axis is None else _axes(axis, v.ndim)
+    kept = () if axis is None else axes_of(axis, v.ndim)
     normed = tuple(a for a in range(v.ndim) if a not in kept)
     if g.ndim == 1 and len(kept) == 1:
         g = _place(g, kept, v.ndim)
@@ -739,7 +491,7 @@ def global_response_norm(
     channel = channel_axis % x.ndim
     positions = tuple(a for a in range(x.ndim) if a not in (0 if channel else 1, channel))
     size = norm(x, positions, dtype=dtype)
-    average = _sum(size, channel) / x.shape[channel] + eps
+    average = sum_over(size, channel) / x.shape[channel] + eps
     response = x * (size / np.where(average == 0, np.inf, average))
     weight, bias = (
         _place(p, _channel_places(np.shape(p), x, channel), x.ndim).astype(dtype)
@@ -800,7 +552,7 @@ def _squashed(
 ) -> Array:
     """weight * f(alpha * x + shift) + bias."""
     x, alpha, shift = (np.asarray(p).astype(dtype) for p in (x, alpha, shift))
-    return _affine(SQUASHES[f](alpha * x + shift), dtype, weight, bias)
+    return affine(SQUASHES[f](alpha * x + shift), dtype, weight, bias)
 
 
 @quiet
@@ -817,11 +569,11 @@ def _squashed_backward(
     weight = np.ones(np.shape(x)[-1:]) if weight is None else weight
     dy, x, alpha, shift, w = (np.asarray(p).astype(dtype) for p in (dy, x, alpha, shift, weight))
     u = alpha * x + shift
-    du = dy * w * _SLOPES[f](u)
+    du = dy * w * SLOPES[f](u)
     placed = (1,) * (x.ndim - w.ndim) + w.shape
     kept = tuple(a for a, n in enumerate(placed) if n == 1)
-    dweight, dbias = (_sum(v, kept).reshape(w.shape) for v in (dy * SQUASHES[f](u), dy))
+    dweight, dbias = (sum_over(v, kept).reshape(w.shape) for v in (dy * SQUASHES[f](u), dy))
     dalpha, dshift = (
-        _sum(v, None).reshape(number.shape) for v, number in ((du * x, alpha), (du, shift))
+        sum_over(v, None).reshape(number.shape) for v, number in ((du * x, alpha), (du, shift))
     )
     return du * alpha, dalpha, dshift, dweight, dbias

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fastnorm import _reference
+from fastnorm import _formulas
 from fastnorm.arguments import cast, computing_type
 from fastnorm.backends.base import sum_to
 from fastnorm.problem import Array, BackwardProblem, Problem, Scaling
@@ -33,7 +33,7 @@ def forward(p: Problem) -> None:
             x = (x.astype(wider) - p.mean) * p.var
             given = 0.0, 1.0
         affine = (p.weight, p.bias)
-        y, mean, var, rstd = _reference.normalize(
+        y, mean, var, rstd = _formulas.normalize(
             x,
             axes,
             *(affine if not p.activation_first else (None, None)),
@@ -50,11 +50,11 @@ def forward(p: Problem) -> None:
                 from fastnorm._numba import activations
 
                 y = activations.apply(p.activation, y.astype(computing_type(p.x.dtype)))
-            elif p.activation in _reference.SQUASHES:
-                y = _reference.SQUASHES[p.activation](y)
+            elif p.activation in _formulas.SQUASHES:
+                y = _formulas.SQUASHES[p.activation](y)
             elif p.activation is not None:
                 # long double has no erf of its own; activations only pass on relative errors
-                y = _reference.activate(y.astype(np.float64), p.activation)
+                y = _formulas.activate(y.astype(np.float64), p.activation)
             if p.activation_first:
                 weight, bias = affine
                 y = y * (1.0 if weight is None else weight) + (0.0 if bias is None else bias)
@@ -67,7 +67,7 @@ def backward(p: BackwardProblem) -> None:
     """Carry out a pass back."""
     axes = tuple(axis for axis, reduced in enumerate(p.reduced) if reduced)
     wider = np.longdouble if p.x.dtype == np.float64 else np.float64
-    dx, dweight, dbias = _reference.normalize_backward(
+    dx, dweight, dbias = _formulas.normalize_backward(
         p.dy,
         p.x,
         axes,

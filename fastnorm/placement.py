@@ -339,22 +339,17 @@ def training(seeds: int, number: int, report: Report) -> dict[str, Any]:
     runs = []
     jobs = _jobs(seeds, number)
     with _each(train, [(job,) for job in jobs]) as each:
-        curves = []
         for job, losses in zip(jobs, each):
             with_or_not = "with" if job.warmup else "without"
             report(f"training: {job.placement} at {job.lr:g} {with_or_not} warm-up")
-            curves.append(losses)
-    for job, losses in zip(jobs, curves):
-        loss = float(losses[-max(1, number // 10) :].mean())
-        curve = [float(part.mean()) for part in np.array_split(losses, min(POINTS, number))]
-        runs.append(
-            asdict(job)
-            | {
+            loss = float(losses[-max(1, number // 10) :].mean())
+            parts = np.array_split(losses, min(POINTS, number))
+            found = {
                 "loss": _number(loss),
                 "diverged": not loss < alone - MARGIN,
-                "curve": [_number(point) for point in curve],
+                "curve": [_number(float(part.mean())) for part in parts],
             }
-        )
+            runs.append(asdict(job) | found)
     setting = {"characters": len(codes), "kinds": kinds, "entropy": alone, "rates": list(RATES)}
     return setting | {"runs": runs}
 
@@ -458,15 +453,20 @@ def draw(results: dict[str, Any], path: Path) -> None:
         figure.savefig(path, dpi=110)
 
 
+def _marks(placement: str) -> dict[str, Any]:
+    """How means and their deviations are drawn."""
+    colour, marker = STYLES[placement]
+    style = {"ms": 4, "lw": 1.3, "elinewidth": 1, "capsize": 2}
+    return {"color": colour, "marker": marker, **style}
+
+
 def _draw_gradient(found: dict[str, Any], by_depth: Any, by_layer: Any) -> None:
-    for placement, (colour, marker) in STYLES.items():
+    for placement, (colour, _) in STYLES.items():
         values = found[placement]
         slope = values["slope"]
         label = placement if slope is None else f"{placement}, slope {slope:.2f}"
-        by_depth.errorbar(
-            values["depths"], values["norms"], values["spread"], label=label, color=colour,
-            marker=marker, ms=4, lw=1.3, elinewidth=1, capsize=2,
-        )  # fmt: skip
+        means, deviations = values["norms"], values["spread"]
+        by_depth.errorbar(values["depths"], means, deviations, label=label, **_marks(placement))
         norms = values["layers"][-1]
         by_layer.plot(range(1, len(norms) + 1), norms, color=colour, lw=1.3)
     depths = found["pre"]["depths"]
@@ -495,7 +495,7 @@ def _draw_residual(found: dict[str, Any], ax: Any) -> None:
 def _draw_training(found: dict[str, Any], axes: Sequence[Any]) -> None:
     rate = found["rates"][-1]
     without, with_, final = axes
-    for placement, (colour, marker) in STYLES.items():
+    for placement, (colour, _) in STYLES.items():
         for ax, warmup in ((without, False), (with_, True)):
             for i, r in enumerate(_chosen(found, placement, warmup, rate)):
                 curve = [np.nan if point is None else point for point in r["curve"]]
@@ -503,11 +503,9 @@ def _draw_training(found: dict[str, Any], axes: Sequence[Any]) -> None:
                 ax.plot(at, curve, color=colour, lw=0.9, label=placement if i == 0 else None)
             pairs = [_spread(_chosen(found, placement, warmup, lr)) for lr in found["rates"]]
             means, deviations = zip(*pairs)
-            final.errorbar(
-                found["rates"], means, np.nan_to_num(deviations), color=colour, marker=marker,
-                ms=4, lw=1.3, elinewidth=1, capsize=2, ls="-" if warmup else ":",
-                mfc=colour if warmup else "white",
-            )  # fmt: skip
+            style = {} if warmup else {"ls": ":", "mfc": "white"}
+            deviations = np.nan_to_num(deviations)
+            final.errorbar(found["rates"], means, deviations, **_marks(placement), **style)
     for ax, title in ((without, "without warm-up"), (with_, "with warm-up")):
         ax.set(xlabel="step", title=f"{title}, rate {rate:g}, each seed", ylabel="nats a character")
     without.legend(frameon=False)

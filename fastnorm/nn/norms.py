@@ -352,16 +352,10 @@ class GroupNorm(Norm):
         How many groups the channels form; a divisor of `num_channels`.
     num_channels
         The number of channels.
-    eps
-        Added to the variance, in the units of x squared.
     affine
         Whether there is a weight, (num_channels,), and with `bias` a bias.
-    bias
-        Whether there is a bias.
-    channel_axis
-        The axis of the channels: 1, or -1 for channels-last.
-    dtype
-        Of the parameters, whatever that of `x`.
+    eps, bias, channel_axis, dtype
+        As for :class:`BatchNorm`.
 
     Raises
     ------

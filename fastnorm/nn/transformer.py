@@ -12,9 +12,15 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from fastnorm.arguments import ACTIVATIONS, Array, Named, check_eps, check_flag, did_you_mean, shown
+from fastnorm.arguments import ACTIVATIONS, Array, Named, check_eps, check_flag, shown
 from fastnorm.nn.bases import count_of
-from fastnorm.nn.functional import activation_backward, attention, attention_backward, linear
+from fastnorm.nn.functional import (
+    activation_backward,
+    attention,
+    attention_backward,
+    choice,
+    linear,
+)
 from fastnorm.nn.module import check_room, parameter_type
 from fastnorm.nn.stream import (
     NORMS,
@@ -30,15 +36,6 @@ from fastnorm.nn.weights import Random, together
 from fastnorm.related import activate
 
 _LATER: Any = object()  # instead of a block's rng: whoever makes it draws its weights
-
-
-def _choice(value: Any, name: str, choices: tuple[str, ...]) -> Any:
-    if not (isinstance(value, str) and value in choices):
-        raise ValueError(
-            f"{name} is {shown(value)}, expected one of {', '.join(map(repr, choices))}"
-            + did_you_mean(value, choices)
-        )
-    return value
 
 
 class TransformerBlock(Transformer):
@@ -148,9 +145,9 @@ class TransformerBlock(Transformer):
             )
         hidden = 4 * d if dim_feedforward is None else dim_feedforward
         self.dim_feedforward = count_of(hidden, "dim_feedforward")
-        self.placement = _choice(placement, "placement", PLACEMENTS)
-        self.norm = _choice(norm, "norm", tuple(NORMS))
-        self.activation: Named = _choice(activation, "activation", ACTIVATIONS)
+        self.placement = choice(placement, "placement", PLACEMENTS)
+        self.norm = choice(norm, "norm", tuple(NORMS))
+        self.activation: Named = choice(activation, "activation", ACTIVATIONS)
         self.causal = check_flag(causal, "causal")
         self.eps = check_eps(eps)
         self.num_layers = count_of(num_layers, "num_layers")

@@ -37,6 +37,7 @@ from typing import Any
 import numpy as np
 
 import fastnorm as fn
+from fastnorm import _reference
 from fastnorm._bench.cases import Array, Case, Data, arguments, dtype_of, gradient_arguments
 from fastnorm._bench.timing import Contender
 
@@ -552,10 +553,10 @@ ALLOWED = {
 def reference(case: Case, data: Data) -> list[Array]:
     """What every peer should answer."""
     if case.backward:
-        name, positional, options = gradient_arguments(case, data, fn._reference)
-        return _arrays(getattr(fn._reference, name)(*positional, **options))
+        name, positional, options = gradient_arguments(case, data, _reference)
+        return _arrays(getattr(_reference, name)(*positional, **options))
     given = {k: v for k, v in arguments(case, data).items() if k != "out"}
-    return _arrays(getattr(fn._reference, case.operation.name)(data.x, **given))
+    return _arrays(getattr(_reference, case.operation.name)(data.x, **given))
 
 
 def check(name: str, case: Case, results: list[Array], exact: list[Array]) -> float:

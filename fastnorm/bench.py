@@ -15,12 +15,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import fastnorm as fn
 from fastnorm import machine as machines
 from fastnorm._bench import copying, machine, peers, text
-from fastnorm._bench.cases import Array, Case, data
+from fastnorm._bench.cases import Case, data, wide
 from fastnorm._bench.rows import COPY, Row, row
 from fastnorm._bench.timing import BLOCK, ROUNDS, Contender, compete
 from fastnorm._files.names import CannotUse
@@ -165,7 +163,7 @@ def _compared(
         arrays = data(case)
         own = peers.PEERS["fastnorm"](case, arrays)
         contenders = {"fastnorm": own.contender()}
-        expected = [_wide(array) for array in own.answer(own.call())]
+        expected = [wide(array) for array in own.answer(own.call())]
         absent: dict[str, str] = {}
         different: list[str] = []
         difference: dict[str, float] = {}
@@ -194,10 +192,6 @@ def _compared(
             different=different,
             notes=_notes(contenders, threads),
         )
-
-
-def _wide(array: Array) -> Array:
-    return array.astype(np.float32) if array.dtype.itemsize == 2 else array
 
 
 def _notes(contenders: dict[str, Contender], threads: int) -> list[str]:

@@ -15,7 +15,6 @@ Architecture", 2020, arXiv:2002.04745: one head, W_Q = W_K = 0, ReLU, square mat
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 import fastnorm as fn
+from fastnorm._bench.machine import environment
 from fastnorm._bench.text import aligned
 from fastnorm.arguments import Array
 from fastnorm.nn.stream import PLACEMENTS, Placement
@@ -79,18 +79,10 @@ def _each(
         return
     # Each with one thread: the matrices are small.
     single = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "FASTNORM_NUM_THREADS"), "1")
-    before = {name: os.environ.get(name) for name in single}
-    os.environ.update(single)
-    try:
-        with processes(workers) as pool:
-            with interrupts_held():
-                results = pool.map(function, *zip(*jobs))
-            yield results
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
+    with environment(**single), processes(workers) as pool:
+        with interrupts_held():
+            results = pool.map(function, *zip(*jobs))
+        yield results
 
 
 # --- At initialisation ----------------------------------------------------------------------------

@@ -6,8 +6,9 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -92,7 +93,7 @@ def require(extra: str, *modules: str) -> None:
         raise CannotUse(f"this needs {names}: install with pip install 'fastnorm-kernels[{extra}]'")
 
 
-class Progress:
+class Progress(AbstractContextManager["Progress"]):
     """A bar on stderr while the ``with`` block runs; nothing where stderr is no terminal."""
 
     def __init__(self, steps: int) -> None:
@@ -107,9 +108,6 @@ class Progress:
         self._write(f"[{bar:-<{width}}] {step}")
         self._done += 1
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *error: object) -> None:
         self._write("")
 
@@ -119,7 +117,7 @@ class Progress:
             print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
 
 
-class Rate:
+class Rate(AbstractContextManager["Rate"]):
     """A bar on stderr with the rate and the time left; nothing where stderr is no terminal."""
 
     def __init__(self) -> None:
@@ -138,9 +136,6 @@ class Rate:
         """Show that so many more are done."""
         if self._bar is not None:
             self._bar.update(parts)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *error: object) -> None:
         if self._bar is not None:

@@ -6,17 +6,16 @@ has no weights, computes nothing, and nothing is downloaded.
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from math import prod
 from typing import Any
 
+from fastnorm._bench.machine import environment
 from fastnorm.arguments import did_you_mean
 
 Shape = tuple[int, ...]
@@ -58,7 +57,7 @@ def norms_of(name: str, given: Shape | None = None, *, training: bool = False) -
         raise ValueError("there is neither torchvision nor transformers, which have the models")
     known: list[str] = []
     broken = ""
-    with _offline():
+    with environment(HF_HUB_OFFLINE="1"):  # what a library would like to download, it does not
         for source in sources:
             try:
                 names, make = _SOURCES[source]()
@@ -73,19 +72,6 @@ def norms_of(name: str, given: Shape | None = None, *, training: bool = False) -
         broken += f"; {absent[0]}, which is not installed, may have it"
     meant = did_you_mean(name, known)
     raise ValueError(f"there is no such model in {' or '.join(sources)}{meant}{broken}")
-
-
-@contextmanager
-def _offline() -> Iterator[None]:
-    """Whatever a library would like to download, it does not."""
-    before = os.environ.get("HF_HUB_OFFLINE")
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop("HF_HUB_OFFLINE")
-        if before is not None:
-            os.environ["HF_HUB_OFFLINE"] = before
 
 
 # --- Where models are -----------------------------------------------------------------------------

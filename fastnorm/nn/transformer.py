@@ -438,24 +438,9 @@ class TransformerEncoder(Transformer):
         mask: ArrayLike | None = None,
         src_key_padding_mask: ArrayLike | None = None,
     ) -> Array:
-        """Return the result for `x`, and keep what :meth:`backward` needs: `x` itself included.
+        """Return the result for `x`, as a :class:`TransformerBlock` does: `mask` is its `src_mask`.
 
-        Parameters
-        ----------
-        x, src_key_padding_mask
-            As for a :class:`TransformerBlock`.
-        mask
-            What `src_mask` is for a block.
-
-        Returns
-        -------
-        y
-            The shape and dtype of `x`.
-
-        Raises
-        ------
-        ValueError, TypeError
-            As for a block.
+        Parameters, result, errors, and what is kept for :meth:`backward` are those of a block.
         """
         y, self._saved = self._forward(x, mask, src_key_padding_mask)
         return y

@@ -2,279 +2,41 @@
 
 Each function has the name, the argument order and the defaults of the public one, without ``out``,
 and a keyword-only ``dtype``: the precision it computes in and answers in (tests pass
-``np.longdouble``). Rounding to the dtype of ``x`` is the caller's.
+``np.longdouble``). Rounding to the dtype of ``x`` is the caller's. Lists and numbers are taken for
+arrays. What a function hands on as it is stands in ``**options``: `_channel_norm`, `layer_norm` and
+`normalize` say what that may be.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike
 
-Array: TypeAlias = NDArray[Any]
-Axis: TypeAlias = int | tuple[int, ...] | None
+from fastnorm import _formulas
+from fastnorm._formulas import (
+    SLOPES,
+    SQUASHES,
+    Array,
+    Axis,
+    Maybe,
+    affine,
+    axes_of,
+    count_of,
+    norm,
+    normalize,
+    normalize_backward,
+    quiet,
+    sum_over,
+)
+
+# Nothing here needs them: they are for who compares with them.
+ACTIVATIONS, IN_KERNELS = _formulas.ACTIVATIONS, _formulas.IN_KERNELS
+activate, moments = _formulas.activate, _formulas.moments
+
 Shape: TypeAlias = int | tuple[int, ...] | None
-Activation: TypeAlias = str | Callable[[float], float] | None
-
-# NaN and infinity are ordinary data here, and a group of nothing has the mean 0/0: no warnings.
-quiet = np.errstate(all="ignore")
-
-
-# --- Building blocks ------------------------------------------------------------------------------
-
-
-def _axes(axis: Axis, ndim: int) -> tuple[int, ...]:
-    if axis is None:
-        return tuple(range(ndim))
-    return tuple(a % ndim for a in (axis if isinstance(axis, tuple) else (axis,)))
-
-
-def _sum(values: Array, axis: Axis) -> Array:
-    """Sum over `axis`, kept as 1. Copied, as NumPy adds pairwise only along contiguous memory."""
-    axes = tuple(sorted(_axes(axis, values.ndim)))
-    kept = tuple(a for a in range(values.ndim) if a not in axes)
-    shape = tuple(1 if a in axes else size for a, size in enumerate(values.shape))
-    summed = math.prod(values.shape[a] for a in axes)
-    rows = values.transpose(kept + axes).reshape(math.prod(shape), summed)
-    total: Array = np.ascontiguousarray(rows).sum(axis=1).reshape(shape)
-    return total
-
-
-def _count(shape: tuple[int, ...], axis: Axis, where: ArrayLike | None) -> Array:
-    """How many elements enter each group's statistics."""
-    inside = np.broadcast_to(True if where is None else np.asarray(where, bool), shape)
-    return _sum(inside.astype(np.int64), axis)
-
-
-def _statistics(
-    x: Array, axis: Axis, where: ArrayLike | None, *, centred: bool = True, total: bool = False
-) -> tuple[Array, Array, Array, Array]:
-    """(hi, lo, var, std) of each group; hi + lo is the mean, to more digits than one number holds.
-
-    `centred=False` measures from 0 instead of from the mean; `total` adds the squares up instead of
-    averaging them, so std is the Euclidean norm.
-    """
-    axes = _axes(axis, x.ndim)
-    inside = np.broadcast_to(True if where is None else np.asarray(where, bool), x.shape)
-    count = _count(x.shape, axes, where)
-
-    def average(values: Array) -> Array:
-        return _sum(np.where(inside, values, 0), axes) / count
-
-    # A power of two per group brings max|x| into [1/2, 1): exact, and its square is in range.
-    biggest = np.max(abs(x), axis=axes, keepdims=True, where=inside, initial=0)
-    finite = np.isfinite(biggest)
-    exponent = np.frexp(np.where(finite, biggest, 0))[1]
-    x = np.ldexp(x, -exponent)
-
-    hi = lo = np.zeros_like(biggest)
-    if centred:
-        # Around the first mean the numbers are as small as the spread, and so is their rounding.
-        # In a constant group they are a few units in the last place, which add up exactly: hi is
-        # the constant itself, lo and the variance are 0.
-        first = average(x)
-        rest = np.where(finite, average(x - first), 0)
-        hi = first + rest
-        lo = np.where(finite, (first - hi) + rest, 0)
-
-    # Centred in two steps: what the mean is still off by, squared, is below any rounding.
-    squares = ((x - hi) - lo) ** 2
-    var = _sum(np.where(inside, squares, 0), axes) if total else average(squares)
-    std = np.sqrt(var)
-    return (
-        np.ldexp(hi, exponent),
-        np.ldexp(lo, exponent),
-        np.ldexp(var, 2 * exponent),
-        np.ldexp(std, exponent),
-    )
-
-
-@quiet
-def moments(
-    x: ArrayLike, axis: Axis, *, where: ArrayLike | None = None, dtype: DTypeLike = np.float64
-) -> tuple[Array, Array]:
-    """Mean and biased variance of each group, the reduced axes kept as 1."""
-    mean, _, var, _ = _statistics(np.asarray(x).astype(dtype), axis, where)
-    return mean, var
-
-
-@quiet
-def norm(
-    x: ArrayLike, axis: Axis, *, where: ArrayLike | None = None, dtype: DTypeLike = np.float64
-) -> Array:
-    """Euclidean norm of each group, the reduced axes kept as 1."""
-    return _statistics(np.asarray(x).astype(dtype), axis, where, centred=False, total=True)[3]
-
-
-@quiet
-def normalize(
-    x: ArrayLike,
-    axis: Axis,
-    weight: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    eps: float = 1e-5,
-    *,
-    centred: bool = True,
-    where: ArrayLike | None = None,
-    residual: ArrayLike | None = None,
-    activation: Activation = None,
-    mean: ArrayLike | None = None,
-    var: ArrayLike | None = None,
-    scale: str = "rstd",
-    dtype: DTypeLike = np.float64,
-    return_rstd: bool = False,
-) -> tuple[Array, ...]:
-    """activation((x - mean) * rstd * weight + bias + residual) -> (y, mean, var), or with rstd too.
-
-    Statistics are taken over `axis` and kept as 1; `mean` and `var` given are used instead of them.
-    `centred=False` leaves the mean at 0 (RMS). `scale="l2"` divides by max(norm, eps) instead, and
-    var is then the sum of squares. A group with var + eps = 0 has rstd 0, so its y is exactly bias.
-    Ask for rstd rather than computing it from var: var leaves the range before its root does.
-    Only x - mean itself has to be in range.
-    """
-    x = np.asarray(x).astype(dtype)
-    if mean is not None and var is not None:
-        hi, var_ = np.asarray(mean).astype(dtype), np.asarray(var).astype(dtype)
-        lo, std = np.zeros_like(hi), np.sqrt(var_)
-    else:
-        l2 = scale == "l2"
-        hi, lo, var_, std = _statistics(x, axis, where, centred=centred and not l2, total=l2)
-
-    eps_ = x.dtype.type(eps)
-    divisor = np.maximum(std, eps_) if scale == "l2" else np.hypot(std, np.sqrt(eps_))
-    divisor = np.where(divisor == 0, np.inf, divisor)
-    y = ((x - hi) - lo) / divisor  # in two steps: see hi and lo in _statistics
-    if weight is not None:
-        y = y * np.asarray(weight).astype(dtype)
-    if bias is not None:
-        y = y + np.asarray(bias).astype(dtype)
-    if residual is not None:
-        y = y + np.asarray(residual).astype(dtype)
-    y = activate(y, activation)
-    return (y, hi, var_, 1 / divisor) if return_rstd else (y, hi, var_)
-
-
-@quiet
-def activate(y: Array, name: Activation) -> Array:
-    """The activation called `name`, or any function of one float, applied to each element."""
-    if name is None:
-        return y
-    if callable(name):  # float64: what a function compiled by numba can take
-        called = np.vectorize(name, otypes=[np.float64])(y.astype(np.float64))
-        z: Array = called.astype(y.dtype)
-        return z
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation {name!r} is not one of {', '.join(map(repr, ACTIVATIONS))}")
-    return ACTIVATIONS[name](y)
-
-
-def _gelu_tanh(y: Array) -> Array:
-    # (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)), which cancels nothing
-    u = np.sqrt(2 / _pi(y.dtype)) * (y + y.dtype.type("0.044715") * y**3)
-    z: Array = y / (1 + np.exp(-2 * u))
-    return z
-
-
-def _pi(dtype: np.dtype[Any]) -> Any:
-    return dtype.type("3.14159265358979323846264338327950288")
-
-
-def _normal_cdf(y: Array) -> Array:
-    """P(Z < y) of the standard normal distribution, relatively accurate in the lower tail too."""
-    cdf: Array
-    if y.dtype == np.float64:
-        cdf = np.vectorize(math.erfc, otypes=[np.float64])(-y * math.sqrt(0.5)) / 2
-        return cdf
-    _, tail = _normal_halves(abs(y))
-    cdf = np.where(y < 0, tail, 1 - tail)
-    return cdf
-
-
-def _erf(y: Array) -> Array:
-    erf: Array
-    if y.dtype == np.float64:
-        erf = np.vectorize(math.erf, otypes=[np.float64])(y)
-        return erf
-    within, _ = _normal_halves(abs(y) * np.sqrt(y.dtype.type(2)))
-    erf = np.copysign(2 * within, y)
-    return erf
-
-
-def _normal_halves(z: Array) -> tuple[Array, Array]:
-    """P(0 < Z < z) and P(Z > z), both relatively accurate."""
-    z = np.minimum(z, 200)  # the density underflows long before 200
-    # exp(-z^2/2) amplifies the rounding of z^2, so z is split into a part whose square is exact.
-    coarse = np.round(z * 16) / 16
-    density = np.exp(-(coarse**2) / 2) * np.exp(-(z - coarse) * (z + coarse) / 2)
-    density /= np.sqrt(2 * _pi(z.dtype))
-    # Below 2: 1/2 - density * (z + z^3/3 + z^5/(3*5) + ...). At z = 2, 60 terms reach 1e-40.
-    small = np.minimum(z, 2)
-    term = series = small
-    for k in range(1, 60):
-        term = term * small**2 / (2 * k + 1)
-        series = series + term
-    # From 2 on: Laplace's continued fraction, density / (z + 1/(z + 2/(z + 3/...))).
-    large = np.maximum(z, 2)
-    fraction = large
-    for k in range(200, 0, -1):
-        fraction = large + k / fraction
-    within, beyond = density * series, density / fraction
-    central = z < 2
-    return np.where(central, within, 0.5 - beyond), np.where(central, 0.5 - within, beyond)
-
-
-# What a caller may name, and what takes the place of a norm. The kernels number all of them in this
-# order, from 1 on (FN_ACTIVATIONS in _core/activations.h); Numba and the GPU compile `relu_32` and
-# `relu_64` of _numba/scalar.py, and so on.
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "relu": lambda y: np.maximum(y, 0),
-    "relu6": lambda y: np.clip(y, 0, 6),
-    "silu": lambda y: y / (1 + np.exp(-y)),
-    "gelu": lambda y: y * _normal_cdf(y),
-    "gelu_tanh": _gelu_tanh,
-}
-SQUASHES: dict[str, Callable[[Array], Array]] = {"tanh": np.tanh, "erf": _erf}
-IN_KERNELS = (*ACTIVATIONS, *SQUASHES)
-
-
-@quiet
-def normalize_backward(
-    dy: ArrayLike,
-    x: ArrayLike,
-    axis: Axis,
-    mean: ArrayLike,
-    rstd: ArrayLike,
-    weight: ArrayLike | None = None,
-    *,
-    centred: bool = True,
-    training: bool = True,
-    where: ArrayLike | None = None,
-    dtype: DTypeLike = np.float64,
-) -> tuple[Array, Array, Array]:
-    """(dx, dy * xhat, dy); the last two, summed over what weight and bias broadcast, are theirs.
-
-    With g = dy * weight: dx = rstd * (g - [average of g] - [xhat * average of g * xhat]). The first
-    bracket is the way through the mean (not if `centred=False`), the second the way through the
-    variance; neither where the statistics were given (`training=False`). Every element was
-    normalised, so the sums are of all of them; only those `where` the statistics came from moved
-    these: the averages divide by their number, and the brackets are theirs alone.
-    """
-    x, dy = np.asarray(x).astype(dtype), np.asarray(dy).astype(dtype)
-    mean, rstd = np.asarray(mean).astype(dtype), np.asarray(rstd).astype(dtype)
-    xhat = (x - mean) * rstd
-    g = dy if weight is None else dy * np.asarray(weight).astype(dtype)
-    dx = g
-    if training:
-        count = _count(x.shape, axis, where)
-        if centred:
-            dx = dx - _sum(g, axis) / count
-        dx = dx - xhat * (_sum(g * xhat, axis) / count)
-    if where is not None:
-        dx = np.where(where, dx, g)
-    return dx * rstd, dy * xhat, dy
+Gradients: TypeAlias = tuple[Array, Array, Array]
 
 
 # --- Where weight and bias lie --------------------------------------------------------------------
@@ -299,7 +61,7 @@ def _layer_places(shape: tuple[int, ...], x: Array, axes: tuple[int, ...]) -> tu
     return tuple(range(x.ndim - len(shape), x.ndim))
 
 
-def _place(parameter: ArrayLike, places: tuple[int, ...], ndim: int) -> Array:
+def _place(parameter: Array, places: tuple[int, ...], ndim: int) -> Array:
     """The parameter as an array that broadcasts against x."""
     values = np.asarray(parameter)
     shape = [1] * ndim
@@ -313,13 +75,13 @@ def _collect(values: Array, places: tuple[int, ...], shape: tuple[int, ...]) -> 
     sizes = dict(zip(places, shape, strict=True))
     broadcast = tuple(a for a in range(values.ndim) if sizes.get(a, 1) == 1)
     others = tuple(a for a in range(values.ndim) if a not in places)
-    return _sum(values, broadcast).transpose(places + others).reshape(shape)
+    return sum_over(values, broadcast).transpose(places + others).reshape(shape)
 
 
 # --- Channel norms: x as (N, G, C/G, *positions) --------------------------------------------------
 
 
-def _split(array: ArrayLike, x: Array, groups: int, channel_axis: int) -> Array:
+def _split(array: Array, x: Array, groups: int, channel_axis: int) -> Array:
     """`array`, broadcast to x, as (N, G, C/G, *positions)."""
     moved = np.moveaxis(np.broadcast_to(np.asarray(array), x.shape), channel_axis, 1)
     n, c, *positions = moved.shape
@@ -337,57 +99,54 @@ def _split_axes(ndim: int, batch: bool) -> tuple[int, ...]:
 
 
 def _channel_norm(
-    x: ArrayLike,
+    x: Array,
     groups: int | None,
-    weight: ArrayLike | None,
-    bias: ArrayLike | None,
+    weight: Maybe,
+    bias: Maybe,
     eps: float,
-    channel_axis: int,
     *,
+    channel_axis: int = 1,
     batch: bool = False,
-    running: tuple[Array | None, Array | None] = (None, None),
+    running: tuple[Maybe, Maybe] = (None, None),
     use_input_stats: bool = True,
     momentum: float = 0.1,
-    where: ArrayLike | None = None,
-    residual: ArrayLike | None = None,
+    where: Maybe = None,
+    residual: Maybe = None,
     return_stats: bool = False,
-    **shared: Any,
+    **options: Any,
 ) -> Any:
     x = np.asarray(x)
     groups = x.shape[channel_axis] if groups is None else groups
     xs = _split(x, x, groups, channel_axis)
 
-    def split(array: ArrayLike | None) -> Array | None:
+    def split(array: Maybe) -> Maybe:
         return None if array is None else _split(array, x, groups, channel_axis)
 
-    def split_parameter(p: ArrayLike | None) -> Array | None:
-        if p is None:
-            return None
-        return split(_place(p, _channel_places(np.shape(p), x, channel_axis), x.ndim))
+    def placed(p: Maybe) -> Maybe:
+        return (
+            None if p is None else _place(p, _channel_places(np.shape(p), x, channel_axis), x.ndim)
+        )
 
-    mean = var = None
     if not use_input_stats:
         if running[0] is None or running[1] is None:
             raise ValueError("statistics that are not the input's: running_mean and running_var")
-        mean, var = (np.asarray(r).reshape(1, groups, *[1] * (xs.ndim - 2)) for r in running)
+        place = (1, groups, *[1] * (xs.ndim - 2))
+        options["given"] = tuple(np.asarray(r).reshape(place) for r in running)
     axes = _split_axes(xs.ndim, batch)
     where = split(where)
-    y, mean, var, rstd = normalize(
+    y, *statistics = normalize(
         xs,
         axes,
-        split_parameter(weight),
-        split_parameter(bias),
+        split(placed(weight)),
+        split(placed(bias)),
         eps,
         where=where,
         residual=split(residual),
-        mean=mean,
-        var=var,
-        return_rstd=True,
-        **shared,
+        **options,
     )
-    mean, var, rstd = (s.reshape(s.shape[:2]) for s in (mean, var, rstd))
+    mean, var, rstd = (s.reshape(s.shape[:2]) for s in statistics)
     if use_input_stats:
-        count = _count(xs.shape, axes, where).reshape(mean.shape)
+        count = count_of(xs.shape, axes, where).reshape(mean.shape)
         _update(running[0], mean, count, momentum)
         _update(running[1], var * count / (count - 1), count, momentum)
     y = _unsplit(y, x, channel_axis)
@@ -396,7 +155,7 @@ def _channel_norm(
     return (y, *stats) if return_stats else y
 
 
-def _update(running: Array | None, batch: Array, count: Array, momentum: float) -> None:
+def _update(running: Maybe, batch: Array, count: Array, momentum: float) -> None:
     """Move `running` to the samples' average statistic; what counted nothing changes nothing."""
     if running is None:
         return
@@ -406,27 +165,27 @@ def _update(running: Array | None, batch: Array, count: Array, momentum: float) 
 
 
 def _channel_norm_backward(
-    dy: ArrayLike,
-    x: ArrayLike,
-    mean: ArrayLike,
-    rstd: ArrayLike,
+    dy: Array,
+    x: Array,
+    mean: Array,
+    rstd: Array,
     groups: int | None,
-    weight: ArrayLike | None,
-    channel_axis: int,
+    weight: Maybe,
     *,
+    channel_axis: int = 1,
     batch: bool = False,
-    where: ArrayLike | None = None,
+    where: Maybe = None,
     **options: Any,
-) -> tuple[Array, Array, Array]:
+) -> Gradients:
     x = np.asarray(x)
     channels = x.shape[channel_axis]
     groups = channels if groups is None else groups
     weight = np.ones(channels) if weight is None else np.asarray(weight)
     places = _channel_places(weight.shape, x, channel_axis)
-    xs = _split(x, x, groups, channel_axis)
+    dys, xs, weights = (
+        _split(array, x, groups, channel_axis) for array in (dy, x, _place(weight, places, x.ndim))
+    )
     shape = (1 if batch else len(xs), groups) + (1,) * (xs.ndim - 2)
-    dys = _split(dy, x, groups, channel_axis)
-    weights = _split(_place(weight, places, x.ndim), x, groups, channel_axis)
     mean, rstd = np.reshape(mean, shape), np.reshape(rstd, shape)
     axes = _split_axes(xs.ndim, batch)
     if where is not None:
@@ -438,107 +197,81 @@ def _channel_norm_backward(
 
 @quiet
 def batch_norm(
-    x: ArrayLike,
-    running_mean: Array | None = None,
-    running_var: Array | None = None,
-    weight: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
+    x: Array,
+    running_mean: Maybe = None,
+    running_var: Maybe = None,
+    weight: Maybe = None,
+    bias: Maybe = None,
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-    *,
-    channel_axis: int = 1,
-    **shared: Any,
+    **options: Any,
 ) -> Any:
     """Each channel over samples and positions; if not training, by the running statistics."""
-    shared.update(batch=True, running=(running_mean, running_var), momentum=momentum)
-    return _channel_norm(
-        x, None, weight, bias, eps, channel_axis, use_input_stats=training, **shared
-    )
+    options |= {"running": (running_mean, running_var), "momentum": momentum}
+    options |= {"batch": True, "use_input_stats": training}
+    return _channel_norm(x, None, weight, bias, eps, **options)
 
 
 @quiet
 def batch_norm_backward(
-    dy: ArrayLike,
-    x: ArrayLike,
-    mean: ArrayLike,
-    rstd: ArrayLike,
-    weight: ArrayLike | None = None,
-    *,
-    training: bool = True,
-    channel_axis: int = 1,
-    **options: Any,
-) -> tuple[Array, Array, Array]:
+    dy: Array, x: Array, mean: Array, rstd: Array, weight: Maybe = None, **options: Any
+) -> Gradients:
     """dx, dweight, dbias."""
-    options.update(batch=True, training=training)
-    return _channel_norm_backward(dy, x, mean, rstd, None, weight, channel_axis, **options)
+    return _channel_norm_backward(dy, x, mean, rstd, None, weight, batch=True, **options)
 
 
 @quiet
 def instance_norm(
-    x: ArrayLike,
-    running_mean: Array | None = None,
-    running_var: Array | None = None,
-    weight: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
+    x: Array,
+    running_mean: Maybe = None,
+    running_var: Maybe = None,
+    weight: Maybe = None,
+    bias: Maybe = None,
     use_input_stats: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
-    *,
-    channel_axis: int = 1,
-    **shared: Any,
+    **options: Any,
 ) -> Any:
     """Each channel of each sample over its positions."""
-    shared.update(running=(running_mean, running_var), momentum=momentum)
-    return _channel_norm(
-        x, None, weight, bias, eps, channel_axis, use_input_stats=use_input_stats, **shared
-    )
+    options |= {"running": (running_mean, running_var), "momentum": momentum}
+    options |= {"use_input_stats": use_input_stats}
+    return _channel_norm(x, None, weight, bias, eps, **options)
 
 
 @quiet
 def instance_norm_backward(
-    dy: ArrayLike,
-    x: ArrayLike,
-    mean: ArrayLike,
-    rstd: ArrayLike,
-    weight: ArrayLike | None = None,
-    *,
-    channel_axis: int = 1,
-    **options: Any,
-) -> tuple[Array, Array, Array]:
+    dy: Array, x: Array, mean: Array, rstd: Array, weight: Maybe = None, **options: Any
+) -> Gradients:
     """dx, dweight, dbias."""
-    return _channel_norm_backward(dy, x, mean, rstd, None, weight, channel_axis, **options)
+    return _channel_norm_backward(dy, x, mean, rstd, None, weight, **options)
 
 
 @quiet
 def group_norm(
-    x: ArrayLike,
+    x: Array,
     num_groups: int,
-    weight: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
+    weight: Maybe = None,
+    bias: Maybe = None,
     eps: float = 1e-5,
-    *,
-    channel_axis: int = 1,
-    **shared: Any,
+    **options: Any,
 ) -> Any:
     """Each group of neighbouring channels of each sample, over its channels and positions."""
-    return _channel_norm(x, num_groups, weight, bias, eps, channel_axis, **shared)
+    return _channel_norm(x, num_groups, weight, bias, eps, **options)
 
 
 @quiet
 def group_norm_backward(
-    dy: ArrayLike,
-    x: ArrayLike,
-    mean: ArrayLike,
-    rstd: ArrayLike,
+    dy: Array,
+    x: Array,
+    mean: Array,
+    rstd: Array,
     num_groups: int,
-    weight: ArrayLike | None = None,
-    *,
-    channel_axis: int = 1,
+    weight: Maybe = None,
     **options: Any,
-) -> tuple[Array, Array, Array]:
+) -> Gradients:
     """dx, dweight, dbias."""
-    return _channel_norm_backward(dy, x, mean, rstd, num_groups, weight, channel_axis, **options)
+    return _channel_norm_backward(dy, x, mean, rstd, num_groups, weight, **options)
 
 
 # --- Layer and RMS norm ---------------------------------------------------------------------------
@@ -546,96 +279,68 @@ def group_norm_backward(
 
 def _layer_axes(x: Array, normalized_shape: Shape, axis: Axis) -> tuple[int, ...]:
     if normalized_shape is None and axis is not None:
-        return _axes(axis, x.ndim)
+        return axes_of(axis, x.ndim)
     if normalized_shape is not None and axis is None:
         return tuple(range(x.ndim - np.size(normalized_shape), x.ndim))
     raise ValueError("give exactly one of normalized_shape and axis")
 
 
-def _layer_weight(
-    weight: ArrayLike | None, x: Array, axes: tuple[int, ...], offset: float, dtype: DTypeLike
-) -> Array | None:
-    if weight is None:
+def _layer_parameter(
+    p: Maybe, x: Array, axes: tuple[int, ...], dtype: DTypeLike, offset: float = 0.0
+) -> Maybe:
+    """A weight or bias as it broadcasts against x, with an offset added."""
+    if p is None:
         return None
-    placed = _place(weight, _layer_places(np.shape(weight), x, axes), x.ndim)
+    placed = _place(p, _layer_places(np.shape(p), x, axes), x.ndim)
     shifted: Array = placed.astype(dtype) + offset
     return shifted
 
 
-def _layer_norm(
-    x: ArrayLike,
-    normalized_shape: Shape,
-    weight: ArrayLike | None,
-    bias: ArrayLike | None,
-    eps: float,
-    axis: Axis,
-    *,
-    weight_offset: float = 0.0,
-    return_stats: bool = False,
-    dtype: DTypeLike = np.float64,
-    **shared: Any,
-) -> Any:
-    x = np.asarray(x)
-    axes = _layer_axes(x, normalized_shape, axis)
-    weight = _layer_weight(weight, x, axes, weight_offset, dtype)
-    bias = _layer_weight(bias, x, axes, 0.0, dtype)
-    y, mean, _, rstd = normalize(
-        x, axes, weight, bias, eps, return_rstd=True, dtype=dtype, **shared
-    )
-    return (y, mean, rstd) if return_stats else y
-
-
-def _layer_norm_backward(
-    dy: ArrayLike,
-    x: ArrayLike,
-    mean: ArrayLike,
-    rstd: ArrayLike,
-    normalized_shape: Shape,
-    weight: ArrayLike | None,
-    axis: Axis,
-    *,
-    weight_offset: float = 0.0,
-    dtype: DTypeLike = np.float64,
-    **options: Any,
-) -> tuple[Array, Array, Array]:
-    x = np.asarray(x)
-    axes = _layer_axes(x, normalized_shape, axis)
-    shape = tuple(x.shape[a] for a in axes) if weight is None else np.shape(weight)
-    weight = _layer_weight(weight, x, axes, weight_offset, dtype)
-    dx, dy_xhat, dy = normalize_backward(dy, x, axes, mean, rstd, weight, dtype=dtype, **options)
-    places = _layer_places(shape, x, axes)
-    return dx, _collect(dy_xhat, places, shape), _collect(dy, places, shape)
-
-
 @quiet
 def layer_norm(
-    x: ArrayLike,
+    x: Array,
     normalized_shape: Shape = None,
-    weight: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
+    weight: Maybe = None,
+    bias: Maybe = None,
     eps: float = 1e-5,
     *,
     axis: Axis = None,
-    **shared: Any,
+    weight_offset: float = 0.0,
+    return_stats: bool = False,
+    dtype: DTypeLike = np.float64,
+    **options: Any,
 ) -> Any:
     """Over the trailing axes of `normalized_shape`, or over `axis`."""
-    return _layer_norm(x, normalized_shape, weight, bias, eps, axis, **shared)
+    x = np.asarray(x)
+    axes = _layer_axes(x, normalized_shape, axis)
+    weight = _layer_parameter(weight, x, axes, dtype, weight_offset)
+    bias = _layer_parameter(bias, x, axes, dtype)
+    y, mean, _, rstd = normalize(x, axes, weight, bias, eps, dtype=dtype, **options)
+    return (y, mean, rstd) if return_stats else y
 
 
 @quiet
 def layer_norm_backward(
-    dy: ArrayLike,
-    x: ArrayLike,
-    mean: ArrayLike,
-    rstd: ArrayLike,
+    dy: Array,
+    x: Array,
+    mean: Array,
+    rstd: Array,
     normalized_shape: Shape = None,
-    weight: ArrayLike | None = None,
+    weight: Maybe = None,
     *,
     axis: Axis = None,
+    weight_offset: float = 0.0,
+    dtype: DTypeLike = np.float64,
     **options: Any,
-) -> tuple[Array, Array, Array]:
+) -> Gradients:
     """dx, dweight, dbias."""
-    return _layer_norm_backward(dy, x, mean, rstd, normalized_shape, weight, axis, **options)
+    x = np.asarray(x)
+    axes = _layer_axes(x, normalized_shape, axis)
+    shape = tuple(x.shape[a] for a in axes) if weight is None else np.shape(weight)
+    weight = _layer_parameter(weight, x, axes, dtype, weight_offset)
+    dx, dy_xhat, dy = normalize_backward(dy, x, axes, mean, rstd, weight, dtype=dtype, **options)
+    places = _layer_places(shape, x, axes)
+    return dx, _collect(dy_xhat, places, shape), _collect(dy, places, shape)
 
 
 def _machine_epsilon(dtype: np.dtype[Any]) -> float:
@@ -646,45 +351,37 @@ def _machine_epsilon(dtype: np.dtype[Any]) -> float:
 
 @quiet
 def rms_norm(
-    x: ArrayLike,
+    x: Array,
     normalized_shape: Shape = None,
-    weight: ArrayLike | None = None,
+    weight: Maybe = None,
     eps: float | None = None,
     *,
-    axis: Axis = None,
-    weight_offset: float = 0.0,
     return_stats: bool = False,
-    **shared: Any,
+    **options: Any,
 ) -> Any:
     """Over the axes of layer_norm: x / sqrt(average of x^2 + eps) * (weight + weight_offset)."""
     eps = _machine_epsilon(np.asarray(x).dtype) if eps is None else eps
-    shared.update(centred=False, return_stats=True)
-    shared |= {"weight_offset": weight_offset}
-    y, _, rstd = _layer_norm(x, normalized_shape, weight, None, eps, axis, **shared)
+    options |= {"centred": False, "return_stats": True}
+    y, _, rstd = layer_norm(x, normalized_shape, weight, None, eps, **options)
     return (y, rstd) if return_stats else y
 
 
 @quiet
 def rms_norm_backward(
-    dy: ArrayLike,
-    x: ArrayLike,
-    rstd: ArrayLike,
+    dy: Array,
+    x: Array,
+    rstd: Array,
     normalized_shape: Shape = None,
-    weight: ArrayLike | None = None,
-    *,
-    axis: Axis = None,
-    weight_offset: float = 0.0,
+    weight: Maybe = None,
     **options: Any,
 ) -> tuple[Array, Array]:
     """dx, dweight."""
     options["centred"] = False
-    dx, dweight, _ = _layer_norm_backward(
-        dy, x, 0, rstd, normalized_shape, weight, axis, weight_offset=weight_offset, **options
-    )
-    return dx, dweight
+    mean = np.zeros_like(rstd)
+    return layer_norm_backward(dy, x, mean, rstd, normalized_shape, weight, **options)[:2]
 
 
-def _add(x: ArrayLike, residual: ArrayLike) -> Array:
+def _add(x: Array, residual: Array) -> Array:
     """Add in x's dtype, rounding once: float64 is wide enough for all narrower types."""
     x, residual = np.asarray(x), np.asarray(residual)
     wide = np.result_type(x, residual, np.float64)
@@ -695,11 +392,11 @@ def _add(x: ArrayLike, residual: ArrayLike) -> Array:
 
 @quiet
 def add_layer_norm(
-    x: ArrayLike,
-    residual: ArrayLike,
+    x: Array,
+    residual: Array,
     normalized_shape: Shape,
-    weight: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
+    weight: Maybe = None,
+    bias: Maybe = None,
     eps: float = 1e-5,
     *,
     dtype: DTypeLike = np.float64,
@@ -711,10 +408,10 @@ def add_layer_norm(
 
 @quiet
 def add_rms_norm(
-    x: ArrayLike,
-    residual: ArrayLike,
+    x: Array,
+    residual: Array,
     normalized_shape: Shape,
-    weight: ArrayLike | None = None,
+    weight: Maybe = None,
     eps: float | None = None,
     *,
     dtype: DTypeLike = np.float64,
@@ -728,28 +425,27 @@ def add_rms_norm(
 
 
 def l2_normalize(
-    x: ArrayLike, axis: Axis = -1, *, eps: float = 1e-12, dtype: DTypeLike = np.float64
+    x: Array, axis: Axis = -1, *, eps: float = 1e-12, dtype: DTypeLike = np.float64
 ) -> Array:
     """Unit vectors: x / max(||x||, eps)."""
     return normalize(x, axis, eps=eps, scale="l2", dtype=dtype)[0]
 
 
 def standardize(
-    x: ArrayLike,
+    x: Array,
     axis: Axis = None,
     *,
     eps: float = 0.0,
-    where: ArrayLike | None = None,
+    where: Maybe = None,
     dtype: DTypeLike = np.float64,
 ) -> Array:
     """Z-scores: (x - mean) / sqrt(var + eps)."""
-    axes = tuple(range(np.ndim(x))) if axis is None else axis
-    return normalize(x, axes, eps=eps, where=where, dtype=dtype)[0]
+    return normalize(x, axis, eps=eps, where=where, dtype=dtype)[0]
 
 
 @quiet
 def local_response_norm(
-    x: ArrayLike,
+    x: Array,
     size: int,
     alpha: float = 1e-4,
     beta: float = 0.75,
@@ -765,28 +461,26 @@ def local_response_norm(
     return np.moveaxis(x / (k + alpha * windows / size) ** beta, 0, channel_axis)
 
 
-def weight_norm(
-    v: ArrayLike, g: ArrayLike, *, axis: Axis = 0, dtype: DTypeLike = np.float64
-) -> Array:
+def weight_norm(v: Array, g: Array, *, axis: Axis = 0, dtype: DTypeLike = np.float64) -> Array:
     """Length g, direction v: g * v / ||v||, the norm over all axes but `axis`; 0 where v is."""
     v, g = np.asarray(v), np.asarray(g)
-    kept = () if axis is None else _axes(axis, v.ndim)
+    kept = () if axis is None else axes_of(axis, v.ndim)
     normed = tuple(a for a in range(v.ndim) if a not in kept)
     if g.ndim == 1 and len(kept) == 1:
         g = _place(g, kept, v.ndim)
     return normalize(v, normed, g, eps=0.0, scale="l2", dtype=dtype)[0]
 
 
-def weight_standardize(w: ArrayLike, *, eps: float = 1e-5, dtype: DTypeLike = np.float64) -> Array:
+def weight_standardize(w: Array, *, eps: float = 1e-5, dtype: DTypeLike = np.float64) -> Array:
     """(w - mean) / sqrt(var + eps) of each output channel (axis 0)."""
     return normalize(w, tuple(range(1, np.ndim(w))), eps=eps, dtype=dtype)[0]
 
 
 @quiet
 def global_response_norm(
-    x: ArrayLike,
-    weight: ArrayLike,
-    bias: ArrayLike,
+    x: Array,
+    weight: Array,
+    bias: Array,
     *,
     eps: float = 1e-6,
     channel_axis: int = 1,
@@ -797,7 +491,7 @@ def global_response_norm(
     channel = channel_axis % x.ndim
     positions = tuple(a for a in range(x.ndim) if a not in (0 if channel else 1, channel))
     size = norm(x, positions, dtype=dtype)
-    average = _sum(size, channel) / x.shape[channel] + eps
+    average = sum_over(size, channel) / x.shape[channel] + eps
     response = x * (size / np.where(average == 0, np.inf, average))
     weight, bias = (
         _place(p, _channel_places(np.shape(p), x, channel), x.ndim).astype(dtype)
@@ -807,106 +501,79 @@ def global_response_norm(
     return y
 
 
-@quiet
 def dynamic_tanh(
-    x: ArrayLike,
-    alpha: ArrayLike,
-    weight: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    *,
-    dtype: DTypeLike = np.float64,
+    x: Array, alpha: Array, weight: Maybe = None, bias: Maybe = None, **options: Any
 ) -> Array:
     """No statistics: weight * tanh(alpha * x) + bias."""
-    return _squashed("tanh", x, alpha, 0, weight, bias, dtype)
+    return _squashed("tanh", x, alpha, 0, weight, bias, **options)
 
 
 def dynamic_tanh_backward(
-    dy: ArrayLike,
-    x: ArrayLike,
-    alpha: ArrayLike,
-    weight: ArrayLike | None = None,
-    *,
-    dtype: DTypeLike = np.float64,
+    dy: Array, x: Array, alpha: Array, weight: Maybe = None, **options: Any
 ) -> tuple[Array, ...]:
     """(dx, dalpha, dweight, dbias)."""
-    dx, dalpha, _, *affine = _squashed_back(
-        "tanh", lambda u: 1 / np.cosh(u) ** 2, dy, x, alpha, 0, weight, dtype=dtype
-    )
+    dx, dalpha, _, *affine = _squashed_backward("tanh", dy, x, alpha, 0, weight, **options)
     return (dx, dalpha, *affine)
 
 
-@quiet
 def derf(
-    x: ArrayLike,
-    alpha: ArrayLike,
+    x: Array,
+    alpha: Array,
     shift: ArrayLike = 0.0,
-    weight: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    *,
-    dtype: DTypeLike = np.float64,
+    weight: Maybe = None,
+    bias: Maybe = None,
+    **options: Any,
 ) -> Array:
     """No statistics: weight * erf(alpha * x + shift) + bias."""
-    return _squashed("erf", x, alpha, shift, weight, bias, dtype)
+    return _squashed("erf", x, alpha, shift, weight, bias, **options)
 
 
 def derf_backward(
-    dy: ArrayLike,
-    x: ArrayLike,
-    alpha: ArrayLike,
+    dy: Array,
+    x: Array,
+    alpha: Array,
     shift: ArrayLike = 0.0,
-    weight: ArrayLike | None = None,
-    *,
-    dtype: DTypeLike = np.float64,
+    weight: Maybe = None,
+    **options: Any,
 ) -> tuple[Array, ...]:
     """(dx, dalpha, dshift, dweight, dbias)."""
-
-    def slope(u: Array) -> Array:
-        found: Array = 2 / np.sqrt(_pi(u.dtype)) * np.exp(-u * u)
-        return found
-
-    return _squashed_back("erf", slope, dy, x, alpha, shift, weight, dtype=dtype)
-
-
-def _squashed(
-    f: str,
-    x: ArrayLike,
-    alpha: ArrayLike,
-    shift: ArrayLike,
-    weight: ArrayLike | None,
-    bias: ArrayLike | None,
-    dtype: DTypeLike,
-) -> Array:
-    """weight * f(alpha * x + shift) + bias."""
-    x, alpha, shift = (np.asarray(p).astype(dtype) for p in (x, alpha, shift))
-    y: Array = SQUASHES[f](alpha * x + shift)
-    if weight is not None:
-        y = y * np.asarray(weight).astype(dtype)
-    if bias is not None:
-        y = y + np.asarray(bias).astype(dtype)
-    return y
+    return _squashed_backward("erf", dy, x, alpha, shift, weight, **options)
 
 
 @quiet
-def _squashed_back(
+def _squashed(
     f: str,
-    slope: Callable[[Array], Array],
-    dy: ArrayLike,
-    x: ArrayLike,
-    alpha: ArrayLike,
+    x: Array,
+    alpha: Array,
     shift: ArrayLike,
-    weight: ArrayLike | None,
-    *,
-    dtype: DTypeLike,
+    weight: Maybe,
+    bias: Maybe,
+    dtype: DTypeLike = np.float64,
+) -> Array:
+    """weight * f(alpha * x + shift) + bias."""
+    x, alpha, shift = (np.asarray(p).astype(dtype) for p in (x, alpha, shift))
+    return affine(SQUASHES[f](alpha * x + shift), dtype, weight, bias)
+
+
+@quiet
+def _squashed_backward(
+    f: str,
+    dy: Array,
+    x: Array,
+    alpha: Array,
+    shift: ArrayLike,
+    weight: Maybe,
+    dtype: DTypeLike = np.float64,
 ) -> tuple[Array, ...]:
     """(dx, dalpha, dshift, dweight, dbias)."""
     weight = np.ones(np.shape(x)[-1:]) if weight is None else weight
     dy, x, alpha, shift, w = (np.asarray(p).astype(dtype) for p in (dy, x, alpha, shift, weight))
     u = alpha * x + shift
-    du = dy * w * slope(u)
+    du = dy * w * SLOPES[f](u)
     placed = (1,) * (x.ndim - w.ndim) + w.shape
     kept = tuple(a for a, n in enumerate(placed) if n == 1)
-    dweight, dbias = (_sum(v, kept).reshape(w.shape) for v in (dy * SQUASHES[f](u), dy))
+    dweight, dbias = (sum_over(v, kept).reshape(w.shape) for v in (dy * SQUASHES[f](u), dy))
     dalpha, dshift = (
-        _sum(v, None).reshape(number.shape) for v, number in ((du * x, alpha), (du, shift))
+        sum_over(v, None).reshape(number.shape) for v, number in ((du * x, alpha), (du, shift))
     )
     return du * alpha, dalpha, dshift, dweight, dbias

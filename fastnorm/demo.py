@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 import fastnorm as fn
 from fastnorm import _reference
+from fastnorm._bench.text import aligned
 from fastnorm._bench.timing import Contender, compete
 from fastnorm.picture import Row, draw
 
@@ -363,10 +364,8 @@ def _short(number: float) -> str:
 
 def _aligned(blocks: Sequence[Sequence[Sequence[str]]]) -> list[str]:
     """Lines of a table of blocks of columns; the first block is aligned to the left."""
-    parts = []
-    for side, block in zip("<" + ">" * len(blocks), blocks):
-        columns = [[f"{cell:{side}{max(map(len, col))}}" for cell in col] for col in block]
-        parts.append(["  ".join(cells) for cells in zip(*columns)])
+    sides = "<" + ">" * len(blocks)
+    parts = [aligned([*zip(*block)], side) for side, block in zip(sides, blocks)]
     return [" | ".join(line).rstrip() for line in zip(*parts)]
 
 
@@ -393,23 +392,10 @@ def _pytorch(threads: int) -> Iterator[Any]:
 def run(
     size: int = 256, threads: int | None = None, report: Report = lambda step: None
 ) -> tuple[Result, bytes]:
-    """Do all of it.
+    """Do all of it, on (8, 16, size, size) numbers: times and errors, and a PNG file.
 
-    Parameters
-    ----------
-    size
-        The side of the feature maps: the input is (8, 16, size, size).
-    threads
-        Of fastnorm and of PyTorch; None is what fastnorm uses anyway.
-    report
-        Called `STEPS` times, with what is begun.
-
-    Returns
-    -------
-    result
-        Times and errors.
-    picture
-        A PNG file.
+    The threads are those of fastnorm and of PyTorch; None is what fastnorm uses anyway. `report` is
+    called `STEPS` times, with what is begun.
     """
     threads = fn.get_num_threads() if threads is None else threads
     rounds = 5 if size >= 128 else 1

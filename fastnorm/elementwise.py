@@ -210,7 +210,7 @@ def _slope_of_erf(u: Array) -> Array:
     return slope
 
 
-# --- Any f, by its name in _reference.SQUASHES ----------------------------------------------------
+# --- Any f, by its name in _formulas.SQUASHES ----------------------------------------------------
 
 # Elements that a gradient takes at once, in float64.
 _AT_ONCE = 1 << 15

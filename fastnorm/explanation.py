@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 import fastnorm as fn
-from fastnorm import bench
 from fastnorm._bench import cases
 from fastnorm._files.names import CannotUse
 from fastnorm.backends import recorder
+from fastnorm.calls import case_of_text
 from fastnorm.machine import MEASURED, Machine
 from fastnorm.schedule import BackwardSchedule, ForwardSchedule, non_temporal_above
 
@@ -49,7 +49,7 @@ def to_text(passes: list[Explanation], here: Machine) -> str:
 
 def _asked_of_text(text: str) -> list[recorder.Asked]:
     try:
-        case = bench.case_of_text(text)
+        case = case_of_text(text)
     except CannotUse as error:
         raise ValueError(str(error)) from None
     data = cases.data(case, cases.blank)

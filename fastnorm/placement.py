@@ -15,7 +15,6 @@ Architecture", 2020, arXiv:2002.04745: one head, W_Q = W_K = 0, ReLU, square mat
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -27,8 +26,10 @@ from typing import Any, TypeAlias
 import numpy as np
 
 import fastnorm as fn
+from fastnorm._bench.machine import environment
+from fastnorm._bench.text import aligned
 from fastnorm.arguments import Array
-from fastnorm.nn.transformer import PLACEMENTS, Placement
+from fastnorm.nn.stream import PLACEMENTS, Placement
 from fastnorm.workers import interrupts_held, processes
 
 Report: TypeAlias = Callable[[str], None]
@@ -53,34 +54,18 @@ def run(
     *,
     training_steps: int | None = None,
 ) -> dict[str, Any]:
-    """Do the study, or some of its parts.
+    """Do the study, or some of its parts: the result of each by its name, ready for JSON.
 
-    Parameters
-    ----------
-    parts
-        Of `PARTS`.
-    depths
-        Numbers of layers; that of the residual part is the largest.
-    seeds
-        How many networks of each kind.
-    report
-        Called `steps` times, with what is begun or, in training, done.
-    training_steps
-        Of each training; None is `STEPS`.
-
-    Returns
-    -------
-    dict
-        The result of each part by its name, ready for JSON: what is not a number is None.
+    There are as many networks of each kind as `seeds`; the residual part is of the largest of the
+    `depths`. `report` is called `steps` times, with what is begun or, in training, done. What is
+    not a number is None.
     """
-    results: dict[str, Any] = {}
-    if "gradient" in parts:
-        results["gradient"] = gradient(depths, seeds, report)
-    if "residual" in parts:
-        results["residual"] = residual(max(depths), seeds, report)
-    if "training" in parts:
-        results["training"] = training(seeds, training_steps or STEPS, report)
-    return results
+    do: dict[str, Callable[[], dict[str, Any]]] = {
+        "gradient": lambda: gradient(depths, seeds, report),
+        "residual": lambda: residual(max(depths), seeds, report),
+        "training": lambda: training(seeds, training_steps or STEPS, report),
+    }
+    return {part: do[part]() for part in PARTS if part in parts}
 
 
 @contextmanager
@@ -94,18 +79,10 @@ def _each(
         return
     # Each with one thread: the matrices are small.
     single = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "FASTNORM_NUM_THREADS"), "1")
-    before = {name: os.environ.get(name) for name in single}
-    os.environ.update(single)
-    try:
-        with processes(workers) as pool:
-            with interrupts_held():
-                results = pool.map(function, *zip(*jobs))
-            yield results
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
+    with environment(**single), processes(workers) as pool:
+        with interrupts_held():
+            results = pool.map(function, *zip(*jobs))
+        yield results
 
 
 # --- At initialisation ----------------------------------------------------------------------------
@@ -155,12 +132,9 @@ def _slope(depths: Sequence[int], norms: Sequence[float]) -> float | None:
 def gradient(depths: Sequence[int], seeds: int, report: Report) -> dict[str, Any]:
     """Measure gradients by depth.
 
-    Returns
-    -------
-    dict
-        For each placement ``norms``, of the last layer for each depth, the mean over seeds;
-        ``spread``, its standard deviation over them; ``layers``, of every layer for each depth; and
-        ``slope``, that of log norm on log depth, with ``slopes`` for each seed.
+    Of each placement ``norms``, of the last layer for each depth, the mean over seeds; ``spread``,
+    its standard deviation over them; ``layers``, of every layer for each depth; and ``slope``, that
+    of log norm on log depth, with ``slopes`` for each seed.
     """
     results: dict[str, Any] = {}
     jobs = list(product(PLACEMENTS, depths, range(seeds)))
@@ -203,13 +177,10 @@ def _sizes(placement: Placement, depth: int, seed: int) -> Array:
 def residual(depth: int, seeds: int, report: Report) -> dict[str, Any]:
     """Measure the residual stream by layer, in units of d, to compare with lemma 2 of the paper.
 
-    Returns
-    -------
-    dict
-        For each placement ``layers`` and ``sizes``, the means over seeds. For "pre" and "peri",
-        which begin at layer 0, the stream itself, and for "pre" the bounds ``lower``, 1 + l/2, and
-        ``upper``, 1 + 3l/2. For "post" and "deepnorm" the last sum of each layer, ``mean`` over the
-        layers, and for "post" the ``expected`` 3/2.
+    Of each placement ``layers`` and ``sizes``, the means over seeds. For "pre" and "peri", which
+    begin at layer 0, the stream itself, and for "pre" the bounds ``lower``, 1 + l/2, and ``upper``,
+    1 + 3l/2. For "post" and "deepnorm" the last sum of each layer, ``mean`` over the layers, and
+    for "post" the ``expected`` 3/2.
     """
     results: dict[str, Any] = {}
     measured = {}
@@ -350,35 +321,27 @@ def train(job: Job) -> Array:
 def training(seeds: int, number: int, report: Report) -> dict[str, Any]:
     """Train every placement with and without warm-up, at every learning rate, from every seed.
 
-    Returns
-    -------
-    dict
-        ``entropy`` of a single character, in nats; ``runs``, each with its options, its ``curve``
-        (mean losses of equal shares of the steps), its final ``loss`` (the mean over the last tenth
-        of the steps) and whether it ``diverged``: ended at what is not a number, or less than
-        `MARGIN` below that entropy, which is to have learned next to nothing of sequences.
+    What is found is the ``entropy`` of a single character, in nats; and ``runs``, each with its
+    options, its ``curve`` (mean losses of equal shares of the steps), its final ``loss`` (the mean
+    over the last tenth of the steps) and whether it ``diverged``: ended at what is not a number, or
+    less than `MARGIN` below that entropy, which is to have learned next to nothing of sequences.
     """
     codes, kinds = _codes()
     alone = entropy(codes)
     runs = []
     jobs = _jobs(seeds, number)
     with _each(train, [(job,) for job in jobs]) as each:
-        curves = []
         for job, losses in zip(jobs, each):
             with_or_not = "with" if job.warmup else "without"
             report(f"training: {job.placement} at {job.lr:g} {with_or_not} warm-up")
-            curves.append(losses)
-    for job, losses in zip(jobs, curves):
-        loss = float(losses[-max(1, number // 10) :].mean())
-        curve = [float(part.mean()) for part in np.array_split(losses, min(POINTS, number))]
-        runs.append(
-            asdict(job)
-            | {
+            loss = float(losses[-max(1, number // 10) :].mean())
+            parts = np.array_split(losses, min(POINTS, number))
+            found = {
                 "loss": _number(loss),
                 "diverged": not loss < alone - MARGIN,
-                "curve": [_number(point) for point in curve],
+                "curve": [_number(float(part.mean())) for part in parts],
             }
-        )
+            runs.append(asdict(job) | found)
     setting = {"characters": len(codes), "kinds": kinds, "entropy": alone, "rates": list(RATES)}
     return setting | {"runs": runs}
 
@@ -403,7 +366,7 @@ def _spread(runs: Sequence[dict[str, Any]]) -> tuple[float, float]:
 
 def to_text(results: dict[str, Any]) -> str:
     """Return tables of what was found."""
-    blocks = []
+    tables: dict[str, list[list[str]]] = {}
     if "gradient" in results:
         depths = results["gradient"]["pre"]["depths"]
         rows = [["", *(f"{d} layers" for d in depths), "slope"]]
@@ -411,10 +374,8 @@ def to_text(results: dict[str, Any]) -> str:
             pairs = zip(found["norms"], found["spread"])
             slope = "-" if found["slope"] is None else f"{found['slope']:.3f}"
             rows.append([placement, *(f"{n:.2f} +- {s:.2f}" for n, s in pairs), slope])
-        title = (
-            "gradient of the last layer's second feed-forward matrix at initialisation, by depth"
-        )
-        blocks.append(f"{title}\n{_aligned(rows)}")
+        matrix = "the last layer's second feed-forward matrix"
+        tables[f"gradient of {matrix} at initialisation, by depth"] = rows
     if "residual" in results:
         shown = _some(results["residual"]["post"]["layers"])
         rows = [["", *(f"layer {i}" for i in shown), "lemma 2"]]
@@ -422,7 +383,7 @@ def to_text(results: dict[str, Any]) -> str:
             sizes = dict(zip(found["layers"], found["sizes"]))
             lemma = {"pre": "1 + l/2 to 1 + 3l/2", "post": "1.5"}.get(placement, "")
             rows.append([placement, *(f"{sizes[i]:.2f}" for i in shown), lemma])
-        blocks.append(f"residual stream at initialisation, |x|^2 / d\n{_aligned(rows)}")
+        tables["residual stream at initialisation, |x|^2 / d"] = rows
     if "training" in results:
         found = results["training"]
         rows = [["", "warm-up", *(f"rate {lr:g}" for lr in found["rates"])]]
@@ -435,18 +396,12 @@ def to_text(results: dict[str, Any]) -> str:
                 cell = f"{mean:.2f} +- {deviation:.2f}".removesuffix(" +- nan")
                 cells.append(f"{cell} ({diverged} of {len(runs)} diverged)" if diverged else cell)
             rows.append([placement, "yes" if warmup else "no", *cells])
-        title = (
-            f"final training loss in nats a character; {found['entropy']:.2f} is that of "
-            "characters alone"
-        )
-        blocks.append(f"{title}\n{_aligned(rows)}")
-    return "\n\n".join(blocks)
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ("  ".join(f"{text:<{w}}" for text, w in zip(row, widths)).rstrip() for row in rows)
-    return "\n".join(lines)
+        alone = f"{found['entropy']:.2f} is that of characters alone"
+        tables[f"final training loss in nats a character; {alone}"] = rows
+    return "\n\n".join(
+        "\n".join([title, *(line.rstrip() for line in aligned(rows, "<"))])
+        for title, rows in tables.items()
+    )
 
 
 def _some(layers: Sequence[int]) -> list[int]:
@@ -490,15 +445,20 @@ def draw(results: dict[str, Any], path: Path) -> None:
         figure.savefig(path, dpi=110)
 
 
+def _marks(placement: str) -> dict[str, Any]:
+    """How means and their deviations are drawn."""
+    colour, marker = STYLES[placement]
+    style = {"ms": 4, "lw": 1.3, "elinewidth": 1, "capsize": 2}
+    return {"color": colour, "marker": marker, **style}
+
+
 def _draw_gradient(found: dict[str, Any], by_depth: Any, by_layer: Any) -> None:
-    for placement, (colour, marker) in STYLES.items():
+    for placement, (colour, _) in STYLES.items():
         values = found[placement]
         slope = values["slope"]
         label = placement if slope is None else f"{placement}, slope {slope:.2f}"
-        by_depth.errorbar(
-            values["depths"], values["norms"], values["spread"], label=label, color=colour,
-            marker=marker, ms=4, lw=1.3, elinewidth=1, capsize=2,
-        )  # fmt: skip
+        means, deviations = values["norms"], values["spread"]
+        by_depth.errorbar(values["depths"], means, deviations, label=label, **_marks(placement))
         norms = values["layers"][-1]
         by_layer.plot(range(1, len(norms) + 1), norms, color=colour, lw=1.3)
     depths = found["pre"]["depths"]
@@ -527,7 +487,7 @@ def _draw_residual(found: dict[str, Any], ax: Any) -> None:
 def _draw_training(found: dict[str, Any], axes: Sequence[Any]) -> None:
     rate = found["rates"][-1]
     without, with_, final = axes
-    for placement, (colour, marker) in STYLES.items():
+    for placement, (colour, _) in STYLES.items():
         for ax, warmup in ((without, False), (with_, True)):
             for i, r in enumerate(_chosen(found, placement, warmup, rate)):
                 curve = [np.nan if point is None else point for point in r["curve"]]
@@ -535,11 +495,9 @@ def _draw_training(found: dict[str, Any], axes: Sequence[Any]) -> None:
                 ax.plot(at, curve, color=colour, lw=0.9, label=placement if i == 0 else None)
             pairs = [_spread(_chosen(found, placement, warmup, lr)) for lr in found["rates"]]
             means, deviations = zip(*pairs)
-            final.errorbar(
-                found["rates"], means, np.nan_to_num(deviations), color=colour, marker=marker,
-                ms=4, lw=1.3, elinewidth=1, capsize=2, ls="-" if warmup else ":",
-                mfc=colour if warmup else "white",
-            )  # fmt: skip
+            style = {} if warmup else {"ls": ":", "mfc": "white"}
+            deviations = np.nan_to_num(deviations)
+            final.errorbar(found["rates"], means, deviations, **_marks(placement), **style)
     for ax, title in ((without, "without warm-up"), (with_, "with warm-up")):
         ax.set(xlabel="step", title=f"{title}, rate {rate:g}, each seed", ylabel="nats a character")
     without.legend(frameon=False)

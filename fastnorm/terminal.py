@@ -6,13 +6,13 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from fastnorm._files.names import escaped, say
+from fastnorm._files.names import CannotUse, escaped, say
 
 # The extra in pyproject.toml, and what it brings: {import: distribution}.
 EXTRAS = {
@@ -84,17 +84,16 @@ def warn(text: str) -> None:
     say(f"fastnorm: {escaped(text)}", sys.stderr)
 
 
-def lacks(extra: str, *modules: str) -> bool:
-    """Whether a library of `extra`, or of it one of `modules`, is missing; say what to install."""
+def require(extra: str, *modules: str) -> None:
+    """Refuse to go on without the libraries of `extra`, or of these `modules`; say what to type."""
     wanted = {m: name for m, name in EXTRAS[extra].items() if m in modules or not modules}
     missing = [name for module, name in wanted.items() if find_spec(module) is None]
     if missing:
         names = " and ".join(missing)
-        warn(f"this needs {names}: install with pip install 'fastnorm-kernels[{extra}]'")
-    return bool(missing)
+        raise CannotUse(f"this needs {names}: install with pip install 'fastnorm-kernels[{extra}]'")
 
 
-class Progress:
+class Progress(AbstractContextManager["Progress"]):
     """A bar on stderr while the ``with`` block runs; nothing where stderr is no terminal."""
 
     def __init__(self, steps: int) -> None:
@@ -109,15 +108,7 @@ class Progress:
         self._write(f"[{bar:-<{width}}] {step}")
         self._done += 1
 
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._write("")
 
     def _write(self, line: str) -> None:
@@ -126,7 +117,7 @@ class Progress:
             print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
 
 
-class Rate:
+class Rate(AbstractContextManager["Rate"]):
     """A bar on stderr with the rate and the time left; nothing where stderr is no terminal."""
 
     def __init__(self) -> None:
@@ -146,14 +137,6 @@ class Rate:
         if self._bar is not None:
             self._bar.update(parts)
 
-    def __enter__(self) -> Rate:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.close()

@@ -29,7 +29,8 @@ from hypothesis import strategies as st
 
 import fastnorm as fn
 from benchmarks import cases as table
-from fastnorm import bench, cli, processor, workers
+from fastnorm import bench, cli, processor, runtime, workers
+from fastnorm import calls as written
 from fastnorm._bench import machine, models, peers
 from fastnorm._bench.cases import Case
 from fastnorm.operations import OPERATIONS
@@ -238,10 +239,10 @@ def test_a_wrong_value_is_named(drawn: st.DataObject) -> None:
     option = drawn.draw(st.sampled_from(sorted(WRONG)))
     value = drawn.draw(WRONG[option])
     usable = {"--num-groups": value.isdecimal() and int(value) > 0 and 32 % int(value) == 0}
-    usable["--threads"] = value.isdecimal() and 0 < int(value) <= cli.MOST_THREADS
+    usable["--threads"] = value.isdecimal() and 0 < int(value) <= runtime.MOST_THREADS
     if usable.get(option):
         return
-    inside = option in bench.OPTIONS and drawn.draw(st.booleans())
+    inside = option in written.OPTIONS and drawn.draw(st.booleans())
     call = "layer_norm 8x32" if option == "--axis" else "group_norm 8x32x4"
     arguments = [f"{call} {option}={value}"] if inside else [call, f"{option}={value}"]
     stderr = sys.stderr

@@ -16,7 +16,7 @@ import pytest
 import fastnorm as fn
 from fastnorm import runtime
 from fastnorm.arguments import ACTIVATIONS
-from fastnorm.nn import transformer
+from fastnorm.nn import stream, weights
 
 from .helpers import F32, F64, Array, assert_same_bits, named
 
@@ -384,7 +384,7 @@ def test_samples_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     m = fn.nn.TransformerEncoder(2, D, HEADS, rng=0, dtype=F64)
     y = m(x, *masks)
     dx = m.backward(y)
-    monkeypatch.setattr(transformer, "_SCORES", 2 * HEADS * L * L)
+    monkeypatch.setattr(stream, "_SCORES", 2 * HEADS * L * L)
     assert_same_bits(m.backward(m(x, *masks)), dx)
     assert_same_bits(m.eval()(x, *masks), y)
 
@@ -449,7 +449,7 @@ def test_first_weights_are_the_generators_own_numbers(
             count.append(1)
             super().start()
 
-    monkeypatch.setattr(transformer, "Thread", Counted)
+    monkeypatch.setattr(weights, "Thread", Counted)
     rng = np.random.Generator(kind(3))
     rng.random(before, F32)
     expected = []
@@ -484,7 +484,7 @@ def test_small_modules_and_other_dtypes_start_no_threads(monkeypatch: pytest.Mon
     large = {"d_model": 256, "num_heads": 4, "rng": 0}
     with fn.threads(1):
         right = fn.nn.TransformerBlock(**large, dtype=F64).state_dict()
-    monkeypatch.delattr(transformer, "Thread")
+    monkeypatch.delattr(weights, "Thread")
     with fn.threads(4):
         fn.nn.TransformerEncoder(4, 64, 4, rng=0)
         for name, array in fn.nn.TransformerBlock(**large, dtype=F64).state_dict().items():
@@ -504,7 +504,7 @@ def test_large_arrays_lie_together() -> None:
     """From a huge page on, and nowhere twice."""
     shapes = [(3, 500, 100), (1000, 400), (0, 7), (5,)]
     for dtype in (np.dtype(F32), np.dtype(ml_dtypes.bfloat16), np.dtype(F64)):
-        arrays = transformer._together(shapes, dtype)
+        arrays = weights.together(shapes, dtype)
         assert [a.shape for a in arrays] == shapes
         assert all(a.dtype == dtype and a.flags.c_contiguous and a.flags.aligned for a in arrays)
         assert (arrays[0].ctypes.data % 2**21 == 0) == (arrays[0].base is not None)
@@ -512,7 +512,7 @@ def test_large_arrays_lie_together() -> None:
             array[...] = i
         assert all((array == i).all() for i, array in enumerate(arrays))
     assert arrays[0].ctypes.data % 2**21 == 0  # 4 MB
-    (small,) = transformer._together([(3, 4)], dtype)
+    (small,) = weights.together([(3, 4)], dtype)
     assert small.base is None
 
 

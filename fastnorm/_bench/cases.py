@@ -105,23 +105,28 @@ def dtype_of(name: str) -> Any:
     return np.dtype(name)
 
 
+def wide(x: Any) -> Any:
+    """What is of 16 bits as float32, which it is computed in."""
+    return x.astype(np.float32) if x.dtype.itemsize == 2 else x
+
+
 def _numbers(case: Case, seed: int, mean: float = 0.0) -> Array:
     """Normal numbers; large arrays repeat them, which no contender notices."""
     rng, size = np.random.default_rng(seed), math.prod(case.shape)
     block = rng.standard_normal(min(size, 1_000_003), np.float32) + np.float32(mean)
-    flat = np.resize(block.astype(dtype_of(case.dtype)), size)
-    if not case.channels_last:
-        return flat.reshape(case.shape)
-    last = (case.shape[0], *case.shape[2:], case.shape[1])
-    return np.moveaxis(flat.reshape(last), -1, 1)
+    return _laid(case, np.resize(block.astype(dtype_of(case.dtype)), size))
 
 
 def blank(case: Case, seed: int, mean: float = 0.0) -> Array:
     """Zeros, of which no page is touched, as they lie in memory."""
+    return _laid(case, np.zeros(math.prod(case.shape), dtype_of(case.dtype)))
+
+
+def _laid(case: Case, flat: Array) -> Array:
     if not case.channels_last:
-        return np.zeros(case.shape, dtype_of(case.dtype))
+        return flat.reshape(case.shape)
     n, c, *positions = case.shape
-    return np.moveaxis(np.zeros((n, *positions, c), dtype_of(case.dtype)), -1, 1)
+    return np.moveaxis(flat.reshape(n, *positions, c), -1, 1)
 
 
 def data(case: Case, numbers: Callable[..., Array] = _numbers) -> Data:

@@ -6,17 +6,16 @@ has no weights, computes nothing, and nothing is downloaded.
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from math import prod
 from typing import Any
 
+from fastnorm._bench.machine import environment
 from fastnorm.arguments import did_you_mean
 
 Shape = tuple[int, ...]
@@ -45,21 +44,11 @@ class Found:
 def norms_of(name: str, given: Shape | None = None, *, training: bool = False) -> Found:
     """Run a model, and keep what its norms are called with.
 
-    Parameters
-    ----------
-    name
-        Of a classifier in torchvision ("resnet50"), or of a kind of model in transformers ("bert"),
-        which then has its default configuration.
-    given
-        The shape of the input: images, or numbers of sequences and tokens; None is one image of
-        224 x 224 pixels or what the model is made for, or one sequence of 128 tokens.
-    training
-        Whether batch norms take the statistics of the batch.
-
-    Raises
-    ------
-    ValueError
-        If there is no such model, or it cannot be run in this way.
+    It is a classifier of torchvision ("resnet50"), or a kind of model of transformers ("bert") with
+    its default configuration. The input is images, or numbers of sequences and tokens; where
+    nothing is `given` one image of 224 x 224 pixels, or of what the model is made for, or one
+    sequence of 128 tokens. In training batch norms take the statistics of the batch. A ValueError
+    says that there is no such model, or that it cannot be run in this way.
     """
     if find_spec("torch") is None:
         raise ValueError("PyTorch is not installed: pip install torch")
@@ -68,7 +57,7 @@ def norms_of(name: str, given: Shape | None = None, *, training: bool = False) -
         raise ValueError("there is neither torchvision nor transformers, which have the models")
     known: list[str] = []
     broken = ""
-    with _offline():
+    with environment(HF_HUB_OFFLINE="1"):  # what a library would like to download, it does not
         for source in sources:
             try:
                 names, make = _SOURCES[source]()
@@ -83,19 +72,6 @@ def norms_of(name: str, given: Shape | None = None, *, training: bool = False) -
         broken += f"; {absent[0]}, which is not installed, may have it"
     meant = did_you_mean(name, known)
     raise ValueError(f"there is no such model in {' or '.join(sources)}{meant}{broken}")
-
-
-@contextmanager
-def _offline() -> Iterator[None]:
-    """Whatever a library would like to download, it does not."""
-    before = os.environ.get("HF_HUB_OFFLINE")
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop("HF_HUB_OFFLINE")
-        if before is not None:
-            os.environ["HF_HUB_OFFLINE"] = before
 
 
 # --- Where models are -----------------------------------------------------------------------------

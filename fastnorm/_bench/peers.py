@@ -37,7 +37,8 @@ from typing import Any
 import numpy as np
 
 import fastnorm as fn
-from fastnorm._bench.cases import Array, Case, Data, arguments, dtype_of, gradient_arguments
+from fastnorm import _reference
+from fastnorm._bench.cases import Array, Case, Data, arguments, dtype_of, gradient_arguments, wide
 from fastnorm._bench.timing import Contender
 
 EPS = 1e-5
@@ -345,9 +346,9 @@ class Formula:
         xp, dtype = self.xp, x.dtype
         operation = self.case.operation
         if (related := RELATED.get(operation.name, operation.formula)) is not None:
-            return related(self, self.wide(x), p).astype(dtype)
+            return related(self, wide(x), p).astype(dtype)
         total = x + residual if self.case.operation.outputs == 2 else None
-        seen = self.grouped(self.wide(x if total is None else total))
+        seen = self.grouped(wide(x if total is None else total))
         mean, var = self.statistics(seen, p)
         y = (seen - mean if self.centred else seen) / xp.sqrt(var + self.eps)
         y = y.reshape(x.shape) * self.lie(p["weight"])
@@ -390,19 +391,16 @@ class Formula:
         keep = 1 - self.momentum
         return tuple(keep * p[k] + self.momentum * new.reshape(-1) for k, new in pairs)
 
-    def wide(self, x: Any) -> Any:
-        return x.astype(np.float32) if x.dtype.itemsize == 2 else x
-
     def pullback(self, dy: Any, x: Any, p: dict[str, Any]) -> Callable[[], tuple[Any, ...]]:
         """From given statistics to dx, dweight, dbias. NumPy's alone: JAX derives its own."""
-        x, dy, dtype = self.wide(x), self.wide(dy), x.dtype
+        x, dy, dtype = wide(x), wide(dy), x.dtype
         seen = self.grouped(x)
         mean, var = self.statistics(seen, p)
         rstd = 1 / np.sqrt(var + x.dtype.type(self.eps))
 
         def gradients() -> tuple[Any, ...]:
             hat = (seen - mean) * rstd
-            slope = self.grouped(dy * self.lie(self.wide(p["weight"])))
+            slope = self.grouped(dy * self.lie(wide(p["weight"])))
             dx = slope
             if self.axes:  # else the statistics were given, and x did not move them
                 dx = slope - hat * (slope * hat).mean(self.axes, keepdims=True)
@@ -552,10 +550,10 @@ ALLOWED = {
 def reference(case: Case, data: Data) -> list[Array]:
     """What every peer should answer."""
     if case.backward:
-        name, positional, options = gradient_arguments(case, data, fn._reference)
-        return _arrays(getattr(fn._reference, name)(*positional, **options))
+        name, positional, options = gradient_arguments(case, data, _reference)
+        return _arrays(getattr(_reference, name)(*positional, **options))
     given = {k: v for k, v in arguments(case, data).items() if k != "out"}
-    return _arrays(getattr(fn._reference, case.operation.name)(data.x, **given))
+    return _arrays(getattr(_reference, case.operation.name)(data.x, **given))
 
 
 def check(name: str, case: Case, results: list[Array], exact: list[Array]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -26,6 +27,17 @@ def size_of(count: float) -> str:
     units = ("bytes", "kB", "MB", "GB")
     power = min(int(math.log(count, 1024)), 3)
     return f"{count / 1024**power:.3g} {units[power]}"
+
+
+def threads(count: int) -> str:
+    return f"{count} thread{'s' if count > 1 else ''}"
+
+
+def aligned(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
+    """Lines of a table: the side that each column is at, < or >; the last is of the rest, too."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    sides = sides.ljust(len(widths), sides[-1])
+    return ["  ".join(f"{c:{s}{w}}" for c, s, w in zip(row, sides, widths)) for row in rows]
 
 
 def facts(machine: dict[str, Any]) -> list[str]:

@@ -12,13 +12,13 @@ from numba.core.errors import NumbaError, TypingError
 from numba.extending import overload
 from numpy.typing import NDArray
 
-from fastnorm import _reference
+from fastnorm import _formulas
 from fastnorm._numba import scalar
 from fastnorm._numba.memory import SOURCES, STRICT, compiling, read_real, real, write
 
 # For float32 and for float64; the first is of number 1, and 0 is none.
 _OURS = tuple(
-    (getattr(scalar, f"{name}_32"), getattr(scalar, f"{name}_64")) for name in _reference.IN_KERNELS
+    (getattr(scalar, f"{name}_32"), getattr(scalar, f"{name}_64")) for name in _formulas.IN_KERNELS
 )
 
 # In place where `scale` is 0, else of x by that scale, which lies apart from y: (x, y, n, scale,

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from fastnorm import machine
-from fastnorm._reference import IN_KERNELS
+from fastnorm._formulas import IN_KERNELS
 from fastnorm.arguments import computing_type, ordered
 from fastnorm.backends.base import sum_to
 from fastnorm.layout import Layout, ascending, layout_of

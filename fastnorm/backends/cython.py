@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from fastnorm import _core
-from fastnorm._reference import IN_KERNELS
+from fastnorm._formulas import IN_KERNELS
 from fastnorm.backends import compiled
 from fastnorm.problem import Array
 

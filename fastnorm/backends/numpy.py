@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fastnorm import _reference
+from fastnorm import _formulas
 from fastnorm.arguments import cast, computing_type
 from fastnorm.backends.base import sum_to
 from fastnorm.problem import Array, BackwardProblem, Problem, Scaling
@@ -28,12 +28,12 @@ def forward(p: Problem) -> None:
             computing = computing_type(x.dtype)
             p.total[...] = x.astype(computing) + p.addend.astype(computing)
             x = p.total
-        statistics: dict[str, Any] = {"mean": p.mean, "var": p.var} if p.given else {}
+        given: Any = (p.mean, p.var) if p.given else None
         if p.scaling is Scaling.FACTOR:
             x = (x.astype(wider) - p.mean) * p.var
-            statistics = {"mean": 0.0, "var": 1.0}
+            given = 0.0, 1.0
         affine = (p.weight, p.bias)
-        y, mean, var, rstd = _reference.normalize(
+        y, mean, var, rstd = _formulas.normalize(
             x,
             axes,
             *(affine if not p.activation_first else (None, None)),
@@ -42,20 +42,19 @@ def forward(p: Problem) -> None:
             where=p.mask,
             residual=p.residual,
             scale="l2" if p.scaling is Scaling.NORM else "rstd",
-            return_rstd=True,
+            given=given,
             dtype=wider,
-            **statistics,
         )
         if p.y is not None:
             if callable(p.activation):
                 from fastnorm._numba import activations
 
                 y = activations.apply(p.activation, y.astype(computing_type(p.x.dtype)))
-            elif p.activation in _reference.SQUASHES:
-                y = _reference.SQUASHES[p.activation](y)
+            elif p.activation in _formulas.SQUASHES:
+                y = _formulas.SQUASHES[p.activation](y)
             elif p.activation is not None:
                 # long double has no erf of its own; activations only pass on relative errors
-                y = _reference.activate(y.astype(np.float64), p.activation)
+                y = _formulas.activate(y.astype(np.float64), p.activation)
             if p.activation_first:
                 weight, bias = affine
                 y = y * (1.0 if weight is None else weight) + (0.0 if bias is None else bias)
@@ -68,7 +67,7 @@ def backward(p: BackwardProblem) -> None:
     """Carry out a pass back."""
     axes = tuple(axis for axis, reduced in enumerate(p.reduced) if reduced)
     wider = np.longdouble if p.x.dtype == np.float64 else np.float64
-    dx, dweight, dbias = _reference.normalize_backward(
+    dx, dweight, dbias = _formulas.normalize_backward(
         p.dy,
         p.x,
         axes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,16 @@ from fastnorm.arguments import (
 
 # NaN and infinity are ordinary data here.
 _quiet = np.errstate(all="ignore")
+
+
+def choice(value: Any, name: str, choices: Sequence[str]) -> Any:
+    """One of some words; refuse any other."""
+    if not (isinstance(value, str) and value in choices):
+        raise ValueError(
+            f"{name} is {shown(value)}, expected one of {', '.join(map(repr, choices))}"
+            + did_you_mean(value, choices)
+        )
+    return value
 
 
 def _check_into(
@@ -445,11 +456,7 @@ def activation_backward(dy: ArrayLike, x: ArrayLike, y: ArrayLike, activation: N
     >>> fn.nn.activation_backward(np.ones(2), np.array([-1.0, 2.0]), np.array([0.0, 2.0]), "relu")
     array([0., 1.])
     """
-    if not (isinstance(activation, str) and activation in ACTIVATIONS):
-        raise ValueError(
-            f"activation is {shown(activation)}, expected one of {', '.join(ACTIVATIONS)}"
-            + did_you_mean(activation, ACTIVATIONS)
-        )
+    choice(activation, "activation", ACTIVATIONS)
     gradient, before, after = _alike("activation_backward", dy=dy, x=x, y=y)
     if activation == "relu":
         return np.where(before > 0, gradient, 0)

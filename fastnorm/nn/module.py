@@ -41,6 +41,8 @@ class Module(ABC):
         The gradient of each parameter, by its name: what :meth:`backward` has added up.
     """
 
+    _shown: tuple[str, ...] = ()  # the attributes that `repr` shows: what makes another
+
     def __init__(self) -> None:
         self.training = True
         self.grad: dict[str, Array] = {}
@@ -87,6 +89,13 @@ class Module(ABC):
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what the last call left for a backward pass."""
         return self.__dict__ | {"_saved": None}
+
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._shown}
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in self._options().items())
+        return f"{type(self).__name__}({options})" if options else super().__repr__()
 
     # --- Forward and backward ---------------------------------------------------------------------
 

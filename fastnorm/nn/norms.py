@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,6 @@ from fastnorm.arguments import (
     MOST_AXES,
     Array,
     Axes,
-    as_array,
-    channel_axis_of,
     channel_parameter,
     check_eps,
     check_flag,
@@ -23,7 +20,6 @@ from fastnorm.arguments import (
     groups_of,
     require_two,
     same_shape,
-    shown,
     unmask,
     whole,
     whole_numbers,
@@ -31,158 +27,19 @@ from fastnorm.arguments import (
 from fastnorm.execution import Running, update_running
 from fastnorm.fields import FIELDS, Scales, fields_of, normalised_by, scales_of
 from fastnorm.moments import Moments
-from fastnorm.nn.module import Module, check_room, parameter_type
-
-Saved = tuple[Any, ...]
-Gradients = tuple[Array, dict[str, Array]]
-
-
-def _named(gradients: tuple[Array, ...]) -> Gradients:
-    """(dx, dweight, dbias), or without the last, as a module wants them."""
-    dx, *others = gradients
-    return dx, dict(zip(("weight", "bias"), others))
-
-
-def count_of(value: int, name: str) -> int:
-    """Return a number of features, channels or layers; refuse what is no such number."""
-    expected = "a whole number, 1 or more"
-    found = whole(value, name, expected)
-    if found < 1:
-        raise ValueError(f"{name} is {shown(found)}, expected {expected}")
-    return found
+from fastnorm.nn.bases import (
+    ChannelNorm,
+    Gradients,
+    Norm,
+    Saved,
+    count_of,
+    elements,
+    named,
+    with_mask,
+)
 
 
-def _numbers(x: ArrayLike) -> Array:
-    """The elements of `x`, hidden ones too: what a mask leaves out is for the norm to say."""
-    return as_array(unmask(x)[0], "x")
-
-
-def _kept(array: Array, x: ArrayLike) -> Array:
-    """What a backward pass wants: `array`, the numbers of x, with the mask that x has."""
-    where = unmask(x)[1]
-    return array if where is None else np.ma.array(array, mask=~where.reshape(array.shape))
-
-
-class _Norm(Module):
-    """A norm with a weight of ones and a bias of zeros, each of which may be None instead."""
-
-    weight: Array | None
-    bias: Array | None
-
-    def __init__(self, shape: tuple[int, ...], weight: bool, bias: bool, dtype: DTypeLike) -> None:
-        super().__init__()
-        kind = parameter_type(dtype)
-        check_room(type(self).__name__, [shape], kind)
-        self._absent |= {"weight", "bias"}
-        if weight:
-            self._add_parameter("weight", np.ones(shape, kind))
-        if weight and bias:
-            self._add_parameter("bias", np.zeros(shape, kind))
-
-    @property
-    def _affine(self) -> dict[str, Any]:
-        return {name: self._parameters.get(name) for name in ("weight", "bias")}
-
-    def reset_parameters(self) -> None:
-        """Set the weight to 1 and the bias to 0."""
-        for name, array in self._parameters.items():
-            array[...] = name == "weight"
-
-    @abstractmethod
-    def _options(self) -> dict[str, Any]:
-        """What `repr` shows."""
-
-    def __repr__(self) -> str:
-        options = ", ".join(f"{name}={value!r}" for name, value in self._options().items())
-        return f"{type(self).__name__}({options})"
-
-
-class _ChannelNorm(_Norm):
-    """Batch and instance norm: one weight, bias and running statistic for each channel."""
-
-    running_mean: Array | None
-    running_var: Array | None
-    num_batches_tracked: Array | None
-
-    _ndims: tuple[int, ...] = ()  # the numbers of dimensions that are taken; none: 2 or more
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float,
-        momentum: float | None,
-        affine: bool,
-        track_running_stats: bool,
-        bias: bool,
-        *,
-        channel_axis: int,
-        dtype: DTypeLike,
-    ) -> None:
-        self.num_features = count_of(num_features, "num_features")
-        self.eps = check_eps(eps)
-        self.affine = check_flag(affine, "affine")
-        super().__init__((self.num_features,), self.affine, check_flag(bias, "bias"), dtype)
-        self.momentum = momentum if momentum is None else check_momentum(momentum)
-        self.track_running_stats = check_flag(track_running_stats, "track_running_stats")
-        self.channel_axis = whole(channel_axis, "channel_axis")
-        self._absent |= {"running_mean", "running_var", "num_batches_tracked"}
-        if track_running_stats:
-            kind = parameter_type(dtype)
-            self._buffers["running_mean"] = np.zeros(num_features, kind)
-            self._buffers["running_var"] = np.ones(num_features, kind)
-            self._buffers["num_batches_tracked"] = np.zeros((), np.int64)
-
-    def reset_running_stats(self) -> None:
-        """Set the running mean to 0, the running variance to 1, the count of batches to 0.
-
-        Without `track_running_stats` they stay what they are.
-        """
-        if self.track_running_stats:
-            for name, array in self._buffers.items():
-                array[...] = name == "running_var"
-
-    def reset_parameters(self) -> None:
-        """Set the weight to 1, the bias to 0, and the running statistics back, too."""
-        super().reset_parameters()
-        self.reset_running_stats()
-
-    def _checked(self, x: ArrayLike) -> Array:
-        array = _numbers(x)
-        name = type(self).__name__
-        if self._ndims and array.ndim not in self._ndims:
-            numbers = " or ".join(f"{n}D" for n in self._ndims)
-            raise ValueError(
-                f"{name} got x of shape {array.shape}: expected {numbers} input (got {array.ndim}D "
-                f"input); use {name[:-2]}, which takes any number of positions' axes"
-            )
-        if array.ndim < 2:
-            raise ValueError(f"{name} got x of shape {array.shape}, expected (N, C, ...)")
-        if self._is_one_sample(array):
-            array = array[np.newaxis]
-        axis = channel_axis_of(array, self.channel_axis, name)
-        if array.shape[axis] != self.num_features:
-            raise ValueError(
-                f"{name} got x of shape {array.shape} with {array.shape[axis]} channels on axis "
-                f"{self.channel_axis}, expected {self.num_features}; write num_features="
-                f"{array.shape[axis]}, or channel_axis=-1 where the channels are last"
-            )
-        return array
-
-    def _is_one_sample(self, array: Array) -> bool:
-        """Whether that is one sample without a batch axis."""
-        return False
-
-    @property
-    def _running(self) -> tuple[Any, Any]:
-        return self.running_mean, self.running_var
-
-    def _options(self) -> dict[str, Any]:
-        names = ("num_features", "eps", "momentum", "affine", "track_running_stats")
-        shown = {name: getattr(self, name) for name in names}
-        return shown | {"bias": self.bias is not None, "channel_axis": self.channel_axis}
-
-
-class BatchNorm(_ChannelNorm):
+class BatchNorm(ChannelNorm):
     r"""Batch normalization, over samples and positions.
 
     .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot w + b
@@ -252,8 +109,8 @@ class BatchNorm(_ChannelNorm):
         comm: Any = None,
     ) -> None:
         super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, bias,
-            channel_axis=channel_axis, dtype=dtype,
+            num_features, eps, momentum, affine, track_running_stats,
+            bias=bias, channel_axis=channel_axis, dtype=dtype,
         )  # fmt: skip
         self.comm = comm
         self._recorded: Moments | None = None  # takes in every x while nn.recalibrate runs
@@ -263,12 +120,12 @@ class BatchNorm(_ChannelNorm):
         if self._recorded is not None:
             self._recorded.merge(self._moments(array, x))
             y, mean, rstd, _ = self._normalised(x, array, (None, None), 0.0)
-            return y, (_kept(array, x), mean, rstd, None)
+            return y, (with_mask(array, x), mean, rstd, None)
         counted = self._buffers.get("num_batches_tracked")
         tracking = self.training and self.track_running_stats
         if not self.training and any(part is not None for part in self._running):
-            y, mean, rstd = self._applied(x, *self._running)
-            return y, (_kept(array, x), mean, rstd, None)
+            y, mean, rstd = functional.batch_norm(x, *self._running, **self._given)
+            return y, (with_mask(array, x), mean, rstd, None)
         momentum = 0.0 if self.momentum is None else check_momentum(self.momentum)
         if tracking and self.momentum is None and counted is not None:
             if counted < 0:
@@ -281,7 +138,7 @@ class BatchNorm(_ChannelNorm):
         y, mean, rstd, count = self._normalised(x, array, running, momentum)
         if tracking and counted is not None:
             counted += 1
-        return y, (_kept(array, x), mean, rstd, count)
+        return y, (with_mask(array, x), mean, rstd, count)
 
     def _moments(self, array: Array, x: ArrayLike) -> Moments:
         """Those of each channel of `array`, x checked, as of values in one more axis."""
@@ -295,10 +152,8 @@ class BatchNorm(_ChannelNorm):
         self, x: ArrayLike, array: Array, running: tuple[Any, Any], momentum: float
     ) -> tuple[Array, Array, Array, Any]:
         """By the statistics of the batch, which move the running ones: (y, mean, rstd, count)."""
-        options: dict[str, Any] = self._affine | {"eps": self.eps, "return_stats": True}
-        options["channel_axis"] = self.channel_axis
         if self.comm is None:
-            options |= {"training": True, "momentum": momentum}
+            options = self._given | {"training": True, "momentum": momentum}
             return *functional.batch_norm(x, *running, **options), array.size // self.num_features
         total: Any = self._moments(array, x).allreduce(self.comm)
         require_two(total.count, "BatchNorm in training", "use a larger batch, or eval()")
@@ -338,16 +193,12 @@ class BatchNorm(_ChannelNorm):
         )
         return np.moveaxis(y, 1, axis)
 
-    def _applied(self, x: ArrayLike, mean: Array, var: Array) -> Any:
-        options: dict[str, Any] = self._affine | {"eps": self.eps, "return_stats": True}
-        return functional.batch_norm(x, mean, var, channel_axis=self.channel_axis, **options)
-
     def _backward(self, dy: ArrayLike, saved: Saved) -> Gradients:
         array, mean, rstd, count = saved
         weight, axis = self._affine["weight"], self.channel_axis
         if self.comm is not None and count is not None:
             return self._synchronised(dy, saved)
-        return _named(
+        return named(
             backward.batch_norm_backward(
                 dy, array, mean, rstd, weight, training=count is not None, channel_axis=axis
             )
@@ -384,7 +235,7 @@ class BatchNorm(_ChannelNorm):
         return dx.astype(array.dtype, copy=False), {"weight": dweight, "bias": dbias}
 
 
-class InstanceNorm(_ChannelNorm):
+class InstanceNorm(ChannelNorm):
     r"""Instance normalization, over the positions of each sample and channel.
 
     .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot w + b
@@ -395,23 +246,13 @@ class InstanceNorm(_ChannelNorm):
 
     Parameters
     ----------
-    num_features
-        The number of channels.
-    eps
-        Added to the variance, in the units of x squared.
+    num_features, eps, affine, bias, channel_axis, dtype
+        As for :class:`BatchNorm`.
     momentum
         The share of the batch in the new running statistics, 0 to 1; None counts as 0, as in
         PyTorch.
-    affine
-        Whether there is a weight, (num_features,), and with `bias` a bias.
     track_running_stats
         Whether there are running statistics. Batches are not counted, as in PyTorch.
-    bias
-        Whether there is a bias.
-    channel_axis
-        The axis of the channels: 1, or -1 for channels-last.
-    dtype
-        Of parameters and running statistics, whatever that of `x`.
 
     Raises
     ------
@@ -430,23 +271,6 @@ class InstanceNorm(_ChannelNorm):
     array([-1.,  1., -1.,  1.])
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = False,
-        track_running_stats: bool = False,
-        *,
-        bias: bool = True,
-        channel_axis: int = 1,
-        dtype: DTypeLike = np.float32,
-    ) -> None:
-        super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, bias,
-            channel_axis=channel_axis, dtype=dtype,
-        )  # fmt: skip
-
     def _is_one_sample(self, array: Array) -> bool:
         return bool(self._ndims) and array.ndim == min(self._ndims)
 
@@ -457,14 +281,11 @@ class InstanceNorm(_ChannelNorm):
         y, mean, rstd = functional.instance_norm(
             np.expand_dims(x, 0) if alone else x,
             *self._running,
-            **self._affine,
             use_input_stats=own,
             momentum=0.0 if self.momentum is None else check_momentum(self.momentum),
-            eps=self.eps,
-            channel_axis=self.channel_axis,
-            return_stats=True,
+            **self._given,
         )
-        return y[0] if alone else y, (_kept(array, x), mean, rstd, own, alone)
+        return y[0] if alone else y, (with_mask(array, x), mean, rstd, own, alone)
 
     def _backward(self, dy: ArrayLike, saved: Saved) -> Gradients:
         array, mean, rstd, own, alone = saved
@@ -482,7 +303,7 @@ class InstanceNorm(_ChannelNorm):
                 dy, array, mean, rstd, weight, training=False, channel_axis=axis
             )
         dx, *others = gradients
-        return _named((dx[0] if alone else dx, *others))
+        return named((dx[0] if alone else dx, *others))
 
 
 class BatchNorm1d(BatchNorm):
@@ -521,7 +342,7 @@ class InstanceNorm3d(InstanceNorm):
     _ndims = 4, 5
 
 
-class GroupNorm(_Norm):
+class GroupNorm(Norm):
     r"""Group normalization, over groups of neighbouring channels of each sample.
 
     .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot w + b
@@ -532,16 +353,10 @@ class GroupNorm(_Norm):
         How many groups the channels form; a divisor of `num_channels`.
     num_channels
         The number of channels.
-    eps
-        Added to the variance, in the units of x squared.
     affine
         Whether there is a weight, (num_channels,), and with `bias` a bias.
-    bias
-        Whether there is a bias.
-    channel_axis
-        The axis of the channels: 1, or -1 for channels-last.
-    dtype
-        Of the parameters, whatever that of `x`.
+    eps, bias, channel_axis, dtype
+        As for :class:`BatchNorm`.
 
     Raises
     ------
@@ -559,6 +374,10 @@ class GroupNorm(_Norm):
     >>> m(np.array([[[1.0], [3.0], [10.0], [30.0]]])).ravel()
     array([-1.,  1., -1.,  1.])
     """
+
+    _function = "group_norm"
+    _takes = ("num_groups", "weight", "bias", "eps", "channel_axis")
+    _shown = ("num_groups", "num_channels", "eps", "affine", "bias", "channel_axis")
 
     def __init__(
         self,
@@ -578,39 +397,11 @@ class GroupNorm(_Norm):
         super().__init__((self.num_channels,), self.affine, check_flag(bias, "bias"), dtype)
         self.channel_axis = whole(channel_axis, "channel_axis")
 
-    def _forward(self, x: ArrayLike) -> tuple[Array, Saved]:
-        array = _numbers(x)
+    def _checked(self, x: ArrayLike) -> Array:
+        array = elements(x)
         if array.ndim > 1:
-            axis = channel_axis_of(array, self.channel_axis, "GroupNorm")
-            if array.shape[axis] != self.num_channels:
-                raise ValueError(
-                    f"GroupNorm got x of shape {array.shape} with {array.shape[axis]} channels on "
-                    f"axis {self.channel_axis}, expected {self.num_channels}; write num_channels="
-                    f"{array.shape[axis]}, or channel_axis=-1 where the channels are last"
-                )
-        y, mean, rstd = functional.group_norm(
-            x,
-            self.num_groups,
-            **self._affine,
-            eps=self.eps,
-            channel_axis=self.channel_axis,
-            return_stats=True,
-        )
-        return y, (_kept(array, x), mean, rstd)
-
-    def _backward(self, dy: ArrayLike, saved: Saved) -> Gradients:
-        array, mean, rstd = saved
-        weight, axis = self._affine["weight"], self.channel_axis
-        return _named(
-            backward.group_norm_backward(
-                dy, array, mean, rstd, self.num_groups, weight, channel_axis=axis
-            )
-        )
-
-    def _options(self) -> dict[str, Any]:
-        names = ("num_groups", "num_channels", "eps", "affine")
-        shown = {name: getattr(self, name) for name in names}
-        return shown | {"bias": self.bias is not None, "channel_axis": self.channel_axis}
+            self._check_channels(array, "num_channels")
+        return array
 
 
 def _shape(normalized_shape: Axes) -> tuple[int, ...]:
@@ -621,7 +412,7 @@ def _shape(normalized_shape: Axes) -> tuple[int, ...]:
     return tuple(count_of(n, "normalized_shape") for n in shape)
 
 
-class LayerNorm(_Norm):
+class LayerNorm(Norm):
     r"""Layer normalization, over the trailing axes of each sample.
 
     .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} \cdot w + b
@@ -657,6 +448,10 @@ class LayerNorm(_Norm):
            [-1.,  1.]])
     """
 
+    _function = "layer_norm"
+    _takes = ("normalized_shape", "weight", "bias", "eps")
+    _shown = ("normalized_shape", "eps", "elementwise_affine", "bias")
+
     def __init__(
         self,
         normalized_shape: Axes,
@@ -672,22 +467,8 @@ class LayerNorm(_Norm):
         super().__init__(self.normalized_shape, weight, check_flag(bias, "bias"), dtype)
         self.elementwise_affine = weight
 
-    def _forward(self, x: ArrayLike) -> tuple[Array, Saved]:
-        options: dict[str, Any] = self._affine | {"eps": self.eps, "return_stats": True}
-        y, mean, rstd = functional.layer_norm(x, self.normalized_shape, **options)
-        return y, (_kept(_numbers(x), x), mean, rstd)
 
-    def _backward(self, dy: ArrayLike, saved: Saved) -> Gradients:
-        array, mean, rstd = saved
-        weight, shape = self._affine["weight"], self.normalized_shape
-        return _named(backward.layer_norm_backward(dy, array, mean, rstd, shape, weight))
-
-    def _options(self) -> dict[str, Any]:
-        names = ("normalized_shape", "eps", "elementwise_affine")
-        return {name: getattr(self, name) for name in names} | {"bias": self.bias is not None}
-
-
-class RMSNorm(_Norm):
+class RMSNorm(Norm):
     r"""Root mean square normalization, over the trailing axes of each sample.
 
     .. math:: y = \frac{x}{\sqrt{\mathrm{mean}(x^2) + \epsilon}} \cdot w
@@ -722,6 +503,10 @@ class RMSNorm(_Norm):
            [ 1.,  1.]])
     """
 
+    _function = "rms_norm"
+    _takes = ("normalized_shape", "weight", "eps")
+    _shown = ("normalized_shape", "eps", "elementwise_affine")
+
     def __init__(
         self,
         normalized_shape: Axes,
@@ -734,16 +519,3 @@ class RMSNorm(_Norm):
         self.eps = eps if eps is None else check_eps(eps)
         self.elementwise_affine = check_flag(elementwise_affine, "elementwise_affine")
         super().__init__(self.normalized_shape, self.elementwise_affine, False, dtype)
-
-    def _forward(self, x: ArrayLike) -> tuple[Array, Saved]:
-        weight, shape = self._affine["weight"], self.normalized_shape
-        y, rstd = functional.rms_norm(x, shape, weight, self.eps, return_stats=True)
-        return y, (_kept(_numbers(x), x), rstd)
-
-    def _backward(self, dy: ArrayLike, saved: Saved) -> Gradients:
-        array, rstd = saved
-        weight, shape = self._affine["weight"], self.normalized_shape
-        return _named(backward.rms_norm_backward(dy, array, rstd, shape, weight))
-
-    def _options(self) -> dict[str, Any]:
-        return {k: getattr(self, k) for k in ("normalized_shape", "eps", "elementwise_affine")}

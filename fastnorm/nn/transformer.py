@@ -7,391 +7,38 @@ happens in the norm that reads the sum: in the next block, if there is one.
 
 from __future__ import annotations
 
-import math
-import sys
-from abc import abstractmethod
-from collections.abc import Iterable
-from contextlib import suppress
-from itertools import accumulate, groupby
-from threading import Thread
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from fastnorm import backward, functional
-from fastnorm.arguments import (
-    ACTIVATIONS,
-    Array,
-    Named,
-    as_array,
-    check_eps,
-    check_flag,
-    computing_type,
-    did_you_mean,
-    is_float,
-    read,
-    shown,
+from fastnorm.arguments import ACTIVATIONS, Array, Named, check_eps, check_flag, shown
+from fastnorm.nn.bases import count_of
+from fastnorm.nn.functional import (
+    activation_backward,
+    attention,
+    attention_backward,
+    choice,
+    linear,
 )
-from fastnorm.nn.functional import activation_backward, attention, attention_backward, linear
-from fastnorm.nn.module import Module, check_room, parameter_type
-from fastnorm.nn.norms import count_of
+from fastnorm.nn.module import check_room, parameter_type
+from fastnorm.nn.stream import (
+    NORMS,
+    PLACEMENTS,
+    Gradients,
+    Norm,
+    Placement,
+    Scratch,
+    Transformer,
+    total_of,
+)
+from fastnorm.nn.weights import Random, together
 from fastnorm.related import activate
-from fastnorm.runtime import get_num_threads, serial
-
-Placement: TypeAlias = Literal["pre", "post", "peri", "deepnorm"]
-Norm: TypeAlias = Literal["layer", "rms"]
-Random: TypeAlias = "np.random.Generator | int | None"  # NumPy imports it when it is asked for
-Gradients: TypeAlias = dict[str, Array]
-
-PLACEMENTS: tuple[Placement, ...] = ("pre", "post", "peri", "deepnorm")
-NORMS = ("layer", "rms")
-
-# So many scores at once: those of a few samples, which stay in a core's cache.
-_SCORES = 1 << 18
-
-# So many first weights are drawn and scaled at once, for the same reason, and so many are what a
-# thread takes next: 0.7 ms. OpenBLAS's threads spin for 0.1 s once NumPy is imported. With one of
-# them about a thread gets half a processor, and with equal halves the other would wait for it.
-_DRAWN = 1 << 16
-_SHARE = 1 << 19
-
-_HUGE_PAGE = 1 << 21  # bytes
 
 _LATER: Any = object()  # instead of a block's rng: whoever makes it draws its weights
 
 
-def _choice(value: Any, name: str, choices: tuple[str, ...]) -> Any:
-    if not (isinstance(value, str) and value in choices):
-        raise ValueError(
-            f"{name} is {shown(value)}, expected one of {', '.join(map(repr, choices))}"
-            + did_you_mean(value, choices)
-        )
-    return value
-
-
-def _together(shapes: Iterable[tuple[int, ...]], dtype: np.dtype[Any]) -> list[Array]:
-    """Empty arrays in one piece of memory, which begins where a huge page does.
-
-    NumPy asks for such pages from 4 MB on. Arrays by themselves begin anywhere, and have small ones
-    at both ends: those of six blocks of 512 numbers were 12 thousand page faults.
-    """
-    shapes = list(shapes)
-    ends = list(accumulate(map(math.prod, shapes), initial=0))
-    size = ends[-1] * dtype.itemsize
-    if size < _HUGE_PAGE:
-        return [np.empty(shape, dtype) for shape in shapes]
-    whole = np.empty(size + _HUGE_PAGE, np.uint8)  # no memory until it is written
-    start = -whole.__array_interface__["data"][0] % _HUGE_PAGE
-    memory = whole[start : start + size].view(dtype)
-    return [memory[a:b].reshape(shape) for a, b, shape in zip(ends, ends[1:], shapes)]
-
-
-class _Scratch:
-    """Memory for what a block computes on the way: each call new, or by its name used again.
-
-    What is used again is cut from one piece of memory, whose size must be enough for all of it.
-    """
-
-    def __init__(self, keep: bool, dtype: np.dtype[Any], size: int = 0) -> None:
-        self.keep = keep
-        self._dtype = dtype
-        self._arrays: dict[str, Array] = {}
-        self._left = None if keep else _together([(size,)], dtype)[0]
-
-    def __call__(self, name: str, *shape: int) -> Array:
-        """Return an array; one and the same for each name, unless all is to be kept."""
-        if self._left is None:
-            return np.empty(shape, self._dtype)
-        if name not in self._arrays:
-            size = math.prod(shape)
-            self._arrays[name] = self._left[:size].reshape(shape)
-            self._left = self._left[size:]
-        return self._arrays[name]
-
-
-class _Transformer(Module):
-    """What a block and a stack of blocks have in common: masks, rows, and when to keep what."""
-
-    d_model: int
-    num_heads: int
-    dim_feedforward: int
-    num_layers: int
-    placement: Placement
-    norm: Norm
-    eps: float
-    _mask_name: str  # as the caller knows it
-
-    def _forward(
-        self,
-        x: ArrayLike,
-        mask: ArrayLike | None = None,
-        src_key_padding_mask: ArrayLike | None = None,
-    ) -> tuple[Array, Any]:
-        array = as_array(x, "x")
-        if array.ndim < 2 or array.shape[-1] != self.d_model:
-            raise ValueError(
-                f"{type(self).__name__} got x of shape {array.shape}, expected (..., L, "
-                f"{self.d_model}): samples, positions, d_model; write x.swapaxes(0, 1) where "
-                "positions come first"
-            )
-        samples = math.prod(array.shape[:-2])
-        dtype = np.dtype(computing_type(array.dtype))
-        with serial(), np.errstate(all="ignore"):
-            added = self._added(mask, src_key_padding_mask, samples, array.shape[:-1], dtype)
-            rows = self._rows(array)
-            size = len(rows) * (7 * self.d_model + self.dim_feedforward)
-            size += self._at_once(samples, array.shape[-2]) * self.num_heads * array.shape[-2] ** 2
-            y, saved = self._run(rows, samples, added, _Scratch(self.training, dtype, size))
-            y = y.reshape(array.shape).astype(array.dtype, copy=False)
-        # in inference x alone is kept: a backward pass computes the rest again
-        return y, (array, samples, added, saved if self.training else None)
-
-    def _backward(self, dy: ArrayLike, saved: Any) -> tuple[Array, Gradients]:
-        array, samples, mask, inside = saved
-        gradient = as_array(dy, "dy")
-        if gradient.shape != array.shape:
-            raise ValueError(f"dy has shape {gradient.shape}, expected {array.shape} as x had")
-        dtype = np.dtype(computing_type(array.dtype))
-        with serial(), np.errstate(all="ignore"):
-            rows = self._rows(gradient.astype(dtype, copy=False))
-            if inside is None:
-                _, inside = self._run(self._rows(array), samples, mask, _Scratch(True, dtype))
-            dx, gradients = self._run_backward(rows, samples, inside)
-            dx = dx.reshape(array.shape).astype(array.dtype, copy=False)
-        return dx, gradients
-
-    def reset_parameters(self, rng: Random = None) -> None:
-        """Set the weights to what they begin as, those of norms to 1, and the biases to 0.
-
-        Parameters
-        ----------
-        rng
-            As for the class.
-        """
-        beta = (8 * self.num_layers) ** -0.25 if self.placement == "deepnorm" else 1.0
-        weights = []
-        for name, array in self._parameters.items():
-            if array.ndim == 1:
-                array[...] = name.endswith("weight")
-                continue
-            # query, key and value: three matrices in one
-            parts = np.split(array, 3) if "in_proj" in name else [array]
-            for i, part in enumerate(parts):
-                scaled = len(parts) == 1 or i == 2
-                weights.append((part, (6 / sum(part.shape)) ** 0.5 * (beta if scaled else 1.0)))
-        _draw(weights, _generator(rng))
-
-    @abstractmethod
-    def _run(
-        self, x: Array, samples: int, mask: Array | None, scratch: _Scratch
-    ) -> tuple[Array, Any]:
-        """Return the rows for rows x, and what `_run_backward` wants."""
-
-    @abstractmethod
-    def _run_backward(self, dy: Array, samples: int, saved: Any) -> tuple[Array, Gradients]:
-        """Return dx and the gradients of the parameters by name."""
-
-    def _at_once(self, samples: int, length: int) -> int:
-        """How many samples attention takes at once, where their scores are not kept."""
-        return max(1, min(samples, _SCORES // max(1, self.num_heads * length * length)))
-
-    def _rows(self, array: Array) -> Array:
-        rows = array.astype(computing_type(array.dtype), copy=False)
-        return np.ascontiguousarray(rows).reshape(math.prod(array.shape[:-1]), self.d_model)
-
-    def _added(
-        self,
-        mask: ArrayLike | None,
-        padding: ArrayLike | None,
-        samples: int,
-        shape: tuple[int, ...],
-        dtype: np.dtype[Any],
-    ) -> Array | None:
-        """Both masks as one that is added to scores (samples, heads, L, L), or None."""
-        length, total = shape[-1], None
-        if mask is not None:
-            name = self._mask_name
-            added = _added(mask, name, dtype)
-            each = (samples * self.num_heads, length, length)
-            if added.shape not in (each, each[1:]):
-                raise ValueError(
-                    f"{name} has shape {added.shape}, expected {each[1:]}, or {each} for one "
-                    "mask for each head of each sample"
-                )
-            heads = (samples, self.num_heads) if added.ndim == 3 else (1, 1)
-            total = added.reshape(*heads, length, length)
-        if padding is not None:
-            added = _added(padding, "src_key_padding_mask", dtype)
-            if added.shape != shape:
-                raise ValueError(
-                    f"src_key_padding_mask has shape {added.shape}, expected {shape} as x has "
-                    "without its last axis"
-                )
-            added = added.reshape(samples, 1, 1, length)
-            total = added if total is None else total + added
-        return total
-
-    def _of(self, name: str, x: Array) -> Array | None:
-        """A parameter in the type that is computed in, or None where there is none."""
-        found = self._parameters.get(name)
-        return None if found is None else found.astype(x.dtype, copy=False)
-
-    def _matrix(self, name: str, x: Array) -> Array:
-        return self._parameters[f"{name}weight"].astype(x.dtype, copy=False)
-
-    def _normed(
-        self,
-        name: str,
-        x: Array,
-        branch: Array | None = None,
-        out: Array | None = None,
-        total: Array | None = None,
-    ) -> tuple[Array, Array]:
-        """The norm of x + branch, and that sum itself, which is x where there is no branch."""
-        weight, bias = self._of(f"{name}.weight", x), self._of(f"{name}.bias", x)
-        d, eps = self.d_model, self.eps
-        if branch is not None:
-            norm = f"add_{self.norm}_norm"
-            return functional.add_norm(norm, x, branch, d, weight, bias, eps, out=out, total=total)
-        if self.norm == "rms":
-            return functional.rms_norm(x, d, weight, eps, out=out), x
-        return functional.layer_norm(x, d, weight, bias, eps, out=out), x
-
-    def _normed_backward(self, name: str, dy: Array, total: Array, gradients: Gradients) -> Array:
-        """The gradient of what was normed; the statistics are computed again."""
-        weight = self._of(f"{name}.weight", dy)
-        if self.norm == "rms":
-            _, rstd = functional.rms_norm(total, self.d_model, None, self.eps, return_stats=True)
-            dx, gradients[f"{name}.weight"] = backward.rms_norm_backward(
-                dy, total, rstd, self.d_model, weight
-            )
-            return dx
-        _, mean, rstd = functional.layer_norm(
-            total, self.d_model, None, None, self.eps, return_stats=True
-        )
-        dx, gradients[f"{name}.weight"], gradients[f"{name}.bias"] = backward.layer_norm_backward(
-            dy, total, mean, rstd, self.d_model, weight
-        )
-        return dx
-
-    def __repr__(self) -> str:
-        options = ", ".join(f"{name}={value!r}" for name, value in self._options().items())
-        return f"{type(self).__name__}({options})"
-
-    @abstractmethod
-    def _options(self) -> dict[str, Any]:
-        """What `repr` shows."""
-
-
-def _generator(rng: Random) -> np.random.Generator:
-    try:
-        return np.random.default_rng(rng)
-    except Exception:  # NumPy's, and whatever somebody's object raises
-        raise TypeError(
-            f"rng is {shown(rng)}, expected a generator of np.random, a whole number of at least 0 "
-            "as the seed of one, or None"
-        ) from None
-
-
-def _sum(x: Array, branch: Array | None) -> Array:
-    """The last of a stream, in memory of its own."""
-    return x.copy() if branch is None else x + branch
-
-
-def _added(mask: ArrayLike, name: str, dtype: np.dtype[Any]) -> Array:
-    array = read(mask, name)
-    if array.dtype == bool:
-        return np.where(array, dtype.type(-np.inf), dtype.type(0))
-    if not is_float(array.dtype):
-        raise TypeError(
-            f"{name} has dtype {array.dtype}, expected booleans (True: not to be seen) or floats "
-            f"that are added to the scores; write {name}.astype(bool)"
-        )
-    return array.astype(dtype, copy=False)
-
-
-def _draw(weights: list[tuple[Array, float]], generator: np.random.Generator) -> None:
-    """Fill each array with uniform numbers between minus and plus its bound.
-
-    They are those that `generator` gives in this order, on however many threads, and it goes on
-    after them. (Normal numbers would take longer than to import and run all of it.)
-    """
-    pieces, count = [], 0
-    for array, bound in weights:
-        flat = array.reshape(-1)
-        starts = range(0, flat.size, _DRAWN)
-        pieces += [(count + i, flat[i : i + _DRAWN], bound) for i in starts]
-        count += flat.size
-    shares = [list(group) for _, group in groupby(pieces, lambda piece: piece[0] // _SHARE)]
-    bits = generator.bit_generator
-    # only these can begin anywhere, and only what is drawn in place is sure to succeed
-    jumps = _steps(bits)
-    in_place = all(array.dtype == np.float32 and array.flags.writeable for array, _ in weights)
-    if len(shares) < 2 or not (jumps and in_place):
-        _fill(pieces, generator)
-        return
-    with bits.lock:
-        jobs = [(share, _ahead(bits, share[0][0])) for share in shares]
-        bits.state = _ahead(bits, count).bit_generator.state
-
-    def work() -> None:
-        with suppress(IndexError):  # nothing is left
-            while True:
-                _fill(*jobs.pop())
-
-    threads = [Thread(target=work) for _ in range(min(get_num_threads(), len(jobs)) - 1)]
-    for thread in threads:
-        thread.start()
-    work()
-    for thread in threads:
-        thread.join()
-
-
-def _steps(bits: Any) -> bool:
-    """Whether a generator makes two numbers of 32 bits at each step, and can begin at any."""
-    return type(bits) in (np.random.PCG64, np.random.PCG64DXSM)
-
-
-def _ahead(bits: Any, count: int) -> np.random.Generator:
-    """A generator at where `bits` will be after `count` numbers of 32 bits.
-
-    A step makes two of them, of which the second waits to be drawn.
-    """
-    own = type(bits)(0)
-    own.state = bits.state
-    generator = np.random.Generator(own)
-    if count > 0:
-        count -= own.state["has_uint32"]
-        own.advance(count // 2)  # none waits after that
-        if count % 2:
-            generator.random(dtype=np.float32)
-    return generator
-
-
-def _fill(pieces: list[tuple[int, Array, float]], generator: np.random.Generator) -> None:
-    bits = generator.bit_generator
-    # as _ahead knows them, with no number waiting: whole steps take 0.8 of the time
-    whole = _steps(bits) and not bits.state["has_uint32"] and sys.byteorder == "little"
-    for _, piece, bound in pieces:
-        whole = whole and piece.dtype == np.float32 and piece.size % 2 == 0
-        if whole:
-            drawn = generator.integers(0, 1 << 64, piece.size // 2, np.uint64).view(np.uint32)
-            drawn >>= 8  # the 24 bits of a float
-            drawn -= 1 << 23
-            piece[...] = drawn.view(np.int32)
-            piece *= bound / (1 << 23)
-            continue
-        kind: Any = np.float64 if piece.dtype == np.float64 else np.float32
-        values = piece if piece.dtype == kind else np.empty(piece.shape, kind)
-        generator.random(out=values, dtype=kind)
-        values -= 0.5
-        values *= 2 * bound
-        if values is not piece:
-            piece[...] = values
-
-
-class TransformerBlock(_Transformer):
+class TransformerBlock(Transformer):
     r"""Multi-head self-attention and a feed-forward network, with residuals and norms.
 
     With f the attention and then the network :math:`W_2 \, g(W_1 x + b_1) + b_2`, by `placement`:
@@ -467,6 +114,10 @@ class TransformerBlock(_Transformer):
     """
 
     _mask_name = "src_mask"
+    _shown = (
+        "d_model", "num_heads", "dim_feedforward", "placement", "norm", "activation", "causal",
+        "eps", "bias",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -494,9 +145,9 @@ class TransformerBlock(_Transformer):
             )
         hidden = 4 * d if dim_feedforward is None else dim_feedforward
         self.dim_feedforward = count_of(hidden, "dim_feedforward")
-        self.placement = _choice(placement, "placement", PLACEMENTS)
-        self.norm = _choice(norm, "norm", NORMS)
-        self.activation: Named = _choice(activation, "activation", ACTIVATIONS)
+        self.placement = choice(placement, "placement", PLACEMENTS)
+        self.norm = choice(norm, "norm", tuple(NORMS))
+        self.activation: Named = choice(activation, "activation", ACTIVATIONS)
         self.causal = check_flag(causal, "causal")
         self.eps = check_eps(eps)
         self.num_layers = count_of(num_layers, "num_layers")
@@ -512,7 +163,7 @@ class TransformerBlock(_Transformer):
             "linear2": (d, self.dim_feedforward),
         }
         check_room(type(self).__name__, sizes.values(), kind)
-        for name, matrix in zip(sizes, _together(sizes.values(), kind)):
+        for name, matrix in zip(sizes, together(sizes.values(), kind)):
             joint = "_" if name == "self_attn.in_proj" else "."
             self._add_parameter(f"{name}{joint}weight", matrix)
             if self.bias:
@@ -561,13 +212,13 @@ class TransformerBlock(_Transformer):
     # --- Forward ----------------------------------------------------------------------------------
 
     def _run(
-        self, x: Array, samples: int, mask: Array | None, scratch: _Scratch
+        self, x: Array, samples: int, mask: Array | None, scratch: Scratch
     ) -> tuple[Array, Any]:
         x, branch, saved = self._through(x, None, samples, mask, scratch)
-        return _sum(x, branch), saved
+        return total_of(x, branch), saved
 
     def _through(
-        self, x: Array, branch: Array | None, samples: int, mask: Array | None, scratch: _Scratch
+        self, x: Array, branch: Array | None, samples: int, mask: Array | None, scratch: Scratch
     ) -> tuple[Array, Array | None, list[Any]]:
         """Take a stream x + branch through the block: return it, and what is kept of each part."""
         saved = []
@@ -595,7 +246,7 @@ class TransformerBlock(_Transformer):
         return x, branch, saved
 
     def _linear(self, name: str, x: Array, out: Array) -> Array:
-        return linear(x, self._matrix(name, x), self._of(f"{name}bias", x), out=out)
+        return linear(x, self._of(f"{name}weight", x), self._of(f"{name}bias", x), out=out)
 
     def _heads(self, packed: Array, samples: int) -> Array:
         """Rows of one or more vectors for each head as (vectors, samples, heads, L, size)."""
@@ -606,7 +257,7 @@ class TransformerBlock(_Transformer):
         return split.transpose(2, 0, 3, 1, 4)
 
     def _attend(
-        self, h: Array, samples: int, mask: Array | None, scratch: _Scratch
+        self, h: Array, samples: int, mask: Array | None, scratch: Scratch
     ) -> tuple[Array, Any]:
         packed = self._linear("self_attn.in_proj_", h, scratch("packed", len(h), 3 * self.d_model))
         q, k, v = self._heads(packed, samples)
@@ -630,9 +281,9 @@ class TransformerBlock(_Transformer):
         branch = self._linear("self_attn.out_proj.", joined, scratch("branch", *h.shape))
         return branch, (packed, weights, joined)
 
-    def _feed(self, h: Array, scratch: _Scratch) -> tuple[Array, Any]:
+    def _feed(self, h: Array, scratch: Scratch) -> tuple[Array, Any]:
         hidden = scratch("hidden", len(h), self.dim_feedforward)
-        linear(h, self._matrix("linear1.", h), out=hidden)
+        linear(h, self._of("linear1.weight", h), out=hidden)
         # kept for the way back, the result goes into another array
         out = scratch("active", *hidden.shape) if scratch.keep else hidden
         bias = self._of("linear1.bias", h)
@@ -664,7 +315,7 @@ class TransformerBlock(_Transformer):
     def _linear_backward(self, name: str, dy: Array, x: Array, gradients: Gradients) -> Array:
         gradients[f"{name}weight"] = dy.T @ x
         gradients[f"{name}bias"] = dy.sum(0)
-        return dy @ self._matrix(name, x)
+        return dy @ self._of(f"{name}weight", x)
 
     def _attend_backward(
         self, dy: Array, samples: int, h: Array, inside: Any, gradients: Gradients
@@ -685,12 +336,8 @@ class TransformerBlock(_Transformer):
         dhidden = activation_backward(dactive, x, active, self.activation)
         return self._linear_backward("linear1.", dhidden, h, gradients)
 
-    def _options(self) -> dict[str, Any]:
-        names = ("d_model", "num_heads", "dim_feedforward", "placement", "norm", "activation")
-        return {name: getattr(self, name) for name in (*names, "causal", "eps", "bias")}
 
-
-class TransformerEncoder(_Transformer):
+class TransformerEncoder(Transformer):
     r"""A stack of transformer blocks, and with "pre" and "peri" a norm of the last sum.
 
     .. math:: y = \mathrm{norm}(\mathrm{block}_N(\ldots \mathrm{block}_1(x)))
@@ -773,9 +420,8 @@ class TransformerEncoder(_Transformer):
                 self._parameters[f"layers.{i}.{name}"] = array
                 self.grad[f"layers.{i}.{name}"] = layer.grad[name]
         block = self.layers[0]
-        self.d_model, self.num_heads = block.d_model, block.num_heads
-        self.dim_feedforward, self.placement = block.dim_feedforward, block.placement
-        self.norm, self.eps = block.norm, block.eps
+        for name in ("d_model", "num_heads", "dim_feedforward", "placement", "norm", "eps"):
+            setattr(self, name, getattr(block, name))
         self.final_norm = (
             placement in ("pre", "peri")
             if final_norm is None
@@ -792,24 +438,9 @@ class TransformerEncoder(_Transformer):
         mask: ArrayLike | None = None,
         src_key_padding_mask: ArrayLike | None = None,
     ) -> Array:
-        """Return the result for `x`, and keep what :meth:`backward` needs: `x` itself included.
+        """Return the result for `x`, as a :class:`TransformerBlock` does: `mask` is its `src_mask`.
 
-        Parameters
-        ----------
-        x, src_key_padding_mask
-            As for a :class:`TransformerBlock`.
-        mask
-            What `src_mask` is for a block.
-
-        Returns
-        -------
-        y
-            The shape and dtype of `x`.
-
-        Raises
-        ------
-        ValueError, TypeError
-            As for a block.
+        Parameters, result, errors, and what is kept for :meth:`backward` are those of a block.
         """
         y, self._saved = self._forward(x, mask, src_key_padding_mask)
         return y
@@ -821,7 +452,7 @@ class TransformerEncoder(_Transformer):
         return super().train(mode)
 
     def _run(
-        self, x: Array, samples: int, mask: Array | None, scratch: _Scratch
+        self, x: Array, samples: int, mask: Array | None, scratch: Scratch
     ) -> tuple[Array, Any]:
         branch, kept = None, []
         for layer in self.layers:
@@ -830,7 +461,7 @@ class TransformerEncoder(_Transformer):
         if self.final_norm:
             y, total = self._normed("norm", x, branch, total=scratch("stream", *x.shape))
             return y, (kept, total)
-        return _sum(x, branch), (kept, None)
+        return total_of(x, branch), (kept, None)
 
     def _run_backward(self, dy: Array, samples: int, saved: Any) -> tuple[Array, Gradients]:
         kept, total = saved

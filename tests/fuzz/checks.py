@@ -773,7 +773,7 @@ def _check_moments(call: Call, x: Array, results: Results, bad: Array) -> None:
     where = call.plain.get("where")
     with np.errstate(all="ignore"):
         exact_mean, exact_var = reference.moments(x, axes, where=where, dtype=np.longdouble)
-        count = reference._count(x.shape, axes, where).reshape(mean.shape)
+        count = reference.count_of(x.shape, axes, where).reshape(mean.shape)
         exact_mean, exact_var = exact_mean.reshape(mean.shape), exact_var.reshape(mean.shape)
         ddof = call.options.get("ddof", 0)
         exact_var = np.where(count > ddof, exact_var * (count / (count - ddof)), np.nan)

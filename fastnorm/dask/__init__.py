@@ -26,13 +26,13 @@ from fastnorm.dask.chunks import (
     adapts,
     again,
     are_whole,
-    beside,
+    chunked_as,
     dtype_of,
     each,
     fields_over,
     grouped,
     lying_as,
-    mask_beside,
+    mask_chunked_as,
     merged,
     of_fields,
     on_axes,
@@ -72,9 +72,9 @@ def _normalised(
     the function that does the same for a chunk that holds its groups whole, and `options` are its;
     `centred` and `length` are those of `scales_of`.
     """
-    dtype, others = dtype_of(x), mask_beside(where, x)
+    dtype, others = dtype_of(x), mask_chunked_as(where, x)
     if residual is not None:
-        others["residual"] = beside(residual, "residual", x)
+        others["residual"] = chunked_as(residual, "residual", x)
     return_stats = options.get("return_stats", False)
     if are_whole(x, axes, group):
         found = each(own, x, affine | others, dtype, **options)
@@ -236,7 +236,7 @@ def batch_norm(
         )
     given = parameters(x, place, wide=True, running_mean=running_mean, running_var=running_var)
     if (residual := options.pop("residual")) is not None:
-        affine["residual"] = beside(residual, "residual", x)
+        affine["residual"] = chunked_as(residual, "residual", x)
     y = each(_by_running, x, given | affine, dtype_of(x), eps=eps, **options)
     if not return_stats:
         return y
@@ -351,7 +351,7 @@ def _without_mask(x: Any) -> Any:
 def _added(norm: Callable[..., Any], x: Any, residual: Any, **options: Any) -> tuple[Any, Any]:
     """The norm of x + residual, and that sum."""
     x = x.astype(dtype_of(x))
-    total = each(_sum, x, {"addend": beside(residual, "residual", x)}, x.dtype)
+    total = each(_sum, x, {"addend": chunked_as(residual, "residual", x)}, x.dtype)
     return norm(total, **options), each(_without_mask, total, {}, total.dtype)
 
 

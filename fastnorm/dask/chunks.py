@@ -113,7 +113,7 @@ def on_axes(x: Any, axes: tuple[int, ...]) -> Place:
     return lambda p, name: arguments.along_axes(p, name, x, axes)
 
 
-def mask_beside(where: Any, x: Any) -> Operands:
+def mask_chunked_as(where: Any, x: Any) -> Operands:
     """`where`, if it is there, of the shape and in the chunks of x."""
     if where is None:
         return {}
@@ -124,7 +124,7 @@ def mask_beside(where: Any, x: Any) -> Operands:
     return {"where": lying_as(arguments.mask_of(where, x), x)}
 
 
-def beside(value: Any, name: str, x: Any) -> Any:
+def chunked_as(value: Any, name: str, x: Any) -> Any:
     """An array of the shape of x, in its chunks."""
     array = operand(value, name)
     dtype_of(array, name)  # checks
@@ -206,7 +206,7 @@ def merged(fields: Any, axis: Any = (), keepdims: bool = True) -> Any:
 
 def fields_over(x: Any, axes: tuple[int, ...], where: Any = None) -> Any:
     """The fields of x over these axes, which are kept as 1: a tree of merges."""
-    masks = tuple(mask_beside(where, x).values())
+    masks = tuple(mask_chunked_as(where, x).values())
     chunks = tuple((1,) * len(c) if a in axes else c for a, c in enumerate(x.chunks))
     same: dict[str, Any] = {"dtype": np.float64, "meta": np.empty((0,) * (x.ndim + 1))}
     parts = da.map_blocks(

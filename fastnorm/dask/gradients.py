@@ -16,12 +16,12 @@ from fastnorm.dask.chunks import (
     Place,
     again,
     are_whole,
-    beside,
+    chunked_as,
     dtype_of,
     each,
     grouped,
     lying_as,
-    mask_beside,
+    mask_chunked_as,
     on_axes,
     on_channels,
     operand,
@@ -57,14 +57,14 @@ def _gradients(
     kind = kind if is_float(kind) else np.dtype(np.float64)
     w = parameter(weight, "weight", x, place, wide=True)
     w = w + weight_offset if weight_offset else w
-    slope = beside(dy, "dy", x)
+    slope = chunked_as(dy, "dy", x)
     shared = tuple(a for a, n in enumerate(w.shape) if n == 1 != x.shape[a])
 
     def to_weight(a: Any) -> Any:
         total = a.sum(axis=shared, keepdims=True).reshape(w.shape)
         return _unplaced(total, np.shape(weight), place, kind)
 
-    others = mask_beside(where, x)
+    others = mask_chunked_as(where, x)
     if training and axes and are_whole(x, axes, group):
         operands = {"slope": slope, "rstd": rstd, "weight": w}
         operands |= others if mean is None else {"mean": mean} | others

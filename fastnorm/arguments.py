@@ -20,7 +20,14 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import ArrayLike, NDArray
 
 from fastnorm import _core
-from fastnorm.arrays import ArrayView, broadcast_to, is_writable, may_share_memory, pointer_of
+from fastnorm.arrays import (
+    ArrayView,
+    broadcast_to,
+    is_writable,
+    may_share_memory,
+    one_of_a_batch,
+    pointer_of,
+)
 
 Array: TypeAlias = NDArray[Any]
 Axes: TypeAlias = int | Sequence[int]
@@ -308,9 +315,33 @@ def _copied(array: Array, dtype: Any, like: Array | None) -> Array:
         steps = [abs(step) for step in array.strides]
         if array.ndim and steps[0] == 0:  # one sample, broadcast
             steps[0] = max(steps) + 1
-        copy = ordered(array.shape, dtype, steps)
+        copy = _packed(array.shape, dtype, steps)
     copy[...] = array
     return copy
+
+
+def packed_as(x: Array, dtype: Any) -> Array:
+    """Memory for numbers of the shape of x, in the order of its axes without gaps.
+
+    One sample that lies between others gets a place between others, by which it keeps their walk
+    (layout.py): converted, it has the bits that it has in its batch.
+    """
+    return _packed(x.shape, dtype, [abs(step) for step in x.strides])
+
+
+def converted(x: Array, dtype: Any) -> Array:
+    """`x` in another dtype, where it is of another: as `packed_as` has it."""
+    if x.dtype == dtype:
+        return x
+    copy = packed_as(x, dtype)
+    copy[...] = x
+    return copy
+
+
+def _packed(shape: tuple[int, ...], dtype: Any, steps: Sequence[int]) -> Array:
+    if shape[:1] == (1,) and steps[0] < max(steps) and one_of_a_batch(steps, shape):
+        return ordered((2, *shape[1:]), dtype, steps)[:1]
+    return ordered(shape, dtype, steps)
 
 
 def computing_type(dtype: np.dtype[Any]) -> type[np.floating[Any]]:

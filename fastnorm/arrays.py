@@ -220,6 +220,16 @@ def moveaxis(array: Any, source: int, destination: int) -> Any:
     return np.moveaxis(array, source, destination)
 
 
+def one_of_a_batch(steps: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether there is room for more samples a step of axis 0 apart, behind or between each other.
+
+    Such a step is that of a batch, of which this sample is a slice; others are anything.
+    """
+    longer = [(step, n) for step, n in zip(steps, shape) if n > 1]
+    within = sum((n - 1) * step for step, n in longer if step <= steps[0])
+    return bool(longer) and steps[0] > within
+
+
 def is_writable(array: Any) -> bool:
     """Whether an array may be written to."""
     return bool(array.writable if isinstance(array, ArrayView) else array.flags.writeable)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastnorm.arguments import Array, shown
+from fastnorm.arguments import Array, packed_as, shown
 from fastnorm.backends import compute_moments, moments_at_once
 from fastnorm.execution import Norm, exponents_of, extremes, reciprocal
 from fastnorm.problem import Scaling
@@ -128,7 +128,8 @@ def _rescale(
         if exponent.any():
             again = np.zeros_like(fields)
             reduced = tuple(axis in axes for axis in range(x.ndim))
-            _fill(np.ldexp(x, -exponent), reduced, mask, again)
+            brought = np.ldexp(x, -exponent, out=packed_as(x, x.dtype))
+            _fill(brought, reduced, mask, again)
             again[5] = exponent
             np.copyto(fields, again, where=exponent != 0)
         # infinite of one sign: that; of both, or with a NaN: NaN
@@ -248,12 +249,13 @@ def normalised_by(
     if array.dtype == np.float64:
         with np.errstate(all="ignore"):
             if exponent.any():
-                array = np.ldexp(array, -exponent, out=np.empty_like(array))  # in the order of x
+                array = np.ldexp(array, -exponent, out=packed_as(array, array.dtype))
             seen = abs(rest) * rstd > 2.0**-54
             if seen.any():
                 # Digits of the mean that one double does not hold would be seen in the result. Only
                 # in these groups: the bits of the others must not depend on their neighbours.
-                less = np.subtract(array, np.where(seen, mean, 0.0), out=np.empty_like(array))
+                into = packed_as(array, array.dtype)
+                less = np.subtract(array, np.where(seen, mean, 0.0), out=into)
                 array = np.subtract(less, np.where(seen, rest, 0.0), out=less)
                 mean = np.where(seen, 0.0, mean)
     given = np.ascontiguousarray(mean), np.ascontiguousarray(rstd)

@@ -12,10 +12,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
-from fastnorm.arrays import flip
-from fastnorm.schedule import MIN_RUN
+from fastnorm.arrays import flip, one_of_a_batch
+from fastnorm.schedule import BLOCK, MIN_RUN, SPLIT_BLOCKS
 
 # An operand's name, shape, strides in bytes, and bytes of an element.
 Operand = tuple[str, tuple[int, ...], tuple[int, ...], int]
@@ -112,7 +113,7 @@ def describe(
     for i in sorted(range(len(shape)), key=lambda i: -steps["x"][i]):
         strides = {name: own[i] for name, own in steps.items()}
         if shape[i] == 1:
-            if i or reduced[i] or copied or not _one_of_a_batch(steps["x"], shape):
+            if i or reduced[i] or copied or not one_of_a_batch(steps["x"], shape):
                 continue
             # its weights are those of others, too
             strides |= dict.fromkeys(_ONE_FOR_ALL & strides.keys(), 0)
@@ -136,16 +137,21 @@ def describe(
         return None
 
     columns, neighbours = not inner.reduced, 1
-    if inner.reduced and inner.size < MIN_RUN and any(axis.reduced for axis in axes):
+    rows = [axis for axis in axes if axis.reduced]
+    if inner.reduced and inner.size < MIN_RUN and rows:
+        columns = not _planes_follow(steps, shape, reduced)
+        own = any(axis.strides[name] for axis in rows for name in _ONE_FOR_ALL & steps.keys())
+        if not columns and "dy" in steps and not own:
+            return None  # gradients are summed plane by plane: dy must not make planes of a run
+    if inner.reduced and columns:
         # channels-last: a group's channels are neighbours, its positions are rows
-        columns, neighbours = True, inner.size
+        neighbours = inner.size
         if not axes[-1].reduced and _side_by_side(axes[-1], inner):
             outer = axes.pop()
             together = inner.strides | {"stats": outer.strides["stats"]}
             inner = _Axis(outer.size * inner.size, False, together)
 
     kept = [axis for axis in axes if not axis.reduced]
-    rows = [axis for axis in axes if axis.reduced]
     if columns:
         last = [none, none, *rows][-2:] + [inner]
     else:
@@ -162,14 +168,22 @@ def describe(
     )
 
 
-def _one_of_a_batch(steps: list[int], shape: tuple[int, ...]) -> bool:
-    """Whether there is room for more samples a step of axis 0 apart, behind or between each other.
+def _planes_follow(
+    steps: dict[str, list[int]], shape: tuple[int, ...], reduced: tuple[bool, ...]
+) -> bool:
+    """Whether a group is one run of x, whose parameters differ from plane to plane at most.
 
-    Such a step is that of a batch, of which this sample is a slice; others are anything.
+    Its planes are then walked along, however short. Of the other operands nothing is asked, nor of
+    the axes that stay: where a result goes, how a residual or dy lies, and which samples there are
+    must decide no bit. Where those take more axes than a run has, they are copied to lie as x does.
     """
-    longer = [(step, n) for step, n in zip(steps, shape) if n > 1]
-    within = sum((n - 1) * step for step, n in longer if step <= steps[0])
-    return bool(longer) and steps[0] > within
+    within = [axis for axis, (n, r) in enumerate(zip(shape, reduced)) if r and n > 1]
+    within.sort(key=lambda axis: -steps["x"][axis])
+    return math.prod(shape[axis] for axis in within) <= SPLIT_BLOCKS * BLOCK and all(
+        steps["x"][outer] == steps["x"][axis] * shape[axis]
+        and not any(steps[name][axis] for name in _ONE_FOR_ALL & steps.keys())
+        for outer, axis in pairwise(within)
+    )
 
 
 def _side_by_side(outer: _Axis, inner: _Axis) -> bool:

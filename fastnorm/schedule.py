@@ -49,7 +49,8 @@ MIN_BLOCK_ROWS = 16
 SPLIT_ROWS = 1024
 
 # neighbours in memory that share a statistic: fewer are too short to walk along, and are taken as
-# columns and merged. 32 lanes are filled twice
+# columns and merged. 32 lanes are filled twice. Planes that follow one another are one run, however
+# short: what is between them is a weight, which costs less than a short row does
 MIN_RUN = 64
 
 # backward: groups of runs shorter than these bytes are taken side by side, at most so many;
@@ -522,6 +523,8 @@ def _backward_blocking(layout: Walk, size: int) -> BackwardBlocking:
     )
     parts = max(parts, 1)
     few = owners * parts < BACKWARD_FEW_TASKS
+    # groups of short planes are not long, and in sweeps each plane costs as much as 100 numbers
+    few = few and not (plane_segments and s < MIN_RUN)
     sweeps = few and elements >= BACKWARD_FEW_TASKS * BACKWARD_PART_ELEMENTS
     sweeps = sweeps or (inside and parts == 1 and cells > BACKWARD_OWN_CELLS)
     parts = 1 if sweeps else parts

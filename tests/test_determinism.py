@@ -1013,3 +1013,115 @@ def test_short_planes_between_which_samples_lie(dtype: Any, shape: tuple[int, ..
     dx = fn.group_norm_backward(every, x, *stats, 32)[0]
     alone = fn.group_norm_backward(one, x[:1], *[s[:1] for s in stats], 32)[0]
     assert_same_bits(dx[:1], alone)
+
+
+def stored(a: Any, order: Sequence[int]) -> Any:
+    """A copy whose axes lie in memory in this order."""
+    return np.ascontiguousarray(a.transpose(order)).transpose(np.argsort(order))
+
+
+def parts_of(result: Any) -> tuple[Any, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+@pytest.mark.parametrize("shape", [(4, 24, 3, 3), (3, 48, 7, 7), (5, 16, 2, 1), (2, 320, 4, 4)])
+@pytest.mark.parametrize("dtype", [F16, F32, F64], ids=named)
+@on_kernels
+def test_short_planes_that_follow_one_another(
+    name: str, dtype: Any, shape: tuple[int, ...]
+) -> None:
+    """They are walked along, whatever else lies in another order, and for any samples."""
+    rng = np.random.default_rng(0)
+    x, added, dy = rng.standard_normal((3, *shape)).astype(dtype)
+    wide = F64 if dtype == F64 else F32
+    w, b = (1 + rng.standard_normal((2, shape[1])) / 4).astype(wide)
+    own = (1 + rng.standard_normal(shape[:2]) / 4).astype(wide)
+    mask = rng.random(shape) < 0.7
+    mask[:, :, 0] = True
+
+    def forward(s: slice = slice(None), x: Any = x, weight: Any = w, **more: Any) -> Any:
+        return fn.group_norm(x[s], 8, weight, b, return_stats=True, **more)
+
+    def same(found: Any, right: Any, s: slice = slice(None)) -> None:
+        for one, other in zip(parts_of(found), parts_of(right), strict=True):
+            assert_same_bits(one, other[s])
+
+    with fn.backend(name):
+        plain, summed, masked = forward(), forward(residual=added), forward(where=mask)
+        mean, rstd = plain[1:]
+
+        def backward(dy: Any, s: slice = slice(None), x: Any = x, weight: Any = w) -> Any:
+            return fn.group_norm_backward(dy, x[s], mean[s], rstd[s], 8, weight)
+
+        gradients, of_own = backward(dy), backward(dy, weight=own)
+        for order in [(1, 0, 2, 3), (0, 2, 3, 1), (3, 2, 1, 0), (0, 1, 3, 2)]:
+            out = stored(np.empty(shape, dtype), order)
+            same(forward(out=out), plain)
+            same(forward(residual=stored(added, order)), summed)
+            same(forward(where=stored(mask, order)), masked)
+            same(backward(stored(dy, order)), gradients)
+            same(fn.add_layer_norm(x, stored(added, order), shape[1:], w[:, None, None]),
+                 fn.add_layer_norm(x, added, shape[1:], w[:, None, None]))  # fmt: skip
+        for axis in range(4):
+            part = np.broadcast_to(dy.take([0], axis), shape)
+            same(backward(part), backward(part.copy()))
+            same(forward(residual=part), forward(residual=part.copy()))
+        for i in range(len(x)):
+            s = slice(i, i + 1)
+            for alone in (x, x.copy()):
+                same(forward(s, alone), plain, s)
+                same(forward(s, alone, residual=added[s]), summed, s)
+                same(forward(s, alone, weight=own[s]), forward(weight=own), s)
+                assert_same_bits(backward(dy[s], s, alone)[0], gradients[0][s])
+                assert_same_bits(backward(dy[s], s, alone, own[s])[0], of_own[0][s])
+
+
+@on_kernels
+def test_dy_makes_no_planes_of_a_run(name: str) -> None:
+    """Gradients are summed plane by plane where weights differ, not where dy has gaps."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3, 5, 9, 7))
+    dy = rng.standard_normal((3, 5, 18, 7))[:, :, ::2]
+    with fn.backend(name):
+        _, *stats = fn.instance_norm(x, return_stats=True)
+        found, right = (fn.instance_norm_backward(d, x, *stats) for d in (dy, dy.copy()))
+    for one, other in zip(found, right, strict=True):
+        assert_same_bits(one, other)
+
+
+@pytest.mark.parametrize("kind", ["i4", ">f4", ">f8"])
+@pytest.mark.parametrize("order", [(1, 0, 2, 3), (1, 2, 0, 3)], ids=str)
+@on_kernels
+def test_a_sample_between_others_is_copied(name: str, order: Sequence[int], kind: str) -> None:
+    """Of integers and foreign bytes: its copy, too, is walked as the batch is."""
+    rng = np.random.default_rng(0)
+    x = stored((rng.standard_normal((5, 96, 5, 7)) * 100).astype(kind), order)
+    w = rng.standard_normal(96)
+    mask = rng.random(x.shape) < 0.7
+    with fn.backend(name):
+        for weight in (w, None):
+            y = fn.group_norm(x, 8, weight, return_stats=True)
+            for i in (0, 2):
+                s = slice(i, i + 1)
+                for one, whole in zip(fn.group_norm(x[s], 8, weight, return_stats=True), y):
+                    assert_same_bits(one, whole[s])
+        for where in (None, mask):
+            moments = fn.moments(x.astype(x.dtype.newbyteorder("=")), (2, 3), where=where)
+            for i in (0, 2):
+                s = slice(i, i + 1)
+                one = x.astype(x.dtype.newbyteorder("="))[s]
+                own = fn.moments(one, (2, 3), where=None if where is None else where[s])
+                for found, whole in zip(own, moments):
+                    assert_same_bits(found, whole[s])
+
+
+@on_kernels
+def test_one_sample_is_added_to_as_it_lies(name: str) -> None:
+    """Its axis of length 1 has a place between others, but not the step of a batch."""
+    rng = np.random.default_rng(0)
+    x, added = rng.standard_normal((2, 1, 20, 3, 21))
+    x, w = stored(x, (1, 3, 0, 2)), rng.standard_normal((20, 1, 1))
+    with fn.backend(name):
+        right = fn.add_layer_norm(x, stored(added, (1, 3, 0, 2)), x.shape[1:], w)
+        for found, other in zip(fn.add_layer_norm(x, added, x.shape[1:], w), right, strict=True):
+            assert_same_bits(found, other)

@@ -19,6 +19,7 @@ from fastnorm.runtime import on_machine
 from fastnorm.schedule import (
     BACKWARD_FEW_TASKS,
     BLOCK,
+    MIN_RUN,
     NON_TEMPORAL_MIN_RUN,
     SPLIT_BLOCKS,
     backward_schedule,
@@ -229,6 +230,72 @@ def test_short_planes_of_doubles_that_lie_apart_are_copied_together() -> None:
         t: forward_schedule(layout, dtypes(layout, t), MODELS["zen5"]).path for t in (F32, F64)
     }
     assert found == {F32: "pipelined" if layout.dims[2] == 1 else "items", F64: "gathered"}
+
+
+def group_lying(shape: tuple[int, ...], **orders: str) -> Layout | None:
+    """Of group norm over (N, G, C, S), by the order of the axes of each operand in memory."""
+    strides = {"x": "nkcs", "weight": "kc", "dweight": "kc", "stats": "nk"} | orders
+
+    def steps(order: str) -> tuple[int, ...]:
+        found, step = dict.fromkeys("nkcs", 0), 1
+        for axis in reversed(order):
+            found[axis], step = step, step * shape["nkcs".index(axis)]
+        return tuple(0 if n == 1 else s for n, s in zip(shape, found.values()))
+
+    lie = {name: steps(order) for name, order in strides.items()}
+    return laid_out(shape, (False, False, True, True), lie)
+
+
+BACK = {"y": False, "dy": True, "dx": True}
+LONGEST = SPLIT_BLOCKS * BLOCK
+
+
+@pytest.mark.parametrize(
+    ("layout", "columns", "planes"),
+    [
+        # a group's planes follow one another
+        (group((8, 64, 1, 2), 8), False, 8),
+        (group((8, 64, 7, 7), 8, **BACK), False, 8),
+        (group((1, LONGEST // 4, 2, 2), 1), False, LONGEST // 4),
+        # of so many that each takes long
+        (group((1, LONGEST // 4 + 1, 2, 2), 1), True, 1),
+        # weights differ along planes, too
+        (walk((8, 24, 9), "krr", weight="-ww"), False, 1),
+        (walk((8, 24, 9), "krr", weight="--w"), True, 1),
+        (walk((8, 24, 3, 5), "krrr", weight="-w-w"), True, 24),
+        (walk((8, 24, 3, 5), "krrr", weight="-ww-"), True, 1),
+        (walk((8, 24, 3, 5), "krrr", weight="-w--"), False, 24),
+        # other groups or samples lie between them
+        (walk((8, 64, MIN_RUN - 1), "rkr", weight="-w-"), True, 1),
+        (walk((8, 64, MIN_RUN), "rkr", weight="-w-"), False, 8),
+        (walk((8, 24, 9), "krr", weight="-w-", channels_last=True), True, 1),
+    ],
+)
+def test_short_planes(layout: Layout, columns: bool, planes: int) -> None:
+    """Which are walked along, and which are columns."""
+    assert (layout.columns, layout.dims[2]) == (columns, planes)
+
+
+@pytest.mark.parametrize("name", ["y", "residual", "mask", "dy", "dx"])
+@pytest.mark.parametrize("shape", [(3, 4, 5, 9), (1, 4, 5, 9), (3, 1, 5, 9)], ids=str)
+def test_how_other_operands_lie_makes_no_columns(shape: tuple[int, ...], name: str) -> None:
+    """Of short planes that follow one another: they are runs, or else copied to be runs."""
+    right = group_lying(shape, **{name: "nkcs"})
+    assert right is not None
+    assert right.dims[2:] == (5, 9, 1)
+    for order in itertools.permutations("nkcs"):
+        found = group_lying(shape, **{name: "".join(order)})
+        assert found is None or found.sums_as(right)
+    apart = group_lying(shape, x="kcns", **{name: "nkcs"})
+    assert apart is None or apart.columns is (shape[0] > 1)
+
+
+def test_short_planes_of_few_groups_go_in_one_sweep() -> None:
+    """In two, each plane costs more than its numbers do."""
+    for size, path in ((49, "groups"), (81, "sweeps")):
+        layout = walk((4, 1, 800, size), "kkrr", weight="-ww-", **BACK)
+        found = backward_schedule(layout, dtypes(layout), MODELS["zen5"])
+        assert (layout.dims[2:4], found.path) == ((800, size), path)
 
 
 @pytest.mark.parametrize(

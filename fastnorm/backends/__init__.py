@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from fastnorm import _core, runtime
-from fastnorm.arguments import did_you_mean, shown
+from fastnorm.arguments import converted, did_you_mean, shown
 from fastnorm.arrays import ArrayView, assign, to_device_of, to_host
 from fastnorm.backends import cython, numba, numpy
 from fastnorm.backends.base import Backend
@@ -80,7 +80,7 @@ def compute_moments(x: Array, reduced: tuple[bool, ...], mask: Array | None, fie
     the two is an unevaluated sum of two doubles. `x` may be of integers or booleans.
     """
     if x.dtype.kind in "iu" and x.dtype.itemsize > 2:
-        x = x.astype(np.float64)
+        x = converted(x, np.float64)
     at_hand[chosen_backend()].moments(x, reduced, mask, fields)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from fastnorm import machine
 from fastnorm._formulas import IN_KERNELS
-from fastnorm.arguments import computing_type, ordered
+from fastnorm.arguments import computing_type, ordered, packed_as
 from fastnorm.backends.base import sum_to
 from fastnorm.layout import Layout, ascending, layout_of
 from fastnorm.problem import OPERANDS, Array, BackwardProblem, Problem
@@ -113,10 +113,11 @@ def _lying_as(x: Array, dtype: Any) -> Array:
 
 def _kept_among_others(x: Array, total: Array) -> Array:
     """`total`, or of one sample that lies between others a copy that lies so: it has their walk."""
-    long = [abs(stride) for stride, n in zip(x.strides, x.shape) if n > 1]
-    if len(x) != 1 or abs(x.strides[0]) >= max(long, default=0):
+    if len(x) != 1:
         return total
-    one: Array = np.empty_like(x, total.dtype, shape=(2, *x.shape[1:]))[:1]
+    one = packed_as(x, total.dtype)
+    if one.strides == total.strides:
+        return total
     one[...] = total
     return one
 

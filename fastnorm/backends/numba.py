@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fastnorm.arguments import converted
 from fastnorm.backends import compiled
 from fastnorm.problem import Array, BackwardProblem, Problem
 
@@ -35,7 +36,7 @@ def moments(x: Array, reduced: tuple[bool, ...], mask: Array | None, out: Array)
     from fastnorm._numba import cpu
 
     # its sums of doubles are pairs, of which those of parts merge to the same however they were cut
-    compiled.moments(x.astype(np.float64, copy=False), reduced, mask, out, cpu)
+    compiled.moments(converted(x, np.float64), reduced, mask, out, cpu)
 
 
 def takes_whole(dtype: np.dtype[Any]) -> bool:

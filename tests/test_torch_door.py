@@ -11,6 +11,7 @@ import pickle
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -418,6 +419,83 @@ def test_a_mode_sees_the_operators_of_a_gradient() -> None:
             (dx,) = torch.autograd.grad(y, x, dy)
         assert len(seen) > 5
         torch.testing.assert_close(dx, right)
+
+
+class Logged(torch.Tensor):
+    """A subclass, whose own code sees every operator."""
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "residual", "running_mean"])
+def test_a_subclass_beside_what_requires_a_gradient_is_seen(name: str) -> None:
+    x = torch.randn(4, 8, requires_grad=True)
+    own = torch.ones(4, 8) if name == "residual" else torch.ones(8)
+    given = {name: own.as_subclass(Logged)}
+    if name == "running_mean":
+        y = fnt.batch_norm(x, given[name], torch.ones(8))
+    else:
+        y = fnt.layer_norm(x, 8, **given)
+    assert type(y) is Logged
+    assert y.requires_grad
+
+
+def test_shapes_of_a_recorded_call() -> None:
+    """A torch.Size is known to the cache as a tuple is; a list may change before the gradient."""
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    shape = [3, 8]
+    found = []
+    for given in (shape, torch.Size([3, 8]), (3, 8)):
+        y = fnt.layer_norm(x, given)
+        shape[:] = [8]
+        found.append(torch.autograd.grad(y, x, torch.ones_like(y) * x.detach())[0])
+        assert type(y.grad_fn.options["normalized_shape"]) is tuple
+    assert found[0].equal(found[2])
+    assert found[1].equal(found[2])
+
+
+def test_integers_have_one_epsilon() -> None:
+    x = torch.zeros(2, 4, dtype=torch.int64)
+    x[1] = 1
+    w = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    y, dy = fnt.rms_norm(x, 4, w), torch.ones(2, 4, dtype=torch.float64)
+    for again in (False, True):
+        (dw,) = torch.autograd.grad(y, w, dy, retain_graph=True, create_graph=again)
+        close(dw.detach(), torch.ones(4, dtype=torch.float64))
+
+
+def test_a_gradient_of_another_kind() -> None:
+    """Dual numbers and those of a transform go through PyTorch's operators."""
+
+    def pull(y: Any, leaf: Any, dy: Any) -> Any:
+        return torch.autograd.grad(y, leaf, dy, retain_graph=True)[0]
+
+    x = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(4, 8, dtype=torch.float64, requires_grad=True)
+    v = torch.randn(3, 4, 8, dtype=torch.float64)
+    for norm in (lambda x: fnt.layer_norm(x, 8), lambda x: F.layer_norm(x, (8,))):
+        y = norm(x)
+        duals = []
+        with torch.autograd.forward_ad.dual_level():
+            dy = torch.autograd.forward_ad.make_dual(v[0], v[1])
+            (dx,) = torch.autograd.grad(norm(x), x, dy)
+            duals.append(torch.autograd.forward_ad.unpack_dual(dx).tangent)
+        close(duals[0], pull(y, x, v[1]))
+        each = torch.func.vmap(partial(pull, y, x))(v)
+        assert not each.requires_grad
+        for one, dy in zip(each, v, strict=True):
+            close(one, pull(y, x, dy))
+    y = fnt.layer_norm(x, 8, None, bias)
+    of_bias = torch.func.vmap(partial(pull, y, bias))(v)
+    assert of_bias.equal(v)
+
+
+def test_nothing_is_recorded_of_inference() -> None:
+    """Under `inference_mode`, whatever is enabled inside."""
+    x = torch.randn(4, 8, requires_grad=True)
+    with torch.inference_mode(), torch.enable_grad():
+        for given in (x, torch.nn.Parameter(torch.ones(4, 8))):
+            for y in (fnt.layer_norm(given, 8), fnt.layer_norm(given, 8, activation="relu")):
+                assert not y.requires_grad
+                assert y.is_inference()
 
 
 # --- What surrounds a call ------------------------------------------------------------------------

@@ -297,6 +297,9 @@ cdef class PlainCalls:
             PyTuple_SET_ITEM(call, i, value)
         if recorded:
             call = None     # its arrays are free for the calls behind this one
+            for value in given:
+                if not self.exchange.is_its(value) and isinstance(value, self.exchange.kind):
+                    return None
             return None if self.record is None else self.record(given)
         found = self.find_arrays(call)
         if found is None:

@@ -42,10 +42,7 @@ def make(find, describe, kernels, compiling):
 def _describe(kernels: gradients.Kernels, named: dict[str, Any]) -> Any:
     """Answer any call: by the kernels, recorded or not, or by PyTorch."""
     name = kernels.name
-    # a torch.Size is a tuple for the cache of calls only as such
-    named = {
-        key: tuple(value) if type(value) is torch.Size else value for key, value in named.items()
-    }
+    named = gradients.settled(named)
     tensors = [value for value in named.values() if isinstance(value, Tensor)]
     first = next(iter(named.values()))
     if not isinstance(first, Tensor):
@@ -75,7 +72,8 @@ def _describe(kernels: gradients.Kernels, named: dict[str, Any]) -> Any:
         return tensor_of(kernels.function(**arrays))
     if isinstance(named.get("out"), Tensor):
         gradients.check_written(named["out"], "out")
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    recording = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    if recording and any(tensor.requires_grad for tensor in tensors):
         return gradients.recorded(kernels, named)
     return kernels(tuple(named.values()))
 

@@ -21,7 +21,9 @@ from fastnorm.torch.tensors import (
     argument_names,
     array_of,
     finder,
+    in_transform,
     is_batched,
+    is_plain,
     tensor_of,
     transformed,
     written,
@@ -79,7 +81,9 @@ class Kernels:
 
     def _record(self, call: tuple[Any, ...]) -> Any:
         """The result of a call of plain tensors, one of which requires a gradient."""
-        named = dict(zip(self.names, call))
+        if torch.is_inference_mode_enabled():
+            return None
+        named = settled(dict(zip(self.names, call)))
         if self.moves:
             check_moved(named)
         if self.has_statistics and self._is_simple(named):
@@ -106,6 +110,14 @@ _TENSORS = PLAIN | {type(None)}
 def _read(value: Any, key: str) -> Any:
     """A tensor as an array; one in an option's place stays, for the checks to refuse."""
     return array_of(value, key) if key in _ARRAYS else value
+
+
+def settled(named: Named) -> Named:
+    """A call with shapes and axes as tuples: the cache of calls knows those, and a list changes."""
+    for key in ("normalized_shape", "axis"):
+        if isinstance(named.get(key), torch.Size | list):
+            named[key] = tuple(named[key])
+    return named
 
 
 def check_moved(named: Named, plain: bool = True) -> None:
@@ -223,7 +235,8 @@ class _Call:
         found: Named | None = {}
         others = [key for key in wanted if key not in ADDED]
         if others:
-            found = None if differentiable or is_batched(dy) else self._of_kernels(dy)
+            hidden = differentiable or is_batched(dy) or not is_plain(dy)
+            found = None if hidden else self._of_kernels(dy)
         if found is None:
             found = self._of_formula(dy, others, differentiable)
         if "residual" in wanted:
@@ -261,32 +274,48 @@ class _Call:
     def _of_formula(self, dy: Tensor, wanted: Sequence[str], differentiable: bool) -> Named:
         name, named = self.name, self.named
         if name == "rms_norm" and named["eps"] is None:
-            named = named | {"eps": formulas.machine_epsilon(named["x"])}
-        with torch.enable_grad():
-            # views: that operands share memory, or are one tensor, does not count here
-            leaves = {
-                key: named[key].view_as(named[key])
-                if differentiable
-                else named[key].detach().requires_grad_()
-                for key in wanted
-            }
-            wide = formulas.widened(named | leaves, torch.float64)
+            named = named | {"eps": formulas.machine_epsilon(operands.floats(named["x"], "x"))}
+
+        def normed(*leaves: Tensor) -> Tensor:
+            wide = formulas.widened(named | dict(zip(wanted, leaves)), torch.float64)
             if name not in formulas.NORMS:
-                y = formulas.own(name, wide)
+                y: Tensor = formulas.own(name, wide)
             else:
                 y, *_ = formulas.norm(name, wide, None if formulas.of_x(named) else self.stats)
-            found = torch.autograd.grad(
-                y, list(leaves.values()), dy.double(), create_graph=differentiable
-            )
-        return dict(zip(leaves, found))
+            return y
+
+        return dict(
+            zip(wanted, _pulled(normed, [named[key] for key in wanted], dy, differentiable))
+        )
 
     def _of_bias(self, dy: Tensor, differentiable: bool) -> Tensor:
         shape, dtype = self.like["bias"]
         x = self.named["x"]
-        with torch.enable_grad():
-            bias = torch.zeros(shape, dtype=torch.float64, device="cpu", requires_grad=True)
-            along = formulas.placed(self.name, self.named, bias)
-            (total,) = torch.autograd.grad(
-                along.expand(x.shape), bias, dy.double(), create_graph=differentiable
-            )
+        zeros = torch.zeros(shape, dtype=torch.float64, device="cpu")
+        (total,) = _pulled(
+            lambda bias: formulas.placed(self.name, self.named, bias).expand(x.shape),
+            [zeros],
+            dy,
+            differentiable,
+        )
         return total.to(dtype)
+
+
+def _pulled(
+    function: Callable[..., Tensor], leaves: Sequence[Tensor], dy: Tensor, differentiable: bool
+) -> Sequence[Tensor]:
+    """Gradients of a function in PyTorch's operators, by its arguments."""
+    if in_transform() is not None:
+        found: Sequence[Tensor] = torch.func.vjp(function, *leaves)[1](dy.double())
+        return found
+    with torch.enable_grad():
+        # views: that operands share memory, or are one tensor, does not count here
+        leaves = [
+            leaf.view_as(leaf)
+            if differentiable and leaf.requires_grad
+            else leaf.detach().requires_grad_()
+            for leaf in leaves
+        ]
+        return torch.autograd.grad(
+            function(*leaves), leaves, dy.double(), create_graph=differentiable
+        )

@@ -18,7 +18,8 @@ from fastnorm.arguments import read
 PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
 compiling = torch.compiler.is_dynamo_compiling
-_transforms = torch._C._functorch.peek_interpreter_stack
+# The innermost transform of torch.func, or None.
+in_transform = torch._C._functorch.peek_interpreter_stack
 _modes = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._is_tracing
 
@@ -26,7 +27,7 @@ _tracing = torch._C._is_tracing
 is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
-_QUESTIONS = (_transforms, _modes, _tracing)
+_QUESTIONS = (in_transform, _modes, _tracing)
 
 
 def transformed() -> bool:

@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import Any
 
 from fastnorm.arrays import flip, one_of_a_batch
-from fastnorm.schedule import BLOCK, MIN_RUN, SPLIT_BLOCKS
+from fastnorm.schedule import BACKWARD_MIN_RUN, BLOCK, MIN_RUN, SPLIT_BLOCKS
 
 # An operand's name, shape, strides in bytes, and bytes of an element.
 Operand = tuple[str, tuple[int, ...], tuple[int, ...], int]
@@ -139,10 +139,12 @@ def describe(
     columns, neighbours = not inner.reduced, 1
     rows = [axis for axis in axes if axis.reduced]
     if inner.reduced and inner.size < MIN_RUN and rows:
-        columns = not _planes_follow(steps, shape, reduced)
+        follow = _planes_follow(steps, shape, reduced)
         own = any(axis.strides[name] for axis in rows for name in _ONE_FOR_ALL & steps.keys())
-        if not columns and "dy" in steps and not own:
+        if follow and "dy" in steps and not own:
             return None  # gradients are summed plane by plane: dy must not make planes of a run
+        worth = BACKWARD_MIN_RUN if "dy" in steps else MIN_RUN if operands[0][3] < 8 else 2
+        columns = not follow and _plane_of_a_batch(steps, shape, reduced) < worth
     if inner.reduced and columns:
         # channels-last: a group's channels are neighbours, its positions are rows
         neighbours = inner.size
@@ -177,12 +179,41 @@ def _planes_follow(
     the axes that stay: where a result goes, how a residual or dy lies, and which samples there are
     must decide no bit. Where those take more axes than a run has, they are copied to lie as x does.
     """
-    within = [axis for axis, (n, r) in enumerate(zip(shape, reduced)) if r and n > 1]
-    within.sort(key=lambda axis: -steps["x"][axis])
-    return math.prod(shape[axis] for axis in within) <= SPLIT_BLOCKS * BLOCK and all(
+    within = _within(steps, shape, reduced)
+    return math.prod(shape[axis] for axis in within) <= SPLIT_BLOCKS * BLOCK and _are_one_run(
+        steps, shape, within
+    )
+
+
+def _plane_of_a_batch(
+    steps: dict[str, list[int]], shape: tuple[int, ...], reduced: tuple[bool, ...]
+) -> int:
+    """The elements of a plane where each sample has one of a group (batch norm); 0 elsewhere.
+
+    Of other operands nothing is asked here, either.
+    """
+    axes = _within(steps, shape, reduced)
+    if not reduced[0] or axes[:1] != [0] or not _are_one_run(steps, shape, axes[1:]):
+        return 0
+    if any(steps[name][axis] for axis in axes for name in _ONE_FOR_ALL & steps.keys()):
+        return 0
+    return math.prod(shape[axis] for axis in axes[1:])
+
+
+def _within(
+    steps: dict[str, list[int]], shape: tuple[int, ...], reduced: tuple[bool, ...]
+) -> list[int]:
+    """The axes of a group, in the order in which x has them in memory."""
+    axes = [axis for axis, (n, r) in enumerate(zip(shape, reduced)) if r and n > 1]
+    return sorted(axes, key=lambda axis: -steps["x"][axis])
+
+
+def _are_one_run(steps: dict[str, list[int]], shape: tuple[int, ...], axes: list[int]) -> bool:
+    """Whether these axes of x are one run, along whose planes no parameter differs."""
+    return all(
         steps["x"][outer] == steps["x"][axis] * shape[axis]
         and not any(steps[name][axis] for name in _ONE_FOR_ALL & steps.keys())
-        for outer, axis in pairwise(within)
+        for outer, axis in pairwise(axes)
     )
 
 

@@ -50,8 +50,11 @@ SPLIT_ROWS = 1024
 
 # neighbours in memory that share a statistic: fewer are too short to walk along, and are taken as
 # columns and merged. 32 lanes are filled twice. Planes that follow one another are one run, however
-# short: what is between them is a weight, which costs less than a short row does
+# short: what is between them is a weight, which costs less than a short row does. Where each sample
+# has one of a group (batch norm), planes of doubles are walked along, too, and backward those of so
+# many elements
 MIN_RUN = 64
+BACKWARD_MIN_RUN = 16
 
 # backward: groups of runs shorter than these bytes are taken side by side, at most so many;
 # elements of a run, and rows, that are summed at a time (sums of rows cost at most 2 % of x);

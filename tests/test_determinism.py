@@ -1076,6 +1076,43 @@ def test_short_planes_that_follow_one_another(
                 assert_same_bits(backward(dy[s], s, alone, own[s])[0], of_own[0][s])
 
 
+@pytest.mark.parametrize("shape", [(6, 24, 4, 4), (3, 16, 7, 7), (9, 8, 2, 3), (2, 5, 9, 7)])
+@pytest.mark.parametrize("dtype", [F16, F32, F64], ids=named)
+@on_kernels
+def test_short_planes_of_a_batch(name: str, dtype: Any, shape: tuple[int, ...]) -> None:
+    """Batch norm: whether they are walked along follows from x, however all else lies."""
+    rng = np.random.default_rng(0)
+    x, added, dy = rng.standard_normal((3, *shape)).astype(dtype)
+    w = (1 + rng.standard_normal(shape[1]) / 4).astype(F64 if dtype == F64 else F32)
+
+    def forward(**more: Any) -> Any:
+        return fn.batch_norm(x, None, None, w, w, True, return_stats=True, **more)
+
+    def same(found: Any, right: Any) -> None:
+        for one, other in zip(found, right, strict=True):
+            assert_same_bits(one, other)
+
+    with fn.backend(name):
+        plain, summed = forward(), forward(residual=added)
+
+        def backward(dy: Any) -> Any:
+            return fn.batch_norm_backward(dy, x, *plain[1:], w)
+
+        gradients = backward(dy)
+        for order in [(1, 0, 2, 3), (0, 2, 3, 1), (3, 2, 1, 0), (0, 1, 3, 2)]:
+            same(forward(out=stored(np.empty(shape, dtype), order)), plain)
+            same(forward(residual=stored(added, order)), summed)
+            same(backward(stored(dy, order)), gradients)
+        gaps = np.zeros((shape[0], 2 * shape[1], shape[2] + 1, shape[3]), dtype)[:, ::2, 1:]
+        gaps[...] = dy
+        same(backward(gaps), gradients)
+        for axis in range(4):
+            part = np.broadcast_to(dy.take([0], axis), shape)
+            same(backward(part), backward(part.copy()))
+        with fn.threads(2):
+            same((*forward(), *backward(dy)), (*plain, *gradients))
+
+
 @on_kernels
 def test_dy_makes_no_planes_of_a_run(name: str) -> None:
     """Gradients are summed plane by plane where weights differ, not where dy has gaps."""

@@ -188,14 +188,17 @@ def backward(p: BackwardProblem, kernels: Any, copied: bool = False) -> None:
     """Lay a pass back out in five dimensions and run it: in copies if it has none."""
     operands = {"x": p.x, "dy": p.dy, "dx": p.dx, "stats": p.rstd, "dweight": p.dweight}
     optional = {"mean": p.mean, "factor": p.weight, "dbias": p.dbias}
-    operands |= {name: array for name, array in optional.items() if array is not None}
-    operands = ascending(operands)
+    given = operands | {name: array for name, array in optional.items() if array is not None}
+    operands = ascending(given)
     layout = layout_of(operands, p.reduced, copied=copied)
-    if layout is None and p.dy.strides != _strides_like(p.x, p.dy):
-        dy = np.empty_like(p.x, p.dy.dtype)
+    if p.dy.strides != _strides_like(p.x, p.dy):
+        # how dy lies decides no bit: where the walk would be another it is copied to lie as x does
+        dy = _lying_as(p.x, p.dy.dtype)
         if dy.strides != p.dy.strides:  # or it would come here again
-            dy[...] = p.dy
-            return backward(replace(p, dy=dy, ticket=None), kernels)
+            own = layout_of(ascending(given | {"dy": dy}), p.reduced, copied=copied)
+            if layout is None or not layout.sums_as(own):
+                dy[...] = p.dy
+                return backward(replace(p, dy=dy, ticket=None), kernels)
     if len(p.dweight) > 1 and _walks_otherwise_alone(p, operands, layout):
         for i in range(len(p.x)):
             backward(_sample(p, i), kernels)

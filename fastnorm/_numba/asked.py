@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -56,14 +57,14 @@ def stands_for(function: Any) -> Callable[[Any], Any]:
 
         checked.__name__ = checked.__qualname__ = name
         # literals first: an activation is known by its name, the dimensions by `keepdims`
-        overload(function, jit_options=STRICT, strict=False, prefer_literal=True)(checked)
+        _compiled(function, prefer_literal=True)(checked)
         return typed
 
     return register
 
 
-def _compiled(function: Any) -> Any:
-    return overload(function, jit_options=STRICT, strict=False)
+def _compiled(function: Any, **options: Any) -> Any:
+    return overload(function, jit_options=STRICT, strict=False, **options)
 
 
 def is_none(value: Any) -> bool:
@@ -259,36 +260,59 @@ def _compiled_trailing(shape: Any, normalized_shape: Any) -> Any:
 # --- Activations ----------------------------------------------------------------------------------
 
 
+_EXPECTED = (
+    f"expected None, one of {', '.join(map(repr, ACTIVATIONS))}, or a function of one number that "
+    "numba.njit has compiled"
+)
+
+
+def _name_of(activation: Any) -> Any:
+    return getattr(activation, "literal_value", getattr(activation, "value", None))
+
+
 def function_of(activation: Any, kind: Any) -> Any:
     """The function of one number that an activation is; None for none."""
-    if is_none(activation):
-        return None
-    own = getattr(activation, "value", activation)
-    name = own if isinstance(own, str) else getattr(activation, "literal_value", None)
+    name = _name_of(activation)
     if isinstance(name, str) and name in ACTIVATIONS:
         return activations.OURS[IN_KERNELS.index(name)][kind is np.float64]
-    if isinstance(activation, types.UnicodeType):
-        return None  # for the moment: `known` asks for its value
-    if isinstance(activation, types.Dispatcher):
-        try:
-            activations.check_result(activation.dispatcher, kind)
-        except (TypeError, NumbaError) as error:
-            raise TypingError(str(error)) from error
-        return activation.dispatcher
-    raise TypingError(
-        f"activation is {activation if name is None else repr(name)} inside compiled code, "
-        f"expected None, one of {', '.join(map(repr, ACTIVATIONS))}, or a function of one number "
-        "that numba.njit has compiled" + did_you_mean(name, tuple(ACTIVATIONS))
-    )
+    if isinstance(name, str) or is_none(activation) or isinstance(activation, types.UnicodeType):
+        return None  # `known` refuses a name that is none of ours, and asks for one's value
+    if not isinstance(activation, types.Dispatcher):
+        raise TypingError(f"activation is {activation} inside compiled code, {_EXPECTED}")
+    try:
+        activations.check_result(activation.dispatcher, kind)
+    except (TypeError, NumbaError) as error:
+        raise TypingError(str(error)) from error
+    return _by_type(activation.dispatcher)
+
+
+@cache
+def _by_type(function: Any) -> Any:
+    """A function of the user's, known by its type: its address would keep a caller off the disk."""
+
+    def own(v: Any) -> Any:
+        raise TypeError("for compiled code")
+
+    _compiled(own)(lambda v: lambda v: function(v))
+    return own
 
 
 def known(activation: Any) -> Any:
-    """See that a name is known when the caller is compiled."""
+    """See that a name is known when the caller is compiled; refuse what is none of ours."""
     raise TypeError("for compiled code")
 
 
-@_compiled(known)
+@_compiled(known, prefer_literal=True)
 def _compiled_known(activation: Any) -> Any:
+    name = _name_of(activation)
+    if isinstance(name, str) and name not in ACTIVATIONS:
+        # when it runs, as Python does: here Numba would ask for its value once more, and for ever
+        message = f"activation is {name!r}, {_EXPECTED}" + did_you_mean(name, tuple(ACTIVATIONS))
+
+        def refuse(activation):
+            raise ValueError(message)
+
+        return refuse
     if isinstance(activation, types.UnicodeType):
         return lambda activation: literally(activation)
     return lambda activation: None

@@ -228,6 +228,11 @@ def mean_and_var(x, n, ddof, room, kind):
     part = room + 8 * FIELDS
     lanes = part + 8 * (FIELDS + SCALE)
     row_moments(x, n, True, room, part, lanes, kind)
+    unit = 1.0
+    if is_double(kind) and not 1e-270 < read(room, 3, np.float64) / n < 1e270:
+        unit = largest_unit(x, n)
+        if unit != 1.0:
+            scaled_moments(x, n, unit, True, room, part, lanes)
     mean = read(room, 1, np.float64)
     if not math.isfinite(mean):
         # infinities of one sign; of both, or with what is no number, there is no mean
@@ -236,14 +241,9 @@ def mean_and_var(x, n, ddof, room, kind):
             v = np.float64(read_real(x, i, kind))
             mean += 0.0 if math.isfinite(v) else v
         return mean, math.nan
-    unit = 1.0
-    if is_double(kind) and not 1e-270 < read(room, 3, np.float64) / n < 1e270:
-        unit = largest_unit(x, n)
-        if unit != 1.0:
-            scaled_moments(x, n, unit, True, room, part, lanes)
-    mean = (read(room, 1, np.float64) + read(room, 2, np.float64)) / unit
     m2 = max(read(room, 3, np.float64) + read(room, 4, np.float64), 0.0)
-    return mean, m2 / (n - ddof) / unit / unit if n > ddof else math.nan
+    var = m2 / (n - ddof) / unit / unit if n > ddof else math.nan
+    return (mean + read(room, 2, np.float64)) / unit, var
 
 
 @inner

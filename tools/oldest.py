@@ -25,7 +25,8 @@ NOT_COPIED = shutil.ignore_patterns(
 TESTS = (
     "tests/test_backends.py", "tests/test_cli.py", "tests/test_dask.py",
     "tests/test_example_digits.py", "tests/test_features.py", "tests/test_moments.py",
-    "tests/test_mpi.py", "tests/test_numba.py", "tests/test_placement.py", "tests/test_stats.py",
+    "tests/test_mpi.py", "tests/test_numba.py", "tests/test_overloads.py",
+    "tests/test_placement.py", "tests/test_stats.py",
 )  # fmt: skip
 # Old libraries warn of what the newest of those beneath them are about to take away.
 WARNINGS = ("-W", "ignore::DeprecationWarning")

@@ -17,7 +17,7 @@ from fastnorm._numba import scalar
 from fastnorm._numba.memory import SOURCES, STRICT, compiling, read_real, real, write
 
 # For float32 and for float64; the first is of number 1, and 0 is none.
-_OURS = tuple(
+OURS = tuple(
     (getattr(scalar, f"{name}_32"), getattr(scalar, f"{name}_64")) for name in _formulas.IN_KERNELS
 )
 
@@ -126,9 +126,9 @@ def _loop_of(activation: Any, kind: type) -> _Loop:
 def _compiled(activation: Any, kind: type) -> _Loop:
     refused = np.zeros(1)
     if isinstance(activation, int):
-        return _Loop(_loop(_OURS[activation - 1][kind is np.float64], kind, True, 0), refused)
+        return _Loop(_loop(OURS[activation - 1][kind is np.float64], kind, True, 0), refused)
     try:
-        _check_result(activation, kind)
+        check_result(activation, kind)
         return _Loop(_loop(activation, kind, False, refused.ctypes.data), refused)
     except NumbaError as error:
         raise TypeError(
@@ -137,7 +137,7 @@ def _compiled(activation: Any, kind: type) -> _Loop:
         ) from error
 
 
-def _check_result(activation: Any, kind: type) -> None:
+def check_result(activation: Any, kind: type) -> None:
     """Refuse a function that is not of one number of this kind, one number."""
     taken = types.float64 if kind is np.float64 else types.float32
     try:

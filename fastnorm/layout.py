@@ -188,7 +188,7 @@ def _planes_follow(
 def _plane_of_a_batch(
     steps: dict[str, list[int]], shape: tuple[int, ...], reduced: tuple[bool, ...]
 ) -> int:
-    """The elements of a plane where each sample has one of a group (batch norm); 0 elsewhere.
+    """The elements of a plane where each sample has one of a group (batch norm), else 0.
 
     Of other operands nothing is asked here, either.
     """

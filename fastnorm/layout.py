@@ -16,7 +16,14 @@ from itertools import pairwise
 from typing import Any
 
 from fastnorm.arrays import flip, one_of_a_batch
-from fastnorm.schedule import BACKWARD_MIN_RUN, BLOCK, MIN_RUN, SPLIT_BLOCKS
+from fastnorm.schedule import (
+    BACKWARD_MAX_PLANES,
+    BACKWARD_MIN_RUN,
+    BACKWARD_MIN_SAMPLE,
+    BLOCK,
+    MIN_RUN,
+    SPLIT_BLOCKS,
+)
 
 # An operand's name, shape, strides in bytes, and bytes of an element.
 Operand = tuple[str, tuple[int, ...], tuple[int, ...], int]
@@ -143,8 +150,7 @@ def describe(
         own = any(axis.strides[name] for axis in rows for name in _ONE_FOR_ALL & steps.keys())
         if follow and "dy" in steps and not own:
             return None  # gradients are summed plane by plane: dy must not make planes of a run
-        worth = BACKWARD_MIN_RUN if "dy" in steps else MIN_RUN if operands[0][3] < 8 else 2
-        columns = not follow and _plane_of_a_batch(steps, shape, reduced) < worth
+        columns = not follow and not ("dy" in steps and _planes_of_a_batch(steps, shape, reduced))
     if inner.reduced and columns:
         # channels-last: a group's channels are neighbours, its positions are rows
         neighbours = inner.size
@@ -185,19 +191,23 @@ def _planes_follow(
     )
 
 
-def _plane_of_a_batch(
+def _planes_of_a_batch(
     steps: dict[str, list[int]], shape: tuple[int, ...], reduced: tuple[bool, ...]
-) -> int:
-    """The elements of a plane where each sample has one of a group (batch norm), else 0.
+) -> bool:
+    """Whether each sample has one plane of a group (batch norm), worth walking along backward.
 
     Of other operands nothing is asked here, either.
     """
     axes = _within(steps, shape, reduced)
-    if not reduced[0] or axes[:1] != [0] or not _are_one_run(steps, shape, axes[1:]):
-        return 0
-    if any(steps[name][axis] for axis in axes for name in _ONE_FOR_ALL & steps.keys()):
-        return 0
-    return math.prod(shape[axis] for axis in axes[1:])
+    return (
+        reduced[0]
+        and axes[:1] == [0]
+        and _are_one_run(steps, shape, axes[1:])
+        and not any(steps[name][axis] for axis in axes for name in _ONE_FOR_ALL & steps.keys())
+        and math.prod(shape[axis] for axis in axes[1:]) >= BACKWARD_MIN_RUN
+        and steps["x"][0] >= BACKWARD_MIN_SAMPLE
+        and shape[0] <= BACKWARD_MAX_PLANES
+    )
 
 
 def _within(

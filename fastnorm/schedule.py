@@ -50,11 +50,14 @@ SPLIT_ROWS = 1024
 
 # neighbours in memory that share a statistic: fewer are too short to walk along, and are taken as
 # columns and merged. 32 lanes are filled twice. Planes that follow one another are one run, however
-# short: what is between them is a weight, which costs less than a short row does. Where each sample
-# has one of a group (batch norm), planes of doubles are walked along, too, and backward those of so
-# many elements
+# short: what is between them is a weight, which costs less than a short row does. Backward, so are
+# planes of so many elements of which each sample has one (batch norm), a step of so many elements
+# apart: of a shorter one columns make rows that are long enough. More planes than that lie on more
+# pages than a core knows the places of
 MIN_RUN = 64
 BACKWARD_MIN_RUN = 16
+BACKWARD_MIN_SAMPLE = 2048
+BACKWARD_MAX_PLANES = 128
 
 # backward: groups of runs shorter than these bytes are taken side by side, at most so many;
 # elements of a run, and rows, that are summed at a time (sums of rows cost at most 2 % of x);

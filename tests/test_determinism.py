@@ -1076,7 +1076,7 @@ def test_short_planes_that_follow_one_another(
                 assert_same_bits(backward(dy[s], s, alone, own[s])[0], of_own[0][s])
 
 
-@pytest.mark.parametrize("shape", [(6, 24, 4, 4), (3, 16, 7, 7), (9, 8, 2, 3), (2, 5, 9, 7)])
+@pytest.mark.parametrize("shape", [(6, 128, 4, 4), (3, 64, 7, 7), (9, 8, 2, 3), (2, 40, 9, 7)])
 @pytest.mark.parametrize("dtype", [F16, F32, F64], ids=named)
 @on_kernels
 def test_short_planes_of_a_batch(name: str, dtype: Any, shape: tuple[int, ...]) -> None:
@@ -1111,6 +1111,22 @@ def test_short_planes_of_a_batch(name: str, dtype: Any, shape: tuple[int, ...]) 
             same(backward(part), backward(part.copy()))
         with fn.threads(2):
             same((*forward(), *backward(dy)), (*plain, *gradients))
+
+
+@pytest.mark.parametrize("kind", [F16, F32, F64], ids=named)
+@on_kernels
+def test_dy_in_another_order_than_an_x_with_gaps(name: str, kind: Any) -> None:
+    """Both can be walked together, but in another order than if dy lay as x does."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((8, 3, 6, 16)).astype(kind)[:, :, :5].swapaxes(0, 1)
+    dy = rng.standard_normal(x.shape).astype(kind)
+    with fn.backend(name):
+        _, *stats = fn.batch_norm(x, training=True, return_stats=True)
+        right = fn.batch_norm_backward(dy, x, *stats)
+        for order in itertools.permutations(range(4)):
+            found = fn.batch_norm_backward(stored(dy, order), x, *stats)
+            for one, other in zip(found, right, strict=True):
+                assert_same_bits(one, other)
 
 
 @on_kernels

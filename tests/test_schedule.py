@@ -18,6 +18,7 @@ from fastnorm.machine import MODELS, Machine
 from fastnorm.runtime import on_machine
 from fastnorm.schedule import (
     BACKWARD_FEW_TASKS,
+    BACKWARD_MAX_PLANES,
     BACKWARD_MIN_RUN,
     BLOCK,
     MIN_RUN,
@@ -269,30 +270,21 @@ LONGEST = SPLIT_BLOCKS * BLOCK
         # other groups or samples lie between them
         (walk((8, 64, MIN_RUN - 1), "rkr", weight="-w-"), True, 1),
         (walk((8, 64, MIN_RUN), "rkr", weight="-w-"), False, 8),
-        (walk((8, 64, BACKWARD_MIN_RUN), "rkr", weight="-w-", **BACK), False, 8),
-        (walk((8, 64, BACKWARD_MIN_RUN - 1), "rkr", weight="-w-", **BACK), True, 1),
-        (walk((8, 64, 4, 4), "rkrr", weight="-w--", **BACK), False, 8),
-        (walk((8, 4, 16, 16), "krkr", **BACK), True, 1),
-        (walk((8, 64, 16), "rkr", weight="-ww", **BACK), True, 1),
+        (walk((8, 128, BACKWARD_MIN_RUN), "rkr", weight="-w-"), True, 1),
+        (walk((8, 128, BACKWARD_MIN_RUN), "rkr", weight="-w-", **BACK), False, 8),
+        (walk((8, 256, BACKWARD_MIN_RUN - 1), "rkr", weight="-w-", **BACK), True, 1),
+        (walk((8, 128, 4, 4), "rkrr", weight="-w--", **BACK), False, 8),
+        (walk((8, 127, 4, 4), "rkrr", weight="-w--", **BACK), True, 1),
+        (walk((BACKWARD_MAX_PLANES, 128, 16), "rkr", **BACK), False, BACKWARD_MAX_PLANES),
+        (walk((BACKWARD_MAX_PLANES + 1, 128, 16), "rkr", **BACK), True, 1),
+        (walk((8, 4, 512, 16), "krkr", **BACK), True, 1),
+        (walk((8, 128, 16), "rkr", weight="-ww", **BACK), True, 1),
         (walk((8, 24, 9), "krr", weight="-w-", channels_last=True), True, 1),
     ],
 )
 def test_short_planes(layout: Layout, columns: bool, planes: int) -> None:
     """Which are walked along, and which are columns."""
     assert (layout.columns, layout.dims[2]) == (columns, planes)
-
-
-@pytest.mark.parametrize("back", [False, True])
-@pytest.mark.parametrize("plane", [1, 2, BACKWARD_MIN_RUN - 1, BACKWARD_MIN_RUN, MIN_RUN - 1])
-def test_short_planes_of_doubles(plane: int, back: bool) -> None:
-    """Those of a batch are walked along, backward if they are not too short."""
-    shape, strides = (8, 64, plane), (64 * plane * 8, plane * 8, 8)
-    full = ("x", "dy", "dx") if back else ("x", "y")
-    operands = [(name, shape, strides, 8) for name in full]
-    operands.append(("dweight" if back else "weight", (1, 64, 1), (512, 8, 8), 8))
-    layout = describe((*operands, ("stats", (1, 64, 1), (512, 8, 8), 8)), (True, False, True))
-    assert layout is not None
-    assert layout.columns is (plane < (BACKWARD_MIN_RUN if back else 2))
 
 
 @pytest.mark.parametrize("name", ["y", "residual", "mask", "dy", "dx"])

@@ -53,7 +53,7 @@ SPLIT_ROWS = 1024
 # short: what is between them is a weight, which costs less than a short row does. Backward, so are
 # planes of so many elements of which each sample has one (batch norm), a step of so many elements
 # apart: of a shorter one columns make rows that are long enough. More planes than that lie on more
-# pages than a core knows the places of
+# pages than the TLB has entries for
 MIN_RUN = 64
 BACKWARD_MIN_RUN = 16
 BACKWARD_MIN_SAMPLE = 2048

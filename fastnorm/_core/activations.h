@@ -131,7 +131,7 @@ FN_INLINE float fn_erf_32(float x) {
 FN_INLINE float fn_relu_32(float x) { return x < 0.0f ? 0.0f : x; }
 FN_INLINE float fn_relu6_32(float x) { return x > 6.0f ? 6.0f : fn_relu_32(x); }
 
-/* All of them, in the order of IN_KERNELS in _reference.py: X of each. */
+/* All of them, in the order of IN_KERNELS in _formulas.py: X of each. */
 #define FN_ACTIVATIONS(X) \
     X(IDENTITY) X(RELU) X(RELU6) X(SILU) X(GELU) X(GELU_TANH) X(TANH) X(ERF)
 

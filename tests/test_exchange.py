@@ -14,6 +14,8 @@ import pytest
 import fastnorm as fn
 from fastnorm import _core
 
+from .helpers import operators_seen
+
 torch = pytest.importorskip("torch")
 pytest.importorskip("ml_dtypes")
 
@@ -288,16 +290,7 @@ def test_who_has_to_see_the_operators_sees_those_of_a_known_call(module: Any) ->
     x, w = torch.randn(3, 5), torch.rand(5)
     for _ in range(3):
         expected = module.layer_norm(x, 5, w)
-    seen = []
-
-    class Mode(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            seen.append(func)
-            return func(*args, **(kwargs or {}))
-
-    with Mode():
+    with operators_seen() as seen:
         found = module.layer_norm(x, 5, w)
     torch.testing.assert_close(found, expected)
     assert any("layer_norm" in str(function) for function in seen)

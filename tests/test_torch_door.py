@@ -20,7 +20,18 @@ import pytest
 import fastnorm as fn
 from fastnorm.operations import OPERATIONS, Operation
 
-from .helpers import BF16, F16, F32, F64, data, epsilon, expected, named, run_python
+from .helpers import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    data,
+    epsilon,
+    expected,
+    named,
+    operators_seen,
+    run_python,
+)
 
 torch = pytest.importorskip("torch")
 fnt: Any = pytest.importorskip("fastnorm.torch")
@@ -401,21 +412,11 @@ def test_gradients_to_be_differentiated_have_the_epsilon_of_x() -> None:
 
 def test_a_mode_sees_the_operators_of_a_gradient() -> None:
     """One entered before backward only: the kernels would pass it by."""
-    seen = []
-
-    class Mode(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            seen.append(func)
-            return func(*args, **(kwargs or {}))
-
     for norm in (lambda x: fnt.layer_norm(x, 8), lambda x: fnt.batch_norm(x, training=True)):
         x, dy = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8)
         right = torch.autograd.grad(norm(x), x, dy)[0]
         y = norm(x)
-        seen.clear()
-        with Mode():
+        with operators_seen() as seen:
             (dx,) = torch.autograd.grad(y, x, dy)
         assert len(seen) > 5
         torch.testing.assert_close(dx, right)

@@ -14,7 +14,7 @@ from fastnorm._files.names import CannotUse
 from fastnorm.backends import recorder
 from fastnorm.calls import case_of_text
 from fastnorm.machine import MEASURED, Machine
-from fastnorm.schedule import BackwardSchedule, ForwardSchedule, non_temporal_above
+from fastnorm.schedule import BackwardSchedule, ForwardSchedule, non_temporal_from
 
 _WIDTH = 10  # of the names at the beginning of lines
 
@@ -195,9 +195,9 @@ def _why_stores(
         return f"x of {x} is converted on the way, which takes longer than memory"
     where = asked.layout.columns, asked.backward
     if any(name.startswith("non_temporal") for name in here.measured):
-        above = non_temporal_above(here, *where)
-        if above != non_temporal_above(here.with_measured(dict.fromkeys(MEASURED, 0)), *where):
-            return f"x is {x}; non-temporal ones pay above {_bytes(above)}, as measured"
+        least = non_temporal_from(here, *where)
+        if least != non_temporal_from(here.with_measured(dict.fromkeys(MEASURED, 0)), *where):
+            return f"x is {x}; non-temporal ones pay from {_bytes(least)} on, as measured"
     if found.non_temporal:
         return f"x of {x} goes through a last cache of {last}{told} with the result"
     return f"x is {x}, the last cache {last}{told}"

@@ -98,14 +98,15 @@ PREFETCH_BYTES = 4096
 PREFETCH_WINDOW = 1 << 18
 
 # Non-temporal stores pay where a result would push out what is still to be read. x and y go through
-# the cache together: so many eighths of the last cache, forward; of x alone, backward, where dy and
-# dx go through it too. Columns, which are read in two sweeps, are worth it a little later. A
-# shorter run ends in lines that are half written: that costs more than all that is gained. These
-# eighths are for machines that were not measured (`fastnorm tune`).
-NON_TEMPORAL_EIGHTHS = 5
-NON_TEMPORAL_EIGHTHS_BACKWARD = 2
-NON_TEMPORAL_EIGHTHS_BACKWARD_STRIDED = 3
-NON_TEMPORAL_EIGHTHS_GATHERED = 4
+# the cache together: from so many sixteenths of the last cache of bytes of x on, forward; backward,
+# where dy and dx go through it too, and where columns are read in two sweeps. A shorter run ends in
+# lines that are half written: that costs more than all that is gained. These are for machines that
+# were not measured (`fastnorm tune`): others use the last cache too, so that some of it is told
+# and not there. With 32 MB told (AMD EPYC, family 25 model 17, two cores) they take 0.8 to 1.1 times
+# as long at these sizes, and 0.6 to 0.9 times at the next ones.
+NON_TEMPORAL_SIXTEENTHS = 6
+NON_TEMPORAL_SIXTEENTHS_BACKWARD = 5
+NON_TEMPORAL_SIXTEENTHS_BACKWARD_STRIDED = 4
 NON_TEMPORAL_MIN_RUN = 1024
 # elements stored at a time, through a tile in L1
 NON_TEMPORAL_TILE = 256
@@ -169,20 +170,20 @@ def _tiles_of_columns(columns: int, neighbours: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=64)
-def non_temporal_above(machine: Machine, columns: bool, backward: bool = False) -> int:
-    """Bytes of x beyond which non-temporal stores pay, as measured or by the last cache."""
+def non_temporal_from(machine: Machine, columns: bool, backward: bool = False) -> int:
+    """Bytes of x from which non-temporal stores pay, as measured or by the last cache."""
     if backward:
         measured = machine.non_temporal_backward_bytes
-        eighths = NON_TEMPORAL_EIGHTHS_BACKWARD
+        sixteenths = NON_TEMPORAL_SIXTEENTHS_BACKWARD
         if columns:
             measured = machine.non_temporal_backward_strided_bytes
-            eighths = NON_TEMPORAL_EIGHTHS_BACKWARD_STRIDED
+            sixteenths = NON_TEMPORAL_SIXTEENTHS_BACKWARD_STRIDED
     else:
-        measured, eighths = machine.non_temporal_bytes, NON_TEMPORAL_EIGHTHS
+        measured, sixteenths = machine.non_temporal_bytes, NON_TEMPORAL_SIXTEENTHS
         if columns:
             measured = machine.non_temporal_strided_bytes
     told = 0 if machine.always_non_temporal else measured
-    return told or machine.last_cache // 8 * eighths
+    return told or machine.last_cache // 16 * sixteenths
 
 
 # --- Forward --------------------------------------------------------------------------------------
@@ -301,16 +302,16 @@ def forward_schedule(
         length, width if columns else 0, block, split_length, splits, bf16_direct
     )
 
-    # stores; of a sum and its norm four arrays go through the caches
+    # stores; of a sum and its norm four arrays go through the caches, not two
     run = width if columns else s
     if columns and written and steps["y"][3] == width:
         run *= s  # rows that follow one another
-    through = 4 * nbytes if summed else nbytes
+    through = 2 * nbytes if summed else nbytes
     long = machine.always_non_temporal or run * x.size >= NON_TEMPORAL_MIN_RUN
-    pays = non_temporal_above(machine, columns)
+    pays = non_temporal_from(machine, columns)
     # bfloat16 that is converted on the way keeps to arithmetic, and tiles cost more than is gained
     long = long and (machine.always_non_temporal or not bf16_direct)
-    non_temporal = through > pays and long
+    non_temporal = through >= pays and long
     # all that is of x's size lies there as numbers that are computed in
     native = (single or double) and written and not callable(activation)
     native = native and all(
@@ -337,8 +338,7 @@ def forward_schedule(
         if whole and apart and splits == 1 and s * x.size < SHORT_RUN_BYTES and not summed:
             path = "gathered"
             # y would push out what is still to be read
-            gathered_pays = pays // NON_TEMPORAL_EIGHTHS * NON_TEMPORAL_EIGHTHS_GATHERED
-            direct_non_temporal = nbytes >= gathered_pays
+            direct_non_temporal = nbytes >= pays
     elif whole and length <= BLOCK and planes_follow:
         fits = single or (x.half and width * length <= 2 * BLOCK)
         if added and p == 1 if summed else fits:
@@ -438,7 +438,7 @@ def backward_schedule(
     on_the_way = all(name == "bfloat16" for name in full)
     on_the_way = on_the_way and not (layout.columns and blocking.inside)
     long = long and (machine.always_non_temporal or not on_the_way)
-    past = nbytes > non_temporal_above(machine, layout.columns, backward=True) and long
+    past = nbytes >= non_temporal_from(machine, layout.columns, backward=True) and long
     half = on_the_way and not past
     real = "float64" if x.name == "float64" else "float32"
     direct = half or all(name == real for name in full)

@@ -106,7 +106,7 @@ class Question:
 
 
 def _stores(columns: bool, backward: bool) -> Callable[[Machine], int]:
-    return lambda here: schedule.non_temporal_above(here, columns, backward)
+    return lambda here: schedule.non_temporal_from(here, columns, backward)
 
 
 QUESTIONS = (

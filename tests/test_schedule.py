@@ -156,11 +156,13 @@ def test_threads_are_no_argument() -> None:
 @pytest.mark.parametrize(
     ("rows", "past"),
     [
-        # x of 3.1 MB, 12.6 MB and 25 MB: above five eighths of the last cache, of which one of 480
-        # MB that a socket shares counts as none that is told
+        # x of 3, 6 and 12 MiB: from three eighths of the last cache on, of which one of 480 MB that
+        # a socket shares counts as none that is told
         (1024, set()),
-        (4096, {"laptop", "avx2-server"}),
-        (8192, set(MODELS)),
+        (2047, {"laptop"}),
+        (2048, {"laptop", "avx2-server"}),
+        (4095, {"laptop", "avx2-server"}),
+        (4096, set(MODELS)),
     ],
 )
 def test_results_that_do_not_fit_go_past_the_caches(rows: int, past: set[str]) -> None:
@@ -188,12 +190,14 @@ def test_short_runs_do_not_go_past_the_caches() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_gradient_of_x_goes_past_the_caches_earlier(name: str) -> None:
-    """dy and dx go through them, too: from a quarter of the last one on."""
+    """dy and dx go through them, too: columns from a quarter of the last one on, rows later."""
     here = MODELS[name]
-    row, quarter = 768 * 4, here.last_cache // 4
-    for rows, past in ((quarter // row, False), (quarter // row + 1, True)):
-        layout = walk((rows, 768), "kr", weight="-w", y=False, dy=True, dx=True)
-        assert backward_schedule(layout, dtypes(layout), here).non_temporal is past
+    for axes, sixteenths in (("kr", 5), ("rk", 4)):
+        least = -(-here.last_cache * sixteenths // 16 // (768 * 4))
+        for rows, past in ((least - 1, False), (least, True)):
+            weight = "-w" if axes == "kr" else "-k"
+            layout = walk((rows, 768), axes, weight=weight, y=False, dy=True, dx=True)
+            assert backward_schedule(layout, dtypes(layout), here).non_temporal is past
 
 
 # --- Paths ----------------------------------------------------------------------------------------
@@ -334,7 +338,7 @@ def test_given_statistics_take_no_path_that_sums() -> None:
 
 @pytest.mark.parametrize("activation", ["relu", len])
 def test_an_activation_does_not_go_with_rows(activation: Any) -> None:
-    layout = layer(4096, 768)
+    layout = layer(2048, 768)
     found = forward_schedule(layout, dtypes(layout), MODELS["zen5"], activation=activation)
     assert found.path == "pipelined"
     assert found.direct is (activation == "relu")

@@ -212,6 +212,19 @@ def _gelu_tanh(y: Array) -> Array:
     return z
 
 
+def _gated(y: Array, u: Array, du: Array | int) -> Array:
+    """Derivative of y / (1 + exp(-u)): beyond 700 all or nothing passes, and exp stays in range."""
+    y, e = np.clip(y, -700, 700), np.exp(-np.clip(u, -700, 700))
+    slope: Array = (1 + y * du * (e / (1 + e))) / (1 + e)
+    return slope
+
+
+def _gelu_tanh_slope(y: Array) -> Array:
+    y = np.clip(y, -700, 700)
+    cubic, root = y.dtype.type("0.044715"), 2 * np.sqrt(2 / _pi(y.dtype))
+    return _gated(y, root * (y + cubic * y**3), root * (1 + 3 * cubic * y**2))
+
+
 def _pi(dtype: np.dtype[Any]) -> Any:
     return dtype.type("3.14159265358979323846264338327950288")
 
@@ -271,7 +284,13 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_tanh": _gelu_tanh,
 }
 SQUASHES: dict[str, Callable[[Array], Array]] = {"tanh": np.tanh, "erf": _erf}
+# The derivative of each. NaN passes the first two, as in PyTorch.
 SLOPES: dict[str, Callable[[Array], Array]] = {
+    "relu": lambda y: np.where(y <= 0, 0, 1),
+    "relu6": lambda y: np.where((y <= 0) | (y >= 6), 0, 1),
+    "silu": lambda y: _gated(y, y, 1),
+    "gelu": lambda y: _normal_cdf(y) + y * np.exp(-y * y / 2) / np.sqrt(2 * _pi(y.dtype)),
+    "gelu_tanh": _gelu_tanh_slope,
     "tanh": lambda u: 1 / np.cosh(u) ** 2,
     "erf": lambda u: 2 / np.sqrt(_pi(u.dtype)) * np.exp(-u * u),
 }

@@ -10,6 +10,7 @@ import operator
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence, Set
+from importlib import import_module
 from itertools import islice
 from numbers import Real
 from typing import Any, Literal, TypeAlias, TypeGuard, get_args
@@ -676,12 +677,16 @@ def same_shape(value: ArrayLike, name: str, x: Array) -> Array:
     return array
 
 
+def _is_jitted(function: Any) -> bool:
+    numba = sys.modules.get("numba")
+    return numba is not None and bool(numba.extending.is_jitted(function))
+
+
 def check_activation(activation: Activation) -> Activation:
     """Refuse an activation that the kernels neither have nor can call."""
     if activation is None or (isinstance(activation, str) and activation in ACTIVATIONS):
         return activation
-    numba = sys.modules.get("numba")
-    if numba is not None and numba.extending.is_jitted(activation):
+    if _is_jitted(activation):
         return activation
     known = isinstance(activation, str) or callable(activation)
     raise (ValueError if known else TypeError)(
@@ -689,6 +694,34 @@ def check_activation(activation: Activation) -> Activation:
         f"{', '.join(map(repr, ACTIVATIONS))}, or a function of one number compiled with Numba; "
         "write numba.njit(f)" + did_you_mean(activation, ACTIVATIONS)
     )
+
+
+def check_derivative(
+    activation: Activation, derivative: Any, compiles: Callable[[Any], bool] | None = None
+) -> Activation:
+    """What the gradient goes through an activation by: its name, or its derivative, compiled.
+
+    `compiles` tells of a device what functions it takes; None: those that Numba has compiled.
+    """
+    taken = compiles or _is_jitted
+    if not callable(activation) or not taken(activation):
+        activation = check_activation(activation)
+    if not callable(activation):
+        if derivative is None:
+            return activation
+        raise ValueError(
+            f"derivative is {shown(derivative)} and activation is {shown(activation)}, whose "
+            "derivative is known; write derivative=None"
+        )
+    if isinstance(derivative, str) and derivative == "central":
+        return import_module("fastnorm._numba.slopes").central(activation)
+    if not taken(derivative):
+        raise (ValueError if derivative is None or isinstance(derivative, str) else TypeError)(
+            f"derivative is {shown(derivative)}, expected that of the activation, a function of "
+            'one number compiled with Numba; write numba.njit(f), or derivative="central" for '
+            "central differences"
+        )
+    return derivative
 
 
 def check_out(out: Array | None, x: Array) -> Array | None:

@@ -5,12 +5,14 @@ Each describes the same problem as its forward function in functional.py does.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from numpy.typing import ArrayLike
 
 from fastnorm.arguments import (
+    Activation,
     Array,
     Axes,
     along_axes,
@@ -23,8 +25,8 @@ from fastnorm.arguments import (
     taken,
 )
 from fastnorm.dispatch import public
+from fastnorm.execution import After, Request, channels_second
 from fastnorm.execution import Gradients as Described
-from fastnorm.execution import Request, channels_second
 
 __all__ = [
     "batch_norm_backward",
@@ -34,7 +36,23 @@ __all__ = [
     "rms_norm_backward",
 ]
 
-Gradients = tuple[Array, Array, Array]
+Gradients = tuple[Array, ...]  # dx, dweight, dbias, and that of a residual where there is one
+
+# A function compiled with Numba, "central" for central differences, or None.
+Derivative = Callable[[float], float] | str | None
+
+# A call with a function of the user's is described each time.
+AFTER = {"derivative": "uncached"}
+
+_AFTER = """bias, residual, activation
+        As the forward function got them, if its result was activated: dy is then multiplied by the
+        slope of the activation at what went into it, which is computed again. Without an activation
+        no gradient depends on them.
+    derivative
+        Of an `activation` that is a function of your own: its derivative, compiled with
+        ``numba.njit`` as well, or ``"central"``, the difference quotient :math:`(f(v + h) -
+        f(v - h)) / 2h` in float64 with :math:`h = 6 \\cdot 10^{-6} \\max(1, |v|)`, good to about
+        nine digits where f is smooth; at a kink it is the mean of both sides."""
 
 
 def _channels(
@@ -48,7 +66,8 @@ def _channels(
     num_groups: int | None = None,
     training: bool = True,
     where: ArrayLike | None = None,
-) -> Described[Gradients]:
+    after: After,
+) -> Described[Any]:
     """The channel norms. Statistics are one for each channel, or for each sample and group."""
     batch, split = of == "batch_norm_backward", of == "group_norm_backward"
     array, where = taken(x, where, of, 2, "(N, C, ...)")
@@ -64,8 +83,8 @@ def _channels(
         for value, name in zip(statistics, ("mean", "rstd"))
     )
 
-    def placed(p: Array) -> Array:
-        along = along_channels(p, "weight", array, axis)
+    def placed(p: Array, name: str) -> Array:
+        along = along_channels(p, name, array, axis)
         return grouped(along, groups) if split else along
 
     return Described(
@@ -83,10 +102,11 @@ def _channels(
         of_channels=True,
         training=training,
         where=where,
+        after=after,
     )
 
 
-@public()
+@public(meaning=AFTER)
 def batch_norm_backward(
     dy: ArrayLike,
     x: ArrayLike,
@@ -97,6 +117,10 @@ def batch_norm_backward(
     training: bool = True,
     channel_axis: int = 1,
     where: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    residual: ArrayLike | None = None,
+    activation: Activation = None,
+    derivative: Derivative = None,
 ) -> Request[Gradients]:
     r"""Gradients of :func:`batch_norm`.
 
@@ -127,6 +151,7 @@ def batch_norm_backward(
     where
         As the forward function got it: dx goes through the statistics for these elements alone. The
         mask of an ``np.ma`` array hides more of them.
+    %(after)s
 
     Returns
     -------
@@ -134,6 +159,8 @@ def batch_norm_backward(
         The shape, dtype and memory order of `x`.
     dweight, dbias
         The shape and dtype of `weight`; without one (C,), in the dtype of `x`.
+    dresidual
+        Only with `residual`, whose dtype it has: the gradient of what was activated.
 
     Raises
     ------
@@ -159,11 +186,11 @@ def batch_norm_backward(
     """
     return _channels(
         "batch_norm_backward", dy, x, (mean, rstd), weight, channel_axis,
-        training=training, where=where,
+        training=training, where=where, after=After(bias, residual, activation, derivative),
     )  # fmt: skip
 
 
-@public()
+@public(meaning=AFTER)
 def instance_norm_backward(
     dy: ArrayLike,
     x: ArrayLike,
@@ -173,6 +200,10 @@ def instance_norm_backward(
     *,
     channel_axis: int = 1,
     where: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    residual: ArrayLike | None = None,
+    activation: Activation = None,
+    derivative: Derivative = None,
 ) -> Request[Gradients]:
     r"""Gradients of :func:`instance_norm`.
 
@@ -201,6 +232,7 @@ def instance_norm_backward(
     where
         As the forward function got it: dx goes through the statistics for these elements alone. The
         mask of an ``np.ma`` array hides more of them.
+    %(after)s
 
     Returns
     -------
@@ -208,6 +240,8 @@ def instance_norm_backward(
         The shape, dtype and memory order of `x`.
     dweight, dbias
         The shape and dtype of `weight`; without one (C,), in the dtype of `x`.
+    dresidual
+        Only with `residual`, whose dtype it has: the gradient of what was activated.
 
     Raises
     ------
@@ -231,11 +265,13 @@ def instance_norm_backward(
     >>> dx.ravel(), dbias
     (array([0., 0., 0.]), array([3.]))
     """
-    statistics = (mean, rstd)
-    return _channels("instance_norm_backward", dy, x, statistics, weight, channel_axis, where=where)
+    return _channels(
+        "instance_norm_backward", dy, x, (mean, rstd), weight, channel_axis,
+        where=where, after=After(bias, residual, activation, derivative),
+    )  # fmt: skip
 
 
-@public()
+@public(meaning=AFTER)
 def group_norm_backward(
     dy: ArrayLike,
     x: ArrayLike,
@@ -246,6 +282,10 @@ def group_norm_backward(
     *,
     channel_axis: int = 1,
     where: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    residual: ArrayLike | None = None,
+    activation: Activation = None,
+    derivative: Derivative = None,
 ) -> Request[Gradients]:
     r"""Gradients of :func:`group_norm`.
 
@@ -272,6 +312,7 @@ def group_norm_backward(
     where
         As the forward function got it: dx goes through the statistics for these elements alone. The
         mask of an ``np.ma`` array hides more of them.
+    %(after)s
 
     Returns
     -------
@@ -279,6 +320,8 @@ def group_norm_backward(
         The shape, dtype and memory order of `x`.
     dweight, dbias
         The shape and dtype of `weight`; without one (C,), in the dtype of `x`.
+    dresidual
+        Only with `residual`, whose dtype it has: the gradient of what was activated.
 
     Raises
     ------
@@ -304,7 +347,7 @@ def group_norm_backward(
     """
     return _channels(
         "group_norm_backward", dy, x, (mean, rstd), weight, channel_axis,
-        num_groups=num_groups, where=where,
+        num_groups=num_groups, where=where, after=After(bias, residual, activation, derivative),
     )  # fmt: skip
 
 
@@ -319,6 +362,7 @@ def _rows(
     *,
     weight_offset: float = 0.0,
     where: ArrayLike | None = None,
+    after: After,
 ) -> Described[Any]:
     array, where = taken(x, where, of, 0)
     axes = layer_axes(array, normalized_shape, axis, of)
@@ -334,9 +378,10 @@ def _rows(
         weight,
         tuple([array.shape[a] for a in axes]),
         axes,
-        lambda p: along_axes(p, "weight", array, axes),
+        lambda p, name: along_axes(p, name, array, axes),
         weight_offset=weight_offset,
         where=where,
+        after=after,
     )
 
 
@@ -346,7 +391,7 @@ def _mean_is_there(mean: Any, name: str) -> Any:
     return mean
 
 
-@public(checks={"mean": _mean_is_there})
+@public(checks={"mean": _mean_is_there}, meaning=AFTER)
 def layer_norm_backward(
     dy: ArrayLike,
     x: ArrayLike,
@@ -357,6 +402,10 @@ def layer_norm_backward(
     *,
     axis: Axes | None = None,
     where: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    residual: ArrayLike | None = None,
+    activation: Activation = None,
+    derivative: Derivative = None,
 ) -> Request[Gradients]:
     r"""Gradients of :func:`layer_norm`.
 
@@ -382,6 +431,7 @@ def layer_norm_backward(
     where
         As the forward function got it: dx goes through the statistics for these elements alone. The
         mask of an ``np.ma`` array hides more of them.
+    %(after)s
 
     Returns
     -------
@@ -389,6 +439,8 @@ def layer_norm_backward(
         The shape, dtype and memory order of `x`.
     dweight, dbias
         The shape and dtype of `weight`; without one the normalised shape, in the dtype of `x`.
+    dresidual
+        Only with `residual`, whose dtype it has: the gradient of what was activated.
 
     Raises
     ------
@@ -412,13 +464,13 @@ def layer_norm_backward(
     >>> dx, dbias
     (array([[0., 0., 0.]]), array([1., 1., 1.]))
     """
-    statistics = (mean, rstd)
     return _rows(
-        "layer_norm_backward", dy, x, statistics, normalized_shape, weight, axis, where=where
-    )
+        "layer_norm_backward", dy, x, (mean, rstd), normalized_shape, weight, axis,
+        where=where, after=After(bias, residual, activation, derivative),
+    )  # fmt: skip
 
 
-@public()
+@public(meaning=AFTER)
 def rms_norm_backward(
     dy: ArrayLike,
     x: ArrayLike,
@@ -429,7 +481,10 @@ def rms_norm_backward(
     axis: Axes | None = None,
     weight_offset: float = 0.0,
     where: ArrayLike | None = None,
-) -> Request[tuple[Array, Array]]:
+    residual: ArrayLike | None = None,
+    activation: Activation = None,
+    derivative: Derivative = None,
+) -> Request[Gradients]:
     r"""Gradients of :func:`rms_norm`.
 
     .. math::
@@ -454,6 +509,7 @@ def rms_norm_backward(
     where
         As the forward function got it: dx goes through the statistics for these elements alone. The
         mask of an ``np.ma`` array hides more of them.
+    %(after)s
 
     Returns
     -------
@@ -461,6 +517,8 @@ def rms_norm_backward(
         The shape, dtype and memory order of `x`.
     dweight
         The shape and dtype of `weight`; without one the normalised shape, in the dtype of `x`.
+    dresidual
+        Only with `residual`, whose dtype it has: the gradient of what was activated.
 
     Raises
     ------
@@ -487,4 +545,19 @@ def rms_norm_backward(
     return _rows(
         "rms_norm_backward", dy, x, (None, rstd), normalized_shape, weight, axis,
         weight_offset=weight_offset, where=where,
+        after=After(None, residual, activation, derivative),
     )  # fmt: skip
+
+
+for _norm in (
+    batch_norm_backward,
+    layer_norm_backward,
+    instance_norm_backward,
+    group_norm_backward,
+    rms_norm_backward,
+):
+    if _norm.__doc__ is not None:  # it is under python -OO
+        _norm.__doc__ = _norm.__doc__.replace("%(after)s", _AFTER)
+rms_norm_backward.__doc__ = (rms_norm_backward.__doc__ or "").replace(
+    "bias, residual,", "residual,"
+)

@@ -21,6 +21,7 @@ from fastnorm.arguments import (
     as_array,
     asked,
     check_activation,
+    check_derivative,
     check_out,
     computing_type,
     is_float,
@@ -29,6 +30,7 @@ from fastnorm.arguments import (
     mask_of,
     ordered,
     packed,
+    packed_as,
     same_shape,
     writes_apart,
     writes_apart_anywhere,
@@ -279,17 +281,40 @@ def scaled(
     return Norm(x, array, axes, weight, bias, statistics=(1,), **options)
 
 
+class After(NamedTuple):
+    """What followed the norm in the forward pass: these two were added, then it was activated."""
+
+    bias: ArrayLike | None = None
+    residual: ArrayLike | None = None
+    activation: Activation = None
+    derivative: Any = None  # of an activation that is a function
+
+
+NOTHING = After()
+
+
+def through_activation(p: Problem) -> Array:
+    """dy times the slope of the activation at the numbers that went into it.
+
+    `p` normalises x by a given mean and, in `var`, rstd; its y is where that goes.
+    """
+    p.given, p.scaling = True, Scaling.FACTOR
+    backend = p.x.device if isinstance(p.x, ArrayView) else at_hand[chosen_backend()]
+    backend.forward(p)
+    return p.y  # type: ignore[return-value]
+
+
 # A weight of at most 1/256 of x is converted at once, a larger one as it is read.
 SMALL = 256
 
 
 @dataclass(slots=True, eq=False, repr=False)
 class Gradients(Request[R]):
-    """From dy to dx, dweight and, of a centred norm, dbias.
+    """From dy to dx, dweight and, of a centred norm, dbias; then to that of a residual.
 
     `view` shows an array of the shape of x along the axes that the norm works on, `place` does so
-    for a parameter; `reduced`, `mean` and `rstd` are along those. `own` is the shape of a weight
-    that is not there, along these `axes` of x: of a norm `of_channels`, the channels'.
+    for a parameter of this name; `reduced`, `mean` and `rstd` are along those. `own` is the shape
+    of a weight that is not there, along these `axes` of x: of a norm `of_channels`, the channels'.
     """
 
     dy: ArrayLike
@@ -301,19 +326,25 @@ class Gradients(Request[R]):
     weight: ArrayLike | None
     own: tuple[int, ...]
     axes: tuple[int, ...]
-    place: View
+    place: Callable[[Array, str], Array]
     view: View | None = None
     of_channels: bool = False
     weight_offset: float = 0.0
     training: bool = True
     where: ArrayLike | None = None
+    after: After = NOTHING
 
     def answer(self, ticket: Any = None) -> Any:
         """Compute (dx, dweight, dbias), or (dx, dweight) of a norm that is not centred."""
-        array, place, view = self.array, self.place, self.view or _as_it_is
+        array, view = self.array, self.view or _as_it_is
+
+        def place(p: Array) -> Array:
+            return self.place(p, "weight")
+
         mean, rstd = to_device_of(array, self.mean), to_device_of(array, self.rstd)
         slope = to_device_of(array, same_shape(self.dy, "dy", array))
         mask = to_device_of(array, mask_of(self.where, array))
+        slope = self._activated(slope, mean, rstd, ticket)
         dx = new_like(array)
         placed = like = None
         shape, dtype = self.own, array.dtype
@@ -361,8 +392,63 @@ class Gradients(Request[R]):
         else:
             dweight = to_device_of(array, np.zeros(shape, dtype))
             dbias = None if dbias is None else to_device_of(array, np.zeros(shape, dtype))
-        dx = delivered(dx, self.x)
-        return (dx, dweight) if dbias is None else (dx, dweight, dbias)
+        found = [delivered(dx, self.x), dweight, *([] if dbias is None else [dbias])]
+        if self.after.residual is None:
+            return tuple(found)
+        dtype = as_array(self.after.residual, "residual").dtype
+        dresidual = slope
+        if self.after.activation is None or slope.dtype != dtype:
+            dresidual = _empty_as(array, dtype)
+            assign(dresidual, slope)
+        return *found, delivered(dresidual, self.after.residual)
+
+    def _activated(self, dy: Array, mean: Array | None, rstd: Array, ticket: Any) -> Array:
+        """The gradient of what went into the activation."""
+        array, view, after = self.array, self.view or _as_it_is, self.after
+        compiles = array.device.compiles if isinstance(array, ArrayView) else None
+        slope = check_derivative(after.activation, after.derivative, compiles)
+
+        def parameter(value: ArrayLike | None, name: str, offset: float = 0.0) -> Array | None:
+            if value is None:
+                return None
+            own = to_device_of(array, as_array(value, name))
+            own = plus(own, offset) if offset else own
+            return self.place(laid_as(own, computing_type(array.dtype), array), name)
+
+        bias = parameter(after.bias, "bias")
+        residual = None
+        if after.residual is not None:
+            residual = to_device_of(array, same_shape(after.residual, "residual", array))
+        if slope is None or not array.size:
+            return dy
+        through = _empty_as(array, computing_type(array.dtype))
+        # a cached call makes the usual one
+        usual = None if ticket is None else np.empty_like(array, through.dtype).strides
+        through_activation(
+            Problem(
+                view(array),
+                view(through),
+                self.reduced,
+                to_device_of(array, np.zeros(rstd.shape)) if mean is None else mean,
+                rstd,
+                unknown(array, rstd.shape, 1)[0],
+                parameter(self.weight, "weight", self.weight_offset),
+                bias,
+                residual=residual if residual is None else view(residual),
+                dy=view(dy),
+                centred=mean is not None,
+                activation=slope,
+                ticket=ticket if through.strides == usual else None,
+            )
+        )
+        return through
+
+
+def _empty_as(x: Array, dtype: Any) -> Array:
+    """An array that lies as x does, or where it is."""
+    if isinstance(x, ArrayView):
+        return empty_on(x, x.shape, dtype, x.strides)
+    return new_like(x) if x.dtype == dtype else packed_as(x, dtype)
 
 
 def _ordered(shape: tuple[int, ...], dtype: np.dtype[Any], x: Array, axes: Sequence[int]) -> Array:

@@ -30,7 +30,9 @@ class Problem:
     Every array is native and aligned and has as many axes as x. `y`, `residual`, `mask`, `addend`
     and `total` have its shape, the others broadcast against it. `mean`, `var` and `rstd` are
     float64; they are filled, or where `given` the first two are read. With `total`, x + addend is
-    written there and is what the pass is of. `y` may be None (statistics alone).
+    written there and is what the pass is of. `y` may be None (statistics alone). With `dy`, y is of
+    the type that is computed in and becomes dy times the slope of the activation, or times what
+    that gives where it is a function.
     """
 
     x: Array
@@ -45,6 +47,7 @@ class Problem:
     residual: Array | None = None
     addend: Array | None = None
     total: Array | None = None
+    dy: Array | None = None
     eps: float = 0.0
     centred: bool = True
     given: bool = False

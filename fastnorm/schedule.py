@@ -101,9 +101,9 @@ PREFETCH_WINDOW = 1 << 18
 # the cache together: from so many sixteenths of the last cache of bytes of x on, forward; backward,
 # where dy and dx go through it too, and where columns are read in two sweeps. A shorter run ends in
 # lines that are half written: that costs more than all that is gained. These are for machines that
-# were not measured (`fastnorm tune`): others use the last cache too, so that some of it is told
-# and not there. With 32 MB told (AMD EPYC, family 25 model 17, two cores) they take 0.8 to 1.1 times
-# as long at these sizes, and 0.6 to 0.9 times at the next ones.
+# were not measured (`fastnorm tune`): others use the last cache too, so that not all that is told
+# is there. Calls of these sizes take 0.8 to 1.1 times as long with them, larger ones 0.6 to 0.9
+# times (AMD EPYC, family 25 model 17, two cores, 32 MB told).
 NON_TEMPORAL_SIXTEENTHS = 6
 NON_TEMPORAL_SIXTEENTHS_BACKWARD = 5
 NON_TEMPORAL_SIXTEENTHS_BACKWARD_STRIDED = 4
@@ -296,7 +296,7 @@ def forward_schedule(
         items = a * chunks
         block, split_length = BLOCK, SPLIT_BLOCKS * BLOCK
     splits = max(1, -(-length // split_length))
-    bf16_direct = plain and written and x.name == "bfloat16" and not summed
+    bf16_direct = plain and written and x.name == "bfloat16" and not summed and "dy" not in types
     bf16_direct = bf16_direct and (foldable if columns else planes_follow and (foldable or along))
     blocking = ForwardBlocking(
         length, width if columns else 0, block, split_length, splits, bf16_direct
@@ -311,7 +311,8 @@ def forward_schedule(
     pays = non_temporal_from(machine, columns)
     # bfloat16 that is converted on the way keeps to arithmetic, and tiles cost more than is gained
     long = long and (machine.always_non_temporal or not bf16_direct)
-    non_temporal = through >= pays and long
+    # a gradient through an activation is read again at once
+    non_temporal = through >= pays and long and "dy" not in types
     # all that is of x's size lies there as numbers that are computed in
     native = (single or double) and written and not callable(activation)
     native = native and all(

@@ -93,6 +93,7 @@ WRONG: dict[str, list[Any]] = {
     "size": [*NOT_INTEGERS, 0, -1, (2,), None, X],
     "where": ["abc", X, np.ones(6), [1, 0, 1, 0, 1, 1], 1, X[:3] > 0, object()],
     "activation": ["Relu", "swish", "", 1, np.tanh, ["relu"], abs, X, object(), b"relu"],
+    "derivative": ["central", "exact", "", 1, np.tanh, ["relu"], abs, X, object(), b"central"],
     "out": [X.tolist(), np.empty(X.shape), X[:3].copy(), "abc", 1.0, (X,), X.astype(">f8")],
 }
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import fastnorm as fn
-from fastnorm import _core, _reference, arguments, dispatch
-from fastnorm._numba import scalar
+from fastnorm import _core, _formulas, _reference, arguments, dispatch
+from fastnorm._numba import scalar, slopes
 from fastnorm.operations import OPERATIONS
 
 from .helpers import COMPILED, ROOT, run_python
@@ -242,8 +242,12 @@ def test_activations_stand_in_one_table() -> None:
     names = _reference.IN_KERNELS
     assert tuple(_reference.ACTIVATIONS) == arguments.ACTIVATIONS
     header = (PACKAGE / "_core/activations.h").read_text(encoding="utf-8")
-    (line,) = re.findall(r"define FN_ACTIVATIONS\(X\) \\\n +X\(IDENTITY\) (.*)", header)
-    assert re.findall(r"X\((\w+)\)", line) == [name.upper() for name in names]
+    (those,) = re.findall(r"define FN_NAMED_ACTIVATIONS\(X\) X\(IDENTITY\) (.*)", header)
+    (others,) = re.findall(r"define FN_ACTIVATIONS\(X\) FN_NAMED_ACTIVATIONS\(X\) (.*)", header)
+    assert re.findall(r"X\((\w+)\)", those) == [name.upper() for name in arguments.ACTIVATIONS]
+    assert re.findall(r"X\((\w+)\)", f"{those} {others}") == [name.upper() for name in names]
+    assert tuple(_formulas.SLOPES) == names
+    assert tuple(slopes.NAMED) == arguments.ACTIVATIONS
     for name in names:
         assert all(callable(getattr(scalar, f"{name}_{bits}")) for bits in (32, 64))
         assert f"fn_{name}_32(" in header

@@ -252,7 +252,9 @@ def test_each_fact_decides_what_it_says() -> None:
 
 def test_a_reason_is_given(capsys: pytest.CaptureFixture[str]) -> None:
     fn.explain("layer_norm 4096x768", machine="zen5,non_temporal_bytes=2M")
-    assert "x is 12 MB; non-temporal ones pay from 2 MB on, as measured\n" in capsys.readouterr().out
+    assert (
+        "x is 12 MB; non-temporal ones pay from 2 MB on, as measured\n" in capsys.readouterr().out
+    )
 
 
 # --- Measuring ------------------------------------------------------------------------------------

@@ -131,9 +131,10 @@ FN_INLINE float fn_erf_32(float x) {
 FN_INLINE float fn_relu_32(float x) { return x < 0.0f ? 0.0f : x; }
 FN_INLINE float fn_relu6_32(float x) { return x > 6.0f ? 6.0f : fn_relu_32(x); }
 
-/* All of them, in the order of IN_KERNELS in _formulas.py: X of each. */
-#define FN_ACTIVATIONS(X) \
-    X(IDENTITY) X(RELU) X(RELU6) X(SILU) X(GELU) X(GELU_TANH) X(TANH) X(ERF)
+/* All of them, in the order of IN_KERNELS in _formulas.py: X of each; and those that a caller may
+ * name, which have a slope. */
+#define FN_NAMED_ACTIVATIONS(X) X(IDENTITY) X(RELU) X(RELU6) X(SILU) X(GELU) X(GELU_TANH)
+#define FN_ACTIVATIONS(X) FN_NAMED_ACTIVATIONS(X) X(TANH) X(ERF)
 
 #define FN_NAME(NAME) NAME,
 typedef enum { FN_ACTIVATIONS(FN_NAME) ACTIVATION_COUNT } Activation;
@@ -160,6 +161,73 @@ FN_INLINE double activated_f64(double t, Activation activation) {
     case GELU_TANH: return t / (1.0 + exp(-1.5957691216057307 * fma(0.044715 * t, t * t, t)));
     case TANH: return tanh(t);
     case ERF: return erf(t);
+    default: return t;
+    }
+}
+
+/* ---- their slopes -----------------------------------------------------------------------
+ * f' of what goes into f; not a number stays so.  Of IDENTITY: t is the slope, which a function of
+ * the user's gave. */
+
+/* Of x s, s = 1 / (1 + e^-u), where du is the slope of u: s + x du s (1 - s).  By e = e^-|u|, of
+ * which neither s nor 1 - s loses a digit. */
+FN_INLINE float fn_gated_slope32(float x, float u, float du) {
+    uint32_t n;
+    const float size = fn_float(fn_bits(fn_within32(u, 0x42ae0000)) & 0x7fffffffu); /* 87 */
+    const float p = fn_exp_parts32(-size, &n);
+    const float e = p * fn_float((n - FN_MAGIC_BITS + 127) << 23); /* 2^n is normal */
+    const float other = 1.0f / (1.0f + e), s = u < 0.0f ? e * other : other;
+    return fn_fma32(x * du, e * other * other, s);
+}
+FN_INLINE float fn_silu_slope_32(float x) {
+    const float bounded = fn_within32(x, 0x42d00000); /* 104 */
+    return fn_gated_slope32(bounded, bounded, 1.0f);
+}
+FN_INLINE float fn_gelu_tanh_slope_32(float x) {
+    const float bounded = fn_within32(x, 0x41400000), square = bounded * bounded; /* 12 */
+    return fn_gated_slope32(bounded, bounded * fn_fma32(square, 0.0713548163f, 1.59576912f),
+                            fn_fma32(square, 0.214064449f, 1.59576912f));
+}
+/* Phi(x) + x phi(x) */
+FN_INLINE float fn_gelu_slope_32(float x) {
+    const float bounded = fn_within32(x, 0x41700000); /* 15 */
+    const float a = fn_float(fn_bits(bounded) & 0x7fffffffu), t = a * 0.70710678f, s = a * a;
+    const float rest = fn_fma32(a, a, -s);
+    const float e = fn_exp32(-0.5f * s) * (1.0f - 0.5f * rest);
+    const float tail = 0.5f * fn_erfc_factor32(t) * e / (1.0f + 2.0f * t);
+    return fn_fma32(bounded * e, 0.398942280f, x < 0.0f ? tail : 1.0f - tail);
+}
+FN_INLINE float slope_f32(float t, Activation activation) {
+    float slope;
+    switch (activation) {
+    case RELU: return t <= 0.0f ? 0.0f : 1.0f;
+    case RELU6: return t <= 0.0f || t >= 6.0f ? 0.0f : 1.0f;
+    case SILU: slope = fn_silu_slope_32(t); break;
+    case GELU: slope = fn_gelu_slope_32(t); break;
+    case GELU_TANH: slope = fn_gelu_tanh_slope_32(t); break;
+    default: return t;
+    }
+    /* in integers: of a comparison of floats gcc makes a branch here */
+    const uint32_t not_a_number = (fn_bits(t) & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : 0;
+    return fn_float(fn_bits(slope) | not_a_number);
+}
+FN_INLINE double fn_gated_slope64(double x, double u, double du) {
+    const double e = exp(u < -700.0 ? 700.0 : -u), s = 1.0 / (1.0 + e);
+    return s * (1.0 + x * du * (e * s));
+}
+FN_INLINE double slope_f64(double t, Activation activation) {
+    const double bounded = t > 800.0 ? 800.0 : t < -800.0 ? -800.0 : t, square = bounded * bounded;
+    switch (activation) {
+    case RELU: return t <= 0.0 ? 0.0 : 1.0;
+    case RELU6: return t <= 0.0 || t >= 6.0 ? 0.0 : 1.0;
+    case SILU: return fn_gated_slope64(bounded, bounded, 1.0);
+    case GELU:
+        return 0.5 * erfc(bounded * -0.70710678118654752440) +
+               bounded * exp(-0.5 * square) * 0.39894228040143267794;
+    case GELU_TANH:
+        return fn_gated_slope64(bounded,
+                                1.5957691216057307 * fma(0.044715 * bounded, square, bounded),
+                                1.5957691216057307 * fma(3.0 * 0.044715, square, 1.0));
     default: return t;
     }
 }

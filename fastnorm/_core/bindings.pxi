@@ -33,10 +33,10 @@ cdef extern from "kernels.h" nogil:
         Py_ssize_t a, b, p, s, c, neighbours, fields
         bint columns, centred, given, activation_first, raised
         Scaling scaling
-        Activation activation
+        Activation activation, slope
         UserLoop user
         double eps
-        Operand x, y, mask, weight, bias, residual, addend, total, mean, var, rstd
+        Operand x, y, mask, weight, bias, residual, addend, total, mean, var, rstd, dy
         Py_ssize_t length, width, chunks, items, block, split_length, splits
         bint guarded, foldable, tabulated, releases_gil
         bint non_temporal, direct, direct_non_temporal, bf16_direct
@@ -193,11 +193,12 @@ def run_pass(layout, schedule, x, y, mean, var, rstd, *, weight=None, bias=None,
              residual=None, addend=None, total=None, bint centred=True, bint given=False,
              Scaling scaling=RSTD, double eps=0.0, Activation activation=IDENTITY,
              Py_ssize_t user=0, bint activation_first=False, int threads=1, Ticket ticket=None,
-             tuple statistics=()):
+             tuple statistics=(), dy=None):
     """One pass of `layout` over x into y (None: statistics alone).
 
-    Fills mean, var and rstd, or reads the first two where `given`.  With a ticket, the pass is kept
-    for cached calls; `statistics` is then the shape in which mean and rstd are returned.  Returns
+    Fills mean, var and rstd, or reads the first two where `given`. With dy, y is dy times the slope
+    of the activation, or what the user's function gives.  With a ticket, the pass is kept for
+    cached calls; `statistics` is then the shape in which mean and rstd are returned.  Returns
     whether the user's activation raised.
     """
     cdef Forward q
@@ -207,7 +208,9 @@ def run_pass(layout, schedule, x, y, mean, var, rstd, *, weight=None, bias=None,
     q.neighbours, q.columns, q.fields = layout.neighbours, layout.columns, 0
     q.centred, q.given, q.scaling, q.eps = centred, given, scaling, eps
     q.activation, q.user, q.raised = activation, <UserLoop>user, False
-    q.activation_first = activation_first
+    q.activation_first, q.slope = activation_first, IDENTITY
+    if dy is not None:
+        q.activation, q.slope = IDENTITY, activation
     operand(&q.x, x, strides["x"], dims)
     operand(&q.y, y, strides.get("y"), dims)
     operand(&q.mean, mean, strides["stats"], kept)
@@ -219,9 +222,11 @@ def run_pass(layout, schedule, x, y, mean, var, rstd, *, weight=None, bias=None,
     operand(&q.residual, residual, strides.get("residual"), dims)
     operand(&q.addend, addend, strides.get("addend"), dims)
     operand(&q.total, total, strides.get("total"), dims)
+    operand(&q.dy, dy, strides.get("dy"), dims)
     cdef Storage computing = F64 if q.x.storage == F64 else F32
     expect(q.x.storage <= F64, "x", x)
-    expect(y is None or q.y.storage == q.x.storage, "y", y)
+    expect(y is None or q.y.storage == (q.x.storage if dy is None else computing), "y", y)
+    expect(dy is None or q.dy.storage <= F64, "dy", dy)
     expect(total is None or q.total.storage == q.x.storage, "total", total)
     expect(mask is None or q.mask.storage == U8, "mask", mask)
     expect(residual is None or q.residual.storage <= F64, "residual", residual)
@@ -234,7 +239,9 @@ def run_pass(layout, schedule, x, y, mean, var, rstd, *, weight=None, bias=None,
     follow(&q, schedule)
     if execute(&q, threads):
         no_memory()
-    if ticket is not None and not q.raised:
+    if ticket is not None and dy is not None:
+        keep_through(&q, ticket)
+    elif ticket is not None and not q.raised:
         keep_forward(&q, ticket, statistics)
     return q.raised
 

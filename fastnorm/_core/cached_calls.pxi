@@ -15,8 +15,9 @@ cdef enum:
     MOST_ARGUMENTS = 20         # of a public function
 
 cdef class CachedCall:
-    cdef Forward forward
+    cdef Forward forward        # of a call backward: what goes through an activation
     cdef Backward backward
+    cdef bint activated         # whether it does
     cdef bytes key
     cdef tuple statistics       # the shape of mean and rstd, or of dweight without a weight
     cdef Py_ssize_t count       # how many of each
@@ -26,6 +27,8 @@ cdef class Ticket:
 
     cdef bytes key
     cdef char* lies[PART_RSTD + 1]   # by part; NULL: anywhere
+    cdef bint activated         # a call backward through an activation,
+    cdef CachedCall through     # of which this is kept first
 
 # --- The threads of a call, and who answers it ----------------------------------------------------
 
@@ -118,13 +121,26 @@ cdef keep_forward(Forward* q, Ticket ticket, tuple statistics):
     call.forward = q[0]
     keep(call, ticket, statistics)
 
+cdef keep_through(Forward* q, Ticket ticket):
+    """The pass through an activation, of a call backward that follows."""
+    if (moved(ticket, PART_X, &q.x) or moved(ticket, PART_DY, &q.dy)
+            or moved(ticket, PART_WEIGHT, &q.weight) or moved(ticket, PART_BIAS, &q.bias)
+            or moved(ticket, PART_RESIDUAL, &q.residual)):
+        return
+    ticket.through = CachedCall()
+    ticket.through.forward = q[0]
+    ticket.lies[<int>PART_DY] = q.y.data
+
 cdef keep_backward(Backward* q, Ticket ticket, tuple own):
     cdef CachedCall call
+    if ticket.activated and ticket.through is None:
+        return
     if (moved(ticket, PART_X, &q.x) or moved(ticket, PART_DY, &q.dy)
             or moved(ticket, PART_WEIGHT, &q.weight) or moved(ticket, PART_MEAN, &q.mean)
             or moved(ticket, PART_RSTD, &q.rstd)):
         return
-    call = CachedCall()
+    call = CachedCall() if ticket.through is None else ticket.through
+    call.activated = ticket.activated
     call.backward = q[0]
     keep(call, ticket, own)
 
@@ -232,9 +248,32 @@ cdef object forward_result(CachedCall call, Asked* a, int threads):
         return y
     return (y, mean, rstd) if q.centred else (y, rstd)
 
+cdef object through_activation(CachedCall call, Asked* a, int threads):
+    """dy times the slope of the activation, in the type that is computed in."""
+    cdef Forward q = call.forward
+    x, mean, residual = <object>a.x, <object>a.mean, <object>a.residual
+    dy = like(x) if q.y.storage == q.x.storage else np.empty_like(x, dtype=np.float32)
+    if mean is None:
+        mean = np.zeros((<cnp.ndarray>a.rstd).size)
+    weight, bias = converted(<object>a.weight, &q.weight), converted(<object>a.bias, &q.bias)
+    aim(&q.x, x)
+    aim(&q.y, dy)
+    aim(&q.dy, <object>a.dy)
+    aim(&q.weight, weight)
+    aim(&q.bias, bias)
+    aim(&q.residual, residual)
+    aim(&q.mean, mean)
+    aim(&q.var, <object>a.rstd)
+    aim(&q.rstd, <object>a.rstd)  # a pass by given statistics writes none
+    if execute(&q, threads):
+        raise MemoryError("fastnorm could not get the scratch memory of its kernels")
+    return dy
+
 cdef object backward_result(CachedCall call, Asked* a, int threads):
     cdef Backward q = call.backward
-    x, weight = <object>a.x, <object>a.weight
+    x, weight, dy, residual = <object>a.x, <object>a.weight, <object>a.dy, <object>a.residual
+    if call.activated:
+        dy = through_activation(call, a, threads)
     dx = like(x)
     if weight is not None:
         dweight = like(weight)
@@ -243,7 +282,7 @@ cdef object backward_result(CachedCall call, Asked* a, int threads):
     dbias = like(dweight) if q.centred else None
     weight = converted(weight, &q.weight)
     aim(&q.x, x)
-    aim(&q.dy, <object>a.dy)
+    aim(&q.dy, dy)
     aim(&q.dx, dx)
     aim(&q.mean, <object>a.mean)
     aim(&q.rstd, <object>a.rstd)
@@ -252,6 +291,9 @@ cdef object backward_result(CachedCall call, Asked* a, int threads):
     aim(&q.dbias, dbias)
     if execute_backward(&q, threads):
         raise MemoryError("fastnorm could not get the scratch memory of its kernels")
+    if residual is not None:
+        dresidual = dy.astype((<cnp.ndarray>residual).dtype, copy=False)
+        return (dx, dweight, dbias, dresidual) if q.centred else (dx, dweight, dresidual)
     return (dx, dweight, dbias) if q.centred else (dx, dweight)
 
 # --- What the wrapper of a public function asks (dispatch.py) -------------------------------------
@@ -330,6 +372,7 @@ cdef class CachedCalls:
             return None
         ticket = Ticket()
         ticket.key = key_of(&k)
+        ticket.activated = self.backward and <object>q.activation is not None
         for i in range(PART_RSTD + 1):
             ticket.lies[i] = bytes_at(<object>operands_of(&q)[i])
         for i in range(PART_WEIGHT, PART_BIAS + 1):

@@ -233,6 +233,19 @@ cdef bint push_forward(Key* k, Asked* q) except -1:
         return False
     return <object>q.out is None or push_out(k, q)
 
+cdef bint push_through(Key* k, Asked* q) except -1:
+    """What was added and activated: of an activation by its name."""
+    x, activation, residual = <object>q.x, <object>q.activation, <object>q.residual
+    if activation is None:
+        return <object>q.bias is None and residual is None
+    code = activation_codes.get(activation) if type(activation) is str else None
+    if code is None:
+        return False
+    push(k, -2 - <int>code)
+    if not (push_weight(k, <object>q.bias, x) and push_array(k, residual, -1)):
+        return False
+    return residual is None or same_dims(<cnp.ndarray>residual, <cnp.ndarray>x)
+
 cdef bint push_backward(Key* k, Asked* q) except -1:
     cdef int part
     x, dy = <object>q.x, <object>q.dy
@@ -247,7 +260,7 @@ cdef bint push_backward(Key* k, Asked* q) except -1:
             return False
         if statistic is not None and not cnp.PyArray_IS_C_CONTIGUOUS(<cnp.ndarray>statistic):
             return False
-    return True
+    return push_through(k, q)
 
 cdef bint read_number(object v, double* number) except -1:
     """Whether an option is a plain float or whole number: others are described, and judged."""

@@ -170,9 +170,9 @@ FN_INLINE int64_t size_bits_f64(double v) {
 }
 #endif
 /* (x - hi) r of number i, rounded as the type of x is; `d` is x - hi. */
-FN_INLINE REAL T(product_of)(const T(Loop) *j, ptrdiff_t i, REAL *d) {
-    *d = j->x[i] - (j->columns ? j->hi[i] : j->hi0);
-    return *d * (j->columns ? j->r[i] : j->r0);
+FN_INLINE REAL T(product_of)(const T(Loop) *j, int columns, ptrdiff_t i, REAL *d) {
+    *d = j->x[i] - (columns ? j->hi[i] : j->hi0);
+    return *d * (columns ? j->r[i] : j->r0);
 }
 /* Whether so small a product, below 2^-100, may have lost digits: doubles have no more to give. */
 FN_INLINE int T(is_tiny)(REAL d, REAL product) {
@@ -180,7 +180,7 @@ FN_INLINE int T(is_tiny)(REAL d, REAL product) {
 }
 /* Whether (x - hi) r is beyond what its type holds, or loses digits of it, though the scale is not:
  * of numbers that the statistics are not of.  A weight may bring the product back. */
-FN_INLINE int T(leaves_range)(const T(Loop) *j) {
+FN_INLINE int T(any_leaves_range)(const T(Loop) *j, int columns) {
     const double largest = IS_FLOAT ? FLT_MAX : DBL_MAX;
     T(Bits) most = 0;
     int found = 0;
@@ -188,17 +188,20 @@ FN_INLINE int T(leaves_range)(const T(Loop) *j) {
      * of which the largest is found in vectors */
     for (ptrdiff_t i = 0; i < j->n; i++) {
         REAL d;
-        const REAL v = T(product_of)(j, i, &d);
+        const REAL v = T(product_of)(j, columns, i, &d);
         const T(Bits) size = T(size_bits)(v);
         most = size > most ? size : most;
         found |= T(is_tiny)(d, v);
     }
     if (found || most < T(size_bits)((REAL)(largest / 2))) return found;
     for (ptrdiff_t i = 0; i < j->n; i++) {
-        const REAL hi = j->columns ? j->hi[i] : j->hi0, r = j->columns ? j->r[i] : j->r0;
+        const REAL hi = columns ? j->hi[i] : j->hi0, r = columns ? j->r[i] : j->r0;
         found |= fabs(((double)j->x[i] - hi) * r) >= largest;
     }
     return found;
+}
+FN_INLINE int T(leaves_range)(const T(Loop) *j) {
+    return j->columns ? T(any_leaves_range)(j, 1) : T(any_leaves_range)(j, 0);
 }
 /* What the computing type cannot hold, in double: rare.  WHERE_IT_LEAVES: numbers that leave the
  * range, in the same loop as others that do not. */
@@ -211,7 +214,7 @@ static void T(normalize_out_of_range)(const Forward *q, const T(Scales) *s, ptrd
     for (ptrdiff_t i = 0; i < j->n; i++) {
         const ptrdiff_t k = j->columns ? i : group;
         REAL d;
-        const REAL product = T(product_of)(j, i, &d);
+        const REAL product = T(product_of)(j, j->columns, i, &d);
         const int leaves = !isfinite(j->y[i]) || T(is_tiny)(d, product);
         if (!s->out_of_range[k] && which != ALL && !(which == WHERE_IT_LEAVES && leaves)) continue;
         /* statistics stand once for each column where any is out of range, else once for a group */
@@ -394,7 +397,7 @@ FN_INLINE void T(fetch_ahead)(const Forward *q, const Item *it, ptrdiff_t k, Run
     }
 }
 /* Elements [first, last) of each group of an item, from x to y. */
-static void T(run_output)(Forward *q, const Item *it, const T(Scales) *s, ptrdiff_t first,
+static void T(write_runs)(Forward *q, const Item *it, const T(Scales) *s, ptrdiff_t first,
                           ptrdiff_t last, Scratch *h) {
     const int whole = q->direct && !(h->guarded && q->weight.data) && !s->any_out_of_range;
     Run r;
@@ -409,6 +412,42 @@ static void T(run_output)(Forward *q, const Item *it, const T(Scales) *s, ptrdif
         for (ptrdiff_t k = 0; k < it->width; k++) {
             if (!past) T(fetch_ahead)(q, it, k, r);
             T(normalize_run)(q, it, s, k, &r, h);
+        }
+    }
+}
+/* y, which is what went into the activation, becomes dy times its slope there. */
+static void T(multiply_stretch)(const Forward *q, char *y, const char *dy, ptrdiff_t n,
+                                Scratch *h) {
+    const ptrdiff_t room = h->tile_size / (ptrdiff_t)sizeof(REAL), size = bytes_of(q->dy.storage);
+    REAL *t = (REAL *)y;
+    if (T(native)(q->dy.storage)) {
+        T(multiply_by_slope)(t, (const REAL *)dy, n, q->slope);
+        return;
+    }
+    for (ptrdiff_t i = 0, m; i < n; i += m) {
+        m = least(n - i, room);
+        T(load)(dy + i * size, q->dy.storage, m, (REAL *)h->third);
+        T(multiply_by_slope)(t + i, (const REAL *)h->third, m, q->slope);
+    }
+}
+/* Elements [first, last) of each group of an item, from x to y, or on to the gradient. */
+static void T(run_output)(Forward *q, const Item *it, const T(Scales) *s, ptrdiff_t first,
+                          ptrdiff_t last, Scratch *h) {
+    const Operand *y = &q->y, *dy = &q->dy;
+    if (!dy->data) {
+        T(write_runs)(q, it, s, first, last, h);
+        return;
+    }
+    const int follow = y->p == q->s * y->s && dy->p == q->s * dy->s;
+    for (ptrdiff_t f = first, end; f < last; f = end) {
+        end = it->width > 1 ? last : least(f + BLOCK, last); /* in L1, or short */
+        T(write_runs)(q, it, s, f, end, h);
+        Run r;
+        for (ptrdiff_t i = f; i < end; i += r.n) {
+            r = run_at(q, i, end);
+            if (follow) r.n = end - i;
+            for (ptrdiff_t k = 0; k < it->width; k++)
+                T(multiply_stretch)(q, run_of(y, it, k, r), run_of(dy, it, k, r), r.n, h);
         }
     }
 }

@@ -35,12 +35,13 @@ typedef struct {
     int columns;             /* columns (strided.h), or contiguous runs (contiguous.h) */
     int centred, given, activation_first;
     Scaling scaling;
-    Activation activation;
+    Activation activation, slope; /* of a gradient (dy): what its slope is taken of */
     UserLoop user; /* or NULL */
     int raised;    /* whether it has */
     double eps;
     ptrdiff_t fields; /* 0, or the bytes between the five fields of moments that are asked for */
     Operand x, y, mask, weight, bias, residual, addend, total, mean, var, rstd;
+    Operand dy; /* if there is one y is dy times the slope of the activation */
     /* chosen by schedule.py */
     ptrdiff_t length; /* reduced elements of a group, or rows of columns */
     ptrdiff_t width;  /* columns of an item; of runs, neighbouring groups */

@@ -234,6 +234,19 @@ FN_INLINE T(Loop) T(once_more)(REAL *t, ptrdiff_t n) {
     T(Loop) j = {.x = t, .y = t, .hi0 = 0, .r0 = 1, .shift0 = -(REAL)0.0, .count = 1, .n = n};
     return j;
 }
+FN_INLINE void T(times_slope)(REAL *FN_RESTRICT t, const REAL *FN_RESTRICT dy, ptrdiff_t n,
+                              Activation activation) {
+    for (ptrdiff_t i = 0; i < n; i++) t[i] = dy[i] * T(slope)(t[i], activation);
+}
+/* What goes into an activation becomes dy times its slope there. */
+static void T(multiply_by_slope)(REAL *t, const REAL *dy, ptrdiff_t n, Activation activation) {
+    switch (activation) {
+#define FN_CASE(NAME) case NAME: T(times_slope)(t, dy, n, NAME); return;
+    FN_NAMED_ACTIVATIONS(FN_CASE)
+#undef FN_CASE
+    default: return;
+    }
+}
 /* In two loops, where no single one is compiled: y may be the residual, whose numbers are kept. */
 static void T(normalize_twice)(const T(Loop) *j, int how) {
     T(Loop) part = *j;

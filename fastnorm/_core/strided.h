@@ -221,7 +221,8 @@ static void T(strided_output)(Forward *q, const Item *it, const T(Scales) *s, pt
     Run r = run_at(q, first, last);
     for (ptrdiff_t i = first; i < last; i += r.n) {
         r.n = at_once ? least(last - i, q->s - r.s) : 1;
-        if (!in_place) r.n = least(r.n, most(BLOCK / it->width, 1)); /* through tiles in L1 */
+        if (!in_place || q->dy.data) /* through tiles in L1 */
+            r.n = least(r.n, most(BLOCK / it->width, 1));
         j.count = r.n;
         j.x = (const REAL *)rows_of(source, it, r), j.x_step = source->s / size;
         j.y = (REAL *)rows_of(&q->y, it, r), j.y_step = q->y.s / size;
@@ -253,6 +254,11 @@ static void T(strided_output)(Forward *q, const Item *it, const T(Scales) *s, pt
             const ptrdiff_t n = follow ? r.n * it->width : it->width;
             for (ptrdiff_t k = 0; k < r.n * it->width; k += n, to += q->y.s)
                 T(deliver)(j.y + k, n, to, q->y.storage, q->non_temporal, h->extra);
+        }
+        for (ptrdiff_t k = 0; k < r.n && q->dy.data; k++) {
+            const Run one = {r.p, r.s + k, 1};
+            char *y_row = rows_of(&q->y, it, one);
+            T(multiply_stretch)(q, y_row, rows_of(&q->dy, it, one), it->width, h);
         }
         r.s += r.n;
         if (r.s == q->s) r.p++, r.s = 0;

@@ -24,7 +24,8 @@ _NUMBERS = {None: 0} | {name: n for n, name in enumerate(IN_KERNELS, 1)}
 
 def forward(p: Problem, kernels: Any) -> None:
     """Lay the pass out in five dimensions and run it: in copies if it has none."""
-    given = {n: array for n in OPERANDS if (array := getattr(p, n)) is not None}
+    names = (*OPERANDS, "dy")
+    given = {n: array for n in names if (array := getattr(p, n)) is not None}
     given |= {"mean": p.mean, "var": p.var, "stats": p.rstd}
     operands = ascending(given) if min(p.x.strides, default=0) < 0 else given
     layout = layout_of(operands, p.reduced)
@@ -37,7 +38,7 @@ def forward(p: Problem, kernels: Any) -> None:
                 forward(replace(p, y=y, ticket=None), kernels)
                 p.y[...] = y
                 return None
-    if layout is None and not (p.mask is None and p.residual is None):
+    if layout is None and not (p.mask is None and p.residual is None and p.dy is None):
         operands, p.ticket = _read_like_x(operands), None
         layout = layout_of(operands, p.reduced)
     differ = any(a is not None and len(a) > 1 for a in (p.weight, p.bias))
@@ -74,7 +75,7 @@ def forward(p: Problem, kernels: Any) -> None:
         assert layout is not None, "contiguous operands always have a layout"
     schedule = forward_schedule(
         layout,
-        tuple([(name, operands[name].dtype) for name in OPERANDS if name in operands]),
+        tuple([(name, operands[name].dtype) for name in names if name in operands]),
         machine.here,
         given=p.given,
         activation=p.activation,
@@ -159,9 +160,9 @@ def _sample(p: P, i: int) -> P:
 
 
 def _read_like_x(operands: dict[str, Any]) -> dict[str, Any]:
-    """The same with a mask and a residual that lie in memory as x does, copies if need be."""
+    """The same with a mask, a residual and dy that lie in memory as x does: copies, if need be."""
     x, found = operands["x"], dict(operands)
-    for name in ("mask", "residual"):
+    for name in ("mask", "residual", "dy"):
         array = operands.get(name)
         if array is not None and array.strides != _strides_like(x, array):
             found[name] = ordered(x.shape, array.dtype, x.strides)

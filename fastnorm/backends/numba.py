@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastnorm.arguments import converted
+from fastnorm.arguments import computing_type, converted
 from fastnorm.backends import compiled
 from fastnorm.problem import Array, BackwardProblem, Problem
 
@@ -19,9 +19,15 @@ def available() -> bool:
 
 def forward(p: Problem) -> None:
     """Carry out a pass over an array."""
-    from fastnorm._numba import cpu
+    from fastnorm._numba import cpu, slopes
 
-    compiled.forward(p, cpu)
+    if p.dy is None:
+        return compiled.forward(p, cpu)
+    compiled.forward(slopes.slope_of(p, converted(p.x, computing_type(p.x.dtype))), cpu)
+    y: Any = p.y
+    with np.errstate(all="ignore"):
+        y *= p.dy
+    return None
 
 
 def backward(p: BackwardProblem) -> None:

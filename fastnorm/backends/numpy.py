@@ -52,13 +52,15 @@ def forward(p: Problem) -> None:
                 y = activations.apply(p.activation, y.astype(computing_type(p.x.dtype)))
             elif p.activation in _formulas.SQUASHES:
                 y = _formulas.SQUASHES[p.activation](y)
+            elif p.dy is not None:
+                y = _formulas.SLOPES[p.activation](y.astype(np.float64))
             elif p.activation is not None:
                 # long double has no erf of its own; activations only pass on relative errors
                 y = _formulas.activate(y.astype(np.float64), p.activation)
             if p.activation_first:
                 weight, bias = affine
                 y = y * (1.0 if weight is None else weight) + (0.0 if bias is None else bias)
-            p.y[...] = y
+            p.y[...] = y if p.dy is None else y * p.dy
         if not p.given:
             p.mean[...], p.var[...], p.rstd[...] = mean, var, rstd
 

@@ -26,8 +26,11 @@ from fastnorm.dask.chunks import (
     on_channels,
     operand,
     parameter,
+    parameters,
     part,
 )
+from fastnorm.execution import through_activation
+from fastnorm.problem import Problem
 
 
 def _gradients(
@@ -44,8 +47,9 @@ def _gradients(
     weight_offset: float = 0.0,
     training: bool = True,
     where: Any = None,
-) -> tuple[Any, Any, Any]:
-    """(dx, dweight, dbias); the sums over chunks are trees.
+    **after: Any,
+) -> tuple[Any, ...]:
+    """(dx, dweight, dbias), and that of a residual; the sums over chunks are trees.
 
     By the kernels where groups lie whole in their chunks, otherwise by Dask's arrays of float64.
     `mean` (None: 0) and `rstd` have as many axes as x; `axes` are the reduced ones.
@@ -57,7 +61,9 @@ def _gradients(
     kind = kind if is_float(kind) else np.dtype(np.float64)
     w = parameter(weight, "weight", x, place, wide=True)
     w = w + weight_offset if weight_offset else w
-    slope = chunked_as(dy, "dy", x)
+    slope = _through_activation(chunked_as(dy, "dy", x), x, mean, rstd, w, place, **after)
+    residual = after.get("residual")
+    last = () if residual is None else (slope.astype(dtype_of(operand(residual, "residual"))),)
     shared = tuple(a for a, n in enumerate(w.shape) if n == 1 != x.shape[a])
 
     def to_weight(a: Any) -> Any:
@@ -70,7 +76,7 @@ def _gradients(
         operands |= others if mean is None else {"mean": mean} | others
         found = each(_chunk_gradients, x, operands, dtype, axes=axes, group=group)
         sums = (to_weight(part(found, i, np.float64, shared)) for i in (1, 2))
-        return part(found, 0, dtype), *sums
+        return part(found, 0, dtype), *sums, *last
 
     def terms(slope: Any, x: Any) -> tuple[Any, Any, Any]:
         """dy, the standardised x and dy * w."""
@@ -97,7 +103,52 @@ def _gradients(
         through = standard_again * averages[0]
         through = through if mean is None else through + averages[1]
         dx = da.where(each(_chosen, read[1], others, bool), dx - through, dx)
-    return (dx * rstd).astype(dtype), to_weight(slope * standard), to_weight(slope)
+    return (dx * rstd).astype(dtype), to_weight(slope * standard), to_weight(slope), *last
+
+
+def _through_activation(
+    dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, place: Place, *,
+    bias: Any = None, residual: Any = None, activation: Any, derivative: Any,
+) -> Any:  # fmt: skip
+    """The gradient of what went into the activation."""
+    slope = arguments.check_derivative(activation, derivative)
+    operands = {"dy": dy, "rstd": rstd, "weight": weight} | parameters(x, place, bias=bias)
+    if residual is not None:
+        operands["residual"] = chunked_as(residual, "residual", x)
+    if slope is None:
+        return dy
+    operands |= {} if mean is None else {"mean": mean}
+    computing = arguments.computing_type(dtype_of(x))
+    return each(
+        _chunk_through, x, operands, computing, activation=activation, derivative=derivative
+    )
+
+
+def _chunk_through(
+    x: Any, *, rstd: Any, weight: Any, activation: Any, derivative: Any, mean: Any = None,
+    bias: Any = None, residual: Any = None, dy: Any,
+) -> Any:  # fmt: skip
+    array = arguments.as_array(arguments.unmask(x)[0], "x")
+    computing = arguments.computing_type(array.dtype)
+    y = np.empty(array.shape, computing)
+    if not y.size:
+        return y
+    return through_activation(
+        Problem(
+            array,
+            y,
+            tuple([n == 1 for n in rstd.shape]),
+            np.zeros_like(rstd) if mean is None else np.ascontiguousarray(mean),
+            np.ascontiguousarray(rstd),
+            np.empty_like(rstd),
+            weight.astype(computing),
+            bias,
+            residual=residual if residual is None else arguments.as_array(residual, "residual"),
+            dy=arguments.as_array(dy, "dy"),
+            centred=mean is not None,
+            activation=arguments.check_derivative(activation, derivative),
+        )
+    )
 
 
 def _wide(x: Any) -> Any:
@@ -121,7 +172,7 @@ def _chunk_gradients(
     *,
     axes: Any,
     group: Any,
-) -> tuple[Any, Any, Any]:
+) -> Any:
     """(dx, dweight, dbias) of a chunk that holds its groups whole; the last two along its axes."""
     if group is not None and group[1] > 1:
         channel, size = group
@@ -222,4 +273,4 @@ def row_gradients(
     r = _statistic(rstd, "rstd", x, shape, of, lambda s: s)
     own, place = tuple(x.shape[a] for a in axes), on_axes(x, axes)
     found = _gradients(dy, x, m, r, weight, place, own, tuple(sorted(axes)), **options)
-    return found if centred else found[:2]
+    return found if centred else (*found[:2], *found[3:])

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastnorm._formulas import ACTIVATIONS
 from fastnorm.arguments import check_flag, same_shape
 from fastnorm.operations import OPERATIONS
 from fastnorm.torch import formulas, operands
@@ -42,8 +43,9 @@ ADDED = ("bias", "residual")
 # What is an array to the kernels; anything else is an option.
 _ARRAYS = operands.OPERANDS | {*RUNNING, "dy", "mean", "rstd"}
 
-# The gradients of activations that the result tells the slope of: the kernels' pass includes them,
-# and nothing else is kept. Of others autograd keeps what the norm gives.
+# The gradients of activations that the result tells the slope of. That of others is computed anew
+# from what was normalised, by the kernels (`activation=` of a backward function): what went into
+# the activation is not kept.
 _CLIPPED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "relu": lambda dy, y: torch.ops.aten.threshold_backward(dy, y, 0),
     "relu6": lambda dy, y: torch.ops.aten.hardtanh_backward(dy, y, 0, 6),
@@ -94,7 +96,7 @@ class Kernels:
         """Whether there is nothing to convert, refuse or do besides the norm itself."""
         activation = named["activation"]
         return (
-            (activation is None or (type(activation) is str and activation in _CLIPPED))
+            (activation is None or (type(activation) is str and activation in ACTIVATIONS))
             and named["out"] is None
             and type(named["return_stats"]) is bool
             and {type(named[key]) for key in self.operands} <= _TENSORS
@@ -166,19 +168,10 @@ def recorded(kernels: Kernels, named: Named) -> Any:
         norm = KERNELS[name.removeprefix("add_")]
         named = norm.defaults | named | {"x": total, "residual": None}
         return recorded(norm, {key: named[key] for key in norm.names}), total
-    activation = named.get("activation")
-    if activation is not None:
-        formulas.activated(named["x"].new_empty(0), activation)  # is it one of PyTorch's?
-        if activation in _CLIPPED:
-            activation = None  # the kernels' own
-        else:
-            named["activation"] = None
-    returned = check_flag(named.get("return_stats", False), "return_stats")
-    found = _Recorded.apply(kernels, named, *[named[key] for key in kernels.operands])
-    if not returned:
-        return formulas.activated(found, activation)
-    y, *stats = found
-    return formulas.activated(y, activation), *stats
+    if named.get("activation") is not None:
+        formulas.activated(named["x"].new_empty(0), named["activation"])  # refuses others
+    check_flag(named.get("return_stats", False), "return_stats")
+    return _Recorded.apply(kernels, named, *[named[key] for key in kernels.operands])
 
 
 class _Recorded(torch.autograd.Function):
@@ -194,9 +187,13 @@ class _Recorded(torch.autograd.Function):
         kept = {key: t for key, t in zip(kernels.operands, given) if isinstance(t, Tensor)}
         ctx.set_materialize_grads(False)
         ctx.kernels, ctx.options = kernels, named | dict.fromkeys(kept)
-        added = {key: kept.pop(key) for key in ADDED if key in kept}
-        ctx.like = {key: (t.shape, t.dtype) for key, t in added.items()}
-        ctx.kept, ctx.clipped = list(kept), named.get("activation")
+        ctx.like = {key: (kept[key].shape, kept[key].dtype) for key in ADDED if key in kept}
+        activation = named.get("activation")
+        ctx.clipped = activation in _CLIPPED
+        if activation is None or ctx.clipped:
+            for key in ctx.like:
+                del kept[key]
+        ctx.kept = list(kept)
         ctx.save_for_backward(*kept.values(), *stats, *([y] if ctx.clipped else []))
         if not (stats and named["return_stats"]):
             return y
@@ -214,7 +211,8 @@ class _Recorded(torch.autograd.Function):
         stats = saved[len(ctx.kept) :]
         if ctx.clipped:
             *stats, y = stats
-            named["activation"], dy = None, _CLIPPED[ctx.clipped](dy, y)
+            dy = _CLIPPED[named["activation"]](dy, y)
+            named["activation"] = None
         call = _Call(ctx.kernels.name, named, stats, ctx.like)
         found = call.gradients(dy, wanted, differentiable=torch.is_grad_enabled())
         return None, None, *[found[key] if key in wanted else None for key in names]
@@ -225,7 +223,7 @@ _apply: Callable[..., Any] = super(torch.autograd.Function, _Recorded).apply
 
 
 class _Call:
-    """A call that was recorded, without what is added to y: no other gradient depends on that."""
+    """A call that was recorded; without what is added to y where no gradient depends on that."""
 
     def __init__(self, name: str, named: Named, stats: Sequence[Tensor], like: Named) -> None:
         self.name, self.named, self.stats, self.like = name, named, stats, like
@@ -233,12 +231,16 @@ class _Call:
     def gradients(self, dy: Tensor, wanted: Sequence[str], *, differentiable: bool) -> Named:
         """By name, and perhaps of others; `differentiable` ones if they are to be recorded."""
         found: Named | None = {}
-        others = [key for key in wanted if key not in ADDED]
+        activated = self.named.get("activation") is not None
+        others = [key for key in wanted if activated or key not in ADDED]
         if others:
             hidden = differentiable or is_batched(dy) or not is_plain(dy)
+            hidden = hidden or (activated and not self._bias_is_as_weight())
             found = None if hidden else self._of_kernels(dy)
         if found is None:
             found = self._of_formula(dy, others, differentiable)
+        if activated:
+            return found
         if "residual" in wanted:
             found["residual"] = dy.to(self.like["residual"][1])
         if "bias" in wanted:
@@ -247,6 +249,12 @@ class _Call:
             if bias is None or (bias.shape, bias.dtype) != self.like["bias"]:
                 found["bias"] = self._of_bias(dy, differentiable)
         return found
+
+    def _bias_is_as_weight(self) -> bool:
+        """Whether their gradients are alike: the kernels know no other."""
+        weight = self.named.get("weight")
+        kind = None if weight is None else (weight.shape, weight.dtype)
+        return "bias" not in self.like or self.like["bias"] == kind
 
     def _of_kernels(self, dy: Tensor) -> Named | None:
         """All of them; None without such a kernel, or where PyTorch has to see each operator."""
@@ -261,7 +269,7 @@ class _Call:
         if 0 in dy.stride():  # as of a sum: every call would make a copy and be described anew
             dy = dy.clone(memory_format=torch.contiguous_format)
         op = _TABLE[name]
-        named = named | dict(zip(op.stats, stats), dy=dy)
+        named = named | dict(zip(op.stats, stats), dy=dy, derivative=None)
         call = tuple([named[key] for key in kernels.names])
         found = kernels.find(call)
         if found is None:
@@ -269,6 +277,8 @@ class _Call:
                 return None
             found = kernels(call)
         names = op.gradients or ("dx", "dweight", "dbias")
+        if name in formulas.NORMS:
+            names = (*names[: len(op.stats) + 1], "dresidual")
         return {key[1:]: value for key, value in zip(names, found)}
 
     def _of_formula(self, dy: Tensor, wanted: Sequence[str], differentiable: bool) -> Named:

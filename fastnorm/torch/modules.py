@@ -72,9 +72,9 @@ def replace(model: nn.Module, fuse: bool = False) -> nn.Module:
     fuse
         Whether to join norms with what follows them, too, in the forward of the modules that call
         them: an activation (ReLU, ReLU6, SiLU, GELU), the sum with a residual, or both, where
-        torch.fx proves that nothing else is asked of the norm. They are one pass over memory;
-        while gradients are recorded, SiLU and GELU are one of their own. What is joined is called
-        no more: add hooks before, or :func:`restore` first.
+        torch.fx proves that nothing else is asked of the norm. They are one pass over memory, and
+        what goes into the activation is not kept for the gradient. What is joined is called no
+        more: add hooks before, or :func:`restore` first.
 
     Returns
     -------

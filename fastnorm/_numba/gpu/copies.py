@@ -9,9 +9,14 @@ from fastnorm.arrays import ArrayView
 
 
 def fill(
-    into: ArrayView, source: ArrayView, *, offset: float = 0.0, other: ArrayView | None = None
+    into: ArrayView,
+    source: ArrayView,
+    *,
+    offset: float = 0.0,
+    other: ArrayView | None = None,
+    product: bool = False,
 ) -> None:
-    """into = source + offset, or source + other."""
+    """into = source + offset, source + other, or their product."""
     if not source.size:
         return
     operands = [into, source, *([] if other is None else [other])]
@@ -19,7 +24,7 @@ def fill(
     for array in operands:
         numbers += [step // array.itemsize for step in array.strides]
     added = source if other is None else other
-    kernel = convert(into.dtype.name, source.dtype.name, added.dtype.name)
+    kernel = convert(into.dtype.name, source.dtype.name, added.dtype.name, product)
     with device_of(source):
         plan = plan_of(source, numbers + [0] * source.ndim)
         addresses = [address(array) for array in (into, source, other)]

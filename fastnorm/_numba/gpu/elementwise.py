@@ -34,9 +34,10 @@ class Window(NamedTuple):
 
 
 @cache
-def convert(to: str, source: str, other: str) -> Any:
-    """The kernel for any strides: to = source + offset, or source + other. One thread, one number.
+def convert(to: str, source: str, other: str, product: bool = False) -> Any:
+    """The kernel for any strides: to = source + offset, source + other, or their product.
 
+    One thread, one number.
     The plan holds the number of axes, the shape, and the strides of the three operands.
     """
     double = np.float64 in (computing(to), computing(source))
@@ -59,7 +60,8 @@ def convert(to: str, source: str, other: str) -> Any:
                 o += at * read_word(plan, 3 * axes + axis)
             value = load(source_at, j)
             if other_at != 0:
-                value = real(value + load_other(other_at, o))
+                second = load_other(other_at, o)
+                value = real(value * second) if product else real(value + second)
             store(to_at, i, real(value + offset))
 
     return convert_kernel

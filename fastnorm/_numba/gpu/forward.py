@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from fastnorm._numba.gpu.scales import PARTIAL, SCALE, given_scale, merge_parts
 from fastnorm._numba.gpu.strided import column_apply, column_moments
 from fastnorm._numba.gpu.views import Operands, Options, Statistics, Walk
 from fastnorm._numba.gpu.walks import described, is_aligned, numbers_of, walk_of
+from fastnorm._numba.slopes import slope_of
 from fastnorm.arrays import ArrayView, empty_on
 from fastnorm.layout import ALIKE, Layout
 from fastnorm.problem import OPERANDS, Problem
@@ -25,6 +26,8 @@ _PLAN = ("x", "y", "other", "total", "mask", "weight", "bias", "stats")
 def forward(p: Problem) -> None:
     """Execute a pass on the device."""
     x: Any = p.x
+    if p.dy is not None:
+        return _multiplied_by_slope(p)
     operands = {n: array for n in OPERANDS if (array := getattr(p, n)) is not None}
     operands |= {"mean": p.mean, "var": p.var, "stats": p.rstd}
     with device_of(x):
@@ -33,6 +36,17 @@ def forward(p: Problem) -> None:
         )
         (_columns if layout.columns else _runs)(p, layout, operands)
         write_back()
+    return None
+
+
+def _multiplied_by_slope(p: Problem) -> None:
+    """The slope of the activation by a pass, and dy times that by another."""
+    x, y, dy = (cast(ArrayView, array) for array in (p.x, p.y, p.dy))
+    if x.dtype != y.dtype:  # of half precision
+        x = empty_on(x, x.shape, y.dtype, x.strides)
+        fill(x, cast(ArrayView, p.x))
+    forward(slope_of(p, x))
+    fill(y, y, other=dy, product=True)
 
 
 def _added(operands: dict[str, Any]) -> str:

@@ -1,0 +1,84 @@
+"""Slopes of activations: functions of one number, which a pass applies as it does an activation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numba
+import numpy as np
+
+from fastnorm.problem import Problem
+
+_compiled = numba.njit(error_model="numpy")
+
+# The step of central differences by the size of the number: the cube root of float64's epsilon,
+# where what the difference rounds is as large as what it leaves out.
+STEP = 6e-6
+
+
+@_compiled
+def _relu(v):
+    return 0.0 if v <= 0 else 1.0 if v > 0 else v
+
+
+@_compiled
+def _relu6(v):
+    return 0.0 if v <= 0 or v >= 6 else 1.0 if v > 0 else v
+
+
+@_compiled
+def _gated(v, u, du):
+    """Of v / (1 + exp(-u)); beyond these bounds all or nothing passes."""
+    e = math.exp(-min(max(u, -700.0), 700.0))
+    return (1.0 + v * du * (e / (1.0 + e))) / (1.0 + e)
+
+
+@_compiled
+def _silu(v):
+    w = np.float64(v)
+    return _gated(min(max(w, -700.0), 700.0), w, 1.0) if v == v else w
+
+
+@_compiled
+def _gelu(v):
+    w = np.float64(v)
+    bounded = min(max(w, -40.0), 40.0)
+    density = 0.3989422804014327 * math.exp(-0.5 * bounded * bounded)
+    return 0.5 * math.erfc(-0.7071067811865476 * bounded) + bounded * density if v == v else w
+
+
+@_compiled
+def _gelu_tanh(v):
+    w = min(max(np.float64(v), -30.0), 30.0)
+    square = w * w
+    u = 1.5957691216057308 * w * (1.0 + 0.044715 * square)
+    return _gated(w, u, 1.5957691216057308 * (1.0 + 0.134145 * square)) if v == v else np.float64(v)
+
+
+# Of all that a caller may name.
+NAMED = {"relu": _relu, "relu6": _relu6, "silu": _silu, "gelu": _gelu, "gelu_tanh": _gelu_tanh}
+
+
+@cache
+def central(f: Callable[[float], float]) -> Any:
+    """The derivative of a function that Numba has compiled, by central differences in float64."""
+    inner = f if numba.extending.is_jitted(f) else numba.njit(f)
+
+    @_compiled
+    def difference(v):
+        w = np.float64(v)
+        step = STEP * max(1.0, abs(w))
+        high, low = w + step, w - step
+        return (inner(high) - inner(low)) / (high - low)
+
+    return difference
+
+
+def slope_of(p: Problem, x: Any) -> Problem:
+    """A pass whose y is the slope alone, of x in the type that is computed in."""
+    found = NAMED[p.activation] if isinstance(p.activation, str) else p.activation
+    return replace(p, x=x, dy=None, activation=found)

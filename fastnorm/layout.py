@@ -33,6 +33,8 @@ FULL = ("x", "y", "residual", "addend", "total", "dy", "dx")
 # Operands that along the innermost axis are one number, or as many numbers side by side.
 PARAMETERS = ("weight", "bias", "dweight")
 _ONE_FOR_ALL = {*PARAMETERS, "factor"}
+# Those of which neighbours can share one, forward.
+_SHARED = {"weight", "bias"}
 # Operands that lie as another does: the statistics as "stats", dbias as dweight.
 ALIKE = ("mean", "var", "rstd", "g", "gx", "dbias")
 
@@ -43,13 +45,15 @@ class Layout:
     """A pass over memory: five dimensions (a, b, p, s, c) and each operand's strides in elements.
 
     `columns` tells which axis is innermost: s (False: runs) or c (True). `neighbours` columns
-    together have one statistic.
+    together have one statistic and, where `shared`, one weight and one bias, whose strides along c
+    then go from one to the next.
     """
 
     columns: bool
     dims: tuple[int, int, int, int, int]
     neighbours: int
     strides: Mapping[str, tuple[int, ...]]
+    shared: bool = False
 
     def sums_as(self, other: Layout | None) -> bool:
         """Whether both take the elements of a group in one order, in runs as long."""
@@ -91,21 +95,28 @@ def ascending(operands: dict[str, Any]) -> dict[str, Any]:
 
 
 def layout_of(
-    operands: Mapping[str, Any], reduced: tuple[bool, ...], *, copied: bool = False
+    operands: Mapping[str, Any],
+    reduced: tuple[bool, ...],
+    *,
+    copied: bool = False,
+    sharing: bool = True,
 ) -> Layout | None:
     """The layout of a pass over these arrays, or None where no kernel can walk them as they lie.
 
     The first is "x", whose strides are positive. The others have as many axes, each of its length
     or 1. A batch of one is walked as it would be among others, unless all are `copied` in one
-    order, in which any batch is one walk.
+    order, in which any batch is one walk. `sharing`: whether neighbours may share a weight.
     """
     lie = [(n, a.shape, a.strides, a.itemsize) for n, a in operands.items() if n not in ALIKE]
-    return describe(tuple(lie), reduced, copied)
+    return describe(tuple(lie), reduced, copied, sharing)
 
 
 @lru_cache(maxsize=4096)
 def describe(
-    operands: tuple[Operand, ...], reduced: tuple[bool, ...], copied: bool = False
+    operands: tuple[Operand, ...],
+    reduced: tuple[bool, ...],
+    copied: bool = False,
+    sharing: bool = True,
 ) -> Layout | None:
     """What `layout_of` finds, by all that it reads of the arrays."""
     shape = operands[0][1]
@@ -143,7 +154,7 @@ def describe(
     ):
         return None
 
-    columns, neighbours = not inner.reduced, 1
+    columns, neighbours, shared = not inner.reduced, 1, False
     rows = [axis for axis in axes if axis.reduced]
     if inner.reduced and inner.size < MIN_RUN and rows:
         follow = _planes_follow(steps, shape, reduced)
@@ -153,11 +164,14 @@ def describe(
         columns = not follow and not ("dy" in steps and _planes_of_a_batch(steps, shape, reduced))
     if inner.reduced and columns:
         # channels-last: a group's channels are neighbours, its positions are rows
-        neighbours = inner.size
-        if not axes[-1].reduced and _side_by_side(axes[-1], inner):
-            outer = axes.pop()
-            together = inner.strides | {"stats": outer.strides["stats"]}
-            inner = _Axis(outer.size * inner.size, False, together)
+        neighbours, outer, theirs = inner.size, axes[-1], {"stats"}
+        if sharing and _share_weights(outer, inner, rows):
+            theirs |= _SHARED  # short planes: a channel's weight is that of its neighbours
+        if not outer.reduced and _side_by_side(outer, inner, theirs):
+            axes.pop()
+            shared = theirs > {"stats"}
+            steps_of_theirs = {n: step for n, step in outer.strides.items() if n in theirs}
+            inner = _Axis(outer.size * inner.size, False, inner.strides | steps_of_theirs)
 
     kept = [axis for axis in axes if not axis.reduced]
     if columns:
@@ -173,6 +187,7 @@ def describe(
         (a, b, p, s, c),
         neighbours,
         {name: tuple(axis.strides[name] for axis in five) for name in steps},
+        shared,
     )
 
 
@@ -227,9 +242,17 @@ def _are_one_run(steps: dict[str, list[int]], shape: tuple[int, ...], axes: list
     )
 
 
-def _side_by_side(outer: _Axis, inner: _Axis) -> bool:
+def _share_weights(outer: _Axis, inner: _Axis, rows: list[_Axis]) -> bool:
+    """Whether weights differ from group to group of neighbours, and within none."""
+    names = _SHARED & outer.strides.keys()
+    return any(outer.strides[name] for name in names) and not any(
+        axis.strides[name] for axis in (inner, *rows) for name in names
+    )
+
+
+def _side_by_side(outer: _Axis, inner: _Axis, theirs: set[str]) -> bool:
+    """Whether groups of neighbours follow one another in all but what is one for each group."""
     return all(
         outer.strides[name] == inner.strides[name] * inner.size
-        for name in outer.strides
-        if name != "stats"
+        for name in outer.strides.keys() - theirs
     )

@@ -141,6 +141,8 @@ class Walk(Protocol):
     def neighbours(self) -> int: ...  # noqa: D102
     @property
     def strides(self) -> Mapping[str, tuple[int, ...]]: ...  # noqa: D102
+    @property
+    def shared(self) -> bool: ...  # noqa: D102
 
 
 Dtypes = tuple[tuple[str, "np.dtype[Any]"], ...]  # of the operands that are there, by their names
@@ -272,7 +274,7 @@ def forward_schedule(
     w, v = steps.get("weight", _NONE), steps.get("bias", _NONE)
     first = 2 if columns else 3
     foldable = not (activation_first or any(w[first:4]) or any(v[first:4]))
-    if given and layout.neighbours > 1 and (w[4] or v[4]):
+    if given and layout.neighbours > 1 and not layout.shared and (w[4] or v[4]):
         foldable = False  # of one sample these columns are a run, along which weights differ
     along = w[3] != 0 and (v[3] != 0 or "bias" not in types)
     alone = activation is None and "residual" not in types

@@ -189,6 +189,37 @@ def test_units_with_affine(op: Operation, dtype: Any, ratio: float, layout: str)
 
 
 @pytest.mark.each_cpu
+@pytest.mark.parametrize("shape", [(3, 5, 2, 3), (9, 70, 4, 4), (2, 40, 7, 7)], ids=str)
+@pytest.mark.parametrize("dtype", SINGLE_AND_DOUBLE, ids=named)
+def test_short_planes_with_weights_of_channels(dtype: Any, shape: tuple[int, ...]) -> None:
+    """Of batch norm: a weight is that of all elements of its plane, wherever it is applied."""
+    x = data(shape, dtype, 1.0, seed=6)
+    rng = np.random.default_rng(7)
+    own = (1, shape[1], 1, 1)
+    mask, added = rng.random(shape) < 0.8, data(shape, dtype, 0.0, seed=8)
+    ones, signs = np.ones(shape[1], dtype), np.where(np.arange(shape[1]) % 2, -1.0, 1.0)
+    few = signs.astype(dtype).repeat(3)[::3]  # apart in memory
+    weights = rng.uniform(0.5, 2, shape[1]).astype(dtype) * few
+    far = weights.copy()
+    far[2] = 1e-38  # which with rstd a float does not hold
+    biases: list[Any] = [None, ones, weights[::-1], np.asarray(0.5, dtype)]
+    every: list[Any] = [{}, {"where": mask}, {"residual": added}, {"activation": "relu"}]
+    for w, b in itertools.product((None, few, weights, far), biases):
+        for more in every:
+            found = fn.batch_norm(x, None, None, w, b, True, eps=1e-3, **more)
+            options = more | {"training": True, "eps": 1e-3, "dtype": np.longdouble}
+            right = reference.batch_norm(x, None, None, w, b, **options)
+            bare = without(options, "residual", "activation")
+            xhat = reference.batch_norm(x, None, None, **bare)
+            # as in `test_units_with_affine`
+            size = np.maximum(abs(xhat), 1 if dtype == F64 else 0)
+            size = size * (1 if w is None else abs(w).reshape(own))
+            size += 0 if b is None else abs(b).reshape(own if b.ndim else ())
+            size += abs(more.get("residual", 0))
+            assert ulps(found, right, dtype, size).max() <= AFFINE
+
+
+@pytest.mark.each_cpu
 @by_layout
 @by_norm
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=named)

@@ -1020,6 +1020,16 @@ def stored(a: Any, order: Sequence[int]) -> Any:
     return np.ascontiguousarray(a.transpose(order)).transpose(np.argsort(order))
 
 
+def with_gaps(a: Any, axis: int) -> Any:
+    """A copy whose axes lie in memory as those of `a`, with a gap behind one of them."""
+    order = np.argsort([-stride for stride in a.strides])
+    sizes = [a.shape[i] + (i == axis) for i in order]
+    whole = np.empty(sizes, a.dtype).transpose(np.argsort(order))
+    part = whole[tuple(slice(0, n) for n in a.shape)]
+    part[...] = a
+    return part
+
+
 def parts_of(result: Any) -> tuple[Any, ...]:
     return result if isinstance(result, tuple) else (result,)
 
@@ -1076,7 +1086,10 @@ def test_short_planes_that_follow_one_another(
                 assert_same_bits(backward(dy[s], s, alone, own[s])[0], of_own[0][s])
 
 
-@pytest.mark.parametrize("shape", [(6, 128, 4, 4), (3, 64, 7, 7), (9, 8, 2, 3), (2, 40, 9, 7)])
+SHORT_PLANES = [(6, 128, 4, 4), (3, 64, 7, 7), (9, 8, 2, 3), (2, 40, 9, 7), (130, 24, 3, 4)]
+
+
+@pytest.mark.parametrize("shape", SHORT_PLANES)
 @pytest.mark.parametrize("dtype", [F16, F32, F64], ids=named)
 @on_kernels
 def test_short_planes_of_a_batch(name: str, dtype: Any, shape: tuple[int, ...]) -> None:
@@ -1084,16 +1097,19 @@ def test_short_planes_of_a_batch(name: str, dtype: Any, shape: tuple[int, ...]) 
     rng = np.random.default_rng(0)
     x, added, dy = rng.standard_normal((3, *shape)).astype(dtype)
     w = (1 + rng.standard_normal(shape[1]) / 4).astype(F64 if dtype == F64 else F32)
+    mask = dy.astype(F64) < 1
 
-    def forward(**more: Any) -> Any:
-        return fn.batch_norm(x, None, None, w, w, True, return_stats=True, **more)
+    def forward(weight: Any = w, x: Any = x, **more: Any) -> Any:
+        return fn.batch_norm(x, None, None, weight, w, True, return_stats=True, **more)
 
     def same(found: Any, right: Any) -> None:
         for one, other in zip(found, right, strict=True):
             assert_same_bits(one, other)
 
     with fn.backend(name):
-        plain, summed = forward(), forward(residual=added)
+        plain, summed, masked = forward(), forward(residual=added), forward(where=mask)
+        same(forward(w.repeat(2)[::2]), plain)
+        same(forward(x=(there := x.copy()), out=there), plain)
 
         def backward(dy: Any) -> Any:
             return fn.batch_norm_backward(dy, x, *plain[1:], w)
@@ -1102,6 +1118,7 @@ def test_short_planes_of_a_batch(name: str, dtype: Any, shape: tuple[int, ...]) 
         for order in [(1, 0, 2, 3), (0, 2, 3, 1), (3, 2, 1, 0), (0, 1, 3, 2)]:
             same(forward(out=stored(np.empty(shape, dtype), order)), plain)
             same(forward(residual=stored(added, order)), summed)
+            same(forward(where=stored(mask, order)), masked)
             same(backward(stored(dy, order)), gradients)
         gaps = np.zeros((shape[0], 2 * shape[1], shape[2] + 1, shape[3]), dtype)[:, ::2, 1:]
         gaps[...] = dy
@@ -1109,8 +1126,33 @@ def test_short_planes_of_a_batch(name: str, dtype: Any, shape: tuple[int, ...]) 
         for axis in range(4):
             part = np.broadcast_to(dy.take([0], axis), shape)
             same(backward(part), backward(part.copy()))
+            same(forward(residual=with_gaps(added, axis)), summed)
+            same(forward(where=with_gaps(mask, axis)), masked)
         with fn.threads(2):
             same((*forward(), *backward(dy)), (*plain, *gradients))
+            same(forward(residual=added), summed)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (1, 0, 2, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [F32, F64], ids=named)
+@on_kernels
+def test_how_a_mask_or_a_residual_lies(name: str, dtype: Any, order: tuple[int, ...]) -> None:
+    """Gaps in them, in whatever order x lies, decide no bit."""
+    rng = np.random.default_rng(0)
+    x, added = (stored(rng.standard_normal((9, 24, 5, 7)).astype(dtype) + 1, order) for _ in "xr")
+    mask = stored(rng.random(x.shape) < 0.9, order)
+    norms: list[Callable[..., Any]] = [
+        lambda **more: fn.batch_norm(x, training=True, return_stats=True, **more),
+        lambda **more: fn.group_norm(x, 4, return_stats=True, **more),
+        lambda **more: fn.instance_norm(x, return_stats=True, **more),
+        lambda **more: fn.layer_norm(x, (24, 5, 7), return_stats=True, **more),
+    ]
+    with fn.backend(name):
+        for norm, axis in itertools.product(norms, range(4)):
+            for what, array in (("residual", added), ("where", mask)):
+                found = norm(**{what: with_gaps(array, axis)})
+                for one, right in zip(found, norm(**{what: array}), strict=True):
+                    assert_same_bits(one, right)
 
 
 @pytest.mark.parametrize("kind", [F16, F32, F64], ids=named)

@@ -46,6 +46,7 @@ def walk(
     *,
     channels_last: bool = False,
     weight: str = "",
+    gradients: bool = True,
     **more: bool,
 ) -> Layout:
     """A layout of an array: which of its axes are reduced ("r") or kept ("k"), and have weights."""
@@ -66,7 +67,8 @@ def walk(
     strides = {name: full for name, there in ({"x": True, "y": True} | more).items() if there}
     if weight:
         strides |= {name: own(tuple(axis == "w" for axis in weight)) for name in ("weight", "bias")}
-        strides |= {"factor": strides["weight"], "dweight": strides["weight"]}
+        if gradients:
+            strides |= {"factor": strides["weight"], "dweight": strides["weight"]}
     strides["stats"] = own(kept)
     found = laid_out(shape, tuple(axis == "r" for axis in reduced), strides)
     assert found is not None
@@ -289,6 +291,23 @@ LONGEST = SPLIT_BLOCKS * BLOCK
 def test_short_planes(layout: Layout, columns: bool, planes: int) -> None:
     """Which are walked along, and which are columns."""
     assert (layout.columns, layout.dims[2]) == (columns, planes)
+
+
+@pytest.mark.parametrize(
+    ("weight", "neighbours", "shared"),
+    [("-w-", 9, True), ("", 9, False), ("--w", 9, False), ("-ww", 9, False), ("ww-", 9, False)],
+)
+def test_planes_share_a_weight(weight: str, neighbours: int, shared: bool) -> None:
+    """Channels of short planes are one row, with weights of their own too."""
+    layout = walk((8, 24, 9), "rkr", weight=weight, gradients=False)
+    assert (layout.columns, layout.neighbours, layout.shared) == (True, neighbours, shared)
+    one_row = weight in ("-w-", "", "-ww")
+    assert layout.dims == ((1, 1, 1, 8, 24 * 9) if one_row else (1, 24, 1, 8, 9))
+    if shared:
+        assert layout.strides["weight"] == layout.strides["stats"] == (0, 0, 0, 0, 1)
+        for given in (False, True):
+            found = schedule.forward_schedule(layout, dtypes(layout), Machine(), given=given)
+            assert found.foldable
 
 
 @pytest.mark.parametrize("name", ["y", "residual", "mask", "dy", "dx"])

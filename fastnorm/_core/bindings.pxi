@@ -31,6 +31,7 @@ cdef extern from "kernels.h" nogil:
         WALK_ITEMS, WALK_PIPELINED, WALK_GATHERED, WALK_ROWS
     ctypedef struct Forward:
         Py_ssize_t a, b, p, s, c, neighbours, fields
+        bint shared
         bint columns, centred, given, activation_first, raised
         Scaling scaling
         Activation activation, slope
@@ -204,8 +205,10 @@ def run_pass(layout, schedule, x, y, mean, var, rstd, *, weight=None, bias=None,
     cdef Forward q
     cdef dict strides = layout.strides
     cdef tuple dims = layout.dims, kept = statistics_of(dims, layout.neighbours)
+    cdef tuple weighted = kept if layout.shared else dims
     q.a, q.b, q.p, q.s, q.c = dims
     q.neighbours, q.columns, q.fields = layout.neighbours, layout.columns, 0
+    q.shared = layout.shared
     q.centred, q.given, q.scaling, q.eps = centred, given, scaling, eps
     q.activation, q.user, q.raised = activation, <UserLoop>user, False
     q.activation_first, q.slope = activation_first, IDENTITY
@@ -216,8 +219,8 @@ def run_pass(layout, schedule, x, y, mean, var, rstd, *, weight=None, bias=None,
     operand(&q.mean, mean, strides["stats"], kept)
     operand(&q.var, var, strides["stats"], kept)
     operand(&q.rstd, rstd, strides["stats"], kept)
-    operand(&q.weight, weight, strides.get("weight"), dims)
-    operand(&q.bias, bias, strides.get("bias"), dims)
+    operand(&q.weight, weight, strides.get("weight"), weighted)
+    operand(&q.bias, bias, strides.get("bias"), weighted)
     operand(&q.mask, mask, strides.get("mask"), dims)
     operand(&q.residual, residual, strides.get("residual"), dims)
     operand(&q.addend, addend, strides.get("addend"), dims)

@@ -32,6 +32,7 @@ typedef enum {
 typedef struct {
     ptrdiff_t a, b, p, s, c; /* dimensions: operand.h */
     ptrdiff_t neighbours;    /* columns that share a statistic */
+    int shared;              /* and a weight, and a bias: theirs lie as statistics do */
     int columns;             /* columns (strided.h), or contiguous runs (contiguous.h) */
     int centred, given, activation_first;
     Scaling scaling;
@@ -113,6 +114,12 @@ FN_INLINE double *statistics_at(const Forward *q, const Operand *o, const Item *
                                 ptrdiff_t *step) {
     const ptrdiff_t c = q->columns ? it->c / q->neighbours : 0;
     return (double *)first_of(q, o, it, c, groups_of(q, it), step);
+}
+/* The same of weights, one for each column or, where they are shared, for each group. */
+FN_INLINE const void *weights_at(const Forward *q, const Operand *o, const Item *it,
+                                 ptrdiff_t *step) {
+    if (!q->shared) return first_of(q, o, it, it->c, it->width, step);
+    return first_of(q, o, it, it->c / q->neighbours, groups_of(q, it), step);
 }
 FN_INLINE void put_statistics(const Forward *q, const Item *it, double mean, double var,
                                  double rstd) {
@@ -207,6 +214,7 @@ typedef struct {
     double *lanes;
     uint8_t *recentre;
     char *scales;
+    char *weights, *biases; /* a row of each, where neighbours share one */
     char *tile, *extra, *third;
     ptrdiff_t tile_size;   /* bytes of each of the three */
     float *converted;      /* two tiles of short groups */
@@ -242,6 +250,8 @@ static inline void lay_out(const Forward *q, Scratch *h) {
     h->sums = take(m, 3 * row);
     h->recentre = take(m, width);
     h->scales = take(m, SCALE_BYTES * width);
+    h->weights = take(m, q->shared ? row : 0);
+    h->biases = take(m, q->shared ? row : 0);
     h->ready = NULL;
     h->guarded = q->guarded;
 }

@@ -57,6 +57,16 @@ FN_INLINE int spread(const Scales_f32 *s, ptrdiff_t g, ptrdiff_t k, int lost, co
     }
     return any;
 }
+/* The scales of n groups, one for each of their k columns. */
+FN_APART void widen(const Scales_f32 *s, ptrdiff_t n, ptrdiff_t k) {
+    for (ptrdiff_t g = n - 1; g >= 0; g--) {
+        const float hi = s->hi[g], r = s->r[g], shift = s->shift[g];
+        float *FN_RESTRICT his = s->hi + g * k, *FN_RESTRICT rs = s->r + g * k;
+        float *FN_RESTRICT shifts = s->shift + g * k;
+        for (ptrdiff_t i = 0; i < k; i++) his[i] = hi, rs[i] = r, shifts[i] = shift;
+        memset(s->out_of_range + g * k, s->out_of_range[g], (size_t)k);
+    }
+}
 /* Loops of their own: several quotients, and roots, at once. */
 FN_APART void moments_to_scale(ptrdiff_t n, const double *FN_RESTRICT m,
                                     double *FN_RESTRICT mean, double *FN_RESTRICT low,
@@ -100,16 +110,19 @@ static void finalize_f32(const Forward *q, const Item *it, const double *m, Scal
     s->folded = q->foldable && !q->weight.p && !q->bias.p &&
                 !(q->tabulated && (q->weight.a || q->bias.a));
     if (s->folded) {
-        w = (const float *)first_of(q, &q->weight, it, it->c, it->width, &w_step);
-        b = (const float *)first_of(q, &q->bias, it, it->c, it->width, &b_step);
+        w = weights_at(q, &q->weight, it, &w_step);
+        b = weights_at(q, &q->bias, it, &b_step);
     }
     const Scales_f32 into = *s; /* a copy: bytes written through it are none of its pointers */
     const int apart = q->weight.data && !q->foldable && !q->given && q->scaling == RSTD;
+    /* neighbours with the same weights have one scale */
+    const ptrdiff_t own = q->shared || (!w_step && !b_step) ? 1 : k;
     int any = 0;
     for (ptrdiff_t g = 0; g < n; g++) {
         const int lost = apart && loses_digits(own_var[g], into.rstd[g]);
-        any |= spread(&into, g, k, lost, w, w_step, b, b_step);
+        any |= spread(&into, g, own, lost, w, w_step, b, b_step);
     }
+    if (own < k) widen(&into, n, k);
     s->any_out_of_range = any;
     if (s->any_out_of_range)
         for (ptrdiff_t j = n * k - 1; j >= 0; j--) {

@@ -197,6 +197,18 @@ static void T(strided_moments)(const Forward *q, const Item *it, ptrdiff_t first
     }
 #endif
 }
+/* Weights of an item's columns: those of row r where they lie, or, shared by neighbours, a row. */
+static const REAL *T(weights_of)(const Forward *q, const Operand *o, const Item *it, Run r,
+                                 char *memory) {
+    if (!q->shared || !o->data) return (const REAL *)rows_of(o, it, r);
+    const ptrdiff_t k = q->neighbours;
+    REAL *row = (REAL *)memory;
+    ptrdiff_t step;
+    const REAL *own = weights_at(q, o, it, &step);
+    for (ptrdiff_t g = 0; g < it->width / k; g++)
+        for (ptrdiff_t i = 0; i < k; i++) row[g * k + i] = own[g * step];
+    return row;
+}
 /* Rows [first, last) of an item, from x to y. */
 static void T(strided_output)(Forward *q, const Item *it, const T(Scales) *s, ptrdiff_t first,
                               ptrdiff_t last, Scratch *h) {
@@ -228,8 +240,10 @@ static void T(strided_output)(Forward *q, const Item *it, const T(Scales) *s, pt
         j.y = (REAL *)rows_of(&q->y, it, r), j.y_step = q->y.s / size;
         j.residual = (const REAL *)rows_of(&q->residual, it, r);
         j.residual_step = q->residual.s / size;
-        j.w = IS_FLOAT && at_once ? NULL : (const REAL *)rows_of(w, it, r);
-        j.b = IS_FLOAT && at_once ? NULL : (const REAL *)rows_of(b, it, r);
+        if (!(IS_FLOAT && at_once) && (i == first || !q->shared)) {
+            j.w = T(weights_of)(q, w, it, r, h->weights);
+            j.b = T(weights_of)(q, b, it, r, h->biases);
+        }
         if (!at_once) {
             T(Loop) one = j; /* its steps are taken apart there */
             T(normalize_by_tiles)(q, s, 0, IN_RANGE, &one, h);

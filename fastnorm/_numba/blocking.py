@@ -28,7 +28,7 @@ NUMBERS = (
     "activation_first", "non_temporal", "residual_real", "addend_real", "foldable", "folded_groups",
     "whole_sums", "whole_output", "length", "width", "chunks", "items", "block", "splits", "parts",
     "scales", "plain", "direct", "fields", "raised", "kept",
-    "alone", "direct_non_temporal", "relu",
+    "alone", "direct_non_temporal", "relu", "shared",
 )  # fmt: skip
 
 

@@ -347,20 +347,22 @@ def spread(q, a, b, c, width, scale, along, kind):
     shift = r + 8 * width
     out_of_range = shift + 8 * width
     folded = q.foldable != 0 and not is_double(kind)
+    own = k if q.shared else 1  # columns with one weight
     weight = 0
     bias = 0
     if folded and q.weight.data != 0:
-        weight = at(q.weight, a, b) + c * q.weight.c
+        weight = at(q.weight, a, b) + c // own * q.weight.c
     if folded and q.bias.data != 0:
-        bias = at(q.bias, a, b) + c * q.bias.c
+        bias = at(q.bias, a, b) + c // own * q.bias.c
     any_out_of_range = False
     for g in range(groups):
         mean = read(scale, g, np.float64)
         rstd = read(scale, 2 * groups + g, np.float64)
         lo = (mean - np.float64(real(mean, kind))) + read(scale, groups + g, np.float64)
         for j in range(g * k, g * k + k):
-            w = np.float64(read_real(weight + j * q.weight.c, 0, kind)) if weight != 0 else 1.0
-            v = np.float64(read_real(bias + j * q.bias.c, 0, kind)) if bias != 0 else 0.0
+            i = j // own
+            w = np.float64(read_real(weight + i * q.weight.c, 0, kind)) if weight != 0 else 1.0
+            v = np.float64(read_real(bias + i * q.bias.c, 0, kind)) if bias != 0 else 0.0
             write(hi, j, real(mean, kind))
             write(r, j, real(rstd * w, kind))
             write(shift, j, real(v - lo * (rstd * w), kind))
@@ -370,6 +372,21 @@ def spread(q, a, b, c, width, scale, along, kind):
             write(out_of_range, j, 1.0 if apart else 0.0)
             any_out_of_range = any_out_of_range or apart
     return any_out_of_range
+
+
+@inner
+def shared_row(q, o, place, row, kind):
+    """A row of weights of which each group of neighbours shares one; 0 where there are none."""
+    a, b, c, width = place
+    if o.data == 0:
+        return 0
+    k = q.neighbours
+    own = at(o, a, b) + c // k * o.c
+    for g in range(width // k):
+        for j in range(g * k, g * k + k):
+            write(row, j, read_real(own, 0, kind))
+        own += o.c
+    return row
 
 
 @inner
@@ -457,8 +474,13 @@ def apply_columns(q, place, split, scale, along, any_out_of_range, room, kinds):
     affined = (q.foldable == 0 or is_double(kind)) and not q.activation_first
     wv = 1 if q.weight.c != 0 else 0
     bv = 1 if q.bias.c != 0 else 0
+    number = 8 if is_double(kind) else 4  # bytes of one that is computed in
     folded = q.foldable != 0 and size_of(kind) == 4 and not any_out_of_range
     folded = folded and (q.activation == 0 or q.relu != 0)
+    shared_weight = shared_bias = 0
+    if q.shared:
+        shared_weight = shared_row(q, q.weight, place, along + 32 * width, kind)
+        shared_bias = shared_row(q, q.bias, place, along + 40 * width, kind)
     p = first // q.s
     t = first - p * q.s
     for _ in range(first, last):
@@ -466,11 +488,11 @@ def apply_columns(q, place, split, scale, along, any_out_of_range, room, kinds):
             p, t = p + 1, 0
         x = at(source, a, b) + c * source.c + p * source.p + t * source.s
         y = at(q.y, a, b) + c * q.y.c + p * q.y.p + t * q.y.s
-        weight = 0
-        bias = 0
-        if q.weight.data != 0:
+        weight = shared_weight
+        bias = shared_bias
+        if q.weight.data != 0 and not q.shared:
             weight = at(q.weight, a, b) + c * q.weight.c + p * q.weight.p + t * q.weight.s
-        if q.bias.data != 0:
+        if q.bias.data != 0 and not q.shared:
             bias = at(q.bias, a, b) + c * q.bias.c + p * q.bias.p + t * q.bias.s
         w = weight if affined else 0
         v = bias if affined else 0
@@ -506,7 +528,7 @@ def apply_columns(q, place, split, scale, along, any_out_of_range, room, kinds):
                 ):
                     apply_out_of_range(
                         x + j * source.c,
-                        target + j * (8 if is_double(kind) else 4),
+                        target + j * number,
                         1,
                         (
                             read(s, 0, np.float64),
@@ -515,8 +537,8 @@ def apply_columns(q, place, split, scale, along, any_out_of_range, room, kinds):
                             read(s, 3 * groups, np.float64),
                         ),
                         (
-                            0 if w == 0 else w + j * q.weight.c,
-                            0 if v == 0 else v + j * q.bias.c,
+                            0 if w == 0 else w + j * wv * number,
+                            0 if v == 0 else v + j * bv * number,
                             0,
                             0,
                         ),

@@ -270,7 +270,7 @@ def _plan(layout: Layout, schedule: ForwardSchedule, dtypes: Dtypes, asked: _Ask
         residual_real, addend_real, foldable, folded_groups, _planes_follow(layout, source),
         written and _planes_follow(layout, source, "y"), length, width, chunks, items,
         numeric.block, numeric.splits, 0, 0, 0, 0, 0, 0, kept, alone,
-        non_temporal and foldable and kind is np.float32, activation == 1, eps,
+        non_temporal and foldable and kind is np.float32, activation == 1, layout.shared, eps,
     )  # fmt: skip
     return _Plan(
         record.view(np.int64),

@@ -108,10 +108,13 @@ def runs(record, memory, turn, turns, task, kind, tiled):
 
 @register_jitable
 def columns_parts(width):
-    """Numbers of each part: four moments, scales, three sums, what goes along, tile, spare."""
+    """Numbers of each part: four moments, scales, three sums, what goes along, tile, spare.
+
+    Along with a row go four numbers for each column, and its weights and biases.
+    """
     moments = FIELDS * width
     return (
-        moments, moments, moments, moments, SCALE * width, 3 * width, 4 * width, width, width
+        moments, moments, moments, moments, SCALE * width, 3 * width, 6 * width, width, width
     )  # fmt: skip
 
 

@@ -29,6 +29,14 @@ def forward(p: Problem, kernels: Any) -> None:
     given |= {"mean": p.mean, "var": p.var, "stats": p.rstd}
     operands = ascending(given) if min(p.x.strides, default=0) < 0 else given
     layout = layout_of(operands, p.reduced)
+    if not p.given and (layout is None or layout.columns):
+        # how a mask or a residual lies decides no bit: where the walk would be another it is copied
+        like = _in_order_of_x(operands)
+        own = layout_of(operands | like, p.reduced) if like else layout
+        if own is not None and not own.sums_as(layout):
+            for name, array in like.items():
+                array[...] = operands[name]
+            operands, layout, p.ticket = operands | like, own, None
     if p.y is not None and p.y.strides != p.x.strides:
         # where the result goes decides no bit: where the walk would be another it is copied there
         y = _lying_as(p.x, p.y.dtype)
@@ -157,6 +165,19 @@ def _sample(p: P, i: int) -> P:
         if isinstance(array, np.ndarray)
     }
     return replace(p, **parts, ticket=None)
+
+
+def _in_order_of_x(operands: dict[str, Any]) -> dict[str, Any]:
+    """New arrays for a mask and a residual that do not lie in the order of x, without gaps."""
+    found = {}
+    for name in ("mask", "residual"):
+        array = operands.get(name)
+        if array is None:
+            continue
+        packed = ordered(array.shape, array.dtype, operands["x"].strides)
+        if packed.strides != array.strides:
+            found[name] = packed
+    return found
 
 
 def _read_like_x(operands: dict[str, Any]) -> dict[str, Any]:

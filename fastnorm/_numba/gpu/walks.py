@@ -59,7 +59,7 @@ def described(
     all operands but those `kept` as they are.
     """
     operands = ascending(operands)
-    layout = layout_of(operands, reduced)
+    layout = layout_of(operands, reduced, sharing=False)
     if layout is not None:
         return layout, operands, lambda: None
     order = sorted(range(len(reduced)), key=lambda axis: reduced[axis])
@@ -72,7 +72,7 @@ def described(
             if name not in written:  # a parameter of every element's own
                 moved[name] = broadcast_to(moved[name], shape)
             moved[name] = moved[name].copy()
-    layout = layout_of(moved, tuple(sorted(reduced)))
+    layout = layout_of(moved, tuple(sorted(reduced)), sharing=False)
     assert layout is not None, "contiguous operands always have a layout"
 
     def write_back() -> None:

@@ -205,6 +205,25 @@ def test_arrays_that_lie_in_any_way(op: Any) -> None:
 
 
 @on_every_backend
+@by_layout
+@by_operation
+def test_how_dy_and_a_residual_lie_decides_no_bit(op: Any, layout: str) -> None:
+    for shape in ((3, 8, 5, 6), (4, 16, 3, 3), (1, 8, 5, 6)):
+        x, dy, residual = (LAYOUTS[layout](data(shape, F32, seed=i)) for i in range(3))
+        p = parameters(op, x)
+        stats = statistics(op, x, p)
+        options = keywords(op, p) | taken(op, p) | {"activation": "gelu_tanh"}
+        back = getattr(fn, str(op.backward))
+        right = back(dy, x, *stats, residual=residual, **options)
+        room = np.zeros((2, *shape[:-1], 2 * shape[-1]), np.float32)
+        room[0, ..., ::2], room[1, ..., ::2] = dy, residual
+        for turn in LAYOUTS.values():
+            for d, r in ((turn(dy), residual), (dy, turn(residual)), room[..., ::2]):
+                for a, b in zip(right, back(d, x, *stats, residual=r, **options)):
+                    assert_same_bits(a, b)
+
+
+@on_every_backend
 @by_operation
 def test_where_and_given_statistics(op: Any) -> None:
     x, dy = data((4, 8, 5, 6), F32), data((4, 8, 5, 6), F32, seed=1)

@@ -142,6 +142,33 @@ static void check_storage(void) {
     }
 }
 
+/* By the difference quotient of the fourth order; kinks lie between the numbers. */
+static long double slope_at(double t, Activation activation) {
+    const double h = 1.0 / 1024;
+    const double inner = activated_f64(t + h, activation) - activated_f64(t - h, activation);
+    const double outer = activated_f64(t + 2 * h, activation) - activated_f64(t - 2 * h, activation);
+    return (8.0L * inner - outer) / (12 * h);
+}
+static void check_slopes(Activation activation, double most) {
+    for (int k = 0; k < LENGTHS_OF; k++) {
+        const ptrdiff_t n = LENGTHS[k];
+        double v[MOST], dy[MOST], t[MOST];
+        float f[MOST], g[MOST];
+        fill(dy, n, 0.0, F32);
+        for (ptrdiff_t i = 0; i < n; i++) {
+            v[i] = t[i] = f[i] = (float)(ceil(64 * most * number_at_random()) + 0.5) / 64;
+            g[i] = (float)dy[i];
+        }
+        multiply_by_slope_f32(f, g, n, activation);
+        multiply_by_slope_f64(t, dy, n, activation);
+        for (ptrdiff_t i = 0; i < n; i++) {
+            const long double right = dy[i] * slope_at(v[i], activation);
+            check_close("slope of floats", i, f[i], right, 3e-7L);
+            check_close("slope of doubles", i, t[i], right, 1e-9L);
+        }
+    }
+}
+
 /* ---- passes: any layout, against loops that follow its strides ---- */
 
 typedef struct {
@@ -299,6 +326,8 @@ int main(int arguments, char **argument) {
             check_columns(rows, width, 0), check_columns(rows, width, 1);
     for (ptrdiff_t n = 1; n < MOST; n += 37) check_merge(n, 0), check_merge(n, n / 3);
     check_storage();
+    for (int activation = RELU; activation <= GELU_TANH; activation++)
+        check_slopes(activation, 7.0), check_slopes(activation, 60.0);
     for (size_t k = 0; k < sizeof CASES / sizeof *CASES; k++) {
         const Layout *l = &LAYOUTS[CASES[k].layout];
         if (arguments == 1 || room_of(l, l->x) <= 5000) check_pass(&CASES[k]);

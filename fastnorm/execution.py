@@ -20,6 +20,7 @@ from fastnorm.arguments import (
     Array,
     as_array,
     asked,
+    cast,
     check_activation,
     check_derivative,
     check_out,
@@ -399,7 +400,7 @@ class Gradients(Request[R]):
         dresidual = slope
         if self.after.activation is None or slope.dtype != dtype:
             dresidual = _empty_as(array, dtype)
-            assign(dresidual, slope)
+            assign(dresidual, slope if isinstance(slope, ArrayView) else cast(slope, dtype))
         return *found, delivered(dresidual, self.after.residual)
 
     def _activated(self, dy: Array, mean: Array | None, rstd: Array, ticket: Any) -> Array:

@@ -6,7 +6,7 @@ activation there, and the reference's gradient.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -26,7 +26,6 @@ from .helpers import (
     call,
     data,
     epsilon,
-    expected,
     guarded_copy,
     named,
     non_temporal,
@@ -36,6 +35,7 @@ from .helpers import (
 from .test_backward import (
     BACKWARD,
     LAYOUTS,
+    along,
     by_layout,
     by_operation,
     exact_gradients,
@@ -43,6 +43,7 @@ from .test_backward import (
     on_every_backend,
     parameters,
     sizes,
+    spread_weight,
     statistics,
 )
 
@@ -66,7 +67,7 @@ def cube_slope(v):
     return 3 * v * v
 
 
-def slope(activation: Any, z: Array) -> Array:
+def slope_of(activation: Any, z: Array) -> Array:
     """The derivative in long double: that of a kink's right side is not asked for here."""
     if activation == "relu":
         return (z > 0).astype(z.dtype)
@@ -75,15 +76,52 @@ def slope(activation: Any, z: Array) -> Array:
     if activation is cube:
         return 3 * z * z
     f = _formulas.ACTIVATIONS[activation]
+    z = np.clip(z, -300, 300)  # beyond, all or nothing passes
     # of the fourth order: 1e-3 to the fourth, and 1e-19 over the step
     h = np.longdouble(1e-3)
-    return (8 * (f(z + h) - f(z - h)) - (f(z + 2 * h) - f(z - 2 * h))) / (12 * h)
+    with np.errstate(all="ignore"):
+        return (8 * (f(z + h) - f(z - h)) - (f(z + 2 * h) - f(z - 2 * h))) / (12 * h)
 
 
 def taken(op: Any, p: Parameters, residual: Any = None) -> Parameters:
     """What the backward function takes besides: bias and residual."""
     found = {} if residual is None else {"residual": residual}
     return found | ({"bias": p["bias"]} if op.name != "rms_norm" and "bias" in p else {})
+
+
+class Found(NamedTuple):
+    """What goes into the activation, and how far off dy times the slope may be."""
+
+    z: Array
+    loose: Array
+
+
+def off_by(
+    op: Any, dy: Any, x: Any, stats: Any, p: Parameters, added: Parameters, activation: Any
+) -> Found:
+    """By given statistics, in long double.
+
+    What goes into the slope is off by 8 halves of the sizes of its terms; where a kink lies within
+    that, either side is right. The slope is off by 8 more, and by 1e-11 the oracle's.
+    """
+    half = epsilon(F64 if x.dtype.itemsize == 8 else F32) / 2
+    mean, rstd = (
+        np.asarray(along(op, s, x, p), np.longdouble) for s in (0 * stats[-1], *stats)[-2:]
+    )
+    parts = [(np.asarray(x).astype(np.longdouble) - mean) * rstd * spread_weight(op, x, p)]
+    if "bias" in added:
+        parts.append(spread_weight(op, x, without(p, "weight_offset") | {"weight": added["bias"]}))
+    if "residual" in added:
+        parts.append(np.asarray(added["residual"]).astype(np.longdouble))
+    z, terms = sum(parts), sum(abs(part) for part in parts)
+    size = abs(np.asarray(dy).astype(np.float64))
+    bend = BEND if activation is not cube else 6 * (1 + abs(z))
+    off = 8 * half * terms
+    loose = size * (bend * off + 16 * half * (1 + abs(slope_of(activation, z))) + 1e-11)
+    if activation in ("relu", "relu6"):
+        kink = (abs(z) <= off) | ((activation == "relu6") & (abs(z - 6) <= off))
+        loose = loose + np.where(kink, size, 0)
+    return Found(z, loose.astype(np.float64))
 
 
 def check(
@@ -94,24 +132,11 @@ def check(
     back = getattr(fn, str(op.backward))
     options = keywords(op, p) | taken(op, p, residual) | {"activation": activation} | more
     got = back(dy, x, *stats, **options)
-    added = {} if residual is None else {"residual": residual}
-    z = np.asarray(expected(op, x, p, **added), np.longdouble)
-    g = dy.astype(np.longdouble) * slope(activation, z)
-    exact = exact_gradients(op, g, x, stats, p)
-    # what goes into the slope is off by 8 halves of the sizes of its terms; where a kink lies
-    # within that, either side is right; the slope is off by 8 more, and by 1e-11 the oracle's
     computing = F64 if x.dtype.itemsize == 8 else F32
-    half = epsilon(computing) / 2
-    apart = without(p, "bias")
-    terms = abs(np.asarray(expected(op, x, apart), np.float64))
-    terms = terms + abs(np.asarray(z, np.float64) - np.asarray(expected(op, x, apart), np.float64))
-    bend = BEND if activation is not cube else 6 * (1 + abs(z))
-    off = 8 * half * terms
-    loose = abs(dy.astype(np.float64)) * (bend * off + 16 * half * (1 + abs(g)) + 1e-11)
-    if str(activation).startswith("relu"):
-        kink = (abs(z) <= off) | ((activation == "relu6") & (abs(z - 6) <= off))
-        loose = loose + np.where(kink, abs(dy.astype(np.float64)), 0)
-    passed = sizes(op, loose.astype(np.float64), x, stats, p)
+    z, loose = off_by(op, dy, x, stats, p, taken(op, p, residual), activation)
+    g = dy.astype(np.longdouble) * slope_of(activation, z)
+    exact = exact_gradients(op, g, x, stats, p)
+    passed = sizes(op, loose, x, stats, p)
     halves = sizes(op, np.asarray(abs(g), np.float64), x, stats, p)
     for value, right, more_off, size in zip(got, exact, passed, halves):
         terms_added = x.size if computing == F64 else 0
@@ -240,7 +265,7 @@ def test_inference_of_batch_norm() -> None:
     got = fn.batch_norm_backward(dy, x, mean, rstd, w, training=False, bias=b, activation="silu")
     xhat = (x - mean.reshape(places)) * rstd.reshape(places)
     z = xhat * w.reshape(places) + b.reshape(places)
-    g = dy * np.asarray(slope("silu", z.astype(np.longdouble)), np.float64)
+    g = dy * np.asarray(slope_of("silu", z.astype(np.longdouble)), np.float64)
     right = g * (w * rstd).reshape(places), (g * xhat).sum((0, 2, 3)), g.sum((0, 2, 3))
     for value, exact in zip(got, right):
         np.testing.assert_allclose(value, exact, rtol=0, atol=1e-10 * abs(exact).max())
@@ -278,6 +303,20 @@ def test_repeated_calls_have_the_same_bits(op: Any, dtype: Any, layout: str) -> 
     for one, (dy, x, stats, options) in zip(first, other):
         for a, b in zip(one, back(dy, x, *stats, **options)):
             assert_same_bits(a, b)
+
+
+def test_windows_that_overlap() -> None:
+    """Axes with the same step, which an array for the gradient may take in either order."""
+    for dtype in DTYPES:
+        x = np.lib.stride_tricks.sliding_window_view(data((40,), dtype), (6,)).copy()
+        windows = np.lib.stride_tricks.sliding_window_view(data((40,), dtype), 6)
+        dy, residual = data(windows.shape, dtype, seed=1), data(windows.shape, dtype, seed=2)
+        _, mean, rstd = fn.layer_norm(windows, 6, return_stats=True)
+        options = {"activation": "silu", "residual": residual}
+        right = fn.layer_norm_backward(dy, x, mean, rstd, 6, **options)
+        for _ in range(3):
+            for a, b in zip(right, fn.layer_norm_backward(dy, windows, mean, rstd, 6, **options)):
+                assert_same_bits(a, b)
 
 
 def copy_of(case: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -355,8 +394,7 @@ def test_slopes_of_any_number(activation: str, dtype: Any) -> None:
         np.ones_like(x, np.float32), x, zero, one, len(z), bias=z, activation=activation,
         residual=np.zeros_like(z)[None],
     )[-1][0]  # fmt: skip
-    with np.errstate(over="ignore"):
-        right = slope(activation, np.clip(z.astype(np.longdouble), -300, 300))
+    right = slope_of(activation, z.astype(np.longdouble))
     if activation.startswith("relu"):
         assert np.array_equal(got, right)
         return

@@ -270,6 +270,7 @@ def draw(
         case["dy scale"] = often(choose, 1.0, [1e38, 1e38, 1e30, 1e-30, 1e-38, 0.0], 3)
         case["dy layout"] = case["layout"] if one_in(choose, 2) else layout(choose)
         case["statistics layout"] = layout(choose)
+        case["through"] = one_in(choose, 2)  # what was added and activated
     if op.elementwise_backward:
         case["backward"] = one_in(choose, 2)
         case["dy dtype"] = often(choose, None, dtypes, 3)

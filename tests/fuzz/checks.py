@@ -793,8 +793,12 @@ def _check_moments(call: Call, x: Array, results: Results, bad: Array) -> None:
 
 def _check_backward(call: Call, bad: Array) -> None:
     from tests import test_backward as back  # pytest and hypothesis with it
+    from tests.test_through_activation import off_by, slope_of
 
     case, op = call.case, call.op
+    added: tuple[str, ...] = ()
+    if case["through"]:
+        added = ("residual",) if op.name == "rms_norm" else ("bias", "residual")
     forward = {k: v for k, v in call.options.items() if k not in ("activation", "return_stats")}
     given = {n: a for n, a in call.arrays.items() if n not in ("x", "residual")}
     call.restore()
@@ -803,7 +807,7 @@ def _check_backward(call: Call, bad: Array) -> None:
     call.restore()
     memory = Call.__new__(Call)
     memory.__dict__ |= call.__dict__
-    memory.arenas = {n: a for n, a in call.arenas.items() if n in ("x", "weight", "where")}
+    memory.arenas = {n: a for n, a in call.arenas.items() if n in ("x", "weight", "where", *added)}
     memory.arrays = {}
     for arena in memory.arenas.values():
         arena.written = []
@@ -818,7 +822,11 @@ def _check_backward(call: Call, bad: Array) -> None:
     for arena in memory.arenas.values():
         arena.remember()
     p = call.options | {n: a for n, a in call.arrays.items() if n in ("weight", "where")}
-    keywords = back.keywords(op, p)
+    keywords = back.keywords(op, p) | {n: call.arrays[n] for n in added if n in call.arrays}
+    activation = call.options.get("activation") if case["through"] else None
+    if activation is not None:
+        keywords |= {"activation": activation}
+        keywords |= {} if isinstance(activation, str) else {"derivative": "central"}
     x, dy = call.arrays["x"], memory.arrays["dy"]
 
     def backward() -> Any:
@@ -835,6 +843,7 @@ def _check_backward(call: Call, bad: Array) -> None:
     if part is not None:
         weight = {"weight": part(p["weight"])} if "weight" in p and "weight" in keywords else {}
         mask = {"where": part(p["where"])} if "where" in p else {}
+        mask |= {n: part(keywords[n]) for n in added if n in keywords}
         one = getattr(fn, str(op.backward))(
             part(dy), part(x), *map(part, stats), **keywords | weight | mask
         )
@@ -857,9 +866,17 @@ def _check_backward(call: Call, bad: Array) -> None:
     slope = Call._plainly(dy)
     values = tuple(Call._plainly(s) for s in stats)
     wide = plain.astype(np.float64) if plain.dtype.kind in "iub" else plain
+    loose: Any = 0.0
+    if activation is not None:
+        if not isinstance(activation, str):
+            return
+        others = {n: call.plain[n] for n in added if n in call.plain}
+        found = off_by(op, slope, wide, values, p, others, activation)
+        slope, loose = slope_of(activation, found.z) * slope.astype(np.longdouble), found.loose
     exact = back.exact_gradients(op, slope, wide, values, p)
     with np.errstate(all="ignore"):
         sizes = back.sizes(op, slope, wide, values, p)
+        more = back.sizes(op, loose + 0 * slope, wide, values, p)
     judged: Any = True  # dweight
     if "inference" in op.label:
         # whether xhat is in range is not for its statistics to say
@@ -868,12 +885,12 @@ def _check_backward(call: Call, bad: Array) -> None:
             judged = abs((wide.astype(np.float64) - mean) * spread) < 1e30
     names = ("dx", "dweight", "dbias")
     least = unit(0.0, call.computing)
-    for name, value, right, size in zip(names, results, exact, sizes):
+    for name, value, right, size, off in zip(names, results, exact, sizes, more):
         terms = wide.size // max(1, min(right.size, values[-1].size))
         added = terms if call.computing == F64 else 0
         error = (8 + added / 2) * epsilon(call.computing) * np.asarray(size, np.longdouble)
         # a product below the normal numbers is half of the least number off; of dx, times rstd
-        error = error + least * (terms if name != "dx" else 4 * max(1.0, values[-1].max()))
+        error = error + off + least * (terms if name != "dx" else 4 * max(1.0, values[-1].max()))
         value = value.astype(value.dtype.newbyteorder("="))
         if name != "dweight" or np.all(judged):
             compare(value, right, error, call.computing, True, f"{op.backward}: {name}")

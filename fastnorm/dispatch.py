@@ -192,11 +192,12 @@ class _Function:
         if (
             self.repeats
             and chosen_backend() == "numba"
-            and all(call[i] is None for i in self.uncached)
+            and (not self.uncached or all(call[i] is None for i in self.uncached))
         ):
             answer, repeat = repeated.find(self, call)
-            if answer is not None:
-                return answer(call)
+            found = None if answer is None else answer(call)
+            if found is not None:
+                return found
         ticket = None if self.cached is None else self.cached.ticket(call)
         named = dict(zip(self.names, call))
         for name, check, may_be_none in self.checks:

@@ -15,6 +15,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fastnorm._formulas import rstd_of
 from fastnorm.arguments import (
     Activation,
     Array,
@@ -77,18 +78,6 @@ def delivered(y: Array, x: ArrayLike, out: Array | None = None) -> Array:
     if isinstance(dtype, np.dtype) and not dtype.isnative and is_float(dtype):
         return y.astype(dtype)
     return y
-
-
-def reciprocal(divisor: Array) -> Array:
-    """1 / divisor, and 0 where that is 1 / 0: such a group is constant."""
-    with np.errstate(all="ignore"):
-        return np.where(divisor == 0, 0.0, 1.0 / divisor)
-
-
-def rstd_of(var: Array, eps: float) -> Array:
-    """1 / sqrt(var + eps)."""
-    with np.errstate(all="ignore"):
-        return reciprocal(np.sqrt(var + eps))
 
 
 def unknown(array: Array, shape: Sequence[int], count: int = 3) -> tuple[Array, ...]:

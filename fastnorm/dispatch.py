@@ -208,8 +208,7 @@ class _Function:
         if adapter is not None:
             return self.sent(adapter, named)
         request: Request[Any] = self.body(**named)
-        running = getattr(request, "running", None)
-        if repeat is None or (running is not None and running.moves):
+        if repeat is None:
             return request.answer(ticket)
         result = request.answer(repeat)
         repeat.keep(result)

@@ -30,14 +30,16 @@ class Repeat:
 
     `answer` is given the results of this one, new arrays, which those of others are like. It
     returns None where there is no such way. `out` is the place of the array that is to be written.
+    `moves` moves running statistics: (running_mean, running_var) by a mean and a variance.
     """
 
-    __slots__ = ("answer", "call", "key", "names", "out")
+    __slots__ = ("answer", "call", "key", "moves", "names", "out")
 
     def __init__(self, key: tuple[Any, ...], call: tuple[Any, ...], names: tuple[str, ...]) -> None:
         self.key, self.call, self.names = key, call, names
         out = names.index("out") if "out" in names else None
         self.out = None if out is None or call[out] is None else out
+        self.moves: Callable[[tuple[Any, ...], Array, Array], None] | None = None
         self.answer: Callable[[Sequence[Array]], Answer | None] | None = None
 
     def places(self, arrays: Mapping[str, Array | None]) -> dict[str, int] | None:

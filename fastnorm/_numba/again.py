@@ -19,7 +19,7 @@ from fastnorm._numba.extents import size_of_room
 from fastnorm._numba.launch import address, carry_back, scratch, share, totals
 from fastnorm._numba.memory import alone
 from fastnorm._numba.plans import AT, BACK_DATA_OF, BACK_OWN, DATA_OF, BackPlan, Plan, tell_in_place
-from fastnorm.arguments import writes_apart
+from fastnorm.arguments import is_plain, writes_apart
 from fastnorm.layout import Layout
 from fastnorm.problem import OPERANDS
 from fastnorm.repeated import Answer, Repeat, is_like
@@ -47,6 +47,11 @@ def _names_of(results: Sequence[Array], arrays: Mapping[str, Array | None]) -> l
     return found
 
 
+def can_move(running: Array) -> bool:
+    """Whether running statistics are written where they are."""
+    return is_plain(running) and running.flags.writeable
+
+
 def of_pass(
     plan: Plan,
     arrays: Mapping[str, Array | None],
@@ -71,6 +76,9 @@ def of_pass(
     new = [r for r, name in zip(results, made) if name in full and (name == "total" or out is None)]
     if not all(is_like(result, repeat.call[places["x"]]) for result in new):
         return None
+    moves, moved = repeat.moves, [0, 0]
+    if moves is not None:
+        moved = [repeat.names.index(name) for name in ("running_mean", "running_var")]
     template, kernel, items, room = plan.template, plan.kernel, plan.items, plan.room
     of_x, given = places["x"], [(DATA_OF[name], place) for name, place in places.items()]
     at_x, at_y, at_residual, at_mean, at_var = (
@@ -86,6 +94,9 @@ def of_pass(
 
     def answer(call: tuple[Any, ...]) -> Any:
         x, record = call[of_x], template.copy()
+        targets = call[moved[0]], call[moved[1]]
+        if moves is not None and not all(t is None or can_move(t) for t in targets):
+            return None
         _memory, start = scratch(size + more)
         for place, i in given:
             record[place] = address(call[i])
@@ -108,6 +119,12 @@ def of_pass(
                 record[place] = address(results[-1])
             for place in unread:
                 record[place] = start + size
+            if moves is not None:
+                mean, var = np.empty((2, groups))
+                record[at_var] = address(var)
+                if len(results) > 1:
+                    mean = results[1]
+                record[at_mean] = address(mean)
         else:
             with np.errstate(all="ignore"):  # of a signaling NaN
                 mean = call[running[0]].astype(np.float64, order="C")
@@ -126,6 +143,8 @@ def of_pass(
         else:
             static = schedule.sharing(threads) == "static"
             share(kernel, address(record), items, threads, WHOLE, room, static)
+        if moves is not None:
+            moves(targets, mean, var)
         return y if len(results) == 1 else tuple(results)
 
     return answer

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from fastnorm._numba import backward
+from fastnorm._numba import back_sums
 from fastnorm._numba.again import of_backward, of_pass
 from fastnorm._numba.blocking import ADDRESSES
 from fastnorm._numba.extents import CHECKED, watched
@@ -204,6 +204,6 @@ def run_backward(
                     five = (*five[:3], 1, five[3]) if layout.columns else (*five, 1)
                 _in_five(gradient, own_weights, dims)[...] = total.reshape(five)
     if isinstance(ticket, Repeat) and plan.flat and not CHECKED:
-        given = dict(zip(backward.OPERANDS, operands))
+        given = dict(zip(back_sums.OPERANDS, operands))
         ticket.answer = partial(of_backward, plan, layout, given, training, ticket)
     return True

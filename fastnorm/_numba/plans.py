@@ -13,7 +13,15 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from fastnorm._numba import activations, backward, blocking, forward
+from fastnorm._numba import (
+    activations,
+    back_columns,
+    back_rows,
+    back_sums,
+    backward,
+    blocking,
+    forward,
+)
 from fastnorm._numba.blocking import ADDRESSES, PASS
 from fastnorm._numba.memory import COUNTERS, SOURCES, compiling
 from fastnorm.layout import Layout
@@ -239,13 +247,13 @@ def back_plan_of(
     cells = 0
     owners: tuple[int, ...] = ()
     sums: tuple[int, ...] = (a, b, 1, segments, 2) if joined else (a, b, p, segments // p, 2)
-    terms = a * b * backward.TERMS
+    terms = a * b * back_sums.TERMS
     if layout.columns:
         width, chunks = numeric.width, numeric.chunks
         items = a * b * chunks
-        compiler, room = backward.compile_columns, backward.columns_parts(width)
+        compiler, room = backward.compile_columns, back_columns.columns_parts(width)
         sums = (a, b, segments, 2 * c)
-        terms = items * backward.OF_COLUMN * width
+        terms = items * back_columns.OF_COLUMN * width
     elif not inside:
         if p > 1 and s * size < SHORT_RUN_BYTES:
             # planes of a group that follow one another are walked as they lie, unless they are few
@@ -254,7 +262,7 @@ def back_plan_of(
             width = max(1, min(most // (p * s), b, TILE_GROUPS))
         chunks = -(-b // width)
         items = a * chunks
-        compiler, room = backward.compile_planes, backward.RUNS_PARTS
+        compiler, room = backward.compile_planes, back_rows.RUNS_PARTS
     else:
         owners = (a if shared[0] else 1, b if shared[1] else 1, p if shared[2] else 1)
         items = owners[0] * owners[1]
@@ -265,12 +273,12 @@ def back_plan_of(
         parts = numeric.parts
         together = BACKWARD_SHARED_RUNS if numeric.sweeps else schedule.together
         turns = items * owners[2] * -(-s // BACKWARD_CHUNK)
-        compiler, room = backward.compile_rows, backward.RUNS_PARTS
+        compiler, room = backward.compile_rows, back_rows.RUNS_PARTS
     # those who share a weight, and their segments, at once: in the order of memory, as Cython does
     own = [stride != 0 for stride in shared]
     own[2 if layout.columns else 3] = False
     axes = tuple(axis for axis, n in enumerate(sums[:-1]) if n > 1 and not own[axis])
-    record = np.zeros(1, backward.BACK)
+    record = np.zeros(1, back_sums.BACK)
     stats = steps["stats"]
     record[0] = (
         0,
@@ -314,6 +322,6 @@ def _is_compact(strides: Strides, dims: Strides) -> bool:
     return True
 
 
-BACK_DATA = slice(_FIRST, _FIRST + _STEP * len(backward.OPERANDS), _STEP)
-BACK_DATA_OF = {name: _FIRST + _STEP * i for i, name in enumerate(backward.OPERANDS)}
+BACK_DATA = slice(_FIRST, _FIRST + _STEP * len(back_sums.OPERANDS), _STEP)
+BACK_DATA_OF = {name: _FIRST + _STEP * i for i, name in enumerate(back_sums.OPERANDS)}
 BACK_OWN = -3, -2, -1  # sums, terms, collected

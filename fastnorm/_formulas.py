@@ -45,6 +45,18 @@ def count_of(shape: tuple[int, ...], axis: Axis, where: Maybe) -> Array:
     return sum_over(_inside(shape, where).astype(np.int64), axis)
 
 
+def reciprocal(divisor: Array) -> Array:
+    """1 / divisor, and 0 where that is 1 / 0: such a group is constant."""
+    with np.errstate(all="ignore"):
+        return np.where(divisor == 0, 0.0, 1.0 / divisor)
+
+
+def rstd_of(var: Array, eps: float) -> Array:
+    """1 / sqrt(var + eps)."""
+    with np.errstate(all="ignore"):
+        return reciprocal(np.sqrt(var + eps))
+
+
 def _statistics(
     x: Array, axis: Axis, where: Maybe, *, centred: bool = True, total: bool = False
 ) -> tuple[Array, Array, Array, Array]:

@@ -192,11 +192,12 @@ class _Function:
         if (
             self.repeats
             and chosen_backend() == "numba"
-            and all(call[i] is None for i in self.uncached)
+            and (not self.uncached or all(call[i] is None for i in self.uncached))
         ):
             answer, repeat = repeated.find(self, call)
-            if answer is not None:
-                return answer(call)
+            found = None if answer is None else answer(call)
+            if found is not None:
+                return found
         ticket = None if self.cached is None else self.cached.ticket(call)
         named = dict(zip(self.names, call))
         for name, check, may_be_none in self.checks:
@@ -207,8 +208,7 @@ class _Function:
         if adapter is not None:
             return self.sent(adapter, named)
         request: Request[Any] = self.body(**named)
-        running = getattr(request, "running", None)
-        if repeat is None or (running is not None and running.moves):
+        if repeat is None:
             return request.answer(ticket)
         result = request.answer(repeat)
         repeat.keep(result)

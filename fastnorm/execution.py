@@ -10,11 +10,13 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fastnorm._formulas import rstd_of
 from fastnorm.arguments import (
     Activation,
     Array,
@@ -48,6 +50,7 @@ from fastnorm.arrays import (
 )
 from fastnorm.backends import at_hand, compute_backward
 from fastnorm.problem import BackwardProblem, Problem, Scaling
+from fastnorm.repeated import Repeat
 from fastnorm.runtime import chosen_backend, empty_like
 
 R = TypeVar("R", covariant=True)
@@ -80,18 +83,6 @@ def delivered(y: Array, x: ArrayLike, out: Array | None = None) -> Array:
     if isinstance(dtype, np.dtype) and not dtype.isnative and is_float(dtype):
         return y.astype(dtype)
     return y
-
-
-def reciprocal(divisor: Array) -> Array:
-    """1 / divisor, and 0 where that is 1 / 0: such a group is constant."""
-    with np.errstate(all="ignore"):
-        return np.where(divisor == 0, 0.0, 1.0 / divisor)
-
-
-def rstd_of(var: Array, eps: float) -> Array:
-    """1 / sqrt(var + eps)."""
-    with np.errstate(all="ignore"):
-        return reciprocal(np.sqrt(var + eps))
 
 
 def unknown(array: Array, shape: Sequence[int], count: int = 3) -> tuple[Array, ...]:
@@ -247,6 +238,9 @@ class Norm(Request[R]):
                 channels = self.statistics[-1]
                 parts = (mean.size // channels, channels)
                 update_running(self.running, mean.reshape(parts), var.reshape(parts))
+                if isinstance(ticket, Repeat) and self.running.moves:
+                    own = self.running._replace(mean=None, var=None)
+                    ticket.moves = partial(_move, own, parts)
         if self.out is not None:
             delivered(y, self.x, into)
             y = self.out
@@ -548,6 +542,14 @@ def update_running(running: Running, mean: Array, var: Array) -> None:
     # both are there before the first is written: without memory for it none is
     for target, values in moved:
         target[...] = values
+
+
+def _move(
+    as_before: Running, parts: tuple[int, int], targets: Any, mean: Array, var: Array
+) -> None:
+    """Move others as those before, of a call of as many elements."""
+    running = as_before._replace(mean=targets[0], var=targets[1])
+    update_running(running, mean.reshape(parts), var.reshape(parts))
 
 
 def moved_running(

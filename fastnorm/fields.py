@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fastnorm._formulas import reciprocal
 from fastnorm.arguments import Array, packed_as, shown
 from fastnorm.backends import compute_moments, moments_at_once
-from fastnorm.execution import Norm, exponents_of, extremes, reciprocal
+from fastnorm.execution import Norm, exponents_of, extremes
 from fastnorm.problem import Scaling
 
 # The fields that moments are kept as: the first axis of every array of them. Mean and M2 are those

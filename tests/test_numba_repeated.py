@@ -104,7 +104,16 @@ def test_such_calls_are_kept_and_results_are_new() -> None:
         lambda: fn.batch_norm(x, w.astype(F64), b**2),
         lambda: fn.layer_norm_backward(dy, x, mean, rstd, 64, w),
         lambda: fn.rms_norm_backward(dy, x, rstd, 64, w),
+        lambda: fn.layer_norm(x, 64, w, b, return_stats=True),
+        lambda: fn.rms_norm(x, 64, w, return_stats=True),
+        lambda: fn.group_norm(z, 2, each, return_stats=True),
+        lambda: fn.batch_norm(z, None, None, each, training=True, return_stats=True),
+        lambda: fn.batch_norm(z, each + 1, each**2, each, return_stats=True),
+        lambda: fn.layer_norm(x, 64, w, b, out=np.empty_like(x)),
+        lambda: fn.group_norm(x, 4, residual=e, out=np.empty_like(x), return_stats=True),
+        lambda: fn.batch_norm(z, each + 1, each**2, each, out=np.empty_like(z)),
     ]
+    repeated._answers.clear()
     for i, f in enumerate(calls):
         results = [together(f()) for _ in range(3)]
         assert kept() == i + 1, i
@@ -145,6 +154,11 @@ def test_whatever_differs_is_another_call() -> None:
         lambda: fn.layer_norm(x.tolist(), 64, w, b),
         lambda: fn.rms_norm(x, 64, w),
         lambda: fn.add_layer_norm(x, x, 64, w, b),
+        lambda: fn.layer_norm(x, 64, w, b, out=np.empty_like(x)),
+        lambda: fn.layer_norm(x, 64, w, b, out=np.empty((64, 6), F32).T),
+        lambda: fn.layer_norm(x, 64, w, b, out=np.empty((6, 128), F32)[:, ::2]),
+        lambda: fn.layer_norm(x, 64, w, b, out=np.empty_like(x), return_stats=True),
+        lambda: fn.layer_norm(x, 64, w, b, out=np.empty(x.shape, ">f4")),
     ]
     right = [described(f) for f in others]
     fn.layer_norm(x, 64, w, b)
@@ -189,17 +203,9 @@ def test_calls_that_are_nearly_the_same() -> None:
 
 def test_what_is_written_or_refused_is_never_kept() -> None:
     x = data((6, 64), F32, 1.0)
-    out = np.empty_like(x)
     right = fn.layer_norm(x, 64)
     count = kept()
     for _ in range(2):
-        assert fn.layer_norm(x, 64, out=out) is out
-        assert_same_bits(out, right)
-        running = np.zeros(64, F32), np.ones(64, F32)
-        for _ in range(2):
-            before = running[0].copy()
-            fn.batch_norm(x, *running, training=True)
-            assert not (running[0] == before).any()
         with pytest.raises(ValueError, match="eps"):
             fn.layer_norm(x, 64, eps=-1.0)
         with pytest.raises(ValueError, match="normalized_shape"):
@@ -213,6 +219,89 @@ def test_what_is_written_or_refused_is_never_kept() -> None:
 
         assert_same_bits(fn.layer_norm(x, 64, activation=half), right / 2)
     assert kept() == count
+
+
+def test_out_is_judged_each_time() -> None:
+    """Its shape and strides do not tell whether it may be written, nor what it overlaps."""
+    x, e = (data((6, 64), F32, 1.0, seed=s) for s in range(2))
+    w, b = data((2, 64), F32, 1.0, seed=3)
+    right = fn.layer_norm(x, 64, w, b, residual=e)
+    count = kept()
+
+    def norm(out: Array, x: Array = x, w: Array = w, e: Array = e) -> None:
+        assert fn.layer_norm(x, 64, w, b, residual=e, out=out) is out
+
+    mine = x.copy()
+    norm(mine, x=mine)
+    assert kept() == count + 1
+    for _ in range(2):
+        out = np.empty_like(x)
+        norm(out)
+        assert_same_bits(out, right)
+        assert kept() == count + 1
+        mine = x.copy()
+        norm(mine, x=mine)
+        assert_same_bits(mine, right)
+        mine = e.copy()
+        norm(mine, e=mine)
+        assert_same_bits(mine, right)
+        for ahead in (64, 1):  # of x and of the residual, in memory of both
+            memory = np.empty(x.size + ahead, F32)
+            parts = memory[:-ahead].reshape(x.shape), memory[ahead:].reshape(x.shape)
+            for into, own in (parts, parts[::-1]):
+                own[...] = x
+                norm(into, x=own)
+                assert_same_bits(into, right)
+                own[...] = e
+                norm(into, e=own)
+                assert_same_bits(into, right)
+        out = np.empty_like(x)
+        out[3] = w
+        norm(out, w=out[3])
+        assert_same_bits(out, right)
+        out = np.full_like(x, 7)
+        out.flags.writeable = False
+        with pytest.raises(ValueError, match="read-only"):
+            norm(out)
+        assert (out == 7).all()
+        with pytest.raises(TypeError, match="out has dtype"):
+            norm(np.empty(x.shape))
+        with pytest.raises(ValueError, match="out has shape"):
+            norm(np.empty((6, 65), F32))
+        with pytest.raises(ValueError, match="share memory"):
+            norm(np.lib.stride_tricks.as_strided(np.empty(400, F32), x.shape, (4, 4)))
+    assert kept() == count + 1
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=named)
+def test_running_statistics_move_each_time(dtype: Any) -> None:
+    z = data((3, 4, 5, 7), F32, 1.0)
+    w = data((4,), F32, 1.0, seed=3)
+    for stats in (False, True):
+        for given in ((True, True), (True, False), (False, True)):
+            ours, theirs = (
+                [np.full(4, n, dtype) if there else None for n, there in enumerate(given)]
+                for _ in range(2)
+            )
+
+            def norm(running: Any, x: Array = z, stats: bool = stats) -> Any:
+                return fn.batch_norm(x, *running, w, training=True, return_stats=stats)
+
+            rights = [described(lambda r=theirs, k=k: norm(r, z * k)) for k in range(1, 5)]  # type: ignore[misc]
+            repeated._answers.clear()
+            for k, right in enumerate(rights, 1):
+                for own, other in zip(together(norm(ours, z * k)), right, strict=True):
+                    assert_same_bits(own, other)
+                assert kept() == 1
+            for mine, other in zip(ours, theirs):
+                if mine is None or other is None:
+                    continue
+                assert_same_bits(mine, other)
+                mine.flags.writeable = False
+                with pytest.raises(ValueError, match="read-only"):
+                    norm(ours)
+                assert_same_bits(mine, other)
+                mine.flags.writeable = True
 
 
 def test_what_a_mask_leaves_is_asked_each_time() -> None:
@@ -233,6 +322,7 @@ def test_arrays_that_are_not_aligned() -> None:
     right = fn.layer_norm(x, 64)
     odd = np.frombuffer(b"\0" + x.tobytes(), np.uint8)[1:].view(F32).reshape(x.shape)
     assert not odd.flags.aligned
+    assert repeated.key_of(None, (odd,)) != repeated.key_of(None, (x,))
     for _ in range(3):
         assert_same_bits(fn.layer_norm(odd, 64), right)
 

@@ -146,7 +146,7 @@ def test_bad_numbers_anywhere_in_a_long_run(dtype: Any, side: str) -> None:
 CHECKING = """
 import numpy as np, fastnorm as fn
 from dataclasses import replace
-from fastnorm._numba import cpu, extents
+from fastnorm._numba import cpu, extents, launch
 
 assert extents.CHECKED
 fn.set_backend("numba")
@@ -204,7 +204,7 @@ def found(what, call):
     else:
         raise SystemExit(f"{what} was not found")
 
-run_pass, run_backward, spans = cpu.run_pass, cpu.run_backward, cpu.spans_of
+run_pass, run_backward, spans = cpu.run_pass, cpu.run_backward, launch.spans_of
 
 def lie(run, name):
     def run_with_a_lie(layout, *arrays, **options):
@@ -233,12 +233,12 @@ PARTS = (
 )
 for call, parts, sizes in PARTS:
     for part, size in sizes.items():
-        cpu.spans_of = lambda *room: [
+        launch.spans_of = lambda *room: [
             (low, low + size - 4 if i % parts == part else high)
             for i, (low, high) in enumerate(spans(*room))
         ]
         found(f"part {part} of {parts}, one number short,", call)
-cpu.spans_of = spans
+launch.spans_of = spans
 for call in CALLS.values():
     call()
 """

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial, wraps
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,19 @@ def _compiled(function: Any, **options: Any) -> Any:
     return overload(function, jit_options=STRICT, strict=False, **options)
 
 
+def when_compiled(typed: Any = None, **options: Any) -> Any:
+    """A function for compiled code alone; `typed` makes it for arguments of some types."""
+    if typed is None:
+        return partial(when_compiled, **options)
+
+    @wraps(typed)
+    def stub(*_: Any) -> Any:
+        raise TypeError("for compiled code")
+
+    _compiled(stub, **options)(typed)
+    return stub
+
+
 def is_none(value: Any) -> bool:
     own = getattr(value, "value", value)  # of an argument that was left out
     return own is None or isinstance(own, types.NoneType)
@@ -95,13 +108,9 @@ def kind_of(x: Any, of: str, least: int) -> Any:
     return np.float32 if dtype == types.float32 else np.float64
 
 
+@when_compiled
 def plain(x: Any, kind: Any) -> Any:
     """x in C order and this type: itself, or a copy."""
-    raise TypeError("for compiled code")
-
-
-@_compiled(plain)
-def _compiled_plain(x: Any, kind: Any) -> Any:
     if x.layout == "C" and x.dtype == kind.instance_type:
         return lambda x, kind: x
 
@@ -116,13 +125,9 @@ def _compiled_plain(x: Any, kind: Any) -> Any:
 # --- Numbers and flags ----------------------------------------------------------------------------
 
 
+@when_compiled
 def number_of(value: Any, shape: Any, kind: Any) -> Any:
     """A weight or bias of this shape, flat, in the type that is computed in; of None no numbers."""
-    raise TypeError("for compiled code")
-
-
-@_compiled(number_of)
-def _compiled_number(value: Any, shape: Any, kind: Any) -> Any:
     if is_none(value):
         return lambda value, shape, kind: np.empty(0, kind)
     real = types.Float | types.Integer | types.Boolean
@@ -147,13 +152,9 @@ def _compiled_number(value: Any, shape: Any, kind: Any) -> Any:
     return given
 
 
+@when_compiled
 def check_running(value: Any, channels: Any) -> Any:
     """Refuse running statistics that are not one float for each channel."""
-    raise TypeError("for compiled code")
-
-
-@_compiled(check_running)
-def _compiled_check_running(value: Any, channels: Any) -> Any:
     if not (
         isinstance(value, types.Array) and value.ndim == 1 and isinstance(value.dtype, types.Float)
     ):
@@ -169,13 +170,9 @@ def _compiled_check_running(value: Any, channels: Any) -> Any:
     return check
 
 
+@when_compiled
 def check_between(value: Any, least: Any, most: Any, name: Any) -> Any:
     """A number, option or flag of the caller's; refuse one that is not between these two."""
-    raise TypeError("for compiled code")
-
-
-@_compiled(check_between)
-def _compiled_between(value: Any, least: Any, most: Any, name: Any) -> Any:
     own = getattr(value, "value", value)  # of an argument that was left out
     if not isinstance(own, types.Float | types.Integer | float | int) or isinstance(own, bool):
         raise TypingError(
@@ -190,13 +187,9 @@ def _compiled_between(value: Any, least: Any, most: Any, name: Any) -> Any:
     return check
 
 
+@when_compiled
 def flag(value: Any, name: Any) -> Any:
     """A flag of the caller's; refuse what is neither True nor False, nor 0 or 1."""
-    raise TypeError("for compiled code")
-
-
-@_compiled(flag)
-def _compiled_flag(value: Any, name: Any) -> Any:
     own = getattr(value, "value", value)
     if not isinstance(own, types.Boolean | types.Integer | bool):
         raise TypingError(
@@ -211,25 +204,17 @@ def _compiled_flag(value: Any, name: Any) -> Any:
     return check
 
 
+@when_compiled
 def groups_of(value: Any) -> Any:
     """A number of groups."""
-    raise TypeError("for compiled code")
-
-
-@_compiled(groups_of)
-def _compiled_groups(value: Any) -> Any:
     if not isinstance(value, types.Integer):
         raise TypingError(f"num_groups is a {value} inside compiled code, expected a whole number")
     return lambda value: value
 
 
+@when_compiled
 def trailing(shape: Any, normalized_shape: Any) -> Any:
     """The trailing shape, a tuple."""
-    raise TypeError("for compiled code")
-
-
-@_compiled(trailing)
-def _compiled_trailing(shape: Any, normalized_shape: Any) -> Any:
     message = "normalized_shape is not the trailing shape of x; write x.shape[-1] for the last axis"
     if isinstance(normalized_shape, types.Integer):
 
@@ -297,13 +282,9 @@ def _by_type(function: Any) -> Any:
     return own
 
 
+@when_compiled(prefer_literal=True)
 def known(activation: Any) -> Any:
     """See that a name is known when the caller is compiled; refuse what is none of ours."""
-    raise TypeError("for compiled code")
-
-
-@_compiled(known, prefer_literal=True)
-def _compiled_known(activation: Any) -> Any:
     name = _name_of(activation)
     if isinstance(name, str) and name not in ACTIVATIONS:
         # when it runs, as Python does: here Numba would ask for its value once more, and for ever
@@ -345,13 +326,9 @@ def count_of(axis: Any, ndim: int) -> int:
     )
 
 
+@when_compiled
 def order_of(x: Any, axis: Any) -> Any:
     """The axes that stay, then those that are reduced."""
-    raise TypeError("for compiled code")
-
-
-@_compiled(order_of)
-def _compiled_order(x: Any, axis: Any) -> Any:
     start, count = tuple(range(x.ndim)), count_of(axis, x.ndim)
     if is_none(axis) or count == 0:
         return lambda x, axis: start
@@ -399,13 +376,9 @@ def _as_it_is(order):
     return in_place == len(order)
 
 
+@when_compiled
 def turned(x: Any, order: Any, kind: Any) -> Any:
     """x with its axes in this order, in C order and this type."""
-    raise TypeError("for compiled code")
-
-
-@_compiled(turned)
-def _compiled_turned(x: Any, order: Any, kind: Any) -> Any:
     if x.ndim < 2:
         return lambda x, order, kind: plain(x, kind)
 
@@ -417,13 +390,9 @@ def _compiled_turned(x: Any, order: Any, kind: Any) -> Any:
     return of_axes
 
 
+@when_compiled
 def turned_back(y: Any, order: Any, shape: Any) -> Any:
     """What has its axes in this order, in C order again."""
-    raise TypeError("for compiled code")
-
-
-@_compiled(turned_back)
-def _compiled_turned_back(y: Any, order: Any, shape: Any) -> Any:
     if y.ndim < 2:
         return lambda y, order, shape: y
 
@@ -454,13 +423,9 @@ def product(shape, first):
     return n
 
 
+@when_compiled
 def mask_of(where: Any, x: Any, order: Any) -> Any:
     """A mask whose elements are in the order of those of x; of None no elements."""
-    raise TypeError("for compiled code")
-
-
-@_compiled(mask_of)
-def _compiled_mask_of(where: Any, x: Any, order: Any) -> Any:
     if is_none(where):
         return lambda where, x, order: np.empty(0, np.bool_)
     if isinstance(where, types.Boolean):

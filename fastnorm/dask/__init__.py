@@ -21,6 +21,7 @@ import dask.array as da
 import numpy as np
 
 from fastnorm import arguments, backward, elementwise, execution, functional, related
+from fastnorm._formulas import rstd_of
 from fastnorm.arguments import Axes, channel_axis_of, computing_type, taken
 from fastnorm.dask.chunks import (
     adapts,
@@ -240,7 +241,7 @@ def batch_norm(
     y = each(_by_running, x, given | affine, dtype_of(x), eps=eps, **options)
     if not return_stats:
         return y
-    rstd = given["running_var"].map_blocks(execution.rstd_of, eps, dtype=np.float64)
+    rstd = given["running_var"].map_blocks(rstd_of, eps, dtype=np.float64)
     return _statistics_of((y, given["running_mean"], rstd), (channels,))
 
 

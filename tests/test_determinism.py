@@ -1150,9 +1150,27 @@ def test_how_a_mask_or_a_residual_lies(name: str, dtype: Any, order: tuple[int, 
     with fn.backend(name):
         for norm, axis in itertools.product(norms, range(4)):
             for what, array in (("residual", added), ("where", mask)):
-                found = norm(**{what: with_gaps(array, axis)})
-                for one, right in zip(found, norm(**{what: array}), strict=True):
-                    assert_same_bits(one, right)
+                own = norm(**{what: array})
+                out = with_gaps(np.empty_like(x), axis)
+                for gaps in ({}, {"out": out}, {"out": stored(out, (1, 2, 0, 3))}):
+                    found = norm(**{what: with_gaps(array, axis)}, **gaps)
+                    for one, right in zip(found, own, strict=True):
+                        assert_same_bits(one, right)
+
+
+@on_kernels
+def test_a_broadcast_mask_and_a_result_with_gaps(name: str) -> None:
+    """Neither alone decides a bit, nor do both: planes of seven, of which masks leave some out."""
+    x = np.random.default_rng(0).standard_normal((3, 64, 7, 7))
+    masks = [np.arange(7).reshape(1, 1, 7, 1) % 3 > 0, np.arange(3).reshape(3, 1, 1, 1) < 2]
+    with fn.backend(name):
+        for mask in masks:
+            right = fn.batch_norm(x, training=True, where=mask, return_stats=True)
+            for axis in range(4):
+                out = with_gaps(np.empty_like(x), axis)
+                found = fn.batch_norm(x, training=True, where=mask, out=out, return_stats=True)
+                for one, other in zip(found, right, strict=True):
+                    assert_same_bits(one, other)
 
 
 @pytest.mark.parametrize("kind", [F16, F32, F64], ids=named)

@@ -6,6 +6,7 @@ activation there, and the reference's gradient.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -517,6 +518,17 @@ def test_central_differences() -> None:
     assert abs(got - dy * exact).max() < 1e-8  # "about nine digits"
 
 
+def test_differences_of_a_function_of_floats_are_refused() -> None:
+    """Steps of 6e-6 are lost where it rounds to float32."""
+    single = numba.njit("float32(float32)")(lambda v: v * v)
+    x = data((2, 8), F32)
+    _, mean, rstd = fn.layer_norm(x, 8, return_stats=True)
+    with pytest.raises(TypeError, match=r"compiled for float32.*without a signature"):
+        fn.layer_norm_backward(x, x, mean, rstd, 8, activation=single, derivative="central")
+    double = numba.njit("float64(float64)")(lambda v: v * v)
+    fn.layer_norm_backward(x, x, mean, rstd, 8, activation=double, derivative="central")
+
+
 def test_what_a_derivative_raises_is_raised() -> None:
     @numba.njit
     def refuses(v):
@@ -529,6 +541,8 @@ def test_what_a_derivative_raises_is_raised() -> None:
     for _ in range(2):
         with pytest.raises(ValueError, match="refuses"):
             fn.layer_norm_backward(x, x, mean, rstd, 8, activation=cube, derivative=refuses)
+        with pytest.raises(ValueError, match=r"derivative refuses \(central differences\) raised"):
+            fn.layer_norm_backward(x, x, mean, rstd, 8, activation=refuses, derivative="central")
 
 
 # --- Arrays of other libraries --------------------------------------------------------------------
@@ -592,6 +606,26 @@ def test_bad_input(options: Any, error: Any, words: str) -> None:
     for _ in range(2):
         with pytest.raises(error, match=words):
             fn.layer_norm_backward(x, x, mean, rstd, 8, **options)
+
+
+@on_every_backend
+def test_a_residual_of_another_half_type() -> None:
+    x = data((4, 8), F32)
+    _, mean, rstd = fn.layer_norm(x, 8, return_stats=True)
+    for dy, residual in itertools.product(DTYPES, DTYPES):
+        got = fn.layer_norm_backward(x.astype(dy), x, mean, rstd, 8, residual=x.astype(residual))
+        assert_same_bits(got[-1], x.astype(dy).astype(residual))
+
+
+@on_every_backend
+@pytest.mark.parametrize("activation", ["relu", "relu6"])
+def test_dy_passes_where_relu_gets_no_number(activation: str) -> None:
+    """As in PyTorch."""
+    x, dy, residual = data((2, 8), F32), np.ones((2, 8), np.float32), np.zeros((2, 8), np.float32)
+    residual[1, 3] = np.nan
+    _, mean, rstd = fn.layer_norm(x, 8, return_stats=True)
+    options = {"activation": activation, "residual": residual}
+    assert fn.layer_norm_backward(dy, x, mean, rstd, 8, **options)[-1][1, 3] == 1
 
 
 def test_without_an_activation_only_the_residual_has_a_gradient_more() -> None:

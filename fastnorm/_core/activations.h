@@ -166,8 +166,8 @@ FN_INLINE double activated_f64(double t, Activation activation) {
 }
 
 /* ---- their slopes -----------------------------------------------------------------------
- * f' of what goes into f; not a number stays so.  Of IDENTITY: t is the slope, which a function of
- * the user's gave. */
+ * f' of what goes into f.  Not a number stays so, but for RELU and RELU6, where dy passes as in
+ * PyTorch.  Of IDENTITY: t is the slope, which a function of the user's gave. */
 
 /* Of x s, s = 1 / (1 + e^-u), where du is the slope of u: s + x du s (1 - s).  By e = e^-|u|, of
  * which neither s nor 1 - s loses a digit. */

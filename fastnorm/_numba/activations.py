@@ -132,7 +132,7 @@ def _compiled(activation: Any, kind: type) -> _Loop:
         return _Loop(_loop(activation, kind, False, refused.ctypes.data), refused)
     except NumbaError as error:
         raise TypeError(
-            f"activation {_name(activation)} cannot be compiled for one {kind.__name__}, expected "
+            f"{_named(activation)} cannot be compiled for one {kind.__name__}, expected "
             f"a function such as numba.njit(lambda x: max(x, 0)): {error}"
         ) from error
 
@@ -147,24 +147,25 @@ def check_result(activation: Any, kind: type) -> None:
     given, result = signature.args[0], signature.return_type
     if not isinstance(given, types.Float):
         raise TypeError(
-            f"activation {_name(activation)} is compiled for {given}, expected one that takes a "
+            f"{_named(activation)} is compiled for {given}, expected one that takes a "
             f"{kind.__name__}; write numba.njit(f) without a signature"
         )
     if not isinstance(result, types.Float | types.Integer | types.Boolean):
         raise TypeError(
-            f"activation {_name(activation)} returns {result} for one {kind.__name__}, expected "
+            f"{_named(activation)} returns {result} for one {kind.__name__}, expected "
             "one number on every path, such as numba.njit(lambda x: max(x, 0)) returns"
         )
 
 
-def _name(activation: Any) -> str:
-    return str(getattr(activation, "__name__", activation))
+def _named(function: Any) -> str:
+    """An activation, or the derivative of one, as errors tell of it."""
+    return f"activation or derivative {getattr(function, '__name__', function)}"
 
 
 def raise_again(activation: Any, kind: type) -> None:
     """Raise what a user's activation raised in a kernel, which can only tell that it did."""
     value = kind(_loops[activation, kind].refused[0])
-    message = f"activation {_name(activation)} raised for the number {value!r}"
+    message = f"{_named(activation)} raised for the number {value!r}"
     try:
         activation(value)
     except Exception as error:

@@ -22,12 +22,12 @@ STEP = 6e-6
 
 @_compiled
 def _relu(v):
-    return 0.0 if v <= 0 else 1.0 if v > 0 else v
+    return 0.0 if v <= 0 else 1.0  # also of not a number, as in PyTorch
 
 
 @_compiled
 def _relu6(v):
-    return 0.0 if v <= 0 or v >= 6 else 1.0 if v > 0 else v
+    return 0.0 if v <= 0 or v >= 6 else 1.0
 
 
 @_compiled
@@ -66,7 +66,15 @@ NAMED = {"relu": _relu, "relu6": _relu6, "silu": _silu, "gelu": _gelu, "gelu_tan
 @cache
 def central(f: Callable[[float], float]) -> Any:
     """The derivative of a function that Numba has compiled, by central differences in float64."""
-    inner = f if numba.extending.is_jitted(f) else numba.njit(f)
+    inner: Any = f if numba.extending.is_jitted(f) else numba.njit(f)
+    name = getattr(f, "__name__", "activation")
+    taken = {signature[0] for signature in inner.signatures if len(signature) == 1}
+    if taken and not inner._can_compile and numba.float64 not in taken:
+        raise TypeError(
+            f"activation {name} is compiled for {', '.join(map(str, taken))}, expected one that "
+            "takes float64, in which central differences are computed; write numba.njit(f) without "
+            "a signature"
+        )
 
     @_compiled
     def difference(v):
@@ -75,6 +83,7 @@ def central(f: Callable[[float], float]) -> Any:
         high, low = w + step, w - step
         return (inner(high) - inner(low)) / (high - low)
 
+    difference.__name__ = f"{name} (central differences)"
     return difference
 
 

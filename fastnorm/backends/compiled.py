@@ -31,23 +31,26 @@ def forward(p: Problem, kernels: Any) -> None:
     if p.dy is not None:
         operands = _read_like_x(operands)  # how it lies decides no bit
     layout = layout_of(operands, p.reduced)
-    if not p.given and (layout is None or layout.columns):
-        # how a mask or a residual lies decides no bit: where the walk would be another it is copied
-        like = _in_order_of_x(operands)
-        own = layout_of(operands | like, p.reduced) if like else layout
-        if own is not None and not own.sums_as(layout):
-            for name, array in like.items():
-                array[...] = operands[name]
-            operands, layout, p.ticket = operands | like, own, None
+    # how a result, a mask or a residual lies decides no bit: where the walk would be another with
+    # all of them as x lies they are copied, first the result, in which nothing is read
+    asked = not p.given and (layout is None or layout.columns)
+    like = _in_order_of_x(operands) if asked else {}
     if p.y is not None and p.y.strides != p.x.strides:
-        # where the result goes decides no bit: where the walk would be another it is copied there
         y = _lying_as(p.x, p.y.dtype)
         if y.strides != p.y.strides:
-            own = layout_of(operands | {"y": ascending({"x": p.x, "y": y})["y"]}, p.reduced)
+            turned = {"y": ascending({"x": p.x, "y": y})["y"]}
+            own = layout_of(operands | _shown(like, p.x) | turned, p.reduced)
             if layout is None or not layout.sums_as(own):
                 forward(replace(p, y=y, ticket=None), kernels)
                 p.y[...] = y
                 return None
+    if like:
+        shown = _shown(like, p.x)
+        own = layout_of(operands | shown, p.reduced)
+        if own is not None and not own.sums_as(layout):
+            for packed, part in like.values():
+                packed[...] = part
+            operands, layout, p.ticket = operands | shown, own, None
     if layout is None and not (p.mask is None and p.residual is None and p.dy is None):
         operands, p.ticket = _read_like_x(operands), None
         layout = layout_of(operands, p.reduced)
@@ -169,17 +172,26 @@ def _sample(p: P, i: int) -> P:
     return replace(p, **parts, ticket=None)
 
 
-def _in_order_of_x(operands: dict[str, Any]) -> dict[str, Any]:
-    """New arrays for a mask and a residual that do not lie in the order of x, without gaps."""
+def _in_order_of_x(operands: dict[str, Any]) -> dict[str, tuple[Array, Array]]:
+    """New arrays for a mask and a residual that do not lie in the order of x, without gaps.
+
+    And what they are to be copies of: of a mask that is broadcast, what is repeated.
+    """
     found = {}
     for name in ("mask", "residual"):
         array = operands.get(name)
         if array is None:
             continue
-        packed = ordered(array.shape, array.dtype, operands["x"].strides)
-        if packed.strides != array.strides:
-            found[name] = packed
+        part = array[tuple([slice(None if step else 1) for step in array.strides])]
+        packed = ordered(part.shape, array.dtype, operands["x"].strides)
+        if np.broadcast_to(packed, array.shape).strides != array.strides:
+            found[name] = packed, part
     return found
+
+
+def _shown(like: dict[str, tuple[Array, Array]], x: Array) -> dict[str, Array]:
+    """These arrays in the shape of x."""
+    return {name: np.broadcast_to(packed, x.shape) for name, (packed, _) in like.items()}
 
 
 def _read_like_x(operands: dict[str, Any]) -> dict[str, Any]:

@@ -169,7 +169,7 @@ def recorded(kernels: Kernels, named: Named) -> Any:
         named = norm.defaults | named | {"x": total, "residual": None}
         return recorded(norm, {key: named[key] for key in norm.names}), total
     if named.get("activation") is not None:
-        formulas.activated(named["x"].new_empty(0), named["activation"])  # refuses others
+        formulas.activated(torch.empty(0), named["activation"])  # refuses others
     check_flag(named.get("return_stats", False), "return_stats")
     return _Recorded.apply(kernels, named, *[named[key] for key in kernels.operands])
 

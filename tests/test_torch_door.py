@@ -129,7 +129,7 @@ def test_values_are_those_of_arrays(op: Operation, dtype: Any) -> None:
 
 @by_norm
 def test_values_with_everything(op: Operation) -> None:
-    """Also where autograd has PyTorch apply the activation: within roundings of float64."""
+    """With and without a gradient: within roundings of float64."""
     x = data(SHAPE, F32, 1.0)
     p = parameters_of(op, dtype=F32, per_sample=True)
     for extra in features_of(op, F32):
@@ -262,9 +262,44 @@ def test_a_bias_without_a_weight_or_of_another_shape(bias: tuple[int, ...]) -> N
         given = {k: np.random.default_rng(0).standard_normal(s) for k, s in shapes.items()}
         for op in ("batch_norm", "group_norm"):
             own = {"num_groups": 2} if op == "group_norm" else {"training": True}
-            _, leaves, call = leaves_of(NORMS[op], given | own)
-            torch.autograd.gradcheck(call, leaves, fast_mode=True)
-            torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
+            for after in ({}, {"activation": "silu"}):
+                _, leaves, call = leaves_of(NORMS[op], given | own | after)
+                torch.autograd.gradcheck(call, leaves, fast_mode=True)
+                torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@by_norm
+def test_an_activation_is_part_of_a_recorded_pass(op: Operation, dtype: Any) -> None:
+    """The bits are those without a gradient, and what goes into it is not kept."""
+    x, dy = (tensor(data((4, 8, 5), F32, seed=i)).to(dtype) for i in (0, 1))
+    p = {k: v.to(dtype) if isinstance(v, torch.Tensor) else v
+         for k, v in tensors(parameters_of(op, (4, 8, 5), F32)).items()}  # fmt: skip
+    residual = tensor(data((4, 8, 5), F32, seed=2)).to(dtype)
+    function = getattr(fnt, op.name)
+    for activation in ("relu", "relu6", "silu", "gelu", "gelu_tanh"):
+        for more in ({}, {"residual": residual}):
+            own = p | more | {"activation": activation}
+            plain = function(x, **copy.deepcopy(own))
+            kept: list[Any] = []
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda t, kept=kept: kept.append(t) or t, lambda t: t
+            ):
+                y = function(x.clone().requires_grad_(), **copy.deepcopy(own))
+            np.testing.assert_array_equal(array(y.detach()), array(plain))
+            # x and a residual, or x and the result
+            assert sum(t.shape == x.shape for t in kept) <= 2
+            y.backward(dy)
+
+
+def test_integers_recorded_through_an_activation() -> None:
+    x, w = torch.arange(36).reshape(3, 4, 3), torch.ones(4, requires_grad=True)
+    for activation in ("relu", "silu", "gelu"):
+        y = fnt.group_norm(x, 2, w, activation=activation)
+        right = fnt.group_norm(x.double(), 2, w, activation=activation)
+        np.testing.assert_array_equal(array(y.detach()), array(right.detach()))
+        (ours,), (other,) = (torch.autograd.grad(v.sum(), w) for v in (y, right))
+        np.testing.assert_array_equal(array(ours), array(other))
 
 
 def test_by_running_statistics() -> None:

@@ -98,15 +98,16 @@ PREFETCH_BYTES = 4096
 PREFETCH_WINDOW = 1 << 18
 
 # Non-temporal stores pay where a result would push out what is still to be read. x and y go through
-# the cache together: from so many sixteenths of the last cache of bytes of x on, forward; backward,
-# where dy and dx go through it too, and where columns are read in two sweeps. A shorter run ends in
-# lines that are half written: that costs more than all that is gained. These are for machines that
-# were not measured (`fastnorm tune`): others use the last cache too, so that not all that is told
-# is there. Calls of these sizes take 0.8 to 1.1 times as long with them, larger ones 0.6 to 0.9
-# times (AMD EPYC, family 25 model 17, two cores, 32 MB told).
-NON_TEMPORAL_SIXTEENTHS = 6
-NON_TEMPORAL_SIXTEENTHS_BACKWARD = 5
-NON_TEMPORAL_SIXTEENTHS_BACKWARD_STRIDED = 4
+# the cache together: from so many of 32 parts of the last cache of bytes of x on, forward;
+# backward, where dy and dx go through it too, and where columns are read in two sweeps. A shorter
+# run ends in lines that are half written: that costs more than all that is gained. These are for
+# machines that were not measured (`fastnorm tune`): others use the last cache too, so that not all
+# that is told is there. Calls of these sizes take 0.7 to 1.1 times as long with them, larger ones
+# 0.6 to 0.9 times (AMD EPYC, family 25 model 17, two cores, 32 MB told).
+LAST_CACHE_PARTS = 32
+NON_TEMPORAL_PARTS = 13
+NON_TEMPORAL_PARTS_BACKWARD = 10
+NON_TEMPORAL_PARTS_BACKWARD_STRIDED = 8
 NON_TEMPORAL_MIN_RUN = 1024
 # elements stored at a time, through a tile in L1
 NON_TEMPORAL_TILE = 256
@@ -176,16 +177,16 @@ def non_temporal_from(machine: Machine, columns: bool, backward: bool = False) -
     """Bytes of x from which non-temporal stores pay, as measured or by the last cache."""
     if backward:
         measured = machine.non_temporal_backward_bytes
-        sixteenths = NON_TEMPORAL_SIXTEENTHS_BACKWARD
+        parts = NON_TEMPORAL_PARTS_BACKWARD
         if columns:
             measured = machine.non_temporal_backward_strided_bytes
-            sixteenths = NON_TEMPORAL_SIXTEENTHS_BACKWARD_STRIDED
+            parts = NON_TEMPORAL_PARTS_BACKWARD_STRIDED
     else:
-        measured, sixteenths = machine.non_temporal_bytes, NON_TEMPORAL_SIXTEENTHS
+        measured, parts = machine.non_temporal_bytes, NON_TEMPORAL_PARTS
         if columns:
             measured = machine.non_temporal_strided_bytes
     told = 0 if machine.always_non_temporal else measured
-    return told or machine.last_cache // 16 * sixteenths
+    return told or machine.last_cache // LAST_CACHE_PARTS * parts
 
 
 # --- Forward --------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def test_arrays_are_explained_as_they_lie() -> None:
 def test_another_machine() -> None:
     call = "layer_norm 4096x768"
     assert found(call, machine="laptop")[0]["stores"] == "non-temporal"
-    assert found(call, machine="zen5,l3=64M")[0]["stores"] == "usual"
+    assert found(call, machine="zen5")[0]["stores"] == "usual"
     assert found(call, machine="sapphire-rapids,l3=8M")[0]["stores"] == "non-temporal"
     here = machine.here
     with runtime.on_machine(machine.MODELS["zen5"]):

@@ -158,13 +158,14 @@ def test_threads_are_no_argument() -> None:
 @pytest.mark.parametrize(
     ("rows", "past"),
     [
-        # x of 3, 6 and 12 MiB: from three eighths of the last cache on, of which one of 480 MB that
-        # a socket shares counts as none that is told
-        (1024, set()),
-        (2047, {"laptop"}),
-        (2048, {"laptop", "avx2-server"}),
-        (4095, {"laptop", "avx2-server"}),
-        (4096, set(MODELS)),
+        # from 13 of 32 parts of the last cache on, of which one of 480 MB that a socket shares
+        # counts as none that is told
+        (1663, set()),
+        (1664, {"laptop"}),
+        (2218, {"laptop"}),
+        (2219, {"laptop", "avx2-server"}),
+        (4437, {"laptop", "avx2-server"}),
+        (4438, set(MODELS)),
     ],
 )
 def test_results_that_do_not_fit_go_past_the_caches(rows: int, past: set[str]) -> None:
@@ -176,7 +177,7 @@ def test_results_that_do_not_fit_go_past_the_caches(rows: int, past: set[str]) -
 
 
 def test_a_sum_and_its_norm_are_four_arrays() -> None:
-    layout, alone = layer(2048, 768, addend=True, total=True), layer(2048, 768)
+    layout, alone = layer(2304, 768, addend=True, total=True), layer(2304, 768)
     found = forward_schedule(layout, dtypes(layout), MODELS["zen5"])
     assert found.non_temporal
     assert not forward_schedule(alone, dtypes(alone), MODELS["zen5"]).non_temporal
@@ -194,8 +195,8 @@ def test_short_runs_do_not_go_past_the_caches() -> None:
 def test_the_gradient_of_x_goes_past_the_caches_earlier(name: str) -> None:
     """dy and dx go through them, too: columns from a quarter of the last one on, rows later."""
     here = MODELS[name]
-    for axes, sixteenths in (("kr", 5), ("rk", 4)):
-        least = -(-here.last_cache * sixteenths // 16 // (768 * 4))
+    for axes, parts in (("kr", 10), ("rk", 8)):
+        least = -(-here.last_cache * parts // 32 // (768 * 4))
         for rows, past in ((least - 1, False), (least, True)):
             weight = "-w" if axes == "kr" else "-k"
             layout = walk((rows, 768), axes, weight=weight, y=False, dy=True, dx=True)

@@ -28,8 +28,6 @@ def forward(p: Problem, kernels: Any) -> None:
     given = {n: array for n in names if (array := getattr(p, n)) is not None}
     given |= {"mean": p.mean, "var": p.var, "stats": p.rstd}
     operands = ascending(given) if min(p.x.strides, default=0) < 0 else given
-    if p.dy is not None:
-        operands = _read_like_x(operands)  # how it lies decides no bit
     layout = layout_of(operands, p.reduced)
     # how a result, a mask or a residual lies decides no bit: where the walk would be another with
     # all of them as x lies they are copied, first the result, in which nothing is read

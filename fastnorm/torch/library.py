@@ -41,9 +41,12 @@ _WITHOUT = {"instance_norm": RUNNING}
 def _schema(op: Operation, function: Callable[..., Any], *added: inspect.Parameter) -> str:
     """What an operator takes, which is what the function takes, and returns."""
     found: list[str] = []
-    for parameter in [*inspect.signature(function).parameters.values(), *added]:
+    taken = inspect.signature(function).parameters
+    # a gradient through an activation, which nothing else asks a bias for
+    joined = {"bias"} if "activation" in taken and "dy" in taken else set()
+    for parameter in [*taken.values(), *added]:
         key, default = parameter.name, parameter.default
-        if key not in _TYPES or key in _WITHOUT.get(op.name, ()):
+        if key not in _TYPES or key in _WITHOUT.get(op.name, ()) or key in joined:
             continue
         if parameter.kind is parameter.KEYWORD_ONLY and "*" not in found:
             found.append("*")

@@ -65,6 +65,8 @@ from .test_accuracy import (
 from .test_backward import WEIGHTS, check_large, pair, parameters
 from .test_backward import check as check_gradients
 from .test_errors import test_bad_input, test_one_value_per_channel  # noqa: F401 - run here too
+from .test_through_activation import check as check_through
+from .test_through_activation import cube, cube_slope
 
 # The simulator computes with NumPy's numbers, which warn of what floats do.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -515,6 +517,16 @@ def test_weight_offset_and_epsilon() -> None:
 
 
 SMALL = (2, 4, 2, 3)
+
+
+@by_backward
+def test_gradients_through_an_activation(op: Operation) -> None:
+    for dtype in (F32, F16):
+        x, dy, residual = (data((2, 4, 3, 2), dtype, seed=i) for i in range(3))
+        for activation in ACTIVATIONS:
+            check_through(op, dy, x, parameters(op, x), activation)
+        check_through(op, dy, x, parameters(op, x), "silu", residual)
+        check_through(op, dy, x, parameters(op, x), cube, derivative=cube_slope)
 
 
 @by_layout

@@ -68,6 +68,8 @@ def kernels() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
         yield f"column_slopes-{kind}", kernel, (walk, back, sums, REAL, WORD)
         kernel = elementwise.convert(kind, "int32", "float32")
         yield f"convert-{kind}", kernel, (*[WORD] * 5, REAL)
+        kernel = elementwise.convert(kind, kind, "float32", product=True)
+        yield f"product-{kind}", kernel, (*[WORD] * 5, REAL)
         kernel = elementwise.running_average(kind)
         average = record(elementwise.Average)
         yield f"running_average-{kind}", kernel, (average, WORD, WORD, WORD, REAL)

@@ -615,6 +615,16 @@ def test_a_residual_of_another_half_type() -> None:
         assert_same_bits(got[-1], x.astype(dy).astype(residual))
 
 
+def test_nothing_warns_where_a_residual_is_of_half_precision() -> None:
+    x, dy = data((2, 8), F32), np.full((2, 8), 1e30, np.float32)
+    _, mean, rstd = fn.layer_norm(x, 8, return_stats=True)
+    for _ in range(3):  # from the cache, too
+        got = fn.layer_norm_backward(
+            dy, x, mean, rstd, 8, residual=x.astype("f2"), activation="silu"
+        )
+        assert np.isinf(got[-1]).any()
+
+
 @on_every_backend
 @pytest.mark.parametrize("activation", ["relu", "relu6"])
 def test_dy_passes_where_relu_gets_no_number(activation: str) -> None:

@@ -292,7 +292,10 @@ cdef object backward_result(CachedCall call, Asked* a, int threads):
     if execute_backward(&q, threads):
         raise MemoryError("fastnorm could not get the scratch memory of its kernels")
     if residual is not None:
-        dresidual = dy.astype((<cnp.ndarray>residual).dtype, copy=False)
+        dresidual, dtype = dy, (<cnp.ndarray>residual).dtype
+        if dtype != dy.dtype:
+            with np.errstate(all="ignore"):
+                dresidual = dy.astype(dtype)
         return (dx, dweight, dbias, dresidual) if q.centred else (dx, dweight, dresidual)
     return (dx, dweight, dbias) if q.centred else (dx, dweight)
 

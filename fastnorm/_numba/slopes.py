@@ -31,16 +31,10 @@ def _relu6(v):
 
 
 @_compiled
-def _gated(v, u, du):
-    """Of v / (1 + exp(-u)); beyond these bounds all or nothing passes."""
-    e = math.exp(-min(max(u, -700.0), 700.0))
-    return (1.0 + v * du * (e / (1.0 + e))) / (1.0 + e)
-
-
-@_compiled
 def _silu(v):
-    w = np.float64(v)
-    return _gated(min(max(w, -700.0), 700.0), w, 1.0) if v == v else w
+    w = min(max(np.float64(v), -700.0), 700.0)  # beyond, all or nothing passes
+    e = math.exp(-w)
+    return (1.0 + w * (e / (1.0 + e))) / (1.0 + e) if v == v else np.float64(v)
 
 
 @_compiled
@@ -55,8 +49,9 @@ def _gelu(v):
 def _gelu_tanh(v):
     w = min(max(np.float64(v), -30.0), 30.0)
     square = w * w
-    u = 1.5957691216057308 * w * (1.0 + 0.044715 * square)
-    return _gated(w, u, 1.5957691216057308 * (1.0 + 0.134145 * square)) if v == v else np.float64(v)
+    e = math.exp(max(-1.5957691216057308 * w * (1.0 + 0.044715 * square), -700.0))
+    steps = 1.5957691216057308 * w * (1.0 + 0.134145 * square)
+    return (1.0 + steps * (e / (1.0 + e))) / (1.0 + e) if v == v else np.float64(v)
 
 
 # Of all that a caller may name.

@@ -339,6 +339,8 @@ class Gradients(Request[R]):
         mean, rstd = to_device_of(array, self.mean), to_device_of(array, self.rstd)
         slope = to_device_of(array, same_shape(self.dy, "dy", array))
         mask = to_device_of(array, mask_of(self.where, array))
+        if isinstance(ticket, Repeat) and any(given is not None for given in self.after):
+            ticket = None  # what is left there answers with the gradient of the norm alone
         slope = self._activated(slope, mean, rstd, ticket)
         dx = new_like(array)
         placed = like = None
@@ -417,13 +419,15 @@ class Gradients(Request[R]):
         if slope is None or not array.size:
             return dy
         through = _empty_as(array, computing_type(array.dtype))
+        # by given statistics each sample is walked by itself, as in the forward pass in inference
+        reduced = (not self.of_channels and self.reduced[0], *self.reduced[1:])
         # a cached call makes the usual one
         usual = None if ticket is None else np.empty_like(array, through.dtype).strides
         through_activation(
             Problem(
                 view(array),
                 view(through),
-                self.reduced,
+                reduced,
                 to_device_of(array, np.zeros(rstd.shape)) if mean is None else mean,
                 rstd,
                 unknown(array, rstd.shape, 1)[0],

@@ -49,7 +49,8 @@ def _gelu(v):
 def _gelu_tanh(v):
     w = min(max(np.float64(v), -30.0), 30.0)
     square = w * w
-    e = math.exp(max(-1.5957691216057308 * w * (1.0 + 0.044715 * square), -700.0))
+    inner = 1.5957691216057308 * w * (1.0 + 0.044715 * square)
+    e = math.exp(-min(max(inner, -700.0), 700.0))
     steps = 1.5957691216057308 * w * (1.0 + 0.134145 * square)
     return (1.0 + steps * (e / (1.0 + e))) / (1.0 + e) if v == v else np.float64(v)
 

@@ -1,7 +1,7 @@
 """Calls like one before: their kernel once more, with nothing but other addresses.
 
 What these answers are told apart by is in repeated.py. They ask themselves what no shape tells:
-whether `out` may be written, and whether what is still to be read lies elsewhere.
+whether `out` may be written, and whether what is still to be read lies apart.
 """
 
 from __future__ import annotations

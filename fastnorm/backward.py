@@ -556,8 +556,6 @@ for _norm in (
     group_norm_backward,
     rms_norm_backward,
 ):
-    if _norm.__doc__ is not None:  # it is under python -OO
-        _norm.__doc__ = _norm.__doc__.replace("%(after)s", _AFTER)
-rms_norm_backward.__doc__ = (rms_norm_backward.__doc__ or "").replace(
-    "bias, residual,", "residual,"
-)
+    if _norm.__doc__:  # absent under python -OO
+        _shared = _AFTER.removeprefix("bias, " if _norm is rms_norm_backward else "")
+        _norm.__doc__ = _norm.__doc__.replace("%(after)s", _shared)

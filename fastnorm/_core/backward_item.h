@@ -429,8 +429,9 @@ static void T(collect_rest)(const Backward *q, const T(Slopes) *s, const Rows *r
 /* Of up to BACKWARD_SHARED_RUNS runs that share their weights. */
 static void T(collect_runs)(const Backward *q, const T(Slopes) *s, int count, Stretch t, Cells to,
                             REAL *tiles) {
-    T(SharedRuns) runs = {.count = count};
+    T(SharedRuns) runs;
     int any = 0;
+    runs.count = count;
     for (int k = 0; k < count; k++) any |= s[k].any_out_of_range;
     const int direct = q->bf16_direct && q->training && !any;
     const int in_place = direct || (T(native)(q->dx.storage) && !q->non_temporal);

@@ -107,7 +107,8 @@ FN_INLINE ptrdiff_t T(whole_rows_of)(const Backward *q, Span f, T(Range) weights
     const REAL *w = T(weights_or_ones)(q, &all, tiles + 4 * BACKWARD_CHUNK);
     ptrdiff_t i = f.first;
     for (; i + 4 <= f.last; i += 4) {
-        T(SharedRuns) runs = {.count = 4};
+        T(SharedRuns) runs; /* not as {.count = 4}: gcc would set all of it to 0 */
+        runs.count = 4;
         for (int k = 0; k < 4; k++) {
             const double rstd = *(const double *)T(row)(q, &q->rstd, i + k);
             const double mean = q->mean.data ? *(const double *)T(row)(q, &q->mean, i + k) : 0.0;

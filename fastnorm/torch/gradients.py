@@ -7,7 +7,9 @@ those of the formula in PyTorch's operators (formulas.py), in float64.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from inspect import signature
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -37,6 +39,9 @@ _TABLE = {op.name: op for op in OPERATIONS}
 # What moves, and what gradients do not depend on.
 RUNNING = ("running_mean", "running_var")
 
+# What may be a list, which the caller can change, or a torch.Size: the cache of calls knows tuples.
+SHAPES = ("normalized_shape", "axis")
+
 # What is added to the result, and what gradients do not depend on either.
 ADDED = ("bias", "residual")
 
@@ -60,7 +65,10 @@ class Kernels:
         self.names = argument_names(function)
         parameters = signature(function).parameters.values()
         self.defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        self.at = {key: n for n, key in enumerate(self.names)}
         self.operands = [key for key in self.names if key in operands.OPERANDS]
+        self.places = [self.at[key] for key in self.operands]
+        self.shapes = [self.at[key] for key in SHAPES if key in self.at]
         self.moves = [key for key in RUNNING if key in self.names]
         self.has_statistics = self.name in formulas.NORMS
         self.find = finder(function, RUNNING, self._record if self.name in _TABLE else None)
@@ -85,22 +93,57 @@ class Kernels:
         """The result of a call of plain tensors, one of which requires a gradient."""
         if torch.is_inference_mode_enabled():
             return None
-        named = settled(dict(zip(self.names, call)))
+        for n in self.shapes:
+            if isinstance(call[n], torch.Size | list):
+                call = (*call[:n], tuple(call[n]), *call[n + 1 :])
         if self.moves:
-            check_moved(named)
-        if self.has_statistics and self._is_simple(named):
-            return _apply(self, named, *[named[key] for key in self.operands])
-        return recorded(self, named)
+            check_moved(dict(zip(self.names, call)))
+        if self.has_statistics and self._is_simple(call):
+            return _apply(self, call, *[call[n] for n in self.places])
+        return recorded(self, dict(zip(self.names, call)))
 
-    def _is_simple(self, named: Named) -> bool:
+    def _is_simple(self, call: tuple[Any, ...]) -> bool:
         """Whether there is nothing to convert, refuse or do besides the norm itself."""
-        activation = named["activation"]
+        activation = call[self.at["activation"]]
         return (
             (activation is None or (type(activation) is str and activation in ACTIVATIONS))
-            and named["out"] is None
-            and type(named["return_stats"]) is bool
-            and {type(named[key]) for key in self.operands} <= _TENSORS
+            and call[self.at["out"]] is None
+            and type(call[-1]) is bool
+            and all([type(call[n]) in _TENSORS for n in self.places])
         )
+
+    @cached_property
+    def backward(self) -> _Backward | None:
+        """What computes its gradients."""
+        kernels = KERNELS.get(f"{self.name}_backward")
+        return None if kernels is None else _Backward(self, kernels)
+
+
+class _Backward:
+    """A backward function, and how its calls and results follow from those of the forward one."""
+
+    def __init__(self, forward: Kernels, kernels: Kernels) -> None:
+        op = _TABLE[forward.name]
+        self.kernels = kernels
+        # a call of the forward function, then what follows it in `gradients`
+        at = {key: n for n, key in enumerate((*forward.names, "derivative", "dy", *op.stats))}
+        self.pick = itemgetter(*[at[key] for key in kernels.names])
+        names = op.gradients or ("dx", "dweight", "dbias")
+        if forward.has_statistics:
+            names = (*names[: len(op.stats) + 1], "dresidual")
+        self.names = [key[1:] for key in names]
+
+    def gradients(self, call: Sequence[Any], dy: Tensor, stats: Sequence[Tensor]) -> Named | None:
+        """By name; None where PyTorch has to see each operator."""
+        if 0 in dy.stride():  # as of a sum: every call would make a copy and be described anew
+            dy = dy.clone(memory_format=torch.contiguous_format)
+        of = self.pick((*call, None, dy, *stats))
+        found = self.kernels.find(of)
+        if found is None:
+            if transformed():
+                return None
+            found = self.kernels(of)
+        return dict(zip(self.names, found))
 
 
 # All of them, by name.
@@ -115,8 +158,8 @@ def _read(value: Any, key: str) -> Any:
 
 
 def settled(named: Named) -> Named:
-    """A call with shapes and axes as tuples: the cache of calls knows those, and a list changes."""
-    for key in ("normalized_shape", "axis"):
+    """A call with shapes and axes as tuples."""
+    for key in SHAPES:
         if isinstance(named.get(key), torch.Size | list):
             named[key] = tuple(named[key])
     return named
@@ -171,51 +214,66 @@ def recorded(kernels: Kernels, named: Named) -> Any:
     if named.get("activation") is not None:
         formulas.activated(torch.empty(0), named["activation"])  # refuses others
     check_flag(named.get("return_stats", False), "return_stats")
-    return _Recorded.apply(kernels, named, *[named[key] for key in kernels.operands])
+    call = tuple([named[key] for key in kernels.names])
+    return _Recorded.apply(kernels, call, *[call[n] for n in kernels.places])
 
 
 class _Recorded(torch.autograd.Function):
     """(kernels, a call, its operands) -> y, and its statistics if they are asked for."""
 
     @staticmethod
-    def forward(ctx: Any, kernels: Kernels, call: Named, *given: Any) -> Any:
-        named = call | dict(zip(kernels.operands, given))
+    def forward(ctx: Any, kernels: Kernels, call: tuple[Any, ...], *given: Any) -> Any:
+        options = list(call)
+        for n, value in zip(kernels.places, given):
+            options[n] = value
         if kernels.has_statistics:
-            y, *stats = kernels((*list(named.values())[:-1], True))  # return_stats is the last
+            y, *stats = kernels((*options[:-1], True))  # return_stats is the last
         else:
-            y, stats = kernels(tuple(named.values())), []
-        kept = {key: t for key, t in zip(kernels.operands, given) if isinstance(t, Tensor)}
-        ctx.set_materialize_grads(False)
-        ctx.kernels, ctx.options = kernels, named | dict.fromkeys(kept)
-        ctx.like = {key: (kept[key].shape, kept[key].dtype) for key in ADDED if key in kept}
-        activation = named.get("activation")
+            y, stats = kernels(tuple(options)), []
+        at = kernels.at.get("activation")
+        activation = None if at is None else call[at]
         ctx.clipped = activation in _CLIPPED
-        if activation is None or ctx.clipped:
-            for key in ctx.like:
-                del kept[key]
-        ctx.kept = list(kept)
-        ctx.save_for_backward(*kept.values(), *stats, *([y] if ctx.clipped else []))
-        if not (stats and named["return_stats"]):
+        added_last = activation is None or ctx.clipped
+        like, places, kept = {}, [], []
+        for key, n, value in zip(kernels.operands, kernels.places, given):
+            if isinstance(value, Tensor):
+                options[n] = None
+                if key in ADDED:
+                    like[key] = (value.shape, value.dtype)
+                    if added_last:
+                        continue
+                places.append(n)
+                kept.append(value)
+        if ctx.clipped:
+            kept.append(y)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*kept, *stats)
+        ctx.kernels, ctx.options, ctx.places, ctx.like = kernels, options, places, like
+        if not (stats and call[-1]):
             return y
         ctx.mark_non_differentiable(*stats)
         return y, *stats
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        names = ctx.kernels.operands
+        kernels, places = ctx.kernels, ctx.places
         if dy is None:
-            return (None,) * (2 + len(names))
-        wanted = [key for key, w in zip(names, ctx.needs_input_grad[2:]) if w]
+            return (None,) * (2 + len(kernels.operands))
         saved = ctx.saved_tensors  # once: a checkpoint computes them when they are asked for
-        named = ctx.options | dict(zip(ctx.kept, saved))
-        stats = saved[len(ctx.kept) :]
+        call = ctx.options.copy()
+        for n, value in zip(places, saved):
+            call[n] = value
+        stats = saved[len(places) :]
         if ctx.clipped:
-            *stats, y = stats
-            dy = _CLIPPED[named["activation"]](dy, y)
-            named["activation"] = None
-        call = _Call(ctx.kernels.name, named, stats, ctx.like)
-        found = call.gradients(dy, wanted, differentiable=torch.is_grad_enabled())
-        return None, None, *[found[key] if key in wanted else None for key in names]
+            y, *stats = stats
+            at = kernels.at["activation"]
+            dy, call[at] = _CLIPPED[call[at]](dy, y), None
+        needs = ctx.needs_input_grad[2:]
+        wanted = [key for key, needed in zip(kernels.operands, needs) if needed]
+        found = _Call(kernels, call, stats, ctx.like).gradients(
+            dy, wanted, differentiable=torch.is_grad_enabled()
+        )
+        return None, None, *[found[key] if w else None for key, w in zip(kernels.operands, needs)]
 
 
 # Without what PyTorch's own does for tensors that outlived a transform: plain ones are none.
@@ -225,14 +283,22 @@ _apply: Callable[..., Any] = super(torch.autograd.Function, _Recorded).apply
 class _Call:
     """A call that was recorded; without what is added to y where no gradient depends on that."""
 
-    def __init__(self, name: str, named: Named, stats: Sequence[Tensor], like: Named) -> None:
-        self.name, self.named, self.stats, self.like = name, named, stats, like
+    def __init__(
+        self, kernels: Kernels, call: Sequence[Any], stats: Sequence[Tensor], like: Named
+    ) -> None:
+        self.kernels, self.call, self.stats, self.like = kernels, call, stats, like
+        self.name = kernels.name
+
+    @cached_property
+    def named(self) -> Named:
+        return dict(zip(self.kernels.names, self.call))
 
     def gradients(self, dy: Tensor, wanted: Sequence[str], *, differentiable: bool) -> Named:
         """By name, and perhaps of others; `differentiable` ones if they are to be recorded."""
+        at = self.kernels.at.get("activation")
+        activated = at is not None and self.call[at] is not None
+        others = wanted if activated else [key for key in wanted if key not in ADDED]
         found: Named | None = {}
-        activated = self.named.get("activation") is not None
-        others = [key for key in wanted if activated or key not in ADDED]
         if others:
             hidden = differentiable or is_batched(dy) or not is_plain(dy)
             hidden = hidden or (activated and not self._bias_is_as_weight())
@@ -258,28 +324,15 @@ class _Call:
 
     def _of_kernels(self, dy: Tensor) -> Named | None:
         """All of them; None without such a kernel, or where PyTorch has to see each operator."""
-        name, named, stats = self.name, self.named, self.stats
-        if name == "instance_norm" and not named["use_input_stats"]:
-            name, named = "batch_norm", named | {"training": False}
+        kernels, call, stats = self.kernels, self.call, self.stats
+        if self.name == "instance_norm" and not self.named["use_input_stats"]:
+            kernels = KERNELS["batch_norm"]
+            named = kernels.defaults | self.named | {"training": False}
+            call = [named[key] for key in kernels.names]
             # every sample has those; without samples nothing is computed of them
             stats = [s[0] if len(s) else s.new_zeros(s.shape[1]) for s in stats]
-        kernels = KERNELS.get(f"{name}_backward")
-        if kernels is None:
-            return None
-        if 0 in dy.stride():  # as of a sum: every call would make a copy and be described anew
-            dy = dy.clone(memory_format=torch.contiguous_format)
-        op = _TABLE[name]
-        named = named | dict(zip(op.stats, stats), dy=dy, derivative=None)
-        call = tuple([named[key] for key in kernels.names])
-        found = kernels.find(call)
-        if found is None:
-            if transformed():
-                return None
-            found = kernels(call)
-        names = op.gradients or ("dx", "dweight", "dbias")
-        if name in formulas.NORMS:
-            names = (*names[: len(op.stats) + 1], "dresidual")
-        return {key[1:]: value for key, value in zip(names, found)}
+        backward = kernels.backward
+        return None if backward is None else backward.gradients(call, dy, stats)
 
     def _of_formula(self, dy: Tensor, wanted: Sequence[str], differentiable: bool) -> Named:
         name, named = self.name, self.named

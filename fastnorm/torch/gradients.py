@@ -109,7 +109,7 @@ class Kernels:
             (activation is None or (type(activation) is str and activation in ACTIVATIONS))
             and call[self.at["out"]] is None
             and type(call[-1]) is bool
-            and all([type(call[n]) in _TENSORS for n in self.places])
+            and {type(call[n]) for n in self.places} <= _TENSORS
         )
 
     @cached_property

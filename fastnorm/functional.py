@@ -6,6 +6,7 @@ along theirs.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, Literal, TypeAlias, overload
 
@@ -39,6 +40,7 @@ from fastnorm.execution import (
     counted,
     new_like,
 )
+from fastnorm.schedule import planes_make_rows
 
 __all__ = [
     "batch_norm",
@@ -203,10 +205,14 @@ def _by_running(norm: Norm[Any], means: Array, variances: Array, axis: int) -> N
             means.astype(np.float64, order="C").reshape(place),
             variances.astype(np.float64, order="C").reshape(place),
         )
-    # In the order of memory: where the channels are neighbours all rows at once, for which the
-    # scales are computed once; otherwise, or with weights of its own, every sample by itself.
-    side_by_side = array.strides[axis] == array.itemsize and array.shape[axis] > 1
-    together = side_by_side or array.ndim == 2
+    # In the order of memory: where the channels are neighbours, or planes are short, all rows at
+    # once, for which the scales are computed once; otherwise, or with weights of its own, every
+    # sample by itself.
+    size, step = array.itemsize, array.strides[axis]
+    plane = math.prod(n for a, n in enumerate(array.shape) if a not in (0, axis))
+    together = array.ndim == 2 or (step == size and array.shape[axis] > 1)
+    if isinstance(array, np.ndarray) and step == plane * size:
+        together |= planes_make_rows(array.shape[0], plane, size)
     together &= all(p is None or p.shape[0] == 1 for p in (norm.weight, norm.bias))
     norm.axes = (0, *range(2, array.ndim)) if together else tuple(range(2, array.ndim))
     return norm

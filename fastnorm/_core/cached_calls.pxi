@@ -29,6 +29,7 @@ cdef class Ticket:
     cdef char* lies[PART_RSTD + 1]   # by part; NULL: anywhere
     cdef bint activated         # a call backward through an activation,
     cdef CachedCall through     # of which this is kept first
+    cdef bint half_running      # running statistics of half precision are read, but not moved
 
 # --- The threads of a call, and who answers it ----------------------------------------------------
 
@@ -117,6 +118,8 @@ cdef keep_forward(Forward* q, Ticket ticket, tuple statistics):
             or moved(ticket, PART_WEIGHT, &q.weight) or moved(ticket, PART_BIAS, &q.bias)
             or moved(ticket, PART_RESIDUAL, added) or moved(ticket, PART_WHERE, &q.mask)):
         return
+    if ticket.half_running and not q.given:
+        return
     call = CachedCall()
     call.forward = q[0]
     keep(call, ticket, statistics)
@@ -179,10 +182,17 @@ cdef void inverse_roots(double* rstd, const double* var, double eps, Py_ssize_t 
 
 # --- Answers --------------------------------------------------------------------------------------
 
+cdef inline bint is_half(object v) noexcept:
+    return v is not None and cnp.PyArray_ITEMSIZE(<cnp.ndarray>v) == 2
+
 cdef object converted(object v, Operand* o):
     """A weight as the numbers that the description had: of half precision in float32."""
+    return in_single(v) if o.storage == F32 else v
+
+cdef object in_single(object v):
+    """An array, of half precision in float32."""
     cdef Py_ssize_t n
-    if v is None or cnp.PyArray_ITEMSIZE(<cnp.ndarray>v) != 2 or o.storage != F32:
+    if not is_half(v):
         return v
     n = cnp.PyArray_SIZE(<cnp.ndarray>v)
     array = cnp.PyArray_SimpleNew(1, <cnp.npy_intp*>&n, cnp.NPY_FLOAT32)
@@ -225,12 +235,12 @@ cdef object forward_result(CachedCall call, Asked* a, int threads):
         aim(&q.rstd, rstd)
         aim_at(&q.var, <char*>var, n * sizeof(double))
         if q.given:
-            read_given(<double*>q.mean.data, running_mean, 0.0, n)
-            read_given(var, running_var, a.factor_value, n)
+            read_given(<double*>q.mean.data, in_single(running_mean), 0.0, n)
+            read_given(var, in_single(running_var), a.factor_value, n)
     else:
         q.mean.data = q.var.data = q.rstd.data = NULL
     failed = execute(&q, threads)
-    if q.given:
+    if q.given and stats:
         inverse_roots(<double*>q.rstd.data, var, q.eps, n)
     if updated and not failed and not q.raised:
         count = <double>(cnp.PyArray_SIZE(<cnp.ndarray>x) // n)
@@ -380,7 +390,7 @@ cdef class CachedCalls:
             ticket.lies[i] = bytes_at(<object>operands_of(&q)[i])
         for i in range(PART_WEIGHT, PART_BIAS + 1):
             # of half precision it is converted by each call
-            v = <object>operands_of(&q)[i]
-            if v is not None and cnp.PyArray_ITEMSIZE(<cnp.ndarray>v) == 2:
+            if is_half(<object>operands_of(&q)[i]):
                 ticket.lies[i] = NULL
+        ticket.half_running = is_half(<object>q.running_mean) or is_half(<object>q.running_var)
         return ticket

@@ -166,8 +166,6 @@ cdef bint push_running(Key* k, object v) noexcept:
     if not push_array(k, v, -1):
         return False
     a = <cnp.ndarray>v
-    if cnp.PyArray_TYPE(a) != cnp.NPY_FLOAT32 and cnp.PyArray_TYPE(a) != cnp.NPY_FLOAT64:
-        return False
     return cnp.PyArray_IS_C_CONTIGUOUS(a) and cnp.PyArray_ISWRITEABLE(a)
 
 cdef bint push_where(Key* k, Asked* q) noexcept:

@@ -379,6 +379,46 @@ FN_INLINE void T(normalize_runs)(const Forward *q, const Item *it, const T(Scale
 #endif
     T(normalize_planes)(&j);
 }
+/* Whether the runs of neighbouring groups follow one another in all that is read and written: short
+ * ones, several of which a tile has room for. */
+FN_INLINE int T(runs_follow)(const Forward *q, Run r) {
+    const Operand *all[3] = {source_of(q), &q->y, &q->residual};
+    /* bfloat16 of longer ones is converted on the way */
+    int follow = q->width > 1 && r.n <= (q->bf16_direct ? SHORT_ROW : BLOCK / 2);
+    for (int i = 0; i < 3; i++)
+        if (all[i]->data) follow &= all[i]->b == r.n * bytes_of(all[i]->storage);
+    return follow;
+}
+/* The same of runs that follow one another and whose format is converted: of several at once. */
+FN_INLINE void T(convert_runs)(const Forward *q, const Item *it, const T(Scales) *s, Run r,
+                               Scratch *h) {
+    const Operand *source = source_of(q), *e = &q->residual;
+    for (ptrdiff_t k = 0, m; k < it->width; k += m) {
+        m = least(it->width - k, BLOCK / r.n);
+        const Item groups = {it->a, it->b + k, it->c, m};
+        const ptrdiff_t n = m * r.n;
+        T(Loop) j = T(loop_of)(q, &groups, s, 0, r);
+        char *y = (char *)j.y;
+        const int tiled = !T(native)(q->y.storage);
+        for (ptrdiff_t i = 1; FN_CHECKED && i < m; i++) T(loop_of)(q, &groups, s, i, r);
+        fits(n * (ptrdiff_t)sizeof(REAL), h->tile_size, "a tile of runs");
+        if (!T(native)(source->storage)) {
+            T(load)((const char *)j.x, source->storage, n, (REAL *)h->extra);
+            j.x = (const REAL *)h->extra;
+        }
+        if (e->data && !T(native)(e->storage)) {
+            T(load)((const char *)j.residual, e->storage, n, (REAL *)h->third);
+            j.residual = (const REAL *)h->third;
+        }
+        if (tiled) j.y = (REAL *)h->tile;
+        j.hi = s->hi + k, j.r = s->r + k, j.shift = s->shift + k;
+        j.w = j.b = NULL;
+        j.count = m, j.ahead = 0;
+        j.x_step = j.y_step = j.residual_step = r.n;
+        T(normalize_planes)(&j);
+        if (tiled) T(store)((const REAL *)h->tile, n, y, q->y.storage);
+    }
+}
 /* What is read, and written, after this run of group k. */
 FN_INLINE void T(fetch_ahead)(const Forward *q, const Item *it, ptrdiff_t k, Run r) {
     const Operand *source = source_of(q), *e = &q->residual;
@@ -399,12 +439,21 @@ FN_INLINE void T(fetch_ahead)(const Forward *q, const Item *it, ptrdiff_t k, Run
 /* Elements [first, last) of each group of an item, from x to y. */
 static void T(write_runs)(Forward *q, const Item *it, const T(Scales) *s, ptrdiff_t first,
                           ptrdiff_t last, Scratch *h) {
-    const int whole = q->direct && !(h->guarded && q->weight.data) && !s->any_out_of_range;
+    const int guarded = h->guarded && q->weight.data;
+    const int whole = q->direct && !guarded && !s->any_out_of_range;
+    /* weights that are in the scales need no guard */
+    const int alike = !s->any_out_of_range && (IS_FLOAT ? s->folded : whole && q->foldable);
+    const int converts = IS_FLOAT && !q->direct && !q->non_temporal && !h->ready && !q->user &&
+                         !q->activation_first;
     Run r;
     for (ptrdiff_t f = first; f < last; f += r.n) {
         r = run_at(q, f, last);
-        if (whole && (IS_FLOAT ? s->folded : q->foldable)) {
+        if (alike && q->direct) {
             T(normalize_runs)(q, it, s, r);
+            continue;
+        }
+        if (alike && converts && T(runs_follow)(q, r)) {
+            T(convert_runs)(q, it, s, r, h);
             continue;
         }
         const int past = T(all_non_temporal)(q, it, s, r); /* asks for what comes next on its own */

@@ -231,9 +231,9 @@ enum { SCALE_BYTES = 7 * 8 + 8 }; /* of the scales of a column or group */
 static inline void lay_out(const Forward *q, Scratch *h) {
     Arena *m = &h->arena;
     const ptrdiff_t width = q->columns ? q->width : TILE_GROUPS, row = width * 8;
-    const ptrdiff_t elements = q->columns         ? q->width * q->block
-                               : q->length < BLOCK ? q->length + LINE / 8 /* lined_up */
-                                                   : BLOCK + LINE / 8;
+    const ptrdiff_t elements = q->columns ? q->width * q->block
+                                          : least(q->width * q->length, BLOCK) +
+                                                LINE / 8; /* lined_up */
     h->tile_size = elements * 8;
     h->converted_size = q->columns || q->x.storage >= F32 ? 0 : 4 * BLOCK * 4;
     h->gathered_size = q->walk == WALK_GATHERED ? q->width * q->length * 8 : 0;

@@ -33,29 +33,54 @@ FN_INLINE T(Scales) T(table_at)(char *table, ptrdiff_t width, ptrdiff_t b) {
 FN_INLINE int loses_digits(double var, double rstd) {
     return (var > 0) & (var * rstd * rstd < 0x1p-200);
 }
-/* hi, r and shift of k neighbouring columns; weights, one a column, are folded into r and shift.
- * What leaves the range of a float, beyond 2^100 either way, or its precision, or is `lost`, is out
- * of range; returns whether any does. */
+/* Of a mean hi + lo, an rstd and a weight and bias: hi, r and shift; whether any of it leaves the
+ * range of a float, beyond 2^100 either way, or its precision, or is `lost`.  Without branches: many
+ * are computed at once. */
+FN_INLINE int scale_of(double mean, double low, double rstd, int lost, double weight, double bias,
+                       float *hi, float *r, float *shift) {
+    const double size = fabs(rstd), rw = rstd * weight, at_most = fabs(rw);
+    const double lo = (mean - (double)(float)mean) + low;
+    /* of no elements, or with a NaN, all is not a number, in whatever type */
+    const int nothing = (size == 0) | (size != size);
+    const int fits = ((size > 7.9e-31) & (size < 1.3e30) & (fabs(mean) < 1.3e30) & !lost) | nothing;
+    *hi = (float)mean;
+    *r = (float)rw;
+    *shift = (float)(bias - lo * rw);
+    return !(fits & (((at_most > 7.9e-31) & (at_most < 1.3e30)) | (weight == 0) | nothing));
+}
+/* Those of k neighbouring columns, with a weight and bias each; returns whether any is out of
+ * range. */
 FN_INLINE int spread(const Scales_f32 *s, ptrdiff_t g, ptrdiff_t k, int lost, const float *w,
                      ptrdiff_t w_step, const float *b, ptrdiff_t b_step) {
-    const double mean = s->mean[g], rstd = s->rstd[g], size = fabs(rstd);
-    const float hi = (float)mean;
-    const double lo = (mean - (double)hi) + s->low[g];
-    /* of no elements, or with a NaN, all is not a number, in whatever type */
-    const int fits = ((size > 7.9e-31) & (size < 1.3e30) & (fabs(mean) < 1.3e30) & !lost) |
-                     (size == 0) | (size != size);
     int any = 0;
-    for (ptrdiff_t i = 0, j = g * k; i < k; i++, j++) {
-        const double weight = w ? (double)w[j * w_step] : 1.0, rw = rstd * weight;
-        const int out = !(fits & (((fabs(rw) > 7.9e-31) & (fabs(rw) < 1.3e30)) | (weight == 0) |
-                                  (size == 0) | (size != size)));
-        s->hi[j] = hi;
-        s->r[j] = (float)rw;
-        s->shift[j] = (float)((b ? (double)b[j * b_step] : 0.0) - lo * rw);
+    for (ptrdiff_t j = g * k; j < g * k + k; j++) {
+        const int out = scale_of(s->mean[g], s->low[g], s->rstd[g], lost,
+                                 w ? (double)w[j * w_step] : 1.0, b ? (double)b[j * b_step] : 0.0,
+                                 &s->hi[j], &s->r[j], &s->shift[j]);
         s->out_of_range[j] = (uint8_t)out;
         any |= out;
     }
     return any;
+}
+/* Those of n groups, with a weight and bias each that follow one another, or none. */
+FN_INLINE int spread_each(const Scales_f32 *s, ptrdiff_t n, const float *w, const float *b) {
+    const double *FN_RESTRICT mean = s->mean, *FN_RESTRICT low = s->low;
+    const double *FN_RESTRICT rstd = s->rstd;
+    float *FN_RESTRICT hi = s->hi, *FN_RESTRICT r = s->r, *FN_RESTRICT shift = s->shift;
+    uint8_t *FN_RESTRICT out_of_range = s->out_of_range;
+    int any = 0;
+    for (ptrdiff_t g = 0; g < n; g++) {
+        const int out = scale_of(mean[g], low[g], rstd[g], 0, w ? (double)w[g] : 1.0,
+                                 b ? (double)b[g] : 0.0, &hi[g], &r[g], &shift[g]);
+        out_of_range[g] = (uint8_t)out;
+        any |= out;
+    }
+    return any;
+}
+FN_APART int spread_groups(const Scales_f32 *s, ptrdiff_t n, const float *w, const float *b) {
+    if (w && b) return spread_each(s, n, w, b);
+    if (w) return spread_each(s, n, w, NULL);
+    return b ? spread_each(s, n, NULL, b) : spread_each(s, n, NULL, NULL);
 }
 /* The scales of n groups, one for each of their k columns. */
 FN_APART void widen(const Scales_f32 *s, ptrdiff_t n, ptrdiff_t k) {
@@ -118,7 +143,9 @@ static void finalize_f32(const Forward *q, const Item *it, const double *m, Scal
     /* neighbours with the same weights have one scale */
     const ptrdiff_t own = q->shared || (!w_step && !b_step) ? 1 : k;
     int any = 0;
-    for (ptrdiff_t g = 0; g < n; g++) {
+    if (own == 1 && !apart && (!w || w_step == 1) && (!b || b_step == 1))
+        any = spread_groups(&into, n, w, b);
+    else for (ptrdiff_t g = 0; g < n; g++) {
         const int lost = apart && loses_digits(own_var[g], into.rstd[g]);
         any |= spread(&into, g, own, lost, w, w_step, b, b_step);
     }

@@ -233,6 +233,22 @@ def test_half_precision_is_rounded_once(op: Operation, dtype: Any, layout: str) 
     assert error.max() <= HALF_ONCE
 
 
+@pytest.mark.each_cpu
+@pytest.mark.parametrize("plane", [7, 61, 257, 400, 1023])
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=named)
+def test_half_precision_in_planes(dtype: Any, plane: int) -> None:
+    """Of several channels at once, as many as a tile has room for."""
+    x, added = (data((4, 37, plane), dtype, 1.0, seed=i) for i in range(2))
+    wide = x.astype(F64)
+    for more in ({}, {"residual": added}):
+        right = fn.batch_norm(wide, training=True, eps=1e-3, **more)
+        found = fn.batch_norm(x, training=True, eps=1e-3, **more)
+        # of a sum of two floats the larger one's spacing is counted
+        assert (
+            ulps(found, right, dtype, abs(right) + abs(more.get("residual", 0))).max() <= HALF_ONCE
+        )
+
+
 # --- The ends of the range ------------------------------------------------------------------------
 
 EXTREMES = [

@@ -17,6 +17,13 @@ from fastnorm import _core, execution, runtime
 from fastnorm.arguments import ACTIVATIONS
 from fastnorm.backends import compiled
 from fastnorm.operations import OPERATIONS, Operation
+from fastnorm.schedule import (
+    MIN_RUN,
+    MIN_SAMPLES,
+    SHORT_PLANE,
+    SHORT_PLANE_OF_HALF,
+    TILE_GROUPS,
+)
 
 from .helpers import (
     BACKENDS,
@@ -328,6 +335,9 @@ def test_a_sample_with_operands_of_another_order(name: str, dtype: Any) -> None:
         )
 
 
+# Elements of planes, below which those of several samples are rows and above which they are not.
+PLANES = [SHORT_PLANE, SHORT_PLANE + 1, SHORT_PLANE_OF_HALF, SHORT_PLANE_OF_HALF + 1]
+
 ORDERS = [(2, 1, 0), (1, 2, 0), (1, 0, 2), (2, 0, 1)]  # of axes, from the outermost on
 
 
@@ -399,6 +409,45 @@ def test_a_sample_between_others_is_converted(dtype: Any, of: Any) -> None:
             own = [s[one] for s in stats]
             found = fn.layer_norm_backward(dy[one], x[one], *own, axis=2)[0]
             assert_same_bits(found, dx[one])
+
+
+@pytest.mark.parametrize("plane", [1, 9, *PLANES, MIN_RUN])
+@pytest.mark.parametrize("dtype", [F16, BF16, F32, F64], ids=named)
+@on_kernels
+def test_a_short_plane_by_given_statistics(name: str, dtype: Any, plane: int) -> None:
+    """Planes of some samples are rows, those of fewer are runs: the bits are the same."""
+    rng = np.random.default_rng(plane)
+    n, c = MIN_SAMPLES + 1, 2 * TILE_GROUPS + 5
+    x, r = (rng.standard_normal((n, c, plane)) * 3 + 1 for _ in range(2))
+    x, r = x.astype(dtype), r.astype(dtype)
+    w, b, mean = rng.standard_normal((3, c)).astype(F32)
+    var = abs(rng.standard_normal(c)).astype(F32) + np.float32(0.1)
+    apart = np.ascontiguousarray(r.transpose(2, 1, 0)).transpose(2, 1, 0)
+    between = np.repeat(r, 2, axis=1)[:, ::2]  # other planes lie between
+    norms: list[Callable[[slice], Any]] = [
+        lambda s: fn.batch_norm(x[s], mean, var, w, b),
+        lambda s: fn.batch_norm(x[s], mean, var, activation="silu"),
+        lambda s: fn.batch_norm(x[s], mean, var, w, residual=r[s]),
+        lambda s: fn.batch_norm(x[s], mean, var, None, b, residual=apart[s], activation="relu"),
+        lambda s: fn.instance_norm(x[s], mean, var, w, b, use_input_stats=False),
+        lambda s: fn.batch_norm(x[s, ::2], mean[::2], var[::2], w[::2], b[::2]),
+        lambda s: fn.batch_norm(x[s], mean, var, w, b, residual=between[s]),
+        lambda s: fn.batch_norm(x[s], mean, var, w, b, out=np.repeat(x[s], 2, axis=1)[:, ::2]),
+    ]
+    with fn.backend(name):
+        for numbers in ("ordinary", "out of range", "not numbers"):
+            if numbers == "out of range":
+                var[3], mean[c - 2], w[7] = 1e-38, 2e38, 3e38
+            elif numbers == "not numbers":
+                x[2, 5], x[4, 6], x[n - 1, c - 1] = np.nan, np.inf, -np.inf
+            with np.errstate(all="ignore"):
+                assert_same_bits(
+                    norms[-2](slice(None)), fn.batch_norm(x, mean, var, w, b, residual=r)
+                )
+                for of in norms:
+                    whole = of(slice(None))
+                    for one in (slice(0, 1), slice(2, 5), slice(n - 1, n), slice(0, MIN_SAMPLES)):
+                        assert_same_bits(of(one), whole[one])
 
 
 @on_kernels
@@ -772,6 +821,43 @@ def test_half_precision_weights_are_cached(dtype: Any, monkeypatch: pytest.Monke
     calls()
     with pytest.raises(TypeError):
         fn.group_norm(x, 3, w[::-1])
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=named)
+def test_half_precision_statistics_are_cached(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a model in half precision has them; in training, where they move, each is described."""
+    rng = np.random.default_rng(0)
+    x = data((9, 12, 3, 3), dtype)
+    mean, var = rng.standard_normal(12).astype(dtype), (rng.random(12) + 0.5).astype(dtype)
+
+    def calls() -> list[Any]:
+        return [
+            fn.batch_norm(x, mean, var),
+            fn.batch_norm(x, mean.astype(F32), var, eps=0.1),
+            fn.batch_norm(x, mean, var.astype(F64)),
+            *fn.batch_norm(x, mean, var, return_stats=True),
+        ]
+
+    for kind in range(2):
+        mean[:] += dtype.type(kind) / 4  # numbers are read by each call
+        with nothing_cached():
+            described = calls()
+        for _ in range(2):
+            for found, right in zip(calls(), described, strict=True):
+                assert_same_bits(found, right)
+    moved = []
+    for _ in range(3):
+        own = mean.copy(), var.copy()
+        fn.batch_norm(x, *own, training=True)
+        moved.append(own)
+    assert not np.array_equal(moved[0][0], mean)
+    for others in moved[1:]:
+        for found, right in zip(others, moved[0], strict=True):
+            assert_same_bits(found, right)
+    monkeypatch.setattr(execution, "Problem", None)
+    calls()
+    with pytest.raises(TypeError):
+        fn.batch_norm(x, mean.copy(), var.copy(), training=True)
 
 
 def test_further_norms_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,7 @@ from fastnorm.execution import (
     counted,
     new_like,
 )
-from fastnorm.schedule import planes_make_rows
+from fastnorm.schedule import MIN_SAMPLES, SHORT_PLANES
 
 __all__ = [
     "batch_norm",
@@ -212,7 +212,7 @@ def _by_running(norm: Norm[Any], means: Array, variances: Array, axis: int) -> N
     plane = math.prod(n for a, n in enumerate(array.shape) if a not in (0, axis))
     together = array.ndim == 2 or (step == size and array.shape[axis] > 1)
     if isinstance(array, np.ndarray) and step == plane * size:
-        together |= planes_make_rows(array.shape[0], plane, size)
+        together |= plane <= SHORT_PLANES.get(size, 0) and array.shape[0] >= MIN_SAMPLES
     together &= all(p is None or p.shape[0] == 1 for p in (norm.weight, norm.bias))
     norm.axes = (0, *range(2, array.ndim)) if together else tuple(range(2, array.ndim))
     return norm

@@ -62,9 +62,10 @@ BACKWARD_MAX_PLANES = 128
 # by given statistics: planes of at most so many elements, of so many samples or more, are taken as
 # columns, whose scales are then made for a sample's row once; of float16 and bfloat16, whose
 # conversion gains by it, longer ones. On an Intel Xeon (family 6, model 167) float32 takes 0.5 to
-# 0.8 of the time, 1.2 to 1.6 with planes of 25 or 49; float16 0.6 to 0.96 up to 36, then 1.2
+# 0.8 of the time, 1.2 to 1.6 with planes of 25 or 49; float16 0.6 to 0.96 up to 36, 1.2 with 49
 SHORT_PLANE = 16
-SHORT_PLANE_OF_HALF = 36
+SHORT_PLANE_OF_HALF = 32
+SHORT_PLANES = {2: SHORT_PLANE_OF_HALF, 4: SHORT_PLANE}  # by bytes of an element
 MIN_SAMPLES = 8
 
 # backward: groups of runs shorter than these bytes are taken side by side, at most so many;
@@ -169,12 +170,6 @@ _type = lru_cache(maxsize=64)(_Type)
 
 
 _NONE = (0, 0, 0, 0, 0)
-
-
-def planes_make_rows(samples: int, plane: int, itemsize: int) -> bool:
-    """Whether the planes of all samples are walked as rows, by given statistics of channels."""
-    short = {2: SHORT_PLANE_OF_HALF, 4: SHORT_PLANE}.get(itemsize, 0)
-    return samples >= MIN_SAMPLES and plane <= short
 
 
 def _tiles_of_columns(columns: int, neighbours: int) -> tuple[int, int]:

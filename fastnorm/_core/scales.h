@@ -34,15 +34,16 @@ FN_INLINE int loses_digits(double var, double rstd) {
     return (var > 0) & (var * rstd * rstd < 0x1p-200);
 }
 /* Of a mean hi + lo, an rstd and a weight and bias: hi, r and shift; whether any of it leaves the
- * range of a float, beyond 2^100 either way, or its precision, or is `lost`.  Without branches: many
- * are computed at once. */
+ * range of a float, beyond 2^100 either way, or its precision, or is `lost`.  Without branches:
+ * many are computed at once. */
 FN_INLINE int scale_of(double mean, double low, double rstd, int lost, double weight, double bias,
                        float *hi, float *r, float *shift) {
     const double size = fabs(rstd), rw = rstd * weight, at_most = fabs(rw);
     const double lo = (mean - (double)(float)mean) + low;
     /* of no elements, or with a NaN, all is not a number, in whatever type */
     const int nothing = (size == 0) | (size != size);
-    const int fits = ((size > 7.9e-31) & (size < 1.3e30) & (fabs(mean) < 1.3e30) & !lost) | nothing;
+    const int fits =
+        ((size > 7.9e-31) & (size < 1.3e30) & (fabs(mean) < 1.3e30) & !lost) | nothing;
     *hi = (float)mean;
     *r = (float)rw;
     *shift = (float)(bias - lo * rw);
@@ -143,11 +144,13 @@ static void finalize_f32(const Forward *q, const Item *it, const double *m, Scal
     /* neighbours with the same weights have one scale */
     const ptrdiff_t own = q->shared || (!w_step && !b_step) ? 1 : k;
     int any = 0;
-    if (own == 1 && !apart && (!w || w_step == 1) && (!b || b_step == 1))
+    if (own == 1 && !apart && (!w || w_step == 1) && (!b || b_step == 1)) {
         any = spread_groups(&into, n, w, b);
-    else for (ptrdiff_t g = 0; g < n; g++) {
-        const int lost = apart && loses_digits(own_var[g], into.rstd[g]);
-        any |= spread(&into, g, own, lost, w, w_step, b, b_step);
+    } else {
+        for (ptrdiff_t g = 0; g < n; g++) {
+            const int lost = apart && loses_digits(own_var[g], into.rstd[g]);
+            any |= spread(&into, g, own, lost, w, w_step, b, b_step);
+        }
     }
     if (own < k) widen(&into, n, k);
     s->any_out_of_range = any;

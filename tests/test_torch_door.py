@@ -562,6 +562,27 @@ def close(ours: Any, theirs: Any) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_float32_bias_without_a_weight_in_a_transform(dtype: Any) -> None:
+    """Where x is half: PyTorch's own instance norm refuses it."""
+    x, b = torch.randn(2, 3, 15).to(dtype), torch.rand(3)
+    stats = torch.zeros(3), torch.ones(3)
+    for name, flag in (("batch_norm", "training"), ("instance_norm", "use_input_stats")):
+        for of_x in (False, True):
+            norm = partial(getattr(fnt, name), weight=None, bias=b, **{flag: of_x})
+
+            def total(x: Any, norm: Any = norm) -> Any:
+                y = norm(x, *(s.clone() for s in stats))
+                assert y.dtype == x.dtype
+                return (y.float() * torch.arange(15.0)).sum()
+
+            found = torch.func.grad(total)(x)
+            right = torch.func.grad(total)(x.double())
+            # of sums of 30 terms up to 15, rounded once
+            allowed = 32 * torch.finfo(dtype).eps
+            torch.testing.assert_close(found.double(), right, rtol=0.0, atol=allowed)
+
+
 def test_torch_func() -> None:
     x = torch.randn(4, 6, 5, dtype=torch.float64)
     w = torch.randn(5, dtype=torch.float64)

@@ -182,6 +182,10 @@ def _is_pytorchs(name: str, named: Named) -> bool:
     half = x.dtype.itemsize == 2 and name != "rms_norm"
     if not (kinds <= {x.dtype} or (half and kinds == {torch.float32})):
         return False
+    # beside one of x's dtype PyTorch takes no bias of float32 without a weight
+    without_weight = named.get("weight") is None and named.get("bias") is not None
+    if name == "instance_norm" and without_weight and kinds != {x.dtype}:
+        return False
     if name in BY_CHANNEL:
         own: tuple[int, ...] = (x.shape[named["channel_axis"]],)
     elif axis is None:

@@ -65,6 +65,7 @@ class Kernels:
         self.names = argument_names(function)
         parameters = signature(function).parameters.values()
         self.defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        # where in a call each argument is, the operands are, and what may be a list
         self.at = {key: n for n, key in enumerate(self.names)}
         self.operands = [key for key in self.names if key in operands.OPERANDS]
         self.places = [self.at[key] for key in self.operands]

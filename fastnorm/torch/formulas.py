@@ -182,7 +182,7 @@ def _is_pytorchs(name: str, named: Named) -> bool:
     half = x.dtype.itemsize == 2 and name != "rms_norm"
     if not (kinds <= {x.dtype} or (half and kinds == {torch.float32})):
         return False
-    # beside one of x's dtype PyTorch takes no bias of float32 without a weight
+    # x of half precision and a float32 bias: PyTorch then wants a weight, too
     without_weight = named.get("weight") is None and named.get("bias") is not None
     if name == "instance_norm" and without_weight and kinds != {x.dtype}:
         return False

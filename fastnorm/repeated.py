@@ -75,7 +75,9 @@ class Repeat:
             type(r) is np.ndarray and (r is out or not any(r is v for v in self.call))
             for r in results
         )
-        answer = self.answer(results) if self.answer is not None and new else None
+        # it holds the arrays of this call, and itself: they would wait for the garbage collector
+        make, self.answer = self.answer, None
+        answer = make(results) if make is not None and new else None
         if answer is not None:
             if len(_answers) >= _MOST:
                 _answers.clear()

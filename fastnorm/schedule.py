@@ -39,6 +39,10 @@ CHAIN = 256
 BLOCK = 4096
 SPLIT_BLOCKS = 16
 
+# elements of a run that Numba's kernels sum up at once; loops go over as many one after the other,
+# in L1
+NUMBA_TILE = 2048
+
 # groups side by side in memory (strided reductions). A tile is whole rows of up to so many columns,
 # or so many columns of more; a block is of so many elements, which L2 holds; a split is of so many
 # rows, whose partial sums cost at most 1 % of x
@@ -98,8 +102,8 @@ TILE_ELEMENTS = 4096
 MIN_ROW = 256
 FEW_ROWS = 4
 SHORT_ROW = 2048
-# elements that two loops go over one after the other, through a tile in L1 (Numba's kernels)
-APPLY_ELEMENTS = 2048
+# short rows of columns that follow one another are one, up to so many elements (Numba's kernels)
+NUMBA_JOINED = 512
 
 # bytes that are asked for in advance; bytes of a group for which L2 has room twice: for this one
 # and the next

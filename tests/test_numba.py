@@ -59,7 +59,11 @@ with_cython = pytest.mark.skipif(not COMPILED, reason="no compiled kernels to co
 @pytest.mark.parametrize("dtype", DTYPES, ids=named)
 @pytest.mark.parametrize("op", OPERATIONS, ids=named)
 def test_one_unit_from_cython(op: Operation, dtype: Any, layout: str) -> None:
-    """Float64 to the bit; float32 is added up in another order and then rounded in one place."""
+    """Numbers are added up in another order, and then rounded in one place.
+
+    Float64 by three units of the largest number: each is within one and a half of exact, and what
+    precedes a bias may be as large.
+    """
     x = LAYOUTS[layout](data((6, 32, 12, 11), dtype, 30.0))
     p = op.parameters(x.shape, F64 if dtype == F64 else F32, np.random.default_rng(0))
     with fn.backend("cython"):
@@ -69,18 +73,17 @@ def test_one_unit_from_cython(op: Operation, dtype: Any, layout: str) -> None:
     for a, b in zip(ours, right, strict=True):
         assert a.dtype == b.dtype
         assert a.strides == b.strides
-        if dtype == F64:
-            assert_same_bits(a, b)
-            continue
         scale = np.maximum(abs(b.astype(F64)), 1.0)
-        assert ulps(a, b, dtype, scale=scale).max() <= 1
+        if dtype == F64:
+            scale = np.full_like(scale, scale.max())
+        assert ulps(a, b, dtype, scale=scale).max() <= (3 if dtype == F64 else 1)
 
 
 @with_cython
 @by_layout
 @pytest.mark.parametrize("shape", [(3, 7, 33, 35), (1, 4, 400, 401)], ids=str)
-def test_doubles_with_options_to_the_bit(shape: tuple[int, ...], layout: str) -> None:
-    """Several blocks, pieces and rests of lanes; masks, residuals and activations."""
+def test_doubles_with_options(shape: tuple[int, ...], layout: str) -> None:
+    """Several tiles, splits and rests of lanes; masks, residuals and activations."""
     x, residual = (LAYOUTS[layout](data(shape, F64, 3.0, seed=s)) for s in range(2))
     where = np.random.default_rng(2).random(shape) > 0.3
     for options in ({}, {"where": where}, {"residual": residual, "activation": "relu"}):
@@ -91,7 +94,8 @@ def test_doubles_with_options_to_the_bit(shape: tuple[int, ...], layout: str) ->
                     (fn.instance_norm(x, **options), fn.layer_norm(x, axis=(2, 3), **options))
                 )
         for right, ours in zip(*results, strict=True):
-            assert_same_bits(ours, right)
+            size = np.full_like(right, abs(right).max())
+            assert ulps(ours, right, F64, scale=size).max() <= 3
 
 
 @with_cython
@@ -131,14 +135,14 @@ def test_rows_one_by_one(dtype: Any, length: int) -> None:
         for one, two, three, four in zip(ours, past, alone, right, strict=True):
             assert_same_bits(one, two)
             assert_same_bits(one[4:5], three)
-            if dtype == F64:
-                assert_same_bits(one, four)
-            elif one.dtype == dtype:
+            if one.dtype == dtype:
                 finite = np.isfinite(four.astype(F64))
                 assert_same_bits(finite, np.isfinite(one.astype(F64)))
                 size = np.maximum(abs(np.where(finite, four, 0).astype(F64)), 1.0)
+                if dtype == F64:
+                    size = np.maximum(size, size.max(axis=1, keepdims=True))
                 off = ulps(one[finite], four[finite], dtype, scale=size[finite])
-                assert off.max() <= 1
+                assert off.max() <= (3 if dtype == F64 else 1)
     with fn.backend("numba"):
         z = x.copy()
         (y,) = results(cases[0], x, residual)
@@ -174,46 +178,22 @@ def test_gradients_one_unit_from_cython(op: Operation, dtype: Any, layout: str) 
 
 
 @with_cython
-@by_layout
-@pytest.mark.parametrize("shape", [(6, 32, 12, 11), (3, 8, 25, 25)], ids=str)
-def test_gradients_of_doubles_to_the_bit(shape: tuple[int, ...], layout: str) -> None:
-    """Where both walk the arrays as they lie and share the sums for a weight out alike."""
-    x, dy = (LAYOUTS[layout](data(shape, F64, r, seed=s)) for r, s in ((3.0, 0), (0, 1)))
-    w = data(shape[1:2], F64, 1.0)
-    along = data(shape[-1:], F64, 1.0)
-    cases: list[Callable[[], Any]] = [
-        lambda: fn.batch_norm_backward(
-            dy, x, *fn.batch_norm(x, training=True, return_stats=True)[1:], w
-        ),
-        lambda: fn.instance_norm_backward(dy, x, *fn.instance_norm(x, return_stats=True)[1:], w),
-        lambda: fn.group_norm_backward(dy, x, *fn.group_norm(x, 4, return_stats=True)[1:], 4, w),
-    ]
-    if layout == "channels-first":
-        stats = fn.layer_norm(x, shape[-1], return_stats=True)[1:]
-        cases.append(lambda: fn.layer_norm_backward(dy, x, *stats, shape[-1], along))
-        cases.append(lambda: fn.rms_norm_backward(dy, x, stats[1], shape[-1], along))
-    for case in cases:
-        results = []
-        for name in ("cython", "numba"):
-            with fn.backend(name):
-                results.append(case())
-        for right, ours in zip(*results, strict=True):
-            assert_same_bits(ours, right)
-
-
-@with_cython
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("shape", [(64, 8192), (9, 20000), (4, 4097), (4, 70001)], ids=str)
-def test_gradients_of_long_rows_to_the_bit(shape: tuple[int, int], threads: int) -> None:
-    """How many rows share a trip to the weights' gradients is told by the shape alone."""
+def test_gradients_of_long_rows(shape: tuple[int, int], threads: int) -> None:
+    """Rows of several tiles, and so few of them that threads share their elements out."""
     x, dy, w = data(shape, F64, 3.0), data(shape, F64, 0, seed=1), data(shape[-1:], F64, 1.0)
     stats = fn.layer_norm(x, shape[-1], return_stats=True)[1:]
     results = []
     for name, count in (("cython", 1), ("numba", threads)):
         with fn.backend(name), fn.threads(count):
             results.append(fn.layer_norm_backward(dy, x, *stats, shape[-1], w))
-    for right, ours in zip(*results, strict=True):
-        assert_same_bits(ours, right)
+    # the largest terms of dx, and as many of the sums as there are rows
+    term = (
+        stats[-1].max() * abs(w).max() * abs(dy).max() * abs((x - stats[0]) * stats[1]).max() ** 2
+    )
+    for right, ours, size in zip(*results, (term, *[term * shape[0]] * 2), strict=True):
+        assert ulps(ours, right, F64, scale=np.maximum(abs(right), size)).max() <= 1
 
 
 @by_layout
@@ -253,21 +233,14 @@ def test_every_number_of_16_bits_comes_and_goes(dtype: Any) -> None:
             np.testing.assert_array_equal(dx.astype(F64), dy.astype(dtype).astype(F64))
 
 
-WITHOUT_FMA = "(from_cython or one_by_one) and float64 or doubles"
-OUTERMOST = (
-    COMPILED
-    and "FASTNORM_CPU" not in os.environ
-    and fn.show_config("dicts")["cpu"]["instruction set used"] != "plain"
-)
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not OUTERMOST, reason="runs once, where there is an older instruction set")
 def test_without_fused_multiply_adds() -> None:
-    """Such processors compute in wider numbers, here too: the same tests, the same bits."""
-    chosen = ("tests/test_numba.py", "-k", WITHOUT_FMA)
+    """An older processor multiplies, then adds: a rounding more, within three units."""
     run = run_python(
-        *("-m", "pytest", *chosen, "-q", "-p", "no:cacheprovider"), FASTNORM_CPU="x86-64-v2"
+        *("-m", "pytest", "tests/test_accuracy.py", "-k", "units and numba and float32"),
+        *("-q", "-p", "no:cacheprovider"),
+        NUMBA_CPU_NAME="nehalem",
+        NUMBA_CPU_FEATURES="",
     )
     assert run.returncode == 0, run.stdout[-3000:]
     assert " passed" in run.stdout
@@ -556,19 +529,19 @@ def test_who_waits_at_a_terminal_is_told_why_once(
     terminal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first call takes some seconds; a program whose output goes elsewhere stays silent."""
-    from fastnorm._numba import memory
+    from fastnorm._numba import compiling
 
     said = io.StringIO()
     monkeypatch.setattr(said, "isatty", lambda: terminal)
-    monkeypatch.setattr(memory.sys, "stderr", said)
-    monkeypatch.setattr(memory, "_told", False)
-    monkeypatch.setattr(memory, "PATIENCE", 60.0)
-    with memory.compiling():
+    monkeypatch.setattr(compiling.sys, "stderr", said)
+    monkeypatch.setattr(compiling, "_told", False)
+    monkeypatch.setattr(compiling, "PATIENCE", 60.0)
+    with compiling.compiling():
         pass  # soon enough
     assert said.getvalue() == ""
-    monkeypatch.setattr(memory, "PATIENCE", 0.001)
+    monkeypatch.setattr(compiling, "PATIENCE", 0.001)
     for _ in range(2):
-        with memory.compiling():
+        with compiling.compiling():
             time.sleep(0.2)
     line = "fastnorm: Numba compiles the kernels, for some seconds, once: they are kept on disk\n"
     assert said.getvalue() == (line if terminal else "")

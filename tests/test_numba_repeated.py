@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -375,3 +377,26 @@ def test_importing_fastnorm_imports_no_numba() -> None:
     code = "import sys, fastnorm as fn; assert 'numba' not in sys.modules"
     run = run_python("-c", code)
     assert run.returncode == 0, run.stderr
+
+
+def test_arrays_of_a_call_go_with_it() -> None:
+    """Of one that is described, too: the garbage collector is not waited for."""
+    x, dy, w = data((6, 64), F32, 1.0), data((6, 64), F32, 0.0, seed=1), data((64,), F32, 1.0)
+    mean, rstd = fn.layer_norm(x, 64, return_stats=True)[1:]
+    calls: list[Callable[[], Any]] = [
+        lambda: fn.layer_norm(x, 64, w),
+        lambda: fn.layer_norm(x, 64, w, w),  # two arguments that are one array: never kept
+        lambda: fn.layer_norm_backward(dy, x, mean, rstd, 64, w),
+        lambda: fn.batch_norm(x.T, None, None, training=True),
+    ]
+    gc.disable()
+    try:
+        for f in calls:
+            repeated._answers.clear()
+            for _ in range(3):
+                y = together(f())[0]
+                gone = weakref.ref(y)
+                del y
+                assert gone() is None
+    finally:
+        gc.enable()

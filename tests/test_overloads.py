@@ -93,8 +93,10 @@ def test_inside_compiled_code(dtype: Any, ratio: float) -> None:
     _same(inside_layer(x, 5000, w, None), fn.layer_norm(x, 5000, w))
     _same(in_a_loop(x, w, b), right)
     for of in (x, x[::2, ::3]):
-        # 128 squares are added up in a row
-        np.testing.assert_allclose(inside_moments(of), fn.moments(of, ddof=1), rtol=128 * 2**-53)
+        # 128 squares are added up in a row; of a mean near 0 the deviations' rounding is left
+        found, right_moments = inside_moments(of), fn.moments(of, ddof=1)
+        atol = 2.0**-53 * float(of.std())
+        np.testing.assert_allclose(found, right_moments, rtol=128 * 2**-53, atol=atol)
     _same(inside_rms(x, 5000, w), fn.rms_norm(x, 5000, w))
     x = data((4, 6, 5, 7), dtype, ratio)
     w, b = rng.standard_normal((2, 6)).astype(dtype)
@@ -204,7 +206,9 @@ def test_activations_inside(activation: Any) -> None:
             y = activated(x, w, activation)
             right = fn.layer_norm(x, 4099, w, activation=activation)
             assert y.dtype == dtype
-            assert ulps(y, right, dtype, scale=np.maximum(abs(right.astype(F64)), 1)).max() <= 1
+            # doubles are summed up in another order: a unit of rstd, of which a weight makes more
+            most = 1 if dtype == F32 else 4
+            assert ulps(y, right, dtype, scale=np.maximum(abs(right.astype(F64)), 1)).max() <= most
 
 
 @pytest.mark.slow
@@ -376,9 +380,9 @@ def test_what_is_no_number(dtype: Any) -> None:
             np.testing.assert_allclose(found, other, rtol=1e-13)
     assert (inside_standardize(x, 1, None, 0, 0.0)[4] == 0).all()
     with np.errstate(all="ignore"):
-        np.testing.assert_array_equal(
-            activated(x, None, "relu"), fn.layer_norm(x, 5, activation="relu")
-        )
+        y, right = activated(x, None, "relu"), fn.layer_norm(x, 5, activation="relu")
+    np.testing.assert_array_equal(np.isnan(y), np.isnan(right))
+    assert np.nanmax(ulps(y, right, dtype)) <= (0 if dtype == F32 else 1)
 
 
 @pytest.mark.slow

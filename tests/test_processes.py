@@ -354,8 +354,8 @@ def test_a_line_while_numba_compiles(terminal: bool, patience: float) -> None:
 
     program = f"""
 import numba, numpy as np, fastnorm as fn
-from fastnorm._numba import memory
-memory.PATIENCE = {patience}
+from fastnorm._numba import compiling
+compiling.PATIENCE = {patience}
 fn.set_backend("numba")
 for n in (2, 3):
     f = numba.njit(lambda v: v * n)  # never on disk

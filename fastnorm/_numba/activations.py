@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numba import cfunc, typeof, types
+from numba import carray, cfunc, typeof, types
 from numba.core.errors import NumbaError, TypingError
 from numba.extending import overload
 from numpy.typing import NDArray
 
 from fastnorm import _formulas
 from fastnorm._numba import scalar
-from fastnorm._numba.memory import SOURCES, STRICT, compiling, read_real, real, write
+from fastnorm._numba.compiling import SOURCES, STRICT, compiling, pointer, real
 
 # For float32 and for float64; the first is of number 1, and 0 is none.
 OURS = tuple(
@@ -37,23 +37,23 @@ class _Loop:
 _loops: dict[tuple[Any, type], _Loop] = {}
 
 
-def _attempt(f: Any, t: Any, kind: Any, refused: Any) -> Any:
-    """f(t) as a number that is computed in, and whether it raised."""
+def _attempt(f: Any, t: Any, y: Any, refused: Any) -> Any:
+    """f(t) as a number like those of y, and whether it raised."""
     raise TypeError("for compiled code")
 
 
 @overload(_attempt, jit_options=STRICT, strict=False)
-def _compiled_attempt(f: Any, t: Any, kind: Any, refused: Any) -> Any:
+def _compiled_attempt(f: Any, t: Any, y: Any, refused: Any) -> Any:
     if not isinstance(f, types.Dispatcher):  # ours
-        return lambda f, t, kind, refused: (real(f(t), kind), False)
+        return lambda f, t, y, refused: (real(f(t), y), False)
 
-    def attempt(f, t, kind, refused):
+    def attempt(f, t, y, refused):
         # who calls the loop has no GIL to raise with
         try:
-            return real(f(t), kind), False
+            return real(f(t), y), False
         except Exception:
-            write(refused, 0, np.float64(t))
-            return real(0.0, kind), True
+            carray(pointer(refused, np.float64), 1)[0] = t
+            return real(0.0, y), True
 
     return attempt
 
@@ -65,41 +65,31 @@ def _loop(f: Callable[[Any], Any], kind: type, cache: bool, refused: int) -> Any
     def loop(x, y, n, scale, weight, bias):
         if sources == 0:
             return 0
+        to = carray(pointer(y, kind), n)
         if scale == 0:
             for i in range(n):
-                v, raised = _attempt(f, read_real(y, i, kind), kind, refused)
+                to[i], raised = _attempt(f, to[i], to, refused)
                 if raised:
                     return 1
-                write(y, i, v)
             return 0
-        hi, r = read_real(scale, 0, kind), read_real(scale, 1, kind)
-        shift, zero = read_real(scale, 2, kind), real(0.0, kind)
-        if weight == 0:
-            for i in range(n):
-                t = scalar.apply(read_real(x, i, kind), hi, r, shift)
-                v, raised = _attempt(f, t, kind, refused)
-                if raised:
-                    return 1
-                write(y, i, v)
-        elif bias == 0:
-            for i in range(n):
-                t = scalar.apply(read_real(x, i, kind), hi, r, shift)
-                t = scalar.fma(t, read_real(weight, i, kind), zero)
-                v, raised = _attempt(f, t, kind, refused)
-                if raised:
-                    return 1
-                write(y, i, v)
-        else:
-            for i in range(n):
-                t = scalar.apply(read_real(x, i, kind), hi, r, shift)
-                t = scalar.fma(t, read_real(weight, i, kind), read_real(bias, i, kind))
-                v, raised = _attempt(f, t, kind, refused)
-                if raised:
-                    return 1
-                write(y, i, v)
+        source, own = carray(pointer(x, kind), n), carray(pointer(scale, kind), 3)
+        w, b = carray(pointer(weight, kind), n), carray(pointer(bias, kind), n)
+        hi, r, shift = own[0], own[1], own[2]
+        for i in range(n):
+            t = scalar.apply(source[i], hi, r, shift)
+            if weight != 0:
+                t = scalar.fma(t, w[i], b[i] if bias != 0 else real(0.0, to))
+            to[i], raised = _attempt(f, t, to, refused)
+            if raised:
+                return 1
         return 0
 
     return loop
+
+
+def loop_of(activation: Any, kind: type) -> Any:
+    """The compiled loop as what a kernel calls."""
+    return _loop_of(activation, kind).compiled.ctypes
 
 
 def address_of(activation: Any, kind: type) -> int:

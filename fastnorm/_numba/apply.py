@@ -1,343 +1,326 @@
-"""From x and a scale to y: affine step, residual, activation."""
+"""From x and a scale to y: the affine step, a residual and an activation, tile by tile.
+
+Operands of a loop are flat arrays and where it begins in each.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
+from numba import types
 
 from fastnorm._numba import scalar
-from fastnorm._numba.blocking import at
-from fastnorm._numba.lanes import apply_lines
-from fastnorm._numba.memory import (
-    call,
+from fastnorm._numba.compiling import (
+    deliver,
     inner,
     is_double,
     load,
     read,
-    read_real,
     real,
-    size_of,
-    store,
-    store_line,
-    write,
+    target,
+    when_compiled,
+    within,
 )
-from fastnorm.schedule import APPLY_ELEMENTS, NON_TEMPORAL_TILE, PREFETCH_BYTES, PREFETCH_WINDOW
+from fastnorm._numba.moments import MEAN, REST
+from fastnorm._numba.scales import INVERSE, OUT, UNIT
+from fastnorm._numba.walks import ACTIVATION, BIAS, RAISED, RESIDUAL, WEIGHT, X, Y, at
+from fastnorm.schedule import NUMBA_TILE
 
-# --- Residual and activation ----------------------------------------------------------------------
-
-
-@inner
-def add(t, residual, n, is_real, kind):
-    """t += residual."""
-    if is_real:
-        for i in range(n):
-            write(t, i, real(read_real(t, i, kind) + read_real(residual, i, kind), kind))
-    else:
-        for i in range(n):
-            write(t, i, real(read_real(t, i, kind) + load(residual, i, kind), kind))
+# --- Loops ----------------------------------------------------------------------------------------
 
 
 @inner
-def activate(q, t, n):
+def apply_folded(x, i, y, j, n, hi, r, shift):
+    """A scale that has the affine step in it."""
+    for k in range(n):
+        y[j + k] = scalar.apply(x[i + k], hi, r, shift)
+
+
+@inner
+def apply_one(x, i, y, j, n, scale, w, b):
+    """A scale, then one weight and one bias for the run."""
+    hi, r, shift = scale
+    for k in range(n):
+        y[j + k] = scalar.fma(scalar.apply(x[i + k], hi, r, shift), w, b)
+
+
+@inner
+def apply_along(x, i, y, j, n, scale, affine, starts):
+    """A scale, then a weight and a bias for each element."""
+    hi, r, shift = scale
+    weight, bias = affine
+    w, b = starts
+    for k in range(n):
+        y[j + k] = scalar.fma(scalar.apply(x[i + k], hi, r, shift), weight[w + k], bias[b + k])
+
+
+@inner
+def in_double(v, scale, g, w, b):
+    """One number that a float32 does not hold on the way."""
+    t = (np.float64(v) * scale[UNIT, g] - scale[MEAN, g]) - scale[REST, g]
+    r = scale[INVERSE, g]
+    xhat = t * r
+    return (xhat * w if math.isfinite(xhat) else t * (r * w)) + b
+
+
+@inner
+def holds_digits(v, hi, xhat):
+    """Whether xhat, of a number that the statistics are not of, lost nothing; doubles always do."""
+    return math.isfinite(xhat) and (abs(xhat) >= np.float32(scalar.LEAST) or v == hi)
+
+
+@inner
+def apply_slowly(source, into, n, scale, g, weights, always):
+    """The step in float64, `always` or where a product leaves the type's range.
+
+    So it may where a mask left a number out, or statistics are given; a weight may bring it back.
+    """
+    x, i = source
+    y, j = into
+    affine, starts, steps = weights
+    weight, bias = affine
+    w, b = starts
+    hi = real(scale[MEAN, g], y)
+    rstd = scale[INVERSE, g]
+    r = real(rstd, y)
+    shift = real(-((scale[MEAN, g] - np.float64(hi)) + scale[REST, g]) * rstd, y)
+    for k in range(n):
+        v, wk, bk = x[i + k], weight[w + k * steps[0]], bias[b + k * steps[1]]
+        xhat = scalar.apply(v, hi, r, shift)
+        if not always and (math.isfinite(xhat) if is_double(y) else holds_digits(v, hi, xhat)):
+            y[j + k] = scalar.fma(xhat, wk, bk)
+        else:
+            y[j + k] = real(in_double(v, scale, g, np.float64(wk), np.float64(bk)), y)
+
+
+@inner
+def affine_after(y, j, n, affine, starts, steps):
+    """The affine step of a norm that squashes first."""
+    weight, bias = affine
+    w, b = starts
+    for k in range(n):
+        y[j + k] = scalar.fma(y[j + k], weight[w + k * steps[0]], bias[b + k * steps[1]])
+
+
+@inner
+def add(y, j, n, residual, i):
+    for k in range(n):
+        y[j + k] += real(load(residual, i + k), y)
+
+
+@when_compiled
+def activate(activation: Any, y: Any, j: Any, n: Any, raised: Any) -> Any:
     """The activation of a pass, in place; a user's own may raise, and who called is told so."""
-    if call(q.activation, t, n) != 0:
-        q.raised = 1
+    if isinstance(activation, types.NoneType):
+        return lambda activation, y, j, n, raised: None
+
+    def call(activation, y, j, n, raised):
+        if activation(0, y[j : j + n].ctypes.data, np.int64(n), 0, 0, 0) != 0:
+            raised[0] = 1
+
+    return call
 
 
-@inner
-def affine(t, weight, bias, wv, bv, n, kind):
-    """t = t weight + bias, of a norm that squashes first; addresses of 0 for what is not there."""
-    for i in range(n):
-        w = read_real(weight, i * wv, kind) if weight != 0 else real(1.0, kind)
-        b = read_real(bias, i * bv, kind) if bias != 0 else real(0.0, kind)
-        write(t, i, scalar.fma(read_real(t, i, kind), w, b))
+@within
+def finish(w, steps, arrays, place, y, j, n, along):
+    """What follows the step, on n numbers that begin at an element of (a, b, p, s, c)."""
+    a, b, p, s, c = place
+    if w.residual:
+        add(y, j, n, arrays[RESIDUAL], at(steps, RESIDUAL, a, b, p, s, c))
+    if w.activation:
+        activate(arrays[ACTIVATION], y, j, n, arrays[RAISED])
+    if w.activation_first:
+        starts = at(steps, WEIGHT, a, b, p, s, c), at(steps, BIAS, a, b, p, s, c)
+        own = np.uintp(steps[WEIGHT, along]), np.uintp(steps[BIAS, along])
+        affine_after(y, j, n, (arrays[WEIGHT], arrays[BIAS]), starts, own)
 
 
-@inner
-def store_non_temporal(to, source, size):
-    """Copy `size` bytes with non-temporal stores."""
-    head = min((-to) % 64, size)
-    i = 0
-    while i < head:
-        write(to, i, read(source, i, np.uint8))
-        i += 1
-    while i + 64 <= size:
-        store_line(to + i, source + i)
-        i += 64
-    while i < size:
-        write(to, i, read(source, i, np.uint8))
-        i += 1
+# --- Runs -----------------------------------------------------------------------------------------
 
 
-@inner
-def convert(t, y, n, kind):
-    """Round n numbers to their kind in memory."""
-    for i in range(n):
-        store(y, i, read_real(t, i, kind), kind)
+@within
+def apply_part(source, into, n, scale, g, weights, kinds):
+    """The affine step of n elements: `own` are the steps of weights, which begin at `starts`.
 
-
-@inner
-def deliver(t, spare, y, n, past, kind):
-    """n numbers of a tile to y; `spare` has room for them."""
-    if not past:
-        convert(t, y, n, kind)
-    elif size_of(kind) == 2:
-        convert(t, spare, n, kind)
-        store_non_temporal(y, spare, 2 * n)
-    else:
-        store_non_temporal(y, t, size_of(kind) * n)
-
-
-# --- Scale and affine step ------------------------------------------------------------------------
-
-
-@inner
-def apply_out_of_range(x, y, n, scale, affine, kinds):
-    """What float32 cannot hold, in float64; `scale` is mean, rest, rstd and unit."""
-    mean, rest, rstd, unit = scale
-    weight, bias, wv, bv = affine
-    kind, to = kinds
-    for i in range(n):
-        t = (np.float64(load(x, i, kind)) * unit - mean) - rest
-        w = np.float64(read_real(weight, i * wv, kind)) if weight != 0 else 1.0
-        b = np.float64(read_real(bias, i * bv, kind)) if bias != 0 else 0.0
-        v = t * rstd * w if math.isfinite(t * rstd) else t * (rstd * w)
-        store(y, i, real(v + b, kind), to)
-
-
-@inner
-def apply_plain(x, y, n, hi, r, shift, kind, to):
-    """Apply a scale that has the affine step in it."""
-    for i in range(n):
-        store(y, i, scalar.apply(load(x, i, kind), hi, r, shift), to)
-
-
-@inner
-def apply_affine(x, y, n, scale, affine, kinds):
-    """Apply a scale and then the affine step; addresses of 0 for what is not there.
-
-    `scale` is hi, r and shift; `affine` the addresses of weight and bias, and how far apart their
-    numbers are; `kinds` those of x and of y.
+    `kinds`: folded, weighted, and whether there may be numbers that the statistics are not of.
     """
-    hi, r, shift = scale
-    weight, bias, wv, bv = affine
-    kind, to = kinds
-    w = real(1.0, kind)
-    b = real(0.0, kind)
-    if weight != 0 and not wv:
-        w = read_real(weight, 0, kind)
-    if bias != 0 and not bv:
-        b = read_real(bias, 0, kind)
-    if wv and bv:
-        for i in range(n):
-            t = scalar.apply(load(x, i, kind), hi, r, shift)
-            store(y, i, scalar.fma(t, read_real(weight, i, kind), read_real(bias, i, kind)), to)
-    elif wv:
-        for i in range(n):
-            t = scalar.apply(load(x, i, kind), hi, r, shift)
-            store(y, i, scalar.fma(t, read_real(weight, i, kind), b), to)
-    elif bv:
-        for i in range(n):
-            t = scalar.apply(load(x, i, kind), hi, r, shift)
-            store(y, i, scalar.fma(t, w, read_real(bias, i, kind)), to)
-    else:
-        for i in range(n):
-            store(y, i, scalar.fma(scalar.apply(load(x, i, kind), hi, r, shift), w, b), to)
-
-
-@inner
-def is_tiny(x, hi, r, kind):
-    """Whether (x - hi) r, below 2^-100, may have lost digits: doubles have no more to give."""
-    d = real(x - hi, kind)
-    return not is_double(kind) and d != 0.0 and abs(real(d * r, kind)) < np.float32(7.9e-31)
-
-
-@inner
-def apply_far(x, y, n, s, apart, affine, kinds):
-    """`apply_affine` of numbers that the statistics are not of.
-
-    A mask left them out, or they were given. A product that leaves the type's range may come back
-    by its weight.
-    """
-    weight, bias, wv, bv = affine
-    kind, to = kinds
-    mean = read(s, 0, np.float64)
-    rest = read(s, apart, np.float64)
-    rstd = read(s, 2 * apart, np.float64)
-    hi = real(mean, kind)
-    r = real(rstd, kind)
-    shift = real(-((mean - np.float64(hi)) + rest) * rstd, kind)
-    for i in range(n):
-        v = load(x, i, kind)
-        w = read_real(weight, i * wv, kind)
-        b = read_real(bias, i * bv, kind) if bias != 0 else real(0.0, kind)
-        t = scalar.apply(v, hi, r, shift)
-        if math.isfinite(t) and not is_tiny(v, hi, r, kind):
-            store(y, i, scalar.fma(t, w, b), to)
-        else:
-            far = ((np.float64(v) - mean) - rest) * (rstd * np.float64(w)) + np.float64(b)
-            store(y, i, real(far, kind), to)
-
-
-@inner
-def scale_of_run(s, apart, weight, bias, kind):
-    """hi, r, shift of a run, the affine step in them, and whether a float32 can hold them."""
-    mean = read(s, 0, np.float64)
-    hi = real(mean, kind)
-    if read(s, 5 * apart, np.float64) != 0.0:
-        r = real(read(s, 6 * apart, np.float64), kind)
-        return hi, r, real(read(s, 7 * apart, np.float64), kind), True
-    lo = (mean - np.float64(hi)) + read(s, apart, np.float64)
-    rw = read(s, 2 * apart, np.float64)
-    b = 0.0
-    if weight != 0:
-        rw *= np.float64(read_real(weight, 0, kind))
-    if bias != 0:
-        b = np.float64(read_real(bias, 0, kind))
-    holds = scalar.holds(rw) and read(s, 4 * apart, np.float64) == 0.0
-    return hi, real(rw, kind), real(b - lo * rw, kind), holds
-
-
-@inner
-def apply_scale(x, y, n, s, apart, affine, foldable_far, kinds):
-    """Apply the scale at `s`, its numbers `apart`, to a run; written as numbers of `to`.
-
-    Whether the affine step may be in the scale, and whether the statistics may not be of these
-    numbers, is in `foldable_far`.
-    """
-    weight, bias, _, _ = affine
-    foldable, far = foldable_far
-    kind, to = kinds
-    out_of_range = read(s, 4 * apart, np.float64) != 0.0
-    if foldable and not is_double(kind):
-        hi, r, shift, holds = scale_of_run(s, apart, weight, bias, kind)
-        if holds:
-            apply_plain(x, y, n, hi, r, shift, kind, to)
+    x, i = source
+    y, j = into
+    affine, starts, _ = weights
+    weight, bias = affine
+    folded, weighted, far = kinds
+    wk, bk = real(1.0, y), real(-0.0, y)
+    if weighted:
+        wk, bk = weight[starts[0]], bias[starts[1]]
+    mean, rstd = scale[MEAN, g], scale[INVERSE, g]
+    hi = real(mean, y)
+    lo = (mean - np.float64(hi)) + scale[REST, g]
+    out = scale[OUT, g] != 0.0
+    if folded and not is_double(y):
+        r = rstd * np.float64(wk)
+        if not out and scalar.holds(r):
+            apply_folded(x, i, y, j, n, hi, real(r, y), real(np.float64(bk) - lo * r, y))
             return
-        out_of_range = True
-    mean = read(s, 0, np.float64)
-    rest = read(s, apart, np.float64)
-    rstd = read(s, 2 * apart, np.float64)
-    if out_of_range:
-        unit = read(s, 3 * apart, np.float64)
-        apply_out_of_range(x, y, n, (mean, rest, rstd, unit), affine, kinds)
-        return
-    if far and weight != 0:
-        apply_far(x, y, n, s, apart, affine, kinds)
-        return
-    hi = real(mean, kind)
-    lo = (mean - np.float64(hi)) + rest
-    r = real(rstd, kind)
-    apply_affine(x, y, n, (hi, r, real(-lo * rstd, kind)), affine, kinds)
+        out = True
+    if weighted and (out or (far and not folded)):
+        apply_slowly(source, into, n, scale, g, weights, out)
+    elif out:
+        for k in range(n):
+            y[j + k] = real(in_double(x[i + k], scale, g, 1.0, -0.0), y)
+    elif folded or not weighted:
+        apply_one(x, i, y, j, n, (hi, real(rstd, y), real(-lo * rstd, y)), wk, bk)
+    else:
+        apply_along(x, i, y, j, n, (hi, real(rstd, y), real(-lo * rstd, y)), affine, starts)
+
+
+@within
+def apply_run(w, steps, source, affine, place, n, scale, into):
+    """The affine step of n elements of a run."""
+    a, b, p, s = place
+    starts = at(steps, WEIGHT, a, b, p, s, 0), at(steps, BIAS, a, b, p, s, 0)
+    own = np.uintp(steps[WEIGHT, 3]), np.uintp(steps[BIAS, 3])
+    weighted = w.weighted != 0 and w.activation_first == 0
+    kinds = w.folded != 0, weighted, w.masked != 0 or w.given != 0
+    apply_part(source, into, n, scale, 0, (affine, starts, own), kinds)
+
+
+@within
+def apply_runs(w, steps, arrays, place, split, scale, tile, spare):
+    """A split of a group is applied.
+
+    Through two tiles: LLVM does not vectorise a loop whose two arrays are one.
+    """
+    x, y, affine = arrays[X], arrays[Y], (arrays[WEIGHT], arrays[BIAS])
+    a, b = place
+    f = split * w.split
+    last = min(f + w.split, w.length)
+    while f < last:
+        p = f // w.s
+        s = f - p * w.s
+        n = min(last - f, w.s - s)
+        if not (w.plain and w.direct):
+            n = min(n, NUMBA_TILE)
+        m = np.uintp(n)
+        source, i = read(x, at(steps, X, a, b, p, s, 0), m, spare)
+        o = at(steps, Y, a, b, p, s, 0)
+        t, j = target(y, o, tile, w.direct)
+        apply_run(w, steps, (source, i), affine, (a, b, p, s), m, scale, (t, j))
+        if not w.plain:
+            finish(w, steps, arrays, (a, b, p, s, 0), t, j, m, 3)
+        deliver(y, o, tile, m, w.direct, w.past)
+        f += n
+
+
+# --- Columns --------------------------------------------------------------------------------------
+
+WEIGHTS, BIASES = 3, 5  # rows of what is known of columns, after hi, r and shift; OUT is another
+COLUMNS = 6
+
+
+@within
+def spread(w, steps, affine, place, scale, columns, y):
+    """From scales of groups to hi, r, shift and whether it is out of range, of each column.
+
+    The affine step is in them where it can be. They are repeated for rows that are taken as one.
+    """
+    a, b, c, width = place
+    weight, bias = affine
+    any_out = False
+    for j in range(width):
+        g = j // w.neighbours
+        mean, r = scale[MEAN, g], scale[INVERSE, g]
+        hi = real(mean, y)
+        lo = (mean - np.float64(hi)) + scale[REST, g]
+        out = scale[OUT, g] != 0.0
+        shift = -lo * r
+        if w.folded and not is_double(y):
+            r *= np.float64(weight[at(steps, WEIGHT, a, b, 0, 0, (c + j) // w.shared)])
+            shift = np.float64(bias[at(steps, BIAS, a, b, 0, 0, (c + j) // w.shared)]) - lo * r
+            out = out or not scalar.holds(r)
+        any_out = any_out or out
+        for k in range(j, width * w.joined, width):
+            columns[0, k], columns[1, k], columns[2, k] = hi, real(r, y), real(shift, y)
+            columns[OUT, k] = 1.0 if out else 0.0
+            columns[WEIGHTS, k], columns[BIASES, k] = real(1.0, y), real(-0.0, y)
+            if w.folded and not w.activation_first:
+                columns[WEIGHTS, k] = weight[at(steps, WEIGHT, a, b, 0, 0, (c + j) // w.shared)]
+                columns[BIASES, k] = bias[at(steps, BIAS, a, b, 0, 0, (c + j) // w.shared)]
+    return any_out
 
 
 @inner
-def apply_with_residual(x, y, residual, n, hi, r, shift, kind):
-    """Apply a scale to some floats and, unless it is None, add a residual."""
-    for i in range(n):
-        t = scalar.apply(load(x, i, kind), hi, r, shift)
-        if residual is not None:
-            t = real(t + load(residual, i, kind), kind)
-        write(y, i, t)
+def apply_row(x, i, y, j, n, columns):
+    hi, r, shift = columns[0], columns[1], columns[2]
+    for k in range(n):
+        y[j + k] = scalar.apply(x[i + k], hi[k], r[k], shift[k])
 
 
 @inner
-def apply_non_temporal(q, arrays, n, scale, ahead, tile, kind):
-    """Apply a scale, a residual and an activation to a run of floats, with non-temporal stores."""
-    x, y, residual = arrays
-    hi, r, shift = scale
-    size = size_of(kind)
-    in_lines = q.relu != 0 or q.activation == 0
-    i = 0
-    while i < n:
-        m = min((-(y + size * i)) % 64 // size, n - i)
-        lines = m == 0 and n - i >= 64 // size
-        if lines:
-            m = (
-                (n - i if in_lines else min(n - i, NON_TEMPORAL_TILE))
-                // (64 // size)
-                * (64 // size)
-            )
-        elif m == 0:
-            m = n - i
-        at_x, at_y = x + size * i, y + size * i
-        added = residual + size * i
-        if lines and in_lines:
-            if residual != 0 and q.relu:
-                apply_lines(at_x, at_y, size * m, scale, (None, None), added, (1, ahead, 1))
-            elif residual != 0:
-                apply_lines(at_x, at_y, size * m, scale, (None, None), added, (None, ahead, 1))
-            elif q.relu:
-                apply_lines(at_x, at_y, size * m, scale, (None, None), None, (1, ahead, 1))
-            else:
-                apply_lines(at_x, at_y, size * m, scale, (None, None), None, (None, ahead, 1))
-        else:
-            if residual != 0:
-                apply_with_residual(at_x, tile, added, m, hi, r, shift, kind)
-            else:
-                apply_with_residual(at_x, tile, None, m, hi, r, shift, kind)
-            if q.activation != 0:
-                activate(q, tile, m)
-            store_non_temporal(at_y, tile, size * m)
-        i += m
+def mend_row(w, source, into, n, columns, scale, weights):
+    """The affine step of a row after it, and in float64 what the type did not hold on the way."""
+    x, i = source
+    y, j = into
+    affine, starts, own = weights
+    weight, bias = affine
+    after = not w.folded or is_double(y)
+    for k in range(n):
+        wk, bk = weight[starts[0] + k * own[0]], bias[starts[1] + k * own[1]]
+        xhat = y[j + k]
+        lost = columns[OUT, k] != 0.0
+        if not w.folded and not lost:
+            held = math.isfinite(xhat)
+            if not is_double(y):
+                held = holds_digits(x[i + k], columns[0, k], xhat)
+            lost = not held
+        if lost:
+            g = np.intp(k) // w.neighbours
+            v = in_double(x[i + k], scale, g, np.float64(wk), np.float64(bk))
+            y[j + k] = real(v, y)
+        elif after:
+            y[j + k] = scalar.fma(xhat, wk, bk)
 
 
-@inner
-def apply_run(q, place, n, s, apart, room, kinds):
-    """Elements [t, t + n) of plane p of group (a, b), from x to y; `room` is a tile and a spare."""
-    a, b, p, t = place
-    tile, spare = room
-    kind = kinds[0]
-    source = q.total if q.total.data != 0 else q.x
-    x = at(source, a, b) + p * source.p + t * source.s
-    y = at(q.y, a, b) + p * q.y.p + t * q.y.s
-    weight = 0
-    bias = 0
-    if q.weight.data != 0 and not q.activation_first:
-        weight = at(q.weight, a, b) + p * q.weight.p + t * q.weight.s
-    if q.bias.data != 0 and not q.activation_first:
-        bias = at(q.bias, a, b) + p * q.bias.p + t * q.bias.s
-    wv = 1 if weight != 0 and q.weight.s != 0 else 0
-    bv = 1 if bias != 0 and q.bias.s != 0 else 0
-    far = q.mask.data != 0 or (q.given != 0 and q.foldable == 0)
-    foldable_far = q.foldable != 0, far
-    if q.plain:
-        apply_scale(x, y, n, s, apart, (weight, bias, wv, bv), foldable_far, (kind, kind))
-        return
-    if q.direct_non_temporal:
-        hi, r, shift, holds = scale_of_run(s, apart, weight, bias, kind)
-        if holds:
-            residual = 0
-            if q.residual.data != 0:
-                residual = at(q.residual, a, b) + p * q.residual.p + t * q.residual.s
-            ahead = PREFETCH_BYTES
-            if not q.given and q.length * source.s <= PREFETCH_WINDOW:
-                ahead = source.b  # this group lies in cache, the next one does not yet
-            apply_non_temporal(q, (x, y, residual), n, (hi, r, shift), ahead, tile, kind)
-            return
-    i = 0
-    while i < n:
-        # through a tile in L1 where x, y and the residual may be one array
-        m = min(n - i, APPLY_ELEMENTS)
-        size = size_of(kind)
-        target = y + i * size if q.direct else tile
-        w = weight + i * q.weight.s if weight != 0 else 0
-        v = bias + i * q.bias.s if bias != 0 else 0
-        apply_scale(x + i * size, target, m, s, apart, (w, v, wv, bv), foldable_far, kinds)
-        if q.residual.data != 0:
-            residual = at(q.residual, a, b) + p * q.residual.p + (t + i) * q.residual.s
-            add(target, residual, m, q.residual_real != 0, kind)
-        if q.activation != 0:
-            activate(q, target, m)
-        if q.activation_first:
-            w = 0
-            v = 0
-            if q.weight.data != 0:
-                w = at(q.weight, a, b) + p * q.weight.p + (t + i) * q.weight.s
-            if q.bias.data != 0:
-                v = at(q.bias, a, b) + p * q.bias.p + (t + i) * q.bias.s
-            affine(target, w, v, 1 if q.weight.s != 0 else 0, 1 if q.bias.s != 0 else 0, m, kind)
-        if not q.direct:
-            deliver(tile, spare, y + i * size, m, q.non_temporal != 0, kind)
-        i += m
+@within
+def apply_columns(w, steps, arrays, place, split, scale, known, tiles):
+    """A split of the rows of each group of an item is applied.
+
+    `known` is of its columns, and whether any is out of range.
+    """
+    columns, any_out = known
+    tile, spare = tiles
+    x, y, affine = arrays[X], arrays[Y], (arrays[WEIGHT], arrays[BIAS])
+    a, b, c, width = place
+    f = split * w.split
+    last = min(f + w.split, w.length)
+    first = w.activation_first != 0
+    mended = any_out or (w.weighted and not (w.folded or first) and (w.masked or w.given))
+    direct = w.direct != 0 and not mended  # what is mended is read once more
+    one = np.uintp(1)
+    while f < last:
+        p = f // w.s
+        s = f - p * w.s
+        rows = min(last - f, w.s - s, w.joined)
+        n = np.uintp(rows * width)
+        source, i = read(x, at(steps, X, a, b, p, s, c), n, spare)
+        o = at(steps, Y, a, b, p, s, c)
+        t, j = target(y, o, tile, direct)
+        apply_row(source, i, t, j, n, columns)
+        starts = at(steps, WEIGHT, a, b, p, s, c), at(steps, BIAS, a, b, p, s, c)
+        own = np.uintp(steps[WEIGHT, 4]), np.uintp(steps[BIAS, 4])
+        weights = affine
+        if w.folded or first:  # one for each column, or none yet
+            weights = columns[WEIGHTS], columns[BIASES]
+            starts, own = (np.uintp(0), np.uintp(0)), (one, one)
+        if mended:
+            for r in range(rows):
+                k = np.uintp(r * width)
+                row, into = (source, i + k), (t, j + k)
+                mend_row(w, row, into, np.uintp(width), columns, scale, (weights, starts, own))
+        elif w.weighted and not first and (not w.folded or is_double(y)):
+            affine_after(t, j, n, weights, starts, own)
+        if not w.plain:
+            finish(w, steps, arrays, (a, b, p, s, c), t, j, n, 4)
+        deliver(y, o, tile, n, direct, w.past)
+        f += rows

@@ -1,15 +1,8 @@
-"""The forward pass, on the five dimensions that layout.py finds: a twin of the kernels in _core.
+"""The forward pass: moments, scale, step.
 
-    a, b   kept axes: each (a, b) has statistics of its own
-    p, s   reduced axes: the elements (p, s) share a statistic
-    c      columns: neighbours in memory with a statistic each, or `neighbours` with one together
-
-With one column the innermost axis is s and a group is a list of contiguous *runs*; with many it is
-c. Both do the same three things, block by block: moments, merge, apply. Blocks and splits depend on
-the shape alone and are merged in their order, so that results do not depend on the threads.
-
-Everything a kernel needs to know is in one record, `PASS`; memory is known by its address, and so
-is an activation: a compiled loop that is called for a tile in L1 (`activations`).
+Splits of a group depend on the shape alone and are merged in their order, so that results do not
+depend on the threads. Few large groups are carried out in two turns, each shared out among threads:
+the moments of all splits, then the step of each.
 """
 
 from __future__ import annotations
@@ -17,190 +10,196 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import cfunc
-from numba.extending import register_jitable
+from numba import njit, prange
 
-from fastnorm._numba.blocking import APPLY, FIELDS, FINALIZE, MOMENTS, PASS, SCALE, WHOLE
-from fastnorm._numba.columns import apply_columns, columns_moments, spread
-from fastnorm._numba.extents import part_at
-from fastnorm._numba.memory import KERNEL, STRICT, fence, merged, record_at, take
-from fastnorm._numba.moments import merge_into
-from fastnorm._numba.rows import rows
-from fastnorm._numba.runs import apply_runs, runs_moments
+from fastnorm._numba.apply import COLUMNS as OF_COLUMN
+from fastnorm._numba.apply import apply_columns, apply_runs, spread
+from fastnorm._numba.compiling import KERNEL, SOURCES, fence, inner, load, part, real, store, within
+from fastnorm._numba.moments import FIELDS, SUMS, columns_moments, merge_into, runs_moments
 from fastnorm._numba.scales import finalize
-from fastnorm.schedule import APPLY_ELEMENTS, BLOCK, LANES
+from fastnorm._numba.walks import (
+    ADDEND,
+    BIAS,
+    FIRST,
+    MASK,
+    MEAN_OF,
+    PARTS,
+    ROOM,
+    RSTD_OF,
+    TILES,
+    VAR_OF,
+    WEIGHT,
+    X,
+    at,
+    walk_of,
+)  # fmt: skip
+from fastnorm.schedule import MIN_BLOCK_ROWS, NUMBA_TILE
 
-# --- Runs -----------------------------------------------------------------------------------------
+WHOLE, MOMENTS, STEP = range(3)  # what a kernel is asked to do, of whole items or of their splits
 
 
-@register_jitable
-def runs_parts(width, kept):
-    """Numbers of each part of a thread's memory: three moments, scales, sums, tile, spare, kept."""
-    moments = FIELDS * width
+@within
+def merged(parts, item, into):
+    """The moments of an item from those of its splits."""
+    for field in range(FIELDS):
+        for g in range(into.shape[1]):
+            into[field, g] = parts[item, 0, field, g]
+    for split in range(1, parts.shape[1]):
+        merge_into(into, parts[item, split], into.shape[1])
+
+
+@inner
+def add_first(w, steps, x, added, place, split, tile):
+    """x = first + addend over a split of a group: what the pass is then of."""
+    one, other = added
+    a, b = place
+    f = split * w.split
+    last = min(f + w.split, w.length)
+    while f < last:
+        p = f // w.s
+        s = f - p * w.s
+        n = min(last - f, w.s - s)
+        i, j = at(steps, FIRST, a, b, p, s, 0), at(steps, ADDEND, a, b, p, s, 0)
+        o = at(steps, X, a, b, p, s, 0)
+        for m in range(np.uintp(n)):
+            store(x, o + m, real(load(one, i + m), tile) + real(load(other, j + m), tile))
+        f += n
+
+
+@within
+def rooms_of(room, start, w):
+    """Sums, a scale and moments of splits, of one thread."""
+    at_scale = start + SUMS * w.width
+    at_own = at_scale + FIELDS * w.width
     return (
-        moments, moments, moments, SCALE * width, 2 * width + 4 * LANES, BLOCK, APPLY_ELEMENTS, kept
-    )  # fmt: skip
-
-
-@merged
-def runs(record, memory, turn, turns, task, kind, tiled):
-    """What `task` asks for, of all items or splits of items; each turn is taken by one thread."""
-    q = record_at(record, PASS)
-    width = q.width
-    kinds = kind, tiled
-    total = q.items if task == WHOLE or task == FINALIZE else q.items * q.splits
-    room = runs_parts(width, q.kept)
-    whole, part, other = (
-        part_at(memory, room, 0),
-        part_at(memory, room, 1),
-        part_at(memory, room, 2),
+        part(room, start, (SUMS, w.width)),
+        part(room, at_scale, (FIELDS, w.width)),
+        part(room, at_own, (1, w.splits, FIELDS, w.width)),
     )
-    own, work, tile = part_at(memory, room, 3), part_at(memory, room, 4), part_at(memory, room, 5)
-    spare, kept = part_at(memory, room, 6), part_at(memory, room, 7)
-    while turn < turns:
-        if q.alone:
-            begin, end = total * turn // turns, total * (turn + 1) // turns
-            own_room = whole, own, work + 16 * width, tile, spare, kept
-            rows(q, begin, end, own_room, kinds)
-            turn = take(record)
-            continue
-        for i in range(total * turn // turns, total * (turn + 1) // turns):
-            item = i if task == WHOLE or task == FINALIZE else i // q.splits
-            a = item // q.chunks
-            b = (item - a * q.chunks) * width
-            n = min(width, q.b - b)
-            place = a, b, n
-            scale = own
-            if task == MOMENTS:
-                into = q.parts + i * 8 * FIELDS * width
-                runs_moments(q, place, i - item * q.splits, into, part, (work, tile), kinds)
-                continue
-            if q.scales != 0:
-                scale = q.scales + item * 8 * SCALE * width
-            if task == FINALIZE:
-                merged = q.parts + item * q.splits * 8 * FIELDS * width
-                if not q.given:
-                    for split in range(1, q.splits):
-                        merge_into(merged, merged + split * 8 * FIELDS * width, n, n)
-                finalize(q, a, b, np.int64(0), n, merged, scale, kind)
-            elif task == APPLY:
-                apply_runs(q, place, i - item * q.splits, scale, (tile, spare), kinds)
-            else:
-                if q.given and q.scales != 0:
-                    scale = q.scales + (item - a * q.chunks) * 8 * SCALE * width
-                else:
-                    if not q.given:
-                        runs_moments(q, place, np.int64(0), whole, part, (work, tile), kinds)
-                        for split in range(1, q.splits):
-                            runs_moments(q, place, split, other, part, (work, tile), kinds)
-                            merge_into(whole, other, n, n)
-                    finalize(q, a, b, np.int64(0), n, whole, scale, kind)
-                if q.y.data != 0:
-                    for split in range(q.splits):
-                        apply_runs(q, place, split, scale, (tile, spare), kinds)
-        turn = take(record)
-    if q.non_temporal:
+
+
+@within
+def runs(task, begin, end, turn, numbers, eps, steps, arrays):
+    """Items [begin, end), or splits of items, of which each group is a list of runs."""
+    w = walk_of(numbers)
+    x, mask, parts = arrays[X], arrays[MASK], arrays[PARTS]
+    statistics = arrays[MEAN_OF], arrays[VAR_OF], arrays[RSTD_OF]
+    tiles = arrays[TILES]
+    tile = part(tiles, turn * w.tiles, (NUMBA_TILE,))
+    spare = part(tiles, turn * w.tiles + NUMBA_TILE, (NUMBA_TILE,))
+    total, scale, own = rooms_of(arrays[ROOM], turn * w.room, w)
+    for i in range(begin, end):
+        item, first = (i, 0) if task == WHOLE else (i // w.splits, i % w.splits)
+        last = w.splits if task == WHOLE else first + 1
+        place = item // w.b, item % w.b
+        if task != STEP:
+            for split in range(first, last):
+                if w.added:
+                    add_first(w, steps, x, (arrays[FIRST], arrays[ADDEND]), place, split, tile)
+                if not w.given:
+                    into = own[0, split] if task == WHOLE else parts[item, split]
+                    runs_moments(w, steps, (x, mask), place, split, into, (total, tile))
+        if task != MOMENTS:
+            if not w.given:
+                merged(own if task == WHOLE else parts, 0 if task == WHOLE else item, scale)
+            own_place = place[0], place[1], 0
+            finalize(w, eps, steps, (x, mask), own_place, (scale, 0), statistics, first == 0)
+            if w.written:
+                for split in range(first, last):
+                    apply_runs(w, steps, arrays, place, split, scale, tile, spare)
+    if w.past:
         fence()
 
 
-# --- Columns --------------------------------------------------------------------------------------
-
-
-@register_jitable
-def columns_parts(width):
-    """Numbers of each part: four moments, scales, three sums, what goes along, tile, spare.
-
-    Along with a row go four numbers for each column, and its weights and biases.
-    """
-    moments = FIELDS * width
-    return (
-        moments, moments, moments, moments, SCALE * width, 3 * width, 6 * width, width, width
-    )  # fmt: skip
-
-
-@merged
-def columns(record, memory, turn, turns, task, kind, tiled):
-    """What `task` asks for, of all items or splits of items; each turn is taken by one thread."""
-    q = record_at(record, PASS)
-    width = q.width
-    kinds = kind, tiled
-    total = q.items if task == WHOLE or task == FINALIZE else q.items * q.splits
-    room = columns_parts(width)
-    whole, part, other = (
-        part_at(memory, room, 0),
-        part_at(memory, room, 1),
-        part_at(memory, room, 2),
-    )
-    every, own, work = part_at(memory, room, 3), part_at(memory, room, 4), part_at(memory, room, 5)
-    along, tile = part_at(memory, room, 6), part_at(memory, room, 7)
-    spare = part_at(memory, room, 8)
-    while turn < turns:
-        for i in range(total * turn // turns, total * (turn + 1) // turns):
-            item = i if task == WHOLE or task == FINALIZE else i // q.splits
-            outer = item // q.chunks
-            c = (item - outer * q.chunks) * width
-            a = outer // q.b
-            b = outer - a * q.b
-            n = min(width, q.c - c)
-            groups = n // q.neighbours
-            place = a, b, c, n
-            sums_room = part, every, work
-            scale = own
-            if task == MOMENTS:
-                into = q.parts + i * 8 * FIELDS * width
-                columns_moments(q, place, i - item * q.splits, into, sums_room, kind)
-                continue
-            if q.scales != 0:
-                scale = q.scales + item * 8 * SCALE * width
-            if task == FINALIZE:
-                merged = q.parts + item * q.splits * 8 * FIELDS * width
-                if not q.given:
-                    for split in range(1, q.splits):
-                        merge_into(merged, merged + split * 8 * FIELDS * width, groups, groups)
-                finalize(q, a, b, c, groups, merged, scale, kind)
-                continue
-            if task == WHOLE:
-                if not q.given:
-                    columns_moments(q, place, np.int64(0), whole, sums_room, kind)
-                    for split in range(1, q.splits):
-                        columns_moments(q, place, split, other, sums_room, kind)
-                        merge_into(whole, other, groups, groups)
-                finalize(q, a, b, c, groups, whole, scale, kind)
-            if q.y.data != 0:
-                any_out_of_range = spread(q, a, b, c, n, scale, along, kind)
-                begin = 0 if task == WHOLE else i - item * q.splits
-                end = q.splits if task == WHOLE else begin + 1
-                for split in range(begin, end):
-                    apply_columns(
-                        q, place, split, scale, along, any_out_of_range, (tile, spare), kinds
-                    )
-        turn = take(record)
-    if q.non_temporal:
+@within
+def columns(task, begin, end, turn, numbers, eps, steps, arrays):
+    """Items [begin, end), or splits of items, of groups side by side."""
+    w = walk_of(numbers)
+    x, mask, parts = arrays[X], arrays[MASK], arrays[PARTS]
+    statistics = arrays[MEAN_OF], arrays[VAR_OF], arrays[RSTD_OF]
+    lanes, tiles = w.width * w.joined, arrays[TILES]
+    start = turn * w.tiles
+    tile, spare = part(tiles, start, (MIN_BLOCK_ROWS * w.width,)), part(tiles, start, (lanes,))
+    start += max(MIN_BLOCK_ROWS * w.width, lanes)
+    made, along = part(tiles, start, (lanes,)), part(tiles, start + lanes, (OF_COLUMN, lanes))
+    total, scale, own = rooms_of(arrays[ROOM], turn * w.room, w)
+    for i in range(begin, end):
+        item, first = (i, 0) if task == WHOLE else (i // w.splits, i % w.splits)
+        last = w.splits if task == WHOLE else first + 1
+        outer, c = item // w.chunks, item % w.chunks * w.width
+        a, b = outer // w.b, outer % w.b
+        place = a, b, c, min(w.width, w.c - c)
+        if task != STEP and not w.given:
+            for split in range(first, last):
+                into = own[0, split] if task == WHOLE else parts[item, split]
+                columns_moments(w, steps, (x, mask), place, split, into, (total, tile))
+        if task != MOMENTS:
+            if not w.given:
+                merged(own if task == WHOLE else parts, 0 if task == WHOLE else item, scale)
+            for g in range(place[3] // w.neighbours):
+                own_place = a, b, c + g * w.neighbours
+                finalize(w, eps, steps, (x, mask), own_place, (scale, g), statistics, first == 0)
+            if w.written:
+                any_out = spread(
+                    w, steps, (arrays[WEIGHT], arrays[BIAS]), place, scale, along, tile
+                )
+                for split in range(first, last):
+                    known = along, any_out
+                    apply_columns(w, steps, arrays, place, split, scale, known, (made, spare))
+    if w.past:
         fence()
 
 
 # --- The kernels ----------------------------------------------------------------------------------
-# Closures over a kind: Numba keeps each on disk under its own key, and `SOURCES` makes that another
-# when a file it was compiled from has changed.
+# Closures over a number: Numba keeps them on disk under another key when a file has changed.
 
 
-def compile_runs(kind: type, computed: type, sources: int) -> Any:
-    """The kernel of runs, for numbers of a kind."""
+def compile_runs(sources: int) -> tuple[Any, Any]:
+    """The kernel of runs for one thread, and for several."""
 
-    @cfunc(KERNEL, cache=True, **STRICT)
-    def kernel_of_runs(record, memory, turn, turns, task):
+    @njit(**KERNEL)
+    def alone(task, items, numbers, eps, steps, arrays):
         if sources != 0:
-            runs(record, memory, turn, turns, task, kind, computed)
+            runs(task, 0, items, 0, numbers, eps, steps, arrays)
 
-    return kernel_of_runs
+    @njit(parallel=True, **KERNEL)
+    def shared(task, items, numbers, eps, steps, arrays, turns):
+        for i in prange(turns):
+            if sources != 0:
+                begin, end = items * i // turns, items * (i + 1) // turns
+                runs(task, begin, end, i, numbers, eps, steps, arrays)
+
+    return alone, shared
 
 
-def compile_columns(kind: type, computed: type, sources: int) -> Any:
-    """The kernel of columns, for numbers of a kind."""
+def compile_columns(sources: int) -> tuple[Any, Any]:
+    """The kernel of columns for one thread, and for several."""
 
-    @cfunc(KERNEL, cache=True, **STRICT)
-    def kernel_of_columns(record, memory, turn, turns, task):
+    @njit(**KERNEL)
+    def alone(task, items, numbers, eps, steps, arrays):
         if sources != 0:
-            columns(record, memory, turn, turns, task, kind, computed)
+            columns(task, 0, items, 0, numbers, eps, steps, arrays)
 
-    return kernel_of_columns
+    @njit(parallel=True, **KERNEL)
+    def shared(task, items, numbers, eps, steps, arrays, turns):
+        for i in prange(turns):
+            if sources != 0:
+                begin, end = items * i // turns, items * (i + 1) // turns
+                columns(task, begin, end, i, numbers, eps, steps, arrays)
+
+    return alone, shared
+
+
+def compile_merge(sources: int) -> Any:
+    """What merges the moments of all splits of each item into those of the first."""
+
+    @njit(**KERNEL)
+    def merge_all(parts):
+        for item in range(parts.shape[0] if sources != 0 else 0):
+            for split in range(1, parts.shape[1]):
+                merge_into(parts[item, 0], parts[item, split], parts.shape[3])
+
+    return merge_all
+
+
+RUNS, COLUMNS, MERGE = compile_runs(SOURCES), compile_columns(SOURCES), compile_merge(SOURCES)

@@ -1,261 +1,145 @@
 """Rows inside a user's own `@njit` functions: their statistics, and what is made of them.
 
-A row is the elements of one group side by side. This is the row of `forward`: one thread, no
-allocation but the result, and of a mask's row one that holds what it leaves.
-
-Numba lets go of an array after its last use, and an address is none: whoever takes the address of
-an array's memory is given the array, or uses it once more afterwards.
+A row is the elements of one group side by side, in a flat array of float32 or float64. This is the
+pass of `forward` for one thread, without a plan. Weights and biases are flat too, and equally many.
 """
 
 from __future__ import annotations
 
 import math
+from collections import namedtuple
 
 import numpy as np
 
 from fastnorm._numba import scalar
-from fastnorm._numba.apply import apply_scale
-from fastnorm._numba.blocking import FIELDS, SCALE
-from fastnorm._numba.memory import inner, is_double, read, read_real, real, size_of, write
-from fastnorm._numba.moments import merge_into, moments
-from fastnorm._numba.scales import rstd_of
-from fastnorm.schedule import APPLY_ELEMENTS, BLOCK, LANES
+from fastnorm._numba.apply import apply_part
+from fastnorm._numba.compiling import inner, is_double, making, real
+from fastnorm._numba.moments import FIELDS, sums
+from fastnorm._numba.scales import rescaled, rstd_of, write_scale
+from fastnorm._numba.walks import STATS, STEPS, X
+from fastnorm.schedule import NUMBA_TILE
 
-# --- The scale of a row ---------------------------------------------------------------------------
+Row = namedtuple("Row", "length s neighbours masked centred")
 
 
-@inner
-def row_moments(x, n, centred, into, part, lanes, kind):
-    """Moments of n elements side by side: those of blocks, merged in order."""
-    moments(x, min(n, BLOCK), centred, into, 1, lanes, kind)
-    i = BLOCK
-    while i < n:
-        moments(x + i * size_of(kind), min(n - i, BLOCK), centred, part, 1, lanes, kind)
-        merge_into(into, part, 1, 1)
-        i += BLOCK
+# --- The statistics of a row ----------------------------------------------------------------------
 
 
 @inner
-def largest_unit(x, n):
-    """The power of two that brings doubles to 1: 1 where they are all 0, or not all finite."""
-    largest = 0.0
-    for i in range(n):
-        v = abs(read(x, i, np.float64))
-        if not v < math.inf:
-            return 1.0
-        largest = max(largest, v)
-    return math.ldexp(1.0, min(-math.frexp(largest)[1], 1000)) if largest > 0.0 else 1.0
+def block_moments(x, i, n, centred):
+    """Moments of n elements that begin at i."""
+    pivot = np.float64(x[i]) if centred and is_double(x) else 0.0
+    first, second = sums(x, i, np.uintp(n), pivot)
+    if not centred:
+        return np.float64(n), 0.0, 0.0, second, 0.0
+    mean, rest, m2, again = scalar.moments_of_sums(np.float64(n), first, second, pivot)
+    if (again or is_double(x)) and math.isfinite(mean):
+        pivot = mean if is_double(x) else np.float64(np.float32(mean))
+        first, second = sums(x, i, np.uintp(n), pivot)
+        mean, rest, m2, again = scalar.moments_of_sums(np.float64(n), first, second, pivot)
+    m2_rest = (second - m2) - first * (first / n) if is_double(x) else 0.0
+    return np.float64(n), mean, rest, m2, m2_rest
 
 
-@inner
-def scaled_moments(x, n, unit, centred, into, part, lanes):
-    """Moments of n doubles times `unit`, where their squares leave the range."""
-    scaled = np.empty(n, np.float64)
-    for i in range(n):
-        scaled[i] = read(x, i, np.float64) * unit
-    row_moments(scaled.ctypes.data, n, centred, into, part, lanes, np.float64)
-    scaled[0] = 0.0
-
-
-@inner
-def write_scale(scale, numbers, out_of_range, kind):
-    """What `apply_scale` reads: mean, rest, rstd, unit, and whether float32 cannot hold them."""
-    mean, rest, rstd, unit = numbers
-    out_of_range = out_of_range or unit != 1.0
-    if not is_double(kind):
-        far = rstd != 0.0 and abs(mean) >= scalar.MOST
-        out_of_range = out_of_range or not scalar.holds(rstd) or far
-    write(scale, 0, mean)
-    write(scale, 1, rest)
-    write(scale, 2, rstd)
-    write(scale, 3, unit)
-    write(scale, 4, 1.0 if out_of_range else 0.0)
-    write(scale, 5, 0.0)
-
-
-@inner
-def row_scale(x, n, centred, eps, room, kind):
-    """From a row to its scale, at `room` + FIELDS numbers twice over."""
-    part = room + 8 * FIELDS
-    scale = part + 8 * FIELDS
-    lanes = scale + 8 * SCALE
-    row_moments(x, n, centred, room, part, lanes, kind)
+@making
+def statistics_of(x, i, n, centred, eps):
+    """Mean, its rest, variance and rstd, all of x times a unit, and that; of no elements NaN."""
+    if n == 0:
+        return math.nan, 0.0, math.nan, math.nan, 1.0
+    moments = block_moments(x, i, min(n, NUMBA_TILE), centred)
+    for k in range(NUMBA_TILE, n, NUMBA_TILE):
+        more = block_moments(x, i + np.uintp(k), min(n - k, NUMBA_TILE), centred)
+        moments = scalar.merge(moments, more)
+    _, mean, rest, m2, m2_rest = moments
     unit = 1.0
-    if is_double(kind):
-        v = read(room, 3, np.float64) / n + eps
-        if not 1e-270 < v < 1e270:
-            unit = largest_unit(x, n)
-        if unit != 1.0:
-            scaled_moments(x, n, unit, centred, room, part, lanes)
-    mean = read(room, 1, np.float64)
-    var, rstd = rstd_of(
-        np.float64(n), read(room, 3, np.float64), read(room, 4, np.float64), eps, unit, kind
-    )
-    # where eps is that much more than the variance, a float32 would hold too few digits of xhat
-    vanishes = not is_double(kind) and var > 0.0 and var * rstd * rstd < 2.0**-200
-    write_scale(scale, (mean, read(room, 2, np.float64), rstd, unit), vanishes, kind)
-    return scale
+    if is_double(x) and not 1e-270 < m2 / n + eps < 1e270:
+        steps = np.zeros((STATS + 1, STEPS), np.int64)
+        steps[X, 3], steps[X, 5] = 1, i
+        row, mask = Row(n, n, 1, 0, 1 if centred else 0), np.zeros(1, np.bool_)
+        other, other_rest, other_m2, unit = rescaled(row, steps, x, mask, (0, 0, 0))
+        if other == other:
+            mean, rest, m2, m2_rest = other, other_rest, other_m2, 0.0
+    var, rstd = rstd_of(np.float64(n), m2, m2_rest, eps, unit, is_double(x))
+    return mean, rest, var, rstd, unit
 
 
-ROOM = 2 * FIELDS + SCALE + 4 * LANES  # numbers of float64 that a row needs
+@making
+def chosen(x, i, n, mask, room):
+    """Those of n elements that a mask has, side by side: where they are, and how many."""
+    if mask is None:
+        return x, i, n
+    count = 0
+    for k in range(np.uintp(n)):
+        if mask[i + k]:
+            room[count] = x[i + k]
+            count += 1
+    return room, np.uintp(0), count
 
 
-@inner
-def given_scale(mean, var, eps, room, kind):
-    """The same of statistics that are given."""
-    scale = room + 8 * 2 * FIELDS
-    rstd = scalar.inverse_root(var + eps, 0.0) if var + eps != 0.0 else 0.0
-    write_scale(scale, (mean, 0.0, rstd, 1.0), False, kind)
-    return scale
+@making
+def left_of(count, ddof):
+    """What is left of 1 where a variance is divided by count - ddof in place of count."""
+    return (count - ddof) / count if count > max(ddof, 0.0) else math.nan
 
 
-@inner
-def scale_of(x, n, centred, eps, room, kind):
-    """Of a row of n elements; of none, no numbers."""
-    if n > 0:
-        return row_scale(x, n, centred, eps, room, kind)
-    return given_scale(math.nan, math.nan, eps, room, kind)
+@making
+def moments_of(x, n, mask, ddof, mean, var):
+    """Mean and variance of each row of n elements."""
+    room = np.empty(0 if mask is None else n, x.dtype)
+    for g in range(mean.size):
+        row, i, count = chosen(x, np.uintp(g * n), n, mask, room)
+        m, rest, v, _, unit = statistics_of(row, i, count, True, 0.0)
+        mean[g] = (m + rest if math.isfinite(m) else m) / unit
+        var[g] = v / left_of(count, ddof) / unit / unit
 
 
 # --- From x to y ----------------------------------------------------------------------------------
 
 
 @inner
-def deliver(x, y, n, s, affine, foldable_far, f, kind):
-    """A run by the scale at s, and through an activation while a tile of it is in L1.
+def apply_row(x, y, start, n, per, scale, affine):
+    """A row by its scale.
 
-    What is one number for the run is `foldable`; all else is as for `apply_scale`.
+    `per` elements that follow one another have one weight; if that is 1, there is one for each.
     """
-    if f is None:
-        apply_scale(x, y, n, s, 1, affine, foldable_far, (kind, kind))
-        return
-    weight, bias, wv, bv = affine
-    size = size_of(kind)
-    i = 0
-    while i < n:
-        m = min(n - i, APPLY_ELEMENTS)
-        own = weight + i * wv * size, bias + i * bv * size, wv, bv
-        at = y + i * size
-        apply_scale(x + i * size, at, m, s, 1, own, foldable_far, (kind, kind))
-        for j in range(m):
-            write(at, j, real(f(read_real(at, j, kind)), kind))
-        i += m
+    channels = affine[0].size
+    along = per == 1 and n > 1
+    done = 0
+    while done < n:
+        m = min(NUMBA_TILE, n - done if along else per - done % per)
+        i = start + np.uintp(done)
+        c, step = np.uintp(np.intp(i) // per % channels), np.uintp(along)
+        kinds = not along, True, False
+        apply_part((x, i), (y, i), np.uintp(m), scale, 0, (affine, (c, c), (step, step)), kinds)
+        done += m
 
 
-@inner
-def address(numbers):
-    """Where numbers lie; 0 where there are none."""
-    return numbers.ctypes.data if numbers.size > 0 else 0
+@making
+def normalized(arrays, n, per, affine, norm, mask, given, f):
+    """Rows of n elements, by their own statistics or by those `given` for each channel: arrays.
 
-
-@inner
-def rows(x, y, n, affine, norm, f, kind):
-    """Each row's own statistics, and weights along it; arrays. `norm`: whether centred, and eps."""
-    weight, bias = affine
-    centred, eps = norm
-    room = np.empty(ROOM, np.float64)
-    wv = 1 if weight.size > 0 else 0
-    bv = 1 if bias.size > 0 else 0
-    for i in range(x.size // n):
-        start = i * n * size_of(kind)
-        at = x.ctypes.data + start
-        s = scale_of(at, n, centred, eps, room.ctypes.data, kind)
-        own = address(weight), address(bias), wv, bv
-        deliver(at, y.ctypes.data + start, n, s, own, (False, False), f, kind)
-    room[0] = 0.0
-
-
-@inner
-def channels(x, y, s, n, count, affine, f, kind):
-    """Apply the scale at s to `count` channels of n elements, with one weight each."""
-    weight, bias = affine
-    wv = 1 if weight != 0 else 0
-    bv = 1 if bias != 0 else 0
-    if n == 1:
-        deliver(x, y, count, s, (weight, bias, wv, bv), (False, False), f, kind)
-        return
-    for c in range(count):
-        w = weight + c * wv * size_of(kind)
-        b = bias + c * bv * size_of(kind)
-        at = c * n * size_of(kind)
-        deliver(x + at, y + at, n, s, (w, b, 0, 0), (True, False), f, kind)
-
-
-# --- Rows of which a mask leaves some -------------------------------------------------------------
-
-
-@inner
-def chosen(x, mask, n, into, kind):
-    """Copy those of n elements that a mask has; how many they are."""
-    count = 0
-    for i in range(n):
-        if read(mask, i, np.uint8) != 0:
-            write(into, count, read_real(x, i, kind))
-            count += 1
-    return count
-
-
-@inner
-def standardized(x, y, n, mask, ddof, eps, kind):
-    """Each row less its mean and by its deviation; arrays, a mask of no elements has them all."""
-    room = np.empty(ROOM, np.float64)
-    own = np.empty(n if mask.size > 0 else 0, kind)
-    weight = np.empty(1, kind)
-    for i in range(x.size // n):
-        start = i * n * size_of(kind)
-        at = x.ctypes.data + start
-        row = at
-        count = n
-        if mask.size > 0:
-            row = own.ctypes.data
-            count = chosen(at, mask.ctypes.data + i * n, n, row, kind)
-        # sqrt(n / (n - ddof) var + eps) in terms of a variance with ddof = 0
-        left = (count - ddof) / count if count > max(ddof, 0) else math.nan
-        least = eps * left if left == left else eps
-        s = scale_of(row, count, True, least, room.ctypes.data, kind)
-        weight[0] = math.sqrt(left)
-        w = weight.ctypes.data if ddof != 0 else 0
-        far = mask.size > 0
-        deliver(at, y.ctypes.data + start, n, s, (w, 0, 0, 0), (True, far), None, kind)
-    room[0] = own.size + weight.size
-
-
-@inner
-def mean_and_var(x, n, ddof, room, kind):
-    """Of n elements side by side."""
-    if n == 0:
-        return math.nan, math.nan
-    part = room + 8 * FIELDS
-    lanes = part + 8 * (FIELDS + SCALE)
-    row_moments(x, n, True, room, part, lanes, kind)
-    unit = 1.0
-    if is_double(kind) and not 1e-270 < read(room, 3, np.float64) / n < 1e270:
-        unit = largest_unit(x, n)
-        if unit != 1.0:
-            scaled_moments(x, n, unit, True, room, part, lanes)
-    mean = read(room, 1, np.float64)
-    if not math.isfinite(mean):
-        # infinities of one sign; of both, or with what is no number, there is no mean
-        mean = 0.0
-        for i in range(n):
-            v = np.float64(read_real(x, i, kind))
-            mean += 0.0 if math.isfinite(v) else v
-        return mean, math.nan
-    m2 = max(read(room, 3, np.float64) + read(room, 4, np.float64), 0.0)
-    var = m2 / (n - ddof) / unit / unit if n > ddof else math.nan
-    return (mean + read(room, 2, np.float64)) / unit, var
-
-
-@inner
-def statistics(x, n, mask, ddof, mean, var, kind):
-    """Mean and variance of each row; arrays, a mask of no elements has them all."""
-    room = np.empty(ROOM, np.float64)
-    own = np.empty(n if mask.size > 0 else 0, kind)
-    for i in range(mean.size):
-        row = x.ctypes.data + i * n * size_of(kind)
-        count = n
-        if mask.size > 0:
-            count = chosen(row, mask.ctypes.data + i * n, n, own.ctypes.data, kind)
-            row = own.ctypes.data
-        mean[i], var[i] = mean_and_var(row, count, ddof, room.ctypes.data, kind)
-    room[0] = own.size
+    `norm`: whether it is centred, eps and ddof.
+    """
+    x, y = arrays
+    centred, eps, ddof = norm
+    per = n if affine[0].size == 1 else per
+    room = np.empty(0 if mask is None else n, x.dtype)
+    scale = np.empty((FIELDS, 1))
+    for g in range(x.size // max(n, 1)):
+        start = np.uintp(g * n)
+        if given is None:
+            row, i, count = chosen(x, start, n, mask, room)
+            # sqrt(n / (n - ddof) var + eps) in terms of a variance with ddof = 0
+            left = left_of(count, ddof)
+            mean, rest, var, rstd, unit = statistics_of(row, i, count, centred, eps * left)
+            rstd *= np.float64(real(math.sqrt(left), x))
+        else:
+            c = g % given[0].size
+            mean, rest, var, unit = given[0][c], 0.0, given[1][c] + eps, 1.0
+            rstd = scalar.inverse_root(var, 0.0) if var != 0.0 else 0.0
+        found = mean, rest, var, rstd, unit
+        write_scale(x, scale, 0, found, per == 1 and n > 1)
+        apply_row(x, y, start, n, per, scale, affine)
+        if f is not None:
+            for k in range(start, start + np.uintp(n)):
+                y[k] = real(f(y[k]), y)

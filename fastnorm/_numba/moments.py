@@ -1,7 +1,8 @@
-"""Sums, the moments of what lies side by side, and their merge.
+"""Sums of x and of its square, their moments, and the merge of those of parts.
 
-Moments are five numbers, `step` apart: count, mean and its rest, sum of squared deviations and its
-rest.
+Moments are five numbers of float64: count, mean and its rest, sum of squared deviations and its
+rest. Of floats they are summed about zero, and once more about the mean where squares cancel;
+doubles, which have no bits to spare, always are, about their first element and then about the mean.
 """
 
 from __future__ import annotations
@@ -11,212 +12,263 @@ import math
 import numpy as np
 
 from fastnorm._numba import scalar
-from fastnorm._numba.lanes import add_to_lanes, exact_squares, sums_in_lanes
-from fastnorm._numba.memory import fetch, inner, is_double, is_half, load, read, summing, write
-from fastnorm.schedule import CHAIN, LANES, PREFETCH_BYTES
+from fastnorm._numba.compiling import inner, is_double, load, read, read_rows, summing, within
+from fastnorm._numba.walks import MASK, X, at
+from fastnorm.schedule import CHAIN, MIN_BLOCK_ROWS, NUMBA_TILE
+
+FIELDS = 5  # numbers of moments
+COUNT, MEAN, REST, M2, M2_REST = range(FIELDS)
+# What is summed up for each group or column on the way, and whether once more.
+FIRST, SECOND, SECOND_REST, NUMBER, PIVOT, AGAIN = range(6)
+SUMS = 6
+
+# --- Loops ----------------------------------------------------------------------------------------
 
 
 @inner
-def fetch_ahead(x, size):
-    """Ask for `size` bytes that are read PREFETCH_BYTES from now.
-
-    A loop that reads one block, then writes another, keeps losing the processor's own prefetcher.
-    """
-    i = 0
-    while i < size:
-        fetch(x + PREFETCH_BYTES + i)
-        i += 64
+def deviation(x, pivot):
+    """x - pivot in float64: not to be reordered by a sum."""
+    return np.float64(x) - pivot
 
 
 @summing
-def half_sums(x, n, pivot):
-    """Of x - pivot and of its square, of float16."""
-    first = 0.0
-    second = 0.0
+def sums(x, at_x, n, pivot):
+    """Of x - pivot and of its square, over a run."""
+    first = second = 0.0
     for i in range(n):
-        d = np.float64(load(x, i, np.int16)) - pivot
+        d = deviation(x[at_x + i], pivot)
         first += d
         second += d * d
     return first, second
 
 
 @inner
-def sums(x, n, kind):
-    """Of x and of its square."""
-    if is_half(kind):
-        fetch_ahead(x, 2 * n)
-        return half_sums(x, n, 0.0)
-    first, second = sums_in_lanes(x, n // LANES, None, PREFETCH_BYTES, kind)
-    for i in range(n - n % LANES, n):
-        d = np.float64(load(x, i, kind))
-        first += d
-        second = scalar.mac(d, d, second)
-    return first, second
+def add_rows(x, at_x, step, rows, n, total):
+    """Add rows, four at a time, to the sums of each column."""
+    first, second, rest, pivot = total[FIRST], total[SECOND], total[SECOND_REST], total[PIVOT]
+    for r in range(np.uintp(0), rows, np.uintp(4)):
+        row = at_x + r * step
+        for j in range(n):
+            v = pivot[j]
+            i = row + j
+            d0, d1 = deviation(x[i], v), deviation(x[i + step], v)
+            i += step + step
+            d2, d3 = deviation(x[i], v), deviation(x[i + step], v)
+            first[j] += (d0 + d1) + (d2 + d3)
+            squares = scalar.mac(d0, d0, d1 * d1) + scalar.mac(d2, d2, d3 * d3)
+            if is_double(x):
+                second[j], lost = scalar.two_sum(second[j], squares)
+                rest[j] += lost
+            else:
+                second[j] += squares
 
 
 @inner
-def sums_about(x, n, pivot, kind):
-    """Of x - pivot and of its square."""
-    if is_half(kind):
-        return half_sums(x, n, pivot)
-    first, second = sums_in_lanes(x, n // LANES, pivot, 0, kind)
-    for i in range(n - n % LANES, n):
-        d = np.float64(load(x, i, kind)) - pivot
-        first += d
-        second = scalar.mac(d, d, second)
-    return first, second
-
-
-@inner
-def squares(x, n, kind):
-    """The sum of the squares of x."""
-    return sums(x, n, kind)[1]
-
-
-@inner
-def fold(v, half):
-    """Add the upper half of 2 * half sums to the lower."""
-    for j in range(half):
-        write(v, j, read(v, j, np.float64) + read(v, j + half, np.float64))
-
-
-@inner
-def deviations(x, n, pivot, lanes):
-    """The sum of x - pivot of doubles, in the order of the Cython kernels (fn_deviations)."""
-    if n % LANES == 0:
-        return sums_in_lanes(x, n // LANES, pivot, PREFETCH_BYTES, np.float64)[0]
-    for j in range(LANES):
-        write(lanes, j, 0.0)
-    add_to_lanes(x, n // LANES, pivot, PREFETCH_BYTES, lanes, None)
-    fold(lanes, 16)
-    fold(lanes, 8)
-    i = n - n % LANES
-    while i + 8 <= n:
-        for j in range(8):
-            write(lanes, j, read(lanes, j, np.float64) + (read(x, i + j, np.float64) - pivot))
-        i += 8
-    rest = 0.0
-    while i < n:
-        rest += read(x, i, np.float64) - pivot
-        i += 1
-    fold(lanes, 4)
-    fold(lanes, 2)
-    return read(lanes, 0, np.float64) + read(lanes, 1, np.float64) + rest
-
-
-@inner
-def halve(total, rest, first, half):
-    add_exactly(total, rest, total + 8 * half, half)
-    fold(rest, half)
-    fold(first, half)
-
-
-@inner
-def deviations_about(x, n, mean, lanes):
-    """What `exact_squares` sums up, of any number of doubles."""
-    total = lanes + 8 * LANES
-    rest = total + 8 * LANES
-    first = rest + 8 * LANES
-    for j in range(3 * LANES):
-        write(total, j, 0.0)
-    i = 0
-    while i < n:
-        end = min(i + CHAIN, n)
-        whole = (end - i) // LANES
-        for j in range(LANES):
-            write(lanes, j, 0.0)
-        add_to_lanes(x + 8 * i, whole, mean, 0, first, lanes)
-        i += whole * LANES
-        for j in range(end - i):
-            d = read(x, i + j, np.float64) - mean
-            write(lanes, j, scalar.mac(d, d, read(lanes, j, np.float64)))
-            write(first, j, read(first, j, np.float64) + d)
-        i = end
-        add_exactly(total, rest, lanes, LANES)
-    halve(total, rest, first, 16)
-    halve(total, rest, first, 8)
-    halve(total, rest, first, 4)
-    halve(total, rest, first, 2)
-    halve(total, rest, first, 1)
-    return read(first, 0, np.float64), read(total, 0, np.float64), read(rest, 0, np.float64)
-
-
-@inner
-def double_moments(x, n, centred, lanes):
-    """Mean, its rest, M2 and its rest of doubles, which have no bits to spare.
-
-    Twice: about the first element, so that a constant block has exactly its mean, then about that.
-    A sum of squares would round the same way each time where squares are equal, as those of black
-    and white pixels are: LANES of them are added up in short chains, and the chains exactly.
-    Every sum is in the order of the Cython kernels: in float64 another one shows.
-    """
-    mean = 0.0
-    if centred:
-        pivot = read(x, 0, np.float64)
-        mean = pivot + deviations(x, n, pivot, lanes) / n
-    if n % LANES == 0:
-        deviation, m2, m2_rest = exact_squares(x, n // LANES, CHAIN // LANES, mean)
-    else:
-        deviation, m2, m2_rest = deviations_about(x, n, mean, lanes)
-    if not centred:
-        return 0.0, 0.0, m2, m2_rest
-    mean_rest = deviation / n
-    return mean, mean_rest, m2, m2_rest - deviation * mean_rest
-
-
-@inner
-def add_exactly(total, rest, v, n):
-    """Add n numbers to sums kept as two numbers each."""
+def add_row(x, at_x, n, total):
+    """Add one row."""
+    first, second, rest, pivot = total[FIRST], total[SECOND], total[SECOND_REST], total[PIVOT]
     for j in range(n):
-        high, lost = scalar.two_sum(read(total, j, np.float64), read(v, j, np.float64))
-        write(total, j, high)
-        write(rest, j, read(rest, j, np.float64) + lost)
+        d = deviation(x[at_x + j], pivot[j])
+        first[j] += d
+        second[j], lost = scalar.two_sum(second[j], d * d)
+        rest[j] += lost
 
 
 @inner
-def moments(x, n, centred, into, step, lanes, kind):
-    """The moments of n numbers side by side into into[0], into[step] ...; `lanes` is room."""
-    write(into, 0, np.float64(n))
-    mean = rest = m2 = m2_rest = 0.0
-    if n > 0:
-        if is_double(kind):
-            mean, rest, m2, m2_rest = double_moments(x, n, centred, lanes)
-        elif not centred:
-            m2 = squares(x, n, kind)
+def add_chosen(x, at_x, n, total, mask, at_mask, step):
+    """Add the chosen ones of a row."""
+    for j in range(n):
+        if mask[at_mask + j * step]:
+            d = deviation(x[at_x + j], total[PIVOT, j])
+            total[NUMBER, j] += 1.0
+            total[FIRST, j] += d
+            total[SECOND, j], lost = scalar.two_sum(total[SECOND, j], d * d)
+            total[SECOND_REST, j] += lost
+
+
+# --- From sums to moments -------------------------------------------------------------------------
+
+
+@within
+def begin(total, n, turn):
+    for j in range(n):
+        for field in (FIRST, SECOND, SECOND_REST, NUMBER):
+            total[field, j] = 0.0
+        if turn == 0:
+            total[PIVOT, j] = 0.0
+
+
+@within
+def conclude(w, x, total, groups, turn, into):
+    """Moments of the sums of each group; whether there is another turn."""
+    any_again = False
+    for g in range(groups):
+        if turn == 1 and total[AGAIN, g] == 0.0:
+            continue
+        count, first, second = total[NUMBER, g], total[FIRST, g], total[SECOND, g]
+        again = False
+        mean = rest = 0.0
+        m2, m2_rest = second, total[SECOND_REST, g]
+        if w.centred:
+            pivot = total[PIVOT, g * w.neighbours]
+            mean, rest, m2, again = scalar.moments_of_sums(count, first, second + m2_rest, pivot)
+            if is_double(x) and count > 0.0:
+                m2_rest = (second - m2) + m2_rest - first * (first / count)
+            else:
+                m2_rest = 0.0
+        into[COUNT, g], into[MEAN, g], into[REST, g] = count, mean, rest
+        into[M2, g], into[M2_REST, g] = m2, m2_rest
+        again = turn == 0 and w.centred != 0 and math.isfinite(mean) and (again or is_double(x))
+        total[AGAIN, g] = 1.0 if again else 0.0
+        any_again = any_again or again
+        if again:
+            for j in range(g * w.neighbours, (g + 1) * w.neighbours):
+                total[PIVOT, j] = mean if is_double(x) else np.float64(np.float32(mean))
+    return any_again
+
+
+@inner
+def gather(w, steps, x, mask, place, f, last, tile):
+    """Copy up to a tile of (chosen) elements of a group from f on: how many, and where it ended."""
+    a, b = place
+    n = 0
+    while f < last and n < NUMBA_TILE:
+        p = f // w.s
+        s = f - p * w.s
+        m = min(last - f, w.s - s, NUMBA_TILE - n)
+        i = at(steps, X, a, b, p, s, 0)
+        if w.masked:
+            o, step = at(steps, MASK, a, b, p, s, 0), np.uintp(steps[MASK, 3])
+            for k in range(np.uintp(m)):
+                if mask[o + k * step]:
+                    tile[np.uintp(n)] = load(x, i + k)
+                    n += 1
         else:
-            first, second = sums(x, n, kind)
-            mean, rest, m2, again = scalar.moments_of_sums(np.float64(n), first, second, 0.0)
-            if again and math.isfinite(mean):
-                pivot = np.float64(np.float32(mean))
-                first, second = sums_about(x, n, pivot, kind)
-                mean, rest, m2, again = scalar.moments_of_sums(np.float64(n), first, second, pivot)
-    write(into, step, mean)
-    write(into, 2 * step, rest)
-    write(into, 3 * step, m2)
-    write(into, 4 * step, m2_rest)
+            for k in range(np.uintp(m)):
+                tile[np.uintp(n) + k] = load(x, i + k)
+            n += m
+        f += m
+    return n, f
+
+
+@within
+def runs_moments(w, steps, operands, place, split, into, room):
+    """Moments of a split of a group: of its (chosen) elements in their order, NUMBA_TILE at a time.
+
+    So where its planes lie, and what lies between them, decides no bit.
+    """
+    x, mask = operands
+    total, tile = room
+    a, b = place
+    last = min((split + 1) * w.split, w.length)
+    for turn in range(2):
+        begin(total, 1, turn)
+        f = split * w.split
+        while f < last:
+            p = f // w.run
+            n = min(last - f, NUMBA_TILE)
+            if not w.masked and n <= w.run - (f - p * w.run):
+                o = at(steps, X, a, b, p, f - p * w.run, 0)
+                source, i = read(x, o, np.uintp(n), tile)
+                f += n
+            else:
+                n, f = gather(w, steps, x, mask, place, f, last, tile)
+                source, i = tile, np.uintp(0)
+            if turn == 0 and is_double(x) and w.centred and total[NUMBER, 0] == 0.0 and n > 0:
+                total[PIVOT, 0] = source[i]
+            for k in range(0, n, CHAIN if is_double(x) else NUMBA_TILE):
+                m = min(n - k, CHAIN if is_double(x) else NUMBA_TILE)
+                d, squares = sums(source, i + np.uintp(k), np.uintp(m), total[PIVOT, 0])
+                total[FIRST, 0] += d
+                total[SECOND, 0], lost = scalar.two_sum(total[SECOND, 0], squares)
+                total[SECOND_REST, 0] += lost
+            total[NUMBER, 0] += n
+        if not conclude(w, x, total, 1, turn, into):
+            return
+
+
+@within
+def columns_moments(w, steps, operands, place, split, into, room):
+    """Moments of a split of rows, of each group of columns."""
+    x, mask = operands
+    total, tile = room
+    a, b, c, width = place
+    first = split * w.split
+    last = min(first + w.split, w.length)
+    n, step = np.uintp(width), np.uintp(steps[X, 3])
+    for turn in range(2):
+        begin(total, width, turn)
+        if turn == 0 and is_double(x) and w.centred:
+            first_of_columns(w, steps, x, mask, place, (first, last), total)
+        f = first
+        while f < last:
+            p = f // w.s
+            s = f - p * w.s
+            rows = min(last - f, w.s - s)
+            i = at(steps, X, a, b, p, s, c)
+            if w.masked or rows < 4:
+                source, i = read(x, i, n, tile)
+                if w.masked:
+                    m = at(steps, MASK, a, b, p, s, c)
+                    add_chosen(source, i, n, total, mask, m, np.uintp(steps[MASK, 4]))
+                else:
+                    add_row(source, i, n, total)
+                f += 1
+                continue
+            rows = min(rows - rows % 4, MIN_BLOCK_ROWS)
+            source, i, apart = read_rows(x, i, step, rows, n, tile)
+            add_rows(source, i, apart, np.uintp(rows), n, total)
+            f += rows
+        if not w.masked:
+            for j in range(width):
+                total[NUMBER, j] = last - first
+        add_neighbours(total, width, w.neighbours)
+        if not conclude(w, x, total, width // w.neighbours, turn, into):
+            return
 
 
 @inner
-def merge_into(into, other, n, step):
-    """Merge n moments, side by side, into others."""
-    for i in range(n):
-        one = (
-            read(into, i, np.float64),
-            read(into, step + i, np.float64),
-            read(into, 2 * step + i, np.float64),
-            read(into, 3 * step + i, np.float64),
-            read(into, 4 * step + i, np.float64),
-        )
-        two = (
-            read(other, i, np.float64),
-            read(other, step + i, np.float64),
-            read(other, 2 * step + i, np.float64),
-            read(other, 3 * step + i, np.float64),
-            read(other, 4 * step + i, np.float64),
-        )
-        count, mean, rest, m2, m2_rest = scalar.merge(one, two)
-        write(into, i, count)
-        write(into, step + i, mean)
-        write(into, 2 * step + i, rest)
-        write(into, 3 * step + i, m2)
-        write(into, 4 * step + i, m2_rest)
+def add_neighbours(total, width, neighbours):
+    """Add up the sums of the columns of each group."""
+    for field in (FIRST, SECOND, SECOND_REST, NUMBER):
+        for g in range(width // neighbours):
+            added = 0.0
+            for j in range(g * neighbours, (g + 1) * neighbours):
+                added += total[field, j]
+            total[field, g] = added
+
+
+@inner
+def first_of_columns(w, steps, x, mask, place, rows, total):
+    """The first chosen element of each group of columns, about which it is summed at first."""
+    a, b, c, width = place
+    first, last = rows
+    for g in range(width // w.neighbours):
+        found = False
+        f = first
+        while f < last and not found:
+            p = f // w.s
+            for j in range(g * w.neighbours, (g + 1) * w.neighbours):
+                chosen = True
+                if w.masked:
+                    chosen = mask[at(steps, MASK, a, b, p, f - p * w.s, c + j)] != 0
+                if chosen and not found:
+                    found = True
+                    v = np.float64(load(x, at(steps, X, a, b, p, f - p * w.s, c + j)))
+                    for i in range(g * w.neighbours, (g + 1) * w.neighbours):
+                        total[PIVOT, i] = v
+            f += 1
+
+
+# --- Merging --------------------------------------------------------------------------------------
+
+
+@inner
+def merge_into(into, other, n):
+    """Merge the moments of n groups into others."""
+    for g in range(n):
+        one = into[COUNT, g], into[MEAN, g], into[REST, g], into[M2, g], into[M2_REST, g]
+        two = other[COUNT, g], other[MEAN, g], other[REST, g], other[M2, g], other[M2_REST, g]
+        (
+            into[COUNT, g], into[MEAN, g], into[REST, g], into[M2, g], into[M2_REST, g]
+        ) = scalar.merge(one, two)  # fmt: skip

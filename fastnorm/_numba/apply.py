@@ -209,7 +209,7 @@ def apply_runs(w, steps, arrays, place, split, scale, tile, spare):
         apply_run(w, steps, (source, i), affine, (a, b, p, s), m, scale, (t, j))
         if not w.plain:
             finish(w, steps, arrays, (a, b, p, s, 0), t, j, m, 3)
-        deliver(y, o, tile, m, w.direct, w.past)
+        deliver(y, o, tile, m, w.direct)
         f += n
 
 
@@ -322,5 +322,5 @@ def apply_columns(w, steps, arrays, place, split, scale, known, tiles):
             affine_after(t, j, n, weights, starts, own)
         if not w.plain:
             finish(w, steps, arrays, (a, b, p, s, c), t, j, n, 4)
-        deliver(y, o, tile, n, direct, w.past)
+        deliver(y, o, tile, n, direct)
         f += rows

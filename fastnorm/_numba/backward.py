@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from numba import njit, prange
 
-from fastnorm._numba.compiling import KERNEL, SOURCES, fence, inner, part, within
+from fastnorm._numba.compiling import KERNEL, SOURCES, inner, part, within
 from fastnorm._numba.gradients import (
     COLLECTED,
     OF_COLUMN,
@@ -69,8 +69,6 @@ class BackWalk(NamedTuple):
     parts: int
     cells: int
     chunk: int  # cells that are a task of their own where owners are few
-    direct: int  # dx is written where it lies
-    past: int  # or by non-temporal stores
     room: int
     tiles: int
 
@@ -80,7 +78,7 @@ def back_walk_of(n):
     """The same, of an array."""
     return BackWalk(
         n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], n[12], n[13],
-        n[14], n[15], n[16], n[17], n[18], n[19], n[20], n[21], n[22], n[23], n[24], n[25], n[26],
+        n[14], n[15], n[16], n[17], n[18], n[19], n[20], n[21], n[22], n[23], n[24],
     )  # fmt: skip
 
 
@@ -113,8 +111,6 @@ def planes(task, begin, end, turn, numbers, steps, arrays):
                 group_terms(w, steps, arrays, (a, b + k), (0.0, 0.0), False, terms, k)
             for segment in range(first, last):
                 apply_run(w, steps, arrays, (a, b, width), segment, terms, tiles)
-    if w.past:
-        fence()
 
 
 # --- Runs along which the weight differs ----------------------------------------------------------
@@ -191,8 +187,6 @@ def rows(task, begin, end, turn, numbers, steps, arrays):
             group_terms(w, steps, arrays, (a, b), weights, True, terms, 0)
             for p in range(plane, planes):
                 apply_cells(w, steps, arrays, (a, b, p), (low, high), terms, collected, tiles)
-    if w.past:
-        fence()
 
 
 # --- Columns --------------------------------------------------------------------------------------
@@ -218,8 +212,6 @@ def columns(task, begin, end, turn, numbers, steps, arrays):
             column_terms(w, steps, arrays, place, True, terms, own)
             for segment in range(first, last):
                 columns_apply(w, steps, arrays, place, segment, terms, own, tiles)
-    if w.past:
-        fence()
 
 
 # --- The kernels ----------------------------------------------------------------------------------

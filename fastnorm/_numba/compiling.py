@@ -182,32 +182,6 @@ def pointer(typingctx: Any, address: Any, kind: Any) -> Any:
     return to(types.intp, kind), codegen
 
 
-@intrinsic
-def _copy_past(typingctx: Any, to: Any, source: Any) -> Any:
-    """Copy 8 bytes, to a multiple of 8, with a non-temporal store."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        word = context.get_value_type(types.int64).as_pointer()
-        to, source = (builder.inttoptr(address, word) for address in arguments)
-        stored = builder.store(builder.load(source, align=1), to, align=8)
-        one = context.get_constant(types.int32, 1)
-        stored.set_metadata("nontemporal", builder.module.add_metadata([one]))
-        return context.get_dummy_value()
-
-    return types.none(types.intp, types.intp), codegen
-
-
-@intrinsic
-def fence(typingctx: Any) -> Any:
-    """What was written before is seen before what is written after."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        builder.fence("seq_cst")
-        return context.get_dummy_value()
-
-    return types.none(), codegen
-
-
 @when_compiled(_nrt=True)
 def part(x: Any, start: Any, shape: Any) -> Any:
     """A part of an array, which is not counted as one: that costs more than a short run does.
@@ -297,27 +271,13 @@ def target(y: Any, at: Any, tile: Any, direct: Any) -> Any:
 
 
 @when_compiled
-def deliver(y: Any, at: Any, tile: Any, n: Any, direct: Any, past: Any) -> Any:
-    """Write n numbers of a tile to y, unless they are there; `past` the caches."""
+def deliver(y: Any, at: Any, tile: Any, n: Any, direct: Any) -> Any:
+    """Write n numbers of a tile to y, unless they are there."""
     half = _is_half(y)
-    size = y.dtype.bitwidth // 8
 
-    def converted(y, at, tile, n, direct, past):
-        if half or not (direct or past):
+    def converted(y, at, tile, n, direct):
+        if half or not direct:
             for i in range(n):
                 store(y, at + i, tile[i])
-        elif past:
-            to, source = y.ctypes.data + np.intp(at) * size, tile.ctypes.data
-            end = to + np.intp(n) * size
-            if to % 8 != 0:  # one float
-                y[at] = tile[0]
-                to += size
-                source += size
-            for _ in range((end - to) // 8):
-                _copy_past(to, source)
-                to += 8
-                source += 8
-            if to < end:
-                y[at + n - np.uintp(1)] = tile[n - np.uintp(1)]
 
     return converted

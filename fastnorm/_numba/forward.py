@@ -14,7 +14,7 @@ from numba import njit, prange
 
 from fastnorm._numba.apply import COLUMNS as OF_COLUMN
 from fastnorm._numba.apply import apply_columns, apply_runs, spread
-from fastnorm._numba.compiling import KERNEL, SOURCES, fence, inner, load, part, real, store, within
+from fastnorm._numba.compiling import KERNEL, SOURCES, inner, load, part, real, store, within
 from fastnorm._numba.moments import FIELDS, SUMS, columns_moments, merge_into, runs_moments
 from fastnorm._numba.scales import finalize
 from fastnorm._numba.walks import (
@@ -107,8 +107,6 @@ def runs(task, begin, end, turn, numbers, eps, steps, arrays):
             if w.written:
                 for split in range(first, last):
                     apply_runs(w, steps, arrays, place, split, scale, tile, spare)
-    if w.past:
-        fence()
 
 
 @within
@@ -146,8 +144,6 @@ def columns(task, begin, end, turn, numbers, eps, steps, arrays):
                 for split in range(first, last):
                     known = along, any_out
                     apply_columns(w, steps, arrays, place, split, scale, known, (made, spare))
-    if w.past:
-        fence()
 
 
 # --- The kernels ----------------------------------------------------------------------------------

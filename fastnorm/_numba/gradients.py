@@ -309,7 +309,7 @@ def apply_run(w, steps, arrays, place, segment, terms, tiles):
             source, i = read(x, at(steps, X, a, b + k, p, s, 0), m, tiles[0])
             slope, j = read(dy, at(steps, DY, a, b + k, p, s, 0), m, tiles[1])
             o = at(steps, DX, a, b + k, p, s, 0)
-            t, q = target(dx, o, tiles[2], w.direct)
+            t, q = target(dx, o, tiles[2], True)
             v = at(steps, WEIGHT, a, b + k, p, 0, 0)
             if terms[OUT, k] != 0.0:
                 weights = weight, v, np.uintp(0)
@@ -319,7 +319,7 @@ def apply_run(w, steps, arrays, place, segment, terms, tiles):
                 wr = real(np.float64(weight[v]) * terms[RSTD, k], t)
                 c1, c2 = real(terms[C1, k], t), real(terms[C2, k], t)
                 apply_back((source, i), (slope, j), (t, q), m, scale, (wr, c1, c2))
-            deliver(dx, o, t, m, w.direct, w.past)
+            deliver(dx, o, t, m, True)
         f += n
 
 
@@ -335,7 +335,7 @@ def apply_cells(w, steps, arrays, place, between, terms, collected, tiles):
         source, i = read(x, at(steps, X, a, b, p, f, 0), m, tiles[0])
         slope, j = read(dy, at(steps, DY, a, b, p, f, 0), m, tiles[1])
         o, v = at(steps, DX, a, b, p, f, 0), at(steps, WEIGHT, a, b, p, f, 0)
-        t, q = target(dx, o, tiles[2], w.direct)
+        t, q = target(dx, o, tiles[2], True)
         cell = np.uintp((p * w.s if w.along_p else 0) + f)
         if terms[OUT, 0] != 0.0:
             mean, rstd = terms[MEAN, 0], terms[RSTD, 0]
@@ -347,7 +347,7 @@ def apply_cells(w, steps, arrays, place, between, terms, collected, tiles):
             c1, c2 = real(terms[C1, 0], t), real(terms[C2, 0], t)
             collect((source, i), (slope, j), m, scale, collected, cell)
             apply_back_along((source, i), (slope, j), (t, q), m, scale, (c1, c2), (weight, v))
-        deliver(dx, o, t, m, w.direct, w.past)
+        deliver(dx, o, t, m, True)
         f += n
 
 
@@ -490,7 +490,7 @@ def columns_apply(w, steps, arrays, place, segment, terms, own, tiles):
         source, i = read(x, at(steps, X, a, b, p, s, c), n, tiles[0])
         slope, j = read(dy, at(steps, DY, a, b, p, s, c), n, tiles[1])
         o = at(steps, DX, a, b, p, s, c)
-        t, q = target(dx, o, tiles[2], w.direct)
+        t, q = target(dx, o, tiles[2], True)
         apply_back_row(source, i, slope, j, t, q, n, own)
         if any_out:
             for k in range(width):
@@ -502,4 +502,4 @@ def columns_apply(w, steps, arrays, place, segment, terms, own, tiles):
                     apply_back_in_double(
                         column[0], column[1], column[2], np.uintp(1), terms, k, weights
                     )
-        deliver(dx, o, t, n, w.direct, w.past)
+        deliver(dx, o, t, n, True)

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from fastnorm._numba import backward
 from fastnorm._numba.apply import COLUMNS as OF_COLUMN
-from fastnorm._numba.compiling import CHECKED
 from fastnorm._numba.gradients import OF_COLUMN as OF_COLUMN_BACK
 from fastnorm._numba.gradients import TERMS
 from fastnorm._numba.moments import FIELDS, SUMS
@@ -89,8 +88,7 @@ def plan_of(layout: Layout, schedule: ForwardSchedule, size: int, asked: Asked) 
         joined=joined,
         folded=folded,
         plain=not ("residual" in own or asked.activation or asked.activation_first),
-        direct=size > 2 and not schedule.non_temporal,
-        past=size > 2 and schedule.non_temporal and not CHECKED,
+        direct=size > 2,
         written="y" in own,
         centred=asked.centred,
         given=asked.given,
@@ -196,8 +194,6 @@ def back_plan_of(
         parts=parts,
         cells=cells,
         chunk=BACKWARD_CHUNK,
-        direct=size > 2 and not schedule.non_temporal,
-        past=size > 2 and schedule.non_temporal and not CHECKED,
         room=room,
         tiles=tiles,
     )  # fmt: skip

@@ -46,7 +46,6 @@ class Walk(NamedTuple):
     folded: int  # a weight is one number for a run or a column
     plain: int  # there is nothing to do after the affine step
     direct: int  # y is written where it lies, not through a tile
-    past: int  # or by non-temporal stores
     written: int  # there is a y
     centred: int
     given: int
@@ -67,7 +66,7 @@ def walk_of(n):
     return Walk(
         n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], n[12], n[13],
         n[14], n[15], n[16], n[17], n[18], n[19], n[20], n[21], n[22], n[23], n[24], n[25], n[26],
-        n[27], n[28], n[29], n[30],
+        n[27], n[28], n[29],
     )  # fmt: skip
 
 

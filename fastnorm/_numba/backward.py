@@ -20,10 +20,15 @@ from typing import Any, NamedTuple
 
 from numba import njit, prange
 
+from fastnorm._numba.column_gradients import (
+    OF_COLUMN,
+    column_terms,
+    columns_apply,
+    columns_sums,
+)
 from fastnorm._numba.compiling import KERNEL, SOURCES, inner, part, within
 from fastnorm._numba.gradients import (
     COLLECTED,
-    OF_COLUMN,
     RANGES,
     ROOM,
     TERMS,
@@ -31,9 +36,6 @@ from fastnorm._numba.gradients import (
     WEIGHT,
     apply_cells,
     apply_run,
-    column_terms,
-    columns_apply,
-    columns_sums,
     group_terms,
     range_of_weights,
     run_sums,

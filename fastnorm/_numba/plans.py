@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fastnorm._numba import backward
 from fastnorm._numba.apply import COLUMNS as OF_COLUMN
-from fastnorm._numba.gradients import OF_COLUMN as OF_COLUMN_BACK
+from fastnorm._numba.column_gradients import OF_COLUMN as OF_COLUMN_BACK
 from fastnorm._numba.gradients import TERMS
 from fastnorm._numba.moments import FIELDS, SUMS
 from fastnorm._numba.operands import steps_of

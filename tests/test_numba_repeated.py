@@ -400,3 +400,25 @@ def test_arrays_of_a_call_go_with_it() -> None:
                 assert gone() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=named)
+def test_a_view_whose_channels_are_elsewhere(dtype: Any) -> None:
+    """It is packed once its channels are on axis 1, and not as it comes."""
+    x, dy = (data((4, 6, 8), dtype, 1.0, seed=s).transpose(0, 2, 1) for s in range(2))
+    w = data((6,), F64 if dtype == F64 else F32, 1.0)
+    mean, rstd = fn.batch_norm(x, training=True, channel_axis=2, return_stats=True)[1:]
+    out = np.empty_like(x)
+    calls: list[Callable[[], Any]] = [
+        lambda: fn.batch_norm(x, None, None, w, training=True, channel_axis=2, return_stats=True),
+        lambda: fn.instance_norm(x, weight=w, channel_axis=2),
+        lambda: fn.group_norm(x, 3, w, channel_axis=-1),
+        lambda: fn.group_norm(x, 3, w, channel_axis=-1, out=out).copy(),
+        lambda: fn.batch_norm_backward(dy, x, mean, rstd, w, channel_axis=2),
+    ]
+    for f in calls:
+        right = described(f)
+        for _ in range(3):
+            for own, other in zip(together(f()), right, strict=True):
+                assert_same_bits(own, other)
+                assert own.strides == other.strides

@@ -50,9 +50,13 @@ def flattener(array: Array, strides: Strides, dims: Strides) -> Callable[[Array]
 
     if half or not array.flags.c_contiguous:
         return spanned
-    if array.ndim == 1:
-        return lambda array: array if array.flags.writeable else spanned(array)
-    return lambda array: array.reshape(-1) if array.flags.writeable else spanned(array)
+
+    def packed(array: Array) -> Array:
+        # a caller's own array may have its axes in another order than the operand
+        flags = array.flags
+        return array.reshape(-1) if flags.c_contiguous and flags.writeable else spanned(array)
+
+    return packed
 
 
 def flat(array: Array, strides: Strides, dims: Strides) -> Array:
